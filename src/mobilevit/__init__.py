@@ -1,0 +1,1 @@
+"""MobileViT: exact weights from everywhere, training as in the paper, fast deployment."""

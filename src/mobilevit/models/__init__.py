@@ -1,0 +1,1 @@
+"""The network, its heads, and weights in every format in use."""
