@@ -1,0 +1,1 @@
+"""What the network costs: operations, memory and time."""

@@ -1,0 +1,793 @@
+"""Weights in the four formats in use: read, write, and what travels with them.
+
+| format | what it is | channel order | carries preprocessing and class names |
+|---|---|---|---|
+| mobilevit | one .safetensors file of ours | RGB | yes, in its metadata |
+| apple | the released code's .pt, a pickled state_dict | BGR | no |
+| timm | one .safetensors file, or a hub folder with config.json | RGB | yes, in config.json or in metadata of ours |
+| transformers | a folder: config.json, preprocessor_config.json, weights | BGR | yes |
+
+`read` takes any of them to `Weights`: our names, RGB, everything that is needed to use them. `write` is the way back.
+Nothing outside this file knows that other formats exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, MobileViT, Stage, Transformer
+from mobilevit.pictures import FILTERS, Preprocessing
+
+Format = Literal["mobilevit", "apple", "timm", "transformers"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+BGR_FORMATS = ("apple", "transformers")
+STEM = "backbone.stem.conv.weight"
+CLASSIFIER = "classifier.weight"
+
+# What is assumed where a file says nothing: the evaluation of the paper, and timm's entry for these weights.
+PAPER_PREPROCESSING = Preprocessing(resize_px=288, crop_px=256, interpolation="bilinear")
+TIMM_PREPROCESSING = Preprocessing(resize_px=284, crop_px=256, interpolation="bicubic")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; one line: the file, the key, what was found, what was expected, the remedy."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under our own names, stem in RGB order, and all that is needed to use them.
+
+    `class_names` is empty where nobody said. `training` is free JSON about how the weights came to be.
+    """
+
+    architecture: Architecture
+    tensors: Mapping[str, Tensor]
+    preprocessing: Preprocessing = PAPER_PREPROCESSING
+    class_names: tuple[str, ...] = ()
+    output_stride: int = 32
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the classifier; 0 where there is none."""
+        return self.tensors[CLASSIFIER].shape[0] if CLASSIFIER in self.tensors else 0
+
+    def build(self, network: Callable[..., MobileViT] = MobileViT) -> MobileViT:
+        """The network with these weights, float32, in eval mode."""
+        # Built without memory first: initial values that are overwritten at once cost time and random numbers.
+        with torch.device("meta"):
+            model = network(self.architecture, num_classes=self.num_classes, output_stride=self.output_stride)
+        model.to_empty(device="cpu")
+        model.load_state_dict(self.tensors)
+        return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: one row a module, one column a format
+
+
+def _modules(a: Architecture) -> Iterator[tuple[str, str, str, str, str]]:
+    """(kind, mobilevit, apple, timm, transformers) prefixes of every module with parameters."""
+    yield "conv_norm", "backbone.stem", "conv_1.block", "stem", "mobilevit.conv_stem"
+    for i, stage in enumerate(a.stages, start=1):
+        ours, apple, timm = f"backbone.stage{i}", f"layer_{i}", f"stages.{i - 1}"
+        hf = f"mobilevit.encoder.layer.{i - 1}"
+        for j in range(stage.num_residuals):
+            hf_residual = f"{hf}.downsampling_layer" if stage.transformer else f"{hf}.layer.{j}"
+            for o, p, t, h in (
+                ("expand", "exp_1x1", "conv1_1x1", "expand_1x1"),
+                ("depthwise", "conv_3x3", "conv2_kxk", "conv_3x3"),
+                ("reduce", "red_1x1", "conv3_1x1", "reduce_1x1"),
+            ):
+                yield (
+                    "conv_norm",
+                    f"{ours}.{j}.{o}",
+                    f"{apple}.{j}.block.{p}.block",
+                    f"{timm}.{j}.{t}",
+                    f"{hf_residual}.{h}",
+                )
+        if stage.transformer is None:
+            continue
+        ours, apple, timm = (f"{prefix}.{stage.num_residuals}" for prefix in (ours, apple, timm))
+        yield "conv_norm", f"{ours}.local", f"{apple}.local_rep.conv_3x3.block", f"{timm}.conv_kxk", f"{hf}.conv_kxk"
+        yield (
+            "weight",
+            f"{ours}.to_tokens",
+            f"{apple}.local_rep.conv_1x1.block.conv",
+            f"{timm}.conv_1x1",
+            f"{hf}.conv_1x1.convolution",
+        )
+        for k in range(stage.transformer.num_layers):
+            o, p, t, h = (
+                f"{ours}.layers.{k}",
+                f"{apple}.global_rep.{k}",
+                f"{timm}.transformer.{k}",
+                f"{hf}.transformer.layer.{k}",
+            )
+            mha, ffn = f"{p}.pre_norm_mha", f"{p}.pre_norm_ffn"
+            yield "affine", f"{o}.attention_norm", f"{mha}.0", f"{t}.norm1", f"{h}.layernorm_before"
+            yield "qkv", f"{o}.attention.qkv", f"{mha}.1.qkv_proj", f"{t}.attn.qkv", f"{h}.attention.attention"
+            yield "affine", f"{o}.attention.out", f"{mha}.1.out_proj", f"{t}.attn.proj", f"{h}.attention.output.dense"
+            yield "affine", f"{o}.ffn_norm", f"{ffn}.0", f"{t}.norm2", f"{h}.layernorm_after"
+            yield "affine", f"{o}.ffn_in", f"{ffn}.1", f"{t}.mlp.fc1", f"{h}.intermediate.dense"
+            yield "affine", f"{o}.ffn_out", f"{ffn}.4", f"{t}.mlp.fc2", f"{h}.output.dense"
+        last = f"{apple}.global_rep.{stage.transformer.num_layers}"
+        yield "affine", f"{ours}.norm", last, f"{timm}.norm", f"{hf}.layernorm"
+        yield (
+            "conv_norm",
+            f"{ours}.from_tokens",
+            f"{apple}.conv_proj.block",
+            f"{timm}.conv_proj",
+            f"{hf}.conv_projection",
+        )
+        yield "conv_norm", f"{ours}.fuse", f"{apple}.fusion.block", f"{timm}.conv_fusion", f"{hf}.fusion"
+    yield "conv_norm", "head", "conv_1x1_exp.block", "final_conv", "mobilevit.conv_1x1_exp"
+    yield "affine", "classifier", "classifier.fc", "head.fc", "classifier"
+
+
+_CONV_NORM = {
+    # ours and Apple's, timm's, transformers' name of the two parts
+    "conv": ("conv", "conv", "conv", "convolution"),
+    "norm": ("norm", "norm", "bn", "normalization"),
+}
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def key_names(architecture: Architecture, format: Format) -> dict[str, tuple[str, ...]]:
+    """Each of our keys -> the key in `format`; three keys (query, key, value) where `format` keeps them apart."""
+    column = FORMATS.index(format)
+    names: dict[str, tuple[str, ...]] = {}
+    for kind, *prefixes in _modules(architecture):
+        ours, theirs = prefixes[0], prefixes[column]
+        if kind == "conv_norm":
+            for part, leaves in (("conv", ("weight",)), ("norm", _BATCH_NORM)):
+                for leaf in leaves:
+                    names[f"{ours}.{part}.{leaf}"] = (f"{theirs}.{_CONV_NORM[part][column]}.{leaf}",)
+        else:
+            for leaf in ("weight",) if kind == "weight" else ("weight", "bias"):
+                split = kind == "qkv" and format == "transformers"
+                parts = [f"{theirs}.{part}" for part in ("query", "key", "value")] if split else [theirs]
+                names[f"{ours}.{leaf}"] = tuple(f"{part}.{leaf}" for part in parts)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read
+
+
+def read(source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None) -> Weights:
+    """Weights from a file, a folder in transformers' or timm's layout, or a hub id such as "apple/mobilevit-small".
+
+    The format is recognised from the keys. A hub id ("owner/name" or "owner/name@revision") is looked for in the local
+    cache of huggingface_hub, and fetched only with `download=True`. A classifier of another size than `num_classes`,
+    where that is given, is an error.
+
+    Raises:
+        WeightsError: not found, not fetched, unsafe, truncated, of another architecture, with missing or surplus keys,
+            with another number of classes.
+    """
+    path = _locate(os.fspath(source), download)
+    stored, metadata = _read_tensors(path)
+    format = _recognise(path, stored)
+    described = _describe(path, format, metadata)
+    architecture = described.architecture or _closest(path, format, stored)
+    tensors = _to_ours(path, format, architecture, stored, described.bgr)
+    class_names = described.class_names
+    if class_names is None:  # published weights say nothing of their classes, which are ImageNet's where they are 1,000
+        class_names = imagenet_class_names() if len(tensors.get("classifier.bias", ())) == 1000 else ()
+    weights = Weights(
+        architecture=architecture,
+        tensors=tensors,
+        preprocessing=described.preprocessing,
+        class_names=class_names,
+        output_stride=described.output_stride,
+        training=described.training,
+    )
+    if num_classes is not None and num_classes != weights.num_classes:
+        raise WeightsError(
+            f"{path}: key {key_names(architecture, format)[CLASSIFIER][0]} has {weights.num_classes} classes, expected "
+            f"{num_classes}; load it as it is and call reset_classifier({num_classes}) to train a new classifier"
+        )
+    if weights.class_names and len(weights.class_names) != weights.num_classes:
+        raise WeightsError(
+            f"{path}: {key_names(architecture, format)[CLASSIFIER][0]} has {weights.num_classes} classes, but "
+            f"{len(weights.class_names)} class names come with it; mend the class names in its {described.source}"
+        )
+    return weights
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+    """The 1,000 names of ImageNet-1k in their usual order, from torchvision."""
+    from torchvision.models import ResNet18_Weights
+
+    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def _locate(source: str, download: bool) -> Path:
+    """The file that holds the tensors."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+        found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+        if len(found) == 1:
+            return found[0]
+        raise WeightsError(
+            f"{path}: a folder of weights holds model.safetensors or pytorch_model.bin; "
+            + (f"found {', '.join(p.name for p in found)}: name one of them" if found else "found neither")
+        )
+    if path.exists():
+        return path
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
+    if hub_id and path.suffix not in _SUFFIXES:
+        return _from_hub(hub_id[1], hub_id[2], download)
+    raise WeightsError(f"{source}: no such file or folder, and not of the form owner/name of a model on the hub")
+
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(*names: str, local: bool) -> Path | None:
+        for name in names:
+            # LocalEntryNotFoundError is also an EntryNotFoundError, but says that nobody could be asked.
+            try:
+                return Path(hub.hf_hub_download(repo_id, name, revision=revision, local_files_only=local))
+            except LocalEntryNotFoundError:
+                if not local:
+                    raise
+            except EntryNotFoundError:
+                continue
+        return None
+
+    weights = ("model.safetensors", "pytorch_model.bin")
+    if found := fetch(*weights, local=True):
+        return found
+    if not download:
+        raise WeightsError(
+            f"{repo_id}: no such file or folder here, and not in the local cache of the hub; "
+            "to fetch it from the hub say --download (in Python download=True)"
+        )
+    try:
+        # The small files first: with the weights in the cache, everything that belongs to them is there too.
+        for name in ("config.json", "preprocessor_config.json"):
+            fetch(name, local=False)
+        found = fetch(*weights, local=False)
+    except hub.errors.RepositoryNotFoundError:
+        raise WeightsError(
+            f"{repo_id}: the hub has no such model, or does not show it to you; check the name"
+        ) from None
+    except hub.errors.RevisionNotFoundError:
+        raise WeightsError(f"{repo_id}: the hub has no revision {revision!r} of it") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise WeightsError(
+            f"{repo_id}: could not be fetched ({_first_line(error)}); try again when the hub can be reached, "
+            "or fetch the folder elsewhere and give its path"
+        ) from None
+    if found is None:
+        raise WeightsError(f"{repo_id}: the hub has neither {' nor '.join(weights)} in it; is it a MobileViT?")
+    licence = "weights by Apple under Apple's licence" if repo_id.startswith(("apple/", "timm/")) else "see its licence"
+    print(f"{repo_id}: fetched; {licence}, on its model card", flush=True)
+    return found
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, and the metadata of a .safetensors file; what the file is, its first bytes say."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path}: truncated or damaged ({_first_line(error)}); fetch or copy it again") from None
+    if not start.startswith((b"PK", b"\x80")):
+        raise WeightsError(f"{path}: neither a .safetensors file nor one of torch.save; is it really weights?")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)|(?:class|type|function)\s+'?([\w.]+)", str(error))
+        if "truncated" in str(error):
+            raise WeightsError(f"{path}: truncated or damaged; fetch or copy it again") from None
+        name = next((group for group in asked.groups() if group), "an object") if asked else "an object"
+        raise WeightsError(
+            f"{path}: refused, because reading it would run code ({name}); a weights file holds only tensors: "
+            "get it as .safetensors, or save its state_dict again where you trust it"
+        ) from None
+    except Exception as error:  # a damaged archive: RuntimeError, EOFError, KeyError, ValueError...
+        raise WeightsError(f"{path}: truncated or damaged ({_first_line(error)}); fetch or copy it again") from None
+    for container in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(container), dict):
+            loaded = loaded[container]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+        found = (
+            f"a dict of {', '.join(map(str, list(loaded)[:6]))}" if isinstance(loaded, dict) else type(loaded).__name__
+        )
+        raise WeightsError(f"{path}: found {found}, expected a state_dict (names to tensors); save that alone")
+    prefix = "module." if all(key.startswith("module.") for key in loaded) else ""  # left by DistributedDataParallel
+    return {key.removeprefix(prefix): value for key, value in loaded.items()}, {}
+
+
+def _recognise(path: Path, stored: Mapping[str, Tensor]) -> Format:
+    for format in FORMATS:
+        names = key_names(ARCHITECTURES["s"], format)
+        stem = names[STEM][0]
+        # The second key tells MobileViT from relatives that begin alike (MobileViTv2, other networks with a "stem").
+        attention = names["backbone.stage3.1.layers.0.attention.qkv.weight"][0]
+        if stem in stored and (attention in stored or format == "mobilevit"):
+            return format
+    if any(key.startswith(("encoder.conv_1.", "mobilevit.")) for key in stored):
+        kind = (
+            "a detection or segmentation network"
+            if "encoder.conv_1.block.conv.weight" in stored
+            else "not a classifier"
+        )
+        raise WeightsError(f"{path}: {kind} of MobileViT; this version reads classifiers")
+    raise WeightsError(
+        f"{path}: not MobileViT in any of the four formats: {len(stored)} keys, first {next(iter(stored), 'none')}; "
+        "give weights of MobileViT-XXS, XS or S from Apple, timm, transformers or this package"
+    )
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What travels with the tensors, as far as the format tells."""
+
+    preprocessing: Preprocessing
+    bgr: bool
+    source: str = "metadata"
+    architecture: Architecture | None = None
+    class_names: tuple[str, ...] | None = None  # None: the format has no place for them
+    output_stride: int = 32
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Description:
+    if "mobilevit" in metadata:
+        values = _parse_json(path, metadata["mobilevit"])
+        with _naming(path, "metadata"):
+            return _Description(
+                bgr=format in BGR_FORMATS,
+                architecture=_architecture_from_dict(values["architecture"]),
+                preprocessing=Preprocessing.from_dict(values["preprocessing"]),
+                class_names=tuple(values["class_names"]),
+                output_stride=values["output_stride"],
+                training=values["training"],
+            )
+    config_path = path.with_name("config.json")
+    in_hub_layout = path.name in ("model.safetensors", "pytorch_model.bin") and config_path.is_file()
+    if format == "transformers" and in_hub_layout:
+        return _describe_transformers(config_path)
+    if format == "timm" and in_hub_layout:
+        config = _parse_json(config_path, config_path.read_text(encoding="utf-8"))
+        with _naming(config_path, "config"):
+            names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+            return _Description(
+                bgr=False,
+                preprocessing=_preprocessing_from_timm(config.get("pretrained_cfg", {})),
+                class_names=tuple(
+                    config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names") or ()
+                ),
+                source="config.json",
+            )
+    return _Description(TIMM_PREPROCESSING if format == "timm" else PAPER_PREPROCESSING, bgr=format in BGR_FORMATS)
+
+
+def _describe_transformers(config_path: Path) -> _Description:
+    config = _parse_json(config_path, config_path.read_text(encoding="utf-8"))
+    with _naming(config_path, "config"):
+        architecture = _architecture_from_transformers(config)
+        labels = {int(index): name for index, name in config.get("id2label", {}).items()}
+        if sorted(labels) != list(range(len(labels))):
+            raise ValueError(f"id2label numbers the classes {sorted(labels)[:6]}...; expected 0 to {len(labels) - 1}")
+        class_names = tuple(labels[index] for index in range(len(labels)))
+        if class_names == tuple(
+            f"LABEL_{index}" for index in labels
+        ):  # transformers' way to say that nobody named them
+            class_names = ()
+        output_stride = config.get("output_stride", 32)
+    preprocessing, bgr = PAPER_PREPROCESSING, True
+    processor_path = config_path.with_name("preprocessor_config.json")
+    if processor_path.is_file():
+        values = _parse_json(processor_path, processor_path.read_text(encoding="utf-8"))
+        with _naming(processor_path, "preprocessing"):
+            preprocessing = _preprocessing_from_transformers(values)
+            # A network that somebody trained anew on RGB says so here. The older key do_flip_channels has no effect.
+            bgr = values.get("do_flip_channel_order", True)
+    return _Description(
+        preprocessing=preprocessing,
+        source="config.json",
+        architecture=architecture,
+        class_names=class_names,
+        output_stride=output_stride,
+        bgr=bgr,
+    )
+
+
+def _closest(path: Path, format: Format, stored: Mapping[str, Tensor]) -> Architecture:
+    """The published size whose shapes fit best; a file without a description is one of the three."""
+
+    def num_fitting(architecture: Architecture) -> int:
+        shapes = _stored_shapes(architecture, format)
+        return sum(key in stored and stored[key].shape == shape for key, shape in shapes.items())
+
+    return max(ARCHITECTURES.values(), key=num_fitting)
+
+
+def _our_shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    """Shapes of all but the classifier, whose number of rows is anyone's choice."""
+    with torch.device("meta"):
+        model = MobileViT(architecture, num_classes=0)
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def _stored_shapes(architecture: Architecture, format: Format) -> dict[str, torch.Size]:
+    names = key_names(architecture, format)
+    shapes = {}
+    for ours, shape in _our_shapes(architecture).items():
+        for theirs in names[ours]:
+            shapes[theirs] = torch.Size((shape[0] // len(names[ours]), *shape[1:])) if shape else shape
+    return shapes
+
+
+def _to_ours(
+    path: Path, format: Format, architecture: Architecture, stored: Mapping[str, Tensor], bgr: bool
+) -> dict[str, Tensor]:
+    """Check every key and shape, then rename, join query, key and value, and turn the stem to RGB."""
+    names = key_names(architecture, format)
+    expected = _stored_shapes(architecture, format)
+    weight, bias = names[CLASSIFIER][0], names["classifier.bias"][0]
+    if weight in stored or bias in stored:
+        num_classes = stored[weight].shape[0] if weight in stored else stored[bias].shape[0]
+        expected[weight] = torch.Size((num_classes, architecture.head_channels))
+        expected[bias] = torch.Size((num_classes,))
+    else:  # a backbone without a classifier
+        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("classifier.")}
+    counters = {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked") and key not in stored}
+    stored = {**stored, **counters}  # some tools drop these counters; inference never reads them
+
+    what = f"MobileViT-{architecture.name.upper()} in {_FORMAT_NAMES[format]} names"
+    remedy = "take the whole file from its source, or say which network it is from"
+    if missing := [key for key in expected if key not in stored]:
+        raise WeightsError(f"{path}: key {missing[0]} is missing{_and_more(missing)}, expected in {what}; {remedy}")
+    if surplus := [key for key in stored if key not in expected]:
+        raise WeightsError(f"{path}: surplus key {surplus[0]}{_and_more(surplus)}, not expected in {what}; {remedy}")
+    if wrong := [key for key, shape in expected.items() if stored[key].shape != shape]:
+        key = wrong[0]
+        raise WeightsError(
+            f"{path}: key {key} has shape {tuple(stored[key].shape)}{_and_more(wrong)}, "
+            f"expected {tuple(expected[key])} in {what}; another structure than the published three has to come in our "
+            "format or transformers', which describe it"
+        )
+    for key, tensor in stored.items():
+        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise WeightsError(
+                f"{path}: key {key} is {tensor.dtype}, expected floating point; quantized files do not load"
+            )
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: key {key} holds NaN or infinity; this network has not survived its training")
+
+    tensors = {}
+    for ours, theirs in names.items():
+        parts = [stored[key] for key in theirs]
+        tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if bgr:
+        tensors[STEM] = tensors[STEM].flip(1)
+    return tensors
+
+
+_FORMAT_NAMES = {"mobilevit": "our", "apple": "Apple's", "timm": "timm's", "transformers": "transformers'"}
+
+
+def _and_more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more like it)" if len(keys) > 1 else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Write
+
+
+def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
+    """Write `weights` to `path`, whole or not at all: a .safetensors or .pt file, or a folder for transformers.
+
+    Raises:
+        WeightsError: `format` cannot express these weights, or `path` has the wrong ending for it.
+    """
+    path = Path(path).expanduser()
+    if format not in FORMATS:
+        raise WeightsError(f"format is {format!r}; it can be {', '.join(FORMATS)}")
+    endings = {
+        "mobilevit": (".safetensors",),
+        "timm": (".safetensors",),
+        "apple": (".pt", ".pth"),
+        "transformers": ("",),
+    }
+    if path.suffix not in endings[format] and not (format == "transformers" and path.suffix not in _SUFFIXES):
+        wanted = "is a folder" if format == "transformers" else f"ends in {' or '.join(endings[format])}"
+        raise WeightsError(f"{path}: {_FORMAT_NAMES[format]} format {wanted}; name the target accordingly")
+    if format in ("apple", "timm"):
+        _check_published(weights, format)
+    tensors = _to_theirs(weights, format)
+    description = {
+        "architecture": asdict(weights.architecture),
+        "output_stride": weights.output_stride,
+        "preprocessing": weights.preprocessing.to_dict(),
+        "class_names": weights.class_names,
+        "training": dict(weights.training),
+    }
+    metadata = {"format": "pt"}
+    if format == "transformers":
+        config, processor = _config_for_transformers(weights), _processor_for_transformers(weights)
+        path.mkdir(parents=True, exist_ok=True)
+        _write_whole(path / "config.json", lambda target: target.write_text(_to_json(config), encoding="utf-8"))
+        _write_whole(
+            path / "preprocessor_config.json", lambda target: target.write_text(_to_json(processor), encoding="utf-8")
+        )
+        path = path / "model.safetensors"
+    elif format != "apple":
+        metadata["mobilevit"] = json.dumps(description)
+    if format == "apple":
+        _write_whole(path, lambda target: torch.save(tensors, target))
+    else:
+        _write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata=metadata))
+
+
+def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:
+    names = key_names(weights.architecture, format)
+    tensors = {}
+    for ours, tensor in weights.tensors.items():
+        if format in BGR_FORMATS and ours == STEM:
+            tensor = tensor.flip(1)
+        parts = names[ours]
+        for name, part in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,), strict=True):
+            tensors[name] = part.detach().cpu().contiguous()
+    return tensors
+
+
+def _check_published(weights: Weights, format: Format) -> None:
+    """Apple's and timm's files hold tensors alone: what the reader cannot see from them must be as published."""
+    published = ARCHITECTURES.get(weights.architecture.name)
+    if published is None or _without_dropout(weights.architecture) != _without_dropout(published):
+        raise WeightsError(
+            f"{_FORMAT_NAMES[format]} format holds only the published networks, not the architecture "
+            f"{weights.architecture.name!r} with its changes; write ours or transformers'"
+        )
+    if weights.output_stride != 32:
+        raise WeightsError(
+            f"{_FORMAT_NAMES[format]} format cannot say that the output stride is {weights.output_stride}; "
+            "write ours or transformers'"
+        )
+
+
+@contextlib.contextmanager
+def _open_aside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        # mkstemp makes files private; a model file has the permissions of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        aside.chmod(0o666 & ~mask)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it."""
+    with _open_aside(path) as aside:
+        write_to(aside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Descriptions: architecture and preprocessing as JSON, ours and theirs
+
+
+def _without_dropout(architecture: Architecture) -> Architecture:
+    """Without what changes only training, and the name."""
+    return replace(architecture, name="", transformer_dropout=0.0, classifier_dropout=0.0)
+
+
+def _named(architecture: Architecture) -> Architecture:
+    """With the published name, if it is a published function."""
+    for name, published in ARCHITECTURES.items():
+        if _without_dropout(published) == _without_dropout(architecture):
+            return replace(architecture, name=name)
+    return architecture
+
+
+def _architecture_from_dict(values: Mapping[str, Any]) -> Architecture:
+    stages = tuple(
+        Stage(**{**stage, "transformer": Transformer(**stage["transformer"]) if stage["transformer"] else None})
+        for stage in values["stages"]
+    )
+    return Architecture(**{**values, "stages": stages})
+
+
+def _architecture_from_transformers(config: Mapping[str, Any]) -> Architecture:
+    fixed = {
+        "model_type": "mobilevit",
+        "num_channels": 3,
+        "conv_kernel_size": 3,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "qkv_bias": True,
+    }
+    for key, expected in fixed.items():
+        if config.get(key, expected) != expected:
+            raise ValueError(f"{key} is {config[key]!r}; expected {expected!r}")
+    dims, channels = config["hidden_sizes"], config["neck_hidden_sizes"]
+    if len(dims) != 3 or len(channels) != 7:
+        raise ValueError(
+            f"hidden_sizes and neck_hidden_sizes have {len(dims)} and {len(channels)} entries; expected 3 and 7"
+        )
+    transformers = [
+        Transformer(
+            dim=dim,
+            num_layers=num_layers,
+            ffn_dim=int(dim * config.get("mlp_ratio", 2.0)),
+            num_heads=config.get("num_attention_heads", 4),
+            patch_px=config.get("patch_size", 2),
+        )
+        for dim, num_layers in zip(dims, (2, 4, 3), strict=True)
+    ]
+    return _named(
+        Architecture(
+            name="custom",
+            stem_channels=channels[0],
+            stages=(
+                Stage(channels[1], num_residuals=1, stride=1),
+                Stage(channels[2], num_residuals=3, stride=2),
+                *(
+                    Stage(width, num_residuals=1, stride=2, transformer=transformer)
+                    for width, transformer in zip(channels[3:6], transformers, strict=True)
+                ),
+            ),
+            head_channels=channels[6],
+            expansion=config.get("expand_ratio", 4.0),
+            transformer_dropout=config.get("hidden_dropout_prob", 0.1),
+            classifier_dropout=config.get("classifier_dropout_prob", 0.1),
+        )
+    )
+
+
+def _config_for_transformers(weights: Weights) -> dict[str, Any]:
+    a = weights.architecture
+    transformers = [stage.transformer for stage in a.stages if stage.transformer]
+    names = weights.class_names or tuple(f"LABEL_{index}" for index in range(weights.num_classes))
+    config = {
+        "architectures": ["MobileViTForImageClassification"],
+        "model_type": "mobilevit",
+        "num_channels": 3,
+        "image_size": weights.preprocessing.crop_px,
+        "patch_size": transformers[0].patch_px,
+        "hidden_sizes": [t.dim for t in transformers],
+        "neck_hidden_sizes": [a.stem_channels, *(stage.channels for stage in a.stages), a.head_channels],
+        "num_attention_heads": transformers[0].num_heads,
+        "mlp_ratio": transformers[0].ffn_dim / transformers[0].dim,
+        "expand_ratio": float(a.expansion),
+        "hidden_act": "silu",
+        "conv_kernel_size": 3,
+        "output_stride": weights.output_stride,
+        "hidden_dropout_prob": a.transformer_dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout_prob": a.classifier_dropout,
+        "layer_norm_eps": 1e-5,
+        "qkv_bias": True,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    # One patch size, one head count and one ffn ratio is all that their configuration can say.
+    if replace(_architecture_from_transformers(config), name=a.name) != a:
+        raise WeightsError(f"transformers' format cannot express the architecture {a.name!r}; write ours")
+    return config
+
+
+# timm, the model library, names interpolations as we do; transformers gives Pillow's numbers.
+def _preprocessing_from_transformers(values: Mapping[str, Any]) -> Preprocessing:
+    for key, expected in (("do_resize", True), ("do_center_crop", True), ("do_rescale", True)):
+        if values.get(key, expected) != expected:
+            raise ValueError(f"{key} is {values[key]!r}; expected {expected!r}")
+    if not math.isclose(values.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"rescale_factor is {values['rescale_factor']}; expected 1/255")
+    size, crop = values.get("size", 288), values.get("crop_size", 256)
+    if isinstance(size, Mapping):
+        size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    if isinstance(crop, Mapping):
+        if crop["height"] != crop["width"]:
+            raise ValueError(f"crop_size is {crop['height']} x {crop['width']}; expected a square")
+        crop = crop["height"]
+    filters = {int(number): name for name, number in FILTERS.items()}
+    return Preprocessing(resize_px=size, crop_px=crop, interpolation=filters[values.get("resample", 2)])
+
+
+def _processor_for_transformers(weights: Weights) -> dict[str, Any]:
+    p = weights.preprocessing
+    if p.mean != (0.0, 0.0, 0.0) or p.std != (1.0, 1.0, 1.0):
+        raise WeightsError(
+            f"transformers' MobileViT does not normalise, but these weights expect mean {p.mean} and std {p.std}; "
+            "write ours"
+        )
+    size = (
+        {"shortest_edge": p.resize_px}
+        if isinstance(p.resize_px, int)
+        else dict(zip(("height", "width"), p.resize_px, strict=True))
+    )
+    return {
+        "image_processor_type": "MobileViTImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": int(FILTERS[p.interpolation]),
+        "do_center_crop": True,
+        "crop_size": {"height": p.crop_px, "width": p.crop_px},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_flip_channel_order": True,
+    }
+
+
+def _preprocessing_from_timm(config: Mapping[str, Any]) -> Preprocessing:
+    _, height, width = config.get("input_size", (3, 256, 256))
+    if height != width:
+        raise ValueError(f"input_size is {height} x {width}; expected a square")
+    if config.get("crop_mode", "center") != "center":
+        raise ValueError(f"crop_mode is {config['crop_mode']!r}; expected 'center'")
+    return Preprocessing(
+        resize_px=math.floor(height / config.get("crop_pct", 0.9)),
+        crop_px=height,
+        interpolation=config.get("interpolation", "bicubic"),
+        mean=tuple(config.get("mean", (0.0, 0.0, 0.0))),
+        std=tuple(config.get("std", (1.0, 1.0, 1.0))),
+    )
+
+
+@contextlib.contextmanager
+def _naming(path: Path, part: str) -> Iterator[None]:
+    """Turn what goes wrong inside into one line that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else _first_line(error)
+        raise WeightsError(f"{path}: its {part} cannot be used: {reason}") from None
+
+
+def _parse_json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{path}: not valid JSON ({error}); fetch or copy it again") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: found a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,143 @@
+"""From a picture, whatever its file holds, to the tensor that a network reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class PictureError(ValueError):
+    """A picture that cannot be read; the message names the file and the reason."""
+
+
+def read_picture(picture: Picture) -> Image.Image:
+    """Open `picture` as a person sees it: upright, 8-bit RGB, first frame, see-through parts on white.
+
+    Raises:
+        PictureError: no such file, no picture, cut short, or of a kind without an agreed meaning of its numbers.
+    """
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture, "picture")
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
+            raise PictureError(
+                f"array of {picture.dtype} and shape {picture.shape}: a picture is uint8 of shape (H, W, 3), "
+                "(H, W, 4) or (H, W)"
+            )
+        return to_rgb(Image.fromarray(picture), "array")
+    path = Path(picture)
+    if not path.exists():
+        raise PictureError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image, str(path))
+    except PictureError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise PictureError(f"{path}: not a picture, or of a format that Pillow does not read") from None
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error
+        raise PictureError(f"{path}: damaged picture ({_first_line(error)})") from error
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The first frame of `image`, turned as its EXIF tag says, as 8-bit RGB; `name` is for the error message."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips instead of scaling when it converts these; 65535 must become 255. Mode I is how some readers hand
+        # over 16 bits.
+        values = np.asarray(image).astype(np.float32)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise PictureError(f"{name}: 32-bit integer pixels beyond 0..65535; save it with 8 or 16 bits a channel")
+        return Image.fromarray((values / 257 + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise PictureError(f"{name}: floating-point pixels have no agreed range; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of its input: resize, crop, pixel values; the defaults are the paper's evaluation.
+
+    `resize_px` is the new length of the short side, or (height, width) where the ratio is not kept. `crop_px` is the
+    side of the square cut from the middle. Pixels are scaled to [0, 1], then `mean` is taken off and `std` divided by,
+    both in the order R, G, B.
+
+    Raises:
+        ValueError: sizes that are not positive or a crop larger than the resized picture, an unknown interpolation.
+    """
+
+    resize_px: int | tuple[int, int] = 288
+    crop_px: int = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        short_px = self.resize_px if isinstance(self.resize_px, int) else min(self.resize_px)
+        if not 0 < self.crop_px <= short_px:
+            raise ValueError(f"crop_px is {self.crop_px}; it must be from 1 to the resized side, {short_px}")
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"interpolation is {self.interpolation!r}; it can be {', '.join(FILTERS)}")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std is {self.std}; it must be above 0")
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """One picture -> float32 (3, crop_px, crop_px), RGB. Raises PictureError."""
+        pixels = torch.from_numpy(np.array(self.resize_and_crop(read_picture(picture)))).permute(2, 0, 1)
+        mean = torch.tensor(self.mean)[:, None, None]
+        std = torch.tensor(self.std)[:, None, None]
+        return (pixels.float() / 255 - mean) / std
+
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """The geometric half: an RGB image of any size -> crop_px by crop_px."""
+        width, height = image.size
+        if isinstance(self.resize_px, int):
+            short = min(width, height)
+            new_width, new_height = (int(self.resize_px * side / short) for side in (width, height))
+        else:
+            new_height, new_width = self.resize_px
+        left, top = (new_width - self.crop_px) // 2, (new_height - self.crop_px) // 2
+        # The crop is taken as a box of the source while resizing: the same pixels for less work, and a picture of
+        # 1 x 10,000 px does not become one of 288 x 2,880,000 on the way.
+        x, y = width / new_width, height / new_height
+        box = (left * x, top * y, min((left + self.crop_px) * x, width), min((top + self.crop_px) * y, height))
+        return image.resize((self.crop_px, self.crop_px), FILTERS[self.interpolation], box=box)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `from_dict` undoes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """From `to_dict`'s JSON values, where tuples have become lists."""
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
