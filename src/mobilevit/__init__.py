@@ -1,1 +1,60 @@
 """MobileViT: exact weights from everywhere, training as in the paper, fast deployment."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
+    from mobilevit.pictures import Preprocessing
+    from mobilevit.predict import Classifier, Prediction, load, save
+    from mobilevit.recipes import RECIPES, Recipe
+    from mobilevit.training.loop import train
+
+# Public name -> its module, imported when first asked for: `mobilevit --help` must not wait for torch.
+_MODULES = {
+    "Architecture": "models.mobilevit",
+    "Backbone": "models.mobilevit",
+    "MobileViT": "models.mobilevit",
+    "S": "models.mobilevit",
+    "XS": "models.mobilevit",
+    "XXS": "models.mobilevit",
+    "Preprocessing": "pictures",
+    "Classifier": "predict",
+    "Prediction": "predict",
+    "load": "predict",
+    "save": "predict",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "RECIPES",
+    "XS",
+    "XXS",
+    "Architecture",
+    "Backbone",
+    "Classifier",
+    "MobileViT",
+    "Prediction",
+    "Preprocessing",
+    "Recipe",
+    "S",
+    "load",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mobilevit' has no attribute {name!r}")
+    return getattr(import_module(f"mobilevit.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -384,9 +384,7 @@ def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Descr
             return _Description(
                 bgr=False,
                 preprocessing=_preprocessing_from_timm(config.get("pretrained_cfg", {})),
-                class_names=tuple(
-                    config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names") or ()
-                ),
+                class_names=tuple(names) if names else None,
                 source="config.json",
             )
     return _Description(TIMM_PREPROCESSING if format == "timm" else PAPER_PREPROCESSING, bgr=format in BGR_FORMATS)

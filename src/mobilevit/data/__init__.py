@@ -1,0 +1,1 @@
+"""From files to batches: sources of pictures, what is done to them, and in which order they come."""

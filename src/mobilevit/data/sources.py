@@ -1,0 +1,131 @@
+"""Where pictures come from. A source has a length, class names, and gives one `Sample` per index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from mobilevit.pictures import read_picture
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture (upright RGB), the number of its class, and a name to find it by."""
+
+    picture: Image.Image
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """Labelled pictures by index."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class number."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises PictureError where the picture cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Pictures in folders named after their class."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        return Sample(read_picture(file), self.labels[index], str(file))
+
+
+def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
+    """Training and validation pictures of a folder.
+
+    Either `data` holds `train/` and `val/` (or `test/`), each with a folder a class, or it holds a folder a class, and
+    `val_fraction` of every class is held out: always the same pictures, chosen by their names, so that adding pictures
+    moves none of the others.
+
+    Raises:
+        ValueError: no such folder, no class folders, an empty class, a class in val that train lacks.
+    """
+    if not data.is_dir():
+        raise ValueError(f"{data}: no such folder")
+    if (data / "train").is_dir():
+        val = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
+        if val is None:
+            raise ValueError(
+                f"{data}: has train/ but neither val/ nor test/; add one, or put the class folders in {data}"
+            )
+        class_names = _class_names(data / "train")
+        return _read_folder(data / "train", class_names), _read_folder(val, class_names)
+
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
+    everything = _read_folder(data, _class_names(data))
+    val_indices: set[int] = set()
+    for label, class_name in enumerate(everything.class_names):
+        indices = [i for i, its_label in enumerate(everything.labels) if its_label == label]
+        if len(indices) < 2:
+            raise ValueError(f"{data / class_name}: one picture is too few to train on some and validate on others")
+        indices.sort(key=lambda i: hashlib.sha256(everything.files[i].name.encode()).digest())
+        val_indices.update(indices[: min(max(1, round(val_fraction * len(indices))), len(indices) - 1)])
+    train_indices = [i for i in range(len(everything)) if i not in val_indices]
+    return _select(everything, train_indices), _select(everything, sorted(val_indices))
+
+
+def find_evaluation(data: Path, class_names: Sequence[str]) -> Folder:
+    """The pictures that a network with `class_names` is evaluated on: `val/` or `test/` of `data`, or all of `data`.
+
+    Raises:
+        ValueError: no such folder, no class folders, or one whose name is not among `class_names`.
+    """
+    if not data.is_dir():
+        raise ValueError(f"{data}: no such folder")
+    root = next((data / name for name in ("val", "test") if (data / name).is_dir()), data)
+    return _read_folder(root, tuple(class_names))
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if len(names) < 2:
+        found = f"only the folder {names[0]}" if names else "no folders"
+        raise ValueError(f"{root}: found {found}; expected one folder of pictures for each of two classes or more")
+    return names
+
+
+def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
+    suffixes = set(Image.registered_extensions())
+    label_of = {name: label for label, name in enumerate(class_names)}
+    files: list[Path] = []
+    labels: list[int] = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if folder.name not in label_of:
+            known = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+            raise ValueError(f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({known})")
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        if not found:
+            raise ValueError(f"{folder}: no pictures in this class; fill or remove it")
+        files.extend(found)
+        labels.extend([label_of[folder.name]] * len(found))
+    if not files:
+        raise ValueError(f"{root}: no class folders with pictures")
+    return Folder(tuple(files), tuple(labels), class_names)
+
+
+def _select(folder: Folder, indices: Sequence[int]) -> Folder:
+    return Folder(tuple(folder.files[i] for i in indices), tuple(folder.labels[i] for i in indices), folder.class_names)

@@ -1,0 +1,152 @@
+"""The training loop: one linear program, the same for every task."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from mobilevit import recipes
+from mobilevit.data.sampler import Pick, epoch_batches
+from mobilevit.models.weights import Weights, write
+from mobilevit.pictures import PictureError
+from mobilevit.recipes import Recipe
+from mobilevit.tasks import TASKS
+from mobilevit.tasks.classification import Batch, PictureDataset, collate
+from mobilevit.training.ema import MovingAverage
+from mobilevit.training.optim import build_optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run leaves: the weights' file and the metrics of every epoch."""
+
+    weights: Path
+    epochs: list[dict[str, float]]
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    pretrained: Weights | None = None,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Run:
+    """Train by `recipe` on the pictures in `data`; leave model.safetensors, metrics.jsonl and recipe.json in `out`.
+
+    The same recipe, data, device and number of threads give the same weights. Progress goes to `console` (standard
+    error unless given).
+
+    Raises:
+        ValueError: data that cannot be trained on, a folder `out` that holds a run already, a loss that is not finite.
+    """
+    console = console or Console(stderr=True)
+    task = TASKS["classify"]
+
+    # --- Data -------------------------------------------------------------------------------------------------------
+    train_set, val_set = task.datasets(recipe, data)
+    if len(train_set) < 2:
+        raise ValueError(f"{data}: {len(train_set)} pictures are too few to train on")
+    if (out / "metrics.jsonl").exists():
+        raise ValueError(f"{out}: holds a run already; choose another folder or remove this one")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(json.dumps(recipes.to_dict(recipe), indent=2) + "\n", encoding="utf-8")
+    console.print(
+        f"{len(train_set):,} pictures of {len(train_set.class_names)} classes for training, "
+        f"{len(val_set):,} for validation"
+    )
+
+    # --- Model, its average, optimizer -------------------------------------------------------------------------------
+    torch.manual_seed(recipe.seed)
+    initial = task.build(recipe, train_set, pretrained)
+    model = initial.build().to(device).train()
+    steps_per_epoch = -(-len(train_set) // recipe.batch_size)
+    num_steps = steps_per_epoch * recipe.epochs
+    average = MovingAverage(model, recipe.ema_decay, num_steps)
+    optimizer = build_optimizer(model, recipe.optimizer)
+
+    # --- Epochs ------------------------------------------------------------------------------------------------------
+    history: list[dict[str, float]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as progress:
+        bar = progress.add_task("epoch 1", total=num_steps)
+        for epoch in range(recipe.epochs):
+            started = time.perf_counter()
+            total_loss = 0.0
+            for i, batch in enumerate(_train_batches(train_set, recipe, epoch, device)):
+                step = epoch * steps_per_epoch + i
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe.optimizer, step, num_steps)
+                loss = task.loss(recipe, model, batch)
+                if not torch.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; try a lower --optimizer.lr"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                average.update(model)
+                total_loss += loss.item()
+                progress.update(bar, advance=1, description=f"epoch {epoch + 1}/{recipe.epochs}")
+            seconds = time.perf_counter() - started
+
+            # --- Evaluate the average, keep it -----------------------------------------------------------------------
+            metrics = task.evaluate(average.model, _val_batches(val_set, recipe, device))
+            record = {
+                "epoch": epoch + 1,
+                "train_loss": total_loss / steps_per_epoch,
+                "pictures_per_second": len(train_set) / seconds,
+                **{f"val_{name}": value for name, value in metrics.items()},
+            }
+            history.append(record)
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            _save(initial, average, recipe, record, out / "model.safetensors")
+            progress.console.print(
+                f"epoch {epoch + 1:>3}  loss {record['train_loss']:.3f}  validation top-1 {record['val_top1']:.2f} %  "
+                f"{record['pictures_per_second']:,.0f} pictures/s",
+                highlight=False,
+            )
+    return Run(out / "model.safetensors", history)
+
+
+def _save(initial: Weights, average: MovingAverage, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
+    training = {"recipe": recipes.to_dict(recipe), "metrics": record}
+    write(replace(initial, tensors=average.model.state_dict(), training=training), path)
+
+
+def _train_batches(dataset: PictureDataset, recipe: Recipe, epoch: int, device: str) -> Iterator[Batch]:
+    batches = epoch_batches(
+        len(dataset), batch_size=recipe.batch_size, size_px=recipe.data.size_px, seed=recipe.seed, epoch=epoch
+    )
+    return _load(dataset, batches, recipe, device)
+
+
+def _val_batches(dataset: PictureDataset, recipe: Recipe, device: str) -> Iterator[Batch]:
+    picks = [Pick(number, epoch=0, size_px=recipe.data.size_px) for number in range(len(dataset))]
+    batches = [picks[start : start + recipe.batch_size] for start in range(0, len(picks), recipe.batch_size)]
+    return _load(dataset, batches, recipe, device)
+
+
+def _load(dataset: PictureDataset, batches: list[list[Pick]], recipe: Recipe, device: str) -> Iterator[Batch]:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=recipe.data.num_workers,
+        pin_memory=device.startswith("cuda"),
+    )
+    for batch in loader:
+        if isinstance(batch, PictureError):
+            raise batch
+        yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
