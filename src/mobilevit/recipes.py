@@ -13,8 +13,8 @@ class Data:
 
     size_px: int = 256
     """Side of the square that the network sees."""
-    resize_px: int = 288
-    """Evaluation: the short side is resized to this before the square is cut from the middle."""
+    eval_resize: float = 1.125
+    """Evaluation: the short side is resized to this many times size_px, then the square is cut from the middle."""
     min_scale: float = 0.08
     """Training: smallest share of the picture's area that a random crop keeps; 1 keeps all of it."""
     flip: bool = True
@@ -23,6 +23,13 @@ class Data:
     """Share of the pictures held out for validation, where the data come without a split of their own."""
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
+
+    def __post_init__(self) -> None:
+        _require(self.size_px >= 32, "data.size_px", self.size_px, "32 or more")
+        _require(self.eval_resize >= 1, "data.eval_resize", self.eval_resize, "1 or more")
+        _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
+        _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,20 @@ class Optimizer:
     weight_decay: float = 0.01
     """On every parameter, as published."""
 
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        _require(self.start_lr >= 0, "optimizer.start_lr", self.start_lr, "0 or more")
+        _require(self.end_lr >= 0, "optimizer.end_lr", self.end_lr, "0 or more")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+
 
 @dataclass(frozen=True)
 class Recipe:
     """A training run."""
 
     architecture: Literal["xxs", "xs", "s"] = "s"
-    """Size of the network."""
+    """Size of the network; weights to start from bring their own."""
     epochs: int = 300
     """Times that every picture is seen."""
     batch_size: int = 128
@@ -54,11 +68,23 @@ class Recipe:
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
     ema_decay: float = 0.9995
-    """Share that the average of the weights, which is evaluated and saved, keeps of itself a step; less in short runs."""
+    """Share of itself that the average of the weights (evaluated and saved) keeps a step; less in short runs."""
     seed: int = 0
     """Of the initial weights, the order of the pictures and their augmentation."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def _require(holds: bool, name: str, value: object, range_: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {range_}")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -71,7 +97,7 @@ RECIPES: dict[str, Recipe] = {
         architecture="xxs",
         epochs=30,
         batch_size=32,
-        data=Data(size_px=32, resize_px=32, min_scale=0.6, flip=False, num_workers=0),
+        data=Data(size_px=32, eval_resize=1.0, min_scale=0.6, flip=False, num_workers=0),
     ),
 }
 

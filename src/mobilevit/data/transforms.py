@@ -7,9 +7,39 @@ generator alone: not on workers, not on the pictures before it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from mobilevit.data.sampler import Pick
+from mobilevit.pictures import Preprocessing
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The paper's "basic" augmentation: a random part of the picture, and a mirror image half of the time."""
+
+    min_scale: float
+    flip: bool
+    seed: int
+
+    def __call__(self, image: Image.Image, pick: Pick) -> Image.Image:
+        """An RGB image of any size -> size_px by size_px of `pick`, by chance from (seed, epoch, number) alone."""
+        random = np.random.default_rng((self.seed, pick.epoch, pick.number))
+        image = random_resized_crop(image, pick.size_px, self.min_scale, random)
+        return random_flip(image, random) if self.flip else image
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """No chance: what the network will do to pictures once it is trained."""
+
+    preprocessing: Preprocessing
+
+    def __call__(self, image: Image.Image, pick: Pick) -> Image.Image:
+        """An RGB image of any size -> crop_px by crop_px."""
+        return self.preprocessing.resize_and_crop(image)
 
 
 def random_resized_crop(image: Image.Image, size_px: int, min_scale: float, random: np.random.Generator) -> Image.Image:

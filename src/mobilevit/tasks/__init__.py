@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from mobilevit.data.loader import Batch, PictureDataset
 from mobilevit.models.weights import Weights
 from mobilevit.recipes import Recipe
-from mobilevit.tasks.classification import Classification, PictureDataset
+from mobilevit.tasks.classification import Classification
 
 
 class Task(Protocol):
@@ -20,16 +21,16 @@ class Task(Protocol):
         """Training and validation data; raises ValueError for whatever can be known to be wrong before training."""
         ...
 
-    def build(self, recipe: Recipe, train: PictureDataset, pretrained: Weights | None) -> Weights:
+    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
         """The initial weights, with the preprocessing and class names that will travel with the trained ones."""
         ...
 
-    def loss(self, recipe: Recipe, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch, a scalar."""
         ...
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> Mapping[str, float]:
-        """Metrics by name; the first one is the one that matters."""
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Mapping[str, float]:
+        """Metrics by name, of a model in eval mode."""
         ...
 
 

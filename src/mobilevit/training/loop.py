@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader
 
 from mobilevit import recipes
-from mobilevit.data.sampler import Pick, epoch_batches
+from mobilevit.data.loader import load
+from mobilevit.data.sampler import eval_batches, train_batches
 from mobilevit.models.weights import Weights, write
-from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
-from mobilevit.tasks.classification import Batch, PictureDataset, collate
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.optim import build_optimizer, learning_rate
 
@@ -62,7 +60,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(recipes.to_dict(recipe), indent=2) + "\n", encoding="utf-8")
     console.print(
-        f"{len(train_set):,} pictures of {len(train_set.class_names)} classes for training, "
+        f"{len(train_set):,} pictures of {len(train_set.source.class_names)} classes for training, "
         f"{len(val_set):,} for validation"
     )
 
@@ -83,7 +81,14 @@ def train(
         for epoch in range(recipe.epochs):
             started = time.perf_counter()
             total_loss = 0.0
-            for i, batch in enumerate(_train_batches(train_set, recipe, epoch, device)):
+            batches = train_batches(
+                len(train_set),
+                batch_size=recipe.batch_size,
+                size_px=recipe.data.size_px,
+                seed=recipe.seed,
+                epoch=epoch,
+            )
+            for i, batch in enumerate(load(train_set, batches, num_workers=recipe.data.num_workers, device=device)):
                 step = epoch * steps_per_epoch + i
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe.optimizer, step, num_steps)
@@ -101,7 +106,10 @@ def train(
             seconds = time.perf_counter() - started
 
             # --- Evaluate the average, keep it -----------------------------------------------------------------------
-            metrics = task.evaluate(average.model, _val_batches(val_set, recipe, device))
+            batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
+            metrics = task.evaluate(
+                average.model, load(val_set, batches, num_workers=recipe.data.num_workers, device=device)
+            )
             record = {
                 "epoch": epoch + 1,
                 "train_loss": total_loss / steps_per_epoch,
@@ -123,30 +131,3 @@ def train(
 def _save(initial: Weights, average: MovingAverage, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
     training = {"recipe": recipes.to_dict(recipe), "metrics": record}
     write(replace(initial, tensors=average.model.state_dict(), training=training), path)
-
-
-def _train_batches(dataset: PictureDataset, recipe: Recipe, epoch: int, device: str) -> Iterator[Batch]:
-    batches = epoch_batches(
-        len(dataset), batch_size=recipe.batch_size, size_px=recipe.data.size_px, seed=recipe.seed, epoch=epoch
-    )
-    return _load(dataset, batches, recipe, device)
-
-
-def _val_batches(dataset: PictureDataset, recipe: Recipe, device: str) -> Iterator[Batch]:
-    picks = [Pick(number, epoch=0, size_px=recipe.data.size_px) for number in range(len(dataset))]
-    batches = [picks[start : start + recipe.batch_size] for start in range(0, len(picks), recipe.batch_size)]
-    return _load(dataset, batches, recipe, device)
-
-
-def _load(dataset: PictureDataset, batches: list[list[Pick]], recipe: Recipe, device: str) -> Iterator[Batch]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=recipe.data.num_workers,
-        pin_memory=device.startswith("cuda"),
-    )
-    for batch in loader:
-        if isinstance(batch, PictureError):
-            raise batch
-        yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))

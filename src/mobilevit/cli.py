@@ -1,0 +1,302 @@
+"""The command line. Every command imports what it needs when it runs, so that `mobilevit --help` waits for no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+import mobilevit
+from mobilevit.recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
+SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
+Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
+Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Name what is in pictures. Exit code 1 if some of them could not be read."""
+
+    weights: SomeWeights
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
+    """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
+    top_k: int = 5
+    """Classes to give for each picture."""
+    json: bool = False
+    """One JSON object a line instead of a table."""
+    batch_size: int = 16
+    """Pictures at a time."""
+    device: Device = "auto"
+    download: Download = False
+
+    def run(self) -> int:
+        """Predict and print."""
+        from rich.box import SIMPLE
+        from rich.progress import track
+        from rich.table import Column, Table
+
+        from mobilevit.pictures import PictureError
+        from mobilevit.predict import find_pictures, load, predict_pictures
+
+        if not self.pictures:
+            raise ValueError("no picture is named; give files, folders or quoted patterns")
+        paths = find_pictures(self.pictures)
+        model = load(self.weights, download=self.download, device=_device(self.device))
+        results = predict_pictures(model, paths, top_k=self.top_k, batch_size=self.batch_size)
+        num_unread = 0
+        table = Table("picture", "class", Column("probability", justify="right"), box=SIMPLE)
+        for path, result in track(
+            results, "predicting", len(paths), console=_stderr(), transient=True, disable=len(paths) < 32
+        ):
+            if isinstance(result, PictureError):
+                num_unread += 1
+                _complain(str(result))
+                if self.json:
+                    print(json.dumps({"picture": str(path), "error": str(result)}), flush=True)
+            elif self.json:
+                classes = [
+                    {"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in result
+                ]
+                print(json.dumps({"picture": str(path), "predictions": classes}), flush=True)
+            else:
+                for i, p in enumerate(result):
+                    table.add_row("" if i else str(path), p.class_name, f"{100 * p.probability:.1f} %")
+        if not self.json and table.row_count:
+            _stdout().print(table)
+        return 1 if num_unread else 0
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, multiply-accumulates and activation memory of a network, stage by stage."""
+
+    network: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", help=f"xxs, xs, s, or weights: {WEIGHTS}.")
+    ]
+    size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
+    """Side of the picture, or its height and width, in pixels; unless given, what the weights were made for."""
+    download: Download = False
+
+    def run(self) -> int:
+        """Count and print."""
+        from mobilevit.benchmark.profile import profile, table
+        from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
+        from mobilevit.models.weights import read
+
+        if len(self.size) > 2 or any(side < 32 for side in self.size):
+            raise ValueError(f"size is {self.size}; give one side or height and width, from 32 px up")
+        console = _stdout()
+        if self.network in ARCHITECTURES:
+            model, size_px = MobileViT(self.network), 256
+        else:
+            weights = read(self.network, download=self.download)
+            model, size_px = weights.build(), weights.preprocessing.crop_px
+            p, names = weights.preprocessing, weights.class_names
+            console.print(
+                f"MobileViT-{weights.architecture.name.upper()} from {self.network}, output stride "
+                f"{weights.output_stride}\n"
+                f"input: RGB, short side to {p.resize_px} px {p.interpolation}, middle {p.crop_px} px, / 255, "
+                f"mean {p.mean}, std {p.std}\n"
+                f"classes: {weights.num_classes}"
+                + (f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", not named"),
+                highlight=False,
+            )
+        size = self.size or (size_px,)
+        console.print(table(profile(model, (size[0], size[-1]))))
+        return 0
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write weights in another format."""
+
+    source: SomeWeights
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    """A .safetensors file (ours, timm's), a .pt file (Apple's) or a folder (transformers')."""
+    to: Literal["mobilevit", "apple", "timm", "transformers"] = "mobilevit"
+    """Format to write."""
+    overwrite: bool = False
+    """Replace TARGET if it exists."""
+    download: Download = False
+
+    def run(self) -> int:
+        """Read, write, say what was done."""
+        from mobilevit.models.weights import read, write
+
+        if self.target.exists() and not self.overwrite:
+            raise ValueError(f"{self.target}: exists already; choose another name or say --overwrite")
+        weights = read(self.source, download=self.download)
+        write(weights, self.target, self.to)
+        print(
+            f"{self.target}: MobileViT-{weights.architecture.name.upper()}, {weights.num_classes} classes, "
+            f"{self.to} format"
+        )
+        if self.to == "apple":
+            print("Apple's format has no place for class names and preprocessing; whoever reads it assumes the paper's")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on a folder of pictures, a folder for each class: mobilevit train [RECIPE] --data FOLDER."""
+
+    data: Path
+    """Folder with a folder of pictures for each class, or with train/ and val/ that hold those."""
+    out: Path | None = None
+    """New folder for weights, metrics and recipe; unless given, runs/ and the name of the data."""
+    weights: Annotated[
+        str | None, tyro.conf.arg(help=f"Start from these weights instead of random ones: {WEIGHTS}.")
+    ] = None
+    download: Download = False
+    device: Device = "auto"
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+    def run(self) -> int:
+        """Train, then say what to do next."""
+        from mobilevit.models.weights import read
+        from mobilevit.training.loop import train
+
+        out = self.out or Path("runs") / self.data.resolve().name
+        pretrained = read(self.weights, download=self.download) if self.weights else None
+        run = train(self.recipe, self.data, out, pretrained=pretrained, device=_device(self.device))
+        print(
+            f"{run.weights}: validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
+            f"try next: mobilevit predict {run.weights} PICTURE..."
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Top-1 and top-5 of weights on a folder of pictures, a folder for each class."""
+
+    weights: SomeWeights
+    data: Path
+    """Folder with a folder of pictures for each class, or with val/ or test/ that holds those."""
+    json: bool = False
+    """A JSON object instead of words."""
+    batch_size: int = 32
+    """Pictures at a time."""
+    num_workers: int = 2
+    """Processes that read pictures; 0 reads them in the main process."""
+    device: Device = "auto"
+    download: Download = False
+
+    def run(self) -> int:
+        """Evaluate and print."""
+        from mobilevit.models.weights import read
+        from mobilevit.tasks.classification import evaluate_weights
+
+        weights = read(self.weights, download=self.download)
+        metrics = evaluate_weights(
+            weights,
+            self.data,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            device=_device(self.device),
+        )
+        if self.json:
+            print(json.dumps(metrics))
+        else:
+            print(
+                f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
+                f"on {metrics['num_pictures']:,} pictures"
+            )
+        return 0
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "predict": Predict,
+    "train": Train,
+    "evaluate": Evaluate,
+    "info": Info,
+    "convert": Convert,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted."""
+    try:
+        sys.exit(_run(sys.argv[1:] if args is None else args))
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it exits
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        _complain(" ".join(str(error).split()))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(130)
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: mobilevit COMMAND ... (mobilevit COMMAND --help says more)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10}{(command.__doc__ or '').splitlines()[0]}")
+        return 0
+    if args[0] == "--version":
+        print(mobilevit.__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        raise ValueError(f"there is no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+    return parse(args).run()
+
+
+def parse(args: list[str]) -> Any:
+    """The command that `args` stands for. Exits with code 2, and says why, where it stands for none."""
+    name, rest = args[0], args[1:]
+    default: Any = tyro.MISSING_NONPROP
+    if name == "train":
+        recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
+        if recipe not in RECIPES:
+            raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+        default = Train(data=tyro.MISSING, recipe=RECIPES[recipe])
+    return tyro.cli(
+        COMMANDS[name],
+        prog=f"mobilevit {name}",
+        args=rest,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+    return name
+
+
+def _complain(message: str) -> None:
+    print(f"mobilevit: {message}", file=sys.stderr, flush=True)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # A pipe has no width: lines are then as long as they need to be, for whatever reads them.
+    return Console() if sys.stdout.isatty() else Console(width=10_000)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)

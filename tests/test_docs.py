@@ -1,0 +1,78 @@
+"""The pages of the documentation run and print what they say they print; the figures are drawn."""
+
+import contextlib
+import functools
+import io
+import re
+import runpy
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+FIGURES = {"seen.png": (1600, 700), "unfold.png": (1600, 540)}
+BLOCK = re.compile(r"^(?P<indent> *)```(?P<info>.*)\n(?P<body>(?:.*\n)*?)(?P=indent)``` *$", re.MULTILINE)
+
+
+@functools.cache  # two tests look at one run
+def run_page(text: str, name: str) -> dict[str, Any]:
+    """Run the python blocks in one namespace, which is returned; hold every text block right behind one against it."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed, end = "", -1
+    for block in BLOCK.finditer(text):
+        language, *options = block["info"].split() or [""]
+        if language == "python" and "no-run" not in options:
+            lines_before = text.count("\n", 0, block.start("body"))  # so that a traceback names the line of the page
+            code = compile("\n" * lines_before + dedent(block["body"]), name, "exec", dont_inherit=True)
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(code, namespace)
+            printed, end = stdout.getvalue(), block.end()
+        elif language == "text" and end >= 0 and not text[end : block.start()].strip():
+            assert dedent(block["body"]) == printed, (
+                f"{name}: the text block does not show what the code before it prints"
+            )
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert "://" in target or (page.parent / target).is_file(), f"{page.name} shows {target}, which does not exist"
+    monkeypatch.chdir(tmp_path)  # a page may write files
+    run_page(text, str(page))
+
+
+def test_a_page_that_is_wrong_fails():
+    page = "```python\nx = 1\n```\nWords.\n```python\nprint(x)\n```\n\n```text\n{}\n```\n```python no-run\n1 / 0\n```\n"
+    assert run_page(page.format(1), "right")["x"] == 1
+    with pytest.raises(AssertionError, match="does not show"):
+        run_page(page.format(2), "wrong output")
+    with pytest.raises(ZeroDivisionError):
+        run_page(page.format(1).replace(" no-run", ""), "wrong code")
+
+
+def test_figures(tmp_path: Path):
+    runpy.run_path(str(DOCS / "figures.py"))["main"](tmp_path)
+    for folder in (tmp_path, DOCS / "figures"):  # drawn now, and kept in the repository
+        assert {path.name for path in folder.iterdir()} == set(FIGURES)
+        for name, size in FIGURES.items():
+            assert (folder / name).stat().st_size < 150_000
+            with Image.open(folder / name) as picture:
+                assert picture.size == size
+                grey = picture.convert("L").histogram()
+            assert 0.2 < grey[255] / sum(grey) < 0.8, f"{name} is blank or nearly so"
+
+
+def test_the_figure_shows_what_the_page_counts():
+    page = DOCS / "unfold_attend_fold.md"
+    counted = run_page(page.read_text(encoding="utf-8"), str(page))["masks"]
+    drawn = runpy.run_path(str(DOCS / "figures.py"))["seen_pixels"]()
+    assert set(drawn) < set(counted)
+    for name, mask in drawn.items():
+        assert mask.equal(counted[name]), name
