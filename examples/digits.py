@@ -56,6 +56,8 @@ def main(out: Path) -> None:
     console = Console()
     started = time.perf_counter()
     if out.exists():
+        if any(out.iterdir()) and not (out / "data" / "train" / "0").is_dir():
+            sys.exit(f"{out}: holds something else than a run of this example; give a folder of its own")
         shutil.rmtree(out)
     write_pictures(out / "data")
     run = train(RECIPES["small"], out / "data", out, console=console)
@@ -68,13 +70,13 @@ def main(out: Path) -> None:
     ]
     wrong = [one for one in read if one[1] != one[0].parent.name]
     right = [one for one in read if one[1] == one[0].parent.name]
-    draw([*right[:: len(right) // 40][: 50 - len(wrong[:20])], *wrong[:20]], out / "predictions.png")
+    draw([*right[:: max(1, len(right) // 40)][: 50 - len(wrong[:20])], *wrong[:20]], out / "predictions.png")
 
     console.print(
         f"\nTest accuracy: {100 * len(right) / len(read):.2f} % of {len(read)} digits never trained on, "
         f"after {time.perf_counter() - started:.0f} s.\n"
         f"Weights: {run.weights}\nPicture: {out / 'predictions.png'}\n\n"
-        f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {right[0][0]}\n"
+        f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {read[0][0]}\n"
         "  .venv/bin/mobilevit train --data FOLDER      # your own pictures, a folder for each class\n",
         soft_wrap=True,
         highlight=False,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +45,7 @@ class Predict:
     def run(self) -> int:
         """Predict and print."""
         from rich.box import SIMPLE
-        from rich.progress import track
+        from rich.progress import Progress
         from rich.table import Column, Table
 
         from mobilevit.pictures import PictureError
@@ -55,22 +58,23 @@ class Predict:
         results = predict_pictures(model, paths, top_k=self.top_k, batch_size=self.batch_size)
         num_unread = 0
         table = Table("picture", "class", Column("probability", justify="right"), box=SIMPLE)
-        for path, result in track(
-            results, "predicting", len(paths), console=_stderr(), transient=True, disable=len(paths) < 32
-        ):
-            if isinstance(result, PictureError):
-                num_unread += 1
-                _complain(str(result))
-                if self.json:
-                    print(json.dumps({"picture": str(path), "error": str(result)}), flush=True)
-            elif self.json:
-                classes = [
-                    {"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in result
-                ]
-                print(json.dumps({"picture": str(path), "predictions": classes}), flush=True)
-            else:
-                for i, p in enumerate(result):
-                    table.add_row("" if i else str(path), p.class_name, f"{100 * p.probability:.1f} %")
+        quiet = len(paths) < 32 or (self.json and sys.stdout.isatty())
+        # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
+        with Progress(console=_stderr(), transient=True, disable=quiet, redirect_stdout=False) as progress:
+            for path, result in progress.track(results, len(paths), description="predicting"):
+                if isinstance(result, PictureError):
+                    num_unread += 1
+                    _complain(str(result))
+                    if self.json:
+                        print(json.dumps({"picture": str(path), "error": str(result)}), flush=True)
+                elif self.json:
+                    classes = [
+                        {"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in result
+                    ]
+                    print(json.dumps({"picture": str(path), "predictions": classes}), flush=True)
+                else:
+                    for i, p in enumerate(result):
+                        table.add_row("" if i else str(path), p.class_name, f"{100 * p.probability:.1f} %")
         if not self.json and table.row_count:
             _stdout().print(table)
         return 1 if num_unread else 0
@@ -108,8 +112,7 @@ class Info:
                 f"input: RGB, short side to {p.resize_px} px {p.interpolation}, middle {p.crop_px} px, / 255, "
                 f"mean {p.mean}, std {p.std}\n"
                 f"classes: {weights.num_classes}"
-                + (f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", not named"),
-                highlight=False,
+                + (f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", not named")
             )
         size = self.size or (size_px,)
         console.print(table(profile(model, (size[0], size[-1]))))
@@ -133,13 +136,13 @@ class Convert:
         """Read, write, say what was done."""
         from mobilevit.models.weights import read, write
 
-        if self.target.exists() and not self.overwrite:
-            raise ValueError(f"{self.target}: exists already; choose another name or say --overwrite")
+        target = _expand(self.target)
+        if target.exists() and not self.overwrite:
+            raise ValueError(f"{target}: exists already; choose another name or say --overwrite")
         weights = read(self.source, download=self.download)
-        write(weights, self.target, self.to)
+        write(weights, target, self.to)
         print(
-            f"{self.target}: MobileViT-{weights.architecture.name.upper()}, {weights.num_classes} classes, "
-            f"{self.to} format"
+            f"{target}: MobileViT-{weights.architecture.name.upper()}, {weights.num_classes} classes, {self.to} format"
         )
         if self.to == "apple":
             print("Apple's format has no place for class names and preprocessing; whoever reads it assumes the paper's")
@@ -166,9 +169,10 @@ class Train:
         from mobilevit.models.weights import read
         from mobilevit.training.loop import train
 
-        out = self.out or Path("runs") / self.data.resolve().name
+        data = _expand(self.data)
+        out = _expand(self.out or Path("runs") / data.resolve().name)
         pretrained = read(self.weights, download=self.download) if self.weights else None
-        run = train(self.recipe, self.data, out, pretrained=pretrained, device=_device(self.device))
+        run = train(self.recipe, data, out, pretrained=pretrained, device=_device(self.device))
         print(
             f"{run.weights}: validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
             f"try next: mobilevit predict {run.weights} PICTURE..."
@@ -200,7 +204,7 @@ class Evaluate:
         weights = read(self.weights, download=self.download)
         metrics = evaluate_weights(
             weights,
-            self.data,
+            _expand(self.data),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             device=_device(self.device),
@@ -231,8 +235,12 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it exits
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        _complain(" ".join(str(error).split()))
+    except OSError as error:
+        file = error.filename2 or error.filename
+        _complain(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
+        sys.exit(2)
+    except ValueError as error:
+        _complain(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -262,13 +270,33 @@ def parse(args: list[str]) -> Any:
         if recipe not in RECIPES:
             raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
         default = Train(data=tyro.MISSING, recipe=RECIPES[recipe])
-    return tyro.cli(
-        COMMANDS[name],
-        prog=f"mobilevit {name}",
-        args=rest,
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                COMMANDS[name],
+                prog=f"mobilevit {name}",
+                args=rest,
+                default=default,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _complain(_unframed(said.getvalue()))
+        raise
+
+
+def _unframed(box: str) -> str:
+    """A message of tyro in one line, without its title and the frame that it draws."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).strip().splitlines()[1:]
+    rule = re.compile(r"[ │╰]*[─-]{5,}[ │╯]*")
+    parts = "\n".join("\0" if rule.fullmatch(line) else line.strip(" │") for line in lines).split("\0")
+    return "; ".join(" ".join(part.split()).rstrip(".") for part in parts if part.strip())
+
+
+def _expand(path: Path) -> Path:
+    """With the home folder for a leading ~, which no shell sees to in --data=~/photos."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own stops at a folder called ~photos
 
 
 def _device(name: str) -> str:
@@ -286,14 +314,16 @@ def _device(name: str) -> str:
 
 
 def _complain(message: str) -> None:
-    print(f"mobilevit: {message}", file=sys.stderr, flush=True)
+    print(f"mobilevit: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
 def _stdout() -> Console:
     from rich.console import Console
 
-    # A pipe has no width: lines are then as long as they need to be, for whatever reads them.
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
+    # A pipe has no width: lines are then as long as they need to be, for whatever reads them. Names of files and
+    # classes are printed as they are, whatever [brackets] or :colons: are in them.
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def _stderr() -> Console:

@@ -38,13 +38,21 @@ class Classifier(MobileViT):
     preprocessing: Preprocessing = PAPER_PREPROCESSING
     class_names: tuple[str, ...] = ()
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a newly initialised classifier in place; its classes have no names until `class_names` is set."""
+        super().reset_classifier(num_classes)
+        self.class_names = ()
+
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """One picture or several (paths, PIL images, uint8 arrays) -> (B, 3, crop_px, crop_px) on the model's device.
 
         Raises:
             PictureError: a picture that cannot be read, by name.
+            ValueError: no pictures.
         """
         several = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray) else pictures
+        if not len(several):
+            raise ValueError("no pictures are given; preprocess takes one or several")
         return torch.stack([self.preprocessing(picture) for picture in several]).to(self.head.norm.weight)
 
     def predict(self, picture: Picture, top_k: int = 5) -> list[Prediction]:
@@ -114,17 +122,16 @@ def save(model: MobileViT, path: str | os.PathLike[str], format: Format = "mobil
 
 
 def find_pictures(names: Iterable[str]) -> list[Path]:
-    """The pictures that files, folders (searched through) and globs stand for, each once, in order.
+    """The pictures that files, folders (searched through, hidden ones aside) and globs stand for, each once, in order.
 
     Raises:
         ValueError: a name that stands for nothing.
     """
-    suffixes = set(Image.registered_extensions())
     found: dict[Path, None] = {}
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
         if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            matches = _pictures_in(path)
             if not matches:
                 raise ValueError(f"{name}: no pictures in this folder")
         elif path.exists():
@@ -135,6 +142,18 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
                 raise ValueError(f"{name}: no such picture, folder or pattern")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    # What Pillow can only write, .pdf say, is no picture; nor is ._cat.jpg, which some systems put beside cat.jpg.
+    suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def predict_pictures(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
+
+Size = Literal["xxs", "xs", "s"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Data:
     eval_resize: float = 1.125
     """Evaluation: the short side is resized to this many times size_px, then the square is cut from the middle."""
     min_scale: float = 0.08
-    """Training: smallest share of the picture's area that a random crop keeps; 1 keeps all of it."""
+    """Training: smallest share of the picture's area that a random crop keeps; 1 keeps all of it, up to 4:3."""
     flip: bool = True
     """Training: mirror half of the pictures. Wrong for digits, letters and everything else that has a side."""
     val_fraction: float = 0.2
@@ -26,7 +29,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _require(self.size_px >= 32, "data.size_px", self.size_px, "32 or more")
-        _require(self.eval_resize >= 1, "data.eval_resize", self.eval_resize, "1 or more")
+        _require(1 <= self.eval_resize < math.inf, "data.eval_resize", self.eval_resize, "1 or more, and finite")
         _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
         _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
@@ -48,18 +51,20 @@ class Optimizer:
     """On every parameter, as published."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
-        _require(self.start_lr >= 0, "optimizer.start_lr", self.start_lr, "0 or more")
-        _require(self.end_lr >= 0, "optimizer.end_lr", self.end_lr, "0 or more")
+        _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "above 0, and finite")
+        _require(0 <= self.start_lr < math.inf, "optimizer.start_lr", self.start_lr, "0 or more, and finite")
+        _require(0 <= self.end_lr < math.inf, "optimizer.end_lr", self.end_lr, "0 or more, and finite")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(
+            0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite"
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A training run."""
 
-    architecture: Literal["xxs", "xs", "s"] = "s"
+    architecture: Size = "s"
     """Size of the network; weights to start from bring their own."""
     epochs: int = 300
     """Times that every picture is seen."""
@@ -75,11 +80,13 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
+        _require(self.architecture in get_args(Size), "architecture", self.architecture, ", ".join(get_args(Size)))
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
+        # Pairs would leave one of an odd number of pictures alone, and batch norm fails on a single picture.
+        _require(self.batch_size >= 3, "batch_size", self.batch_size, "3 or more, for batch norm")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to below 2**64")
 
 
 def _require(holds: bool, name: str, value: object, range_: str) -> None:

@@ -19,7 +19,7 @@ def train_batches(num_pictures: int, *, batch_size: int, size_px: int, seed: int
     """The batches of an epoch: every picture once, in a new order each epoch, sizes of batches at most one apart.
 
     There are ceil(num_pictures / batch_size) of them. A last batch of leftovers could be a single picture, on which
-    batch norm fails, so the leftovers are spread.
+    batch norm fails, so the leftovers are spread; with a batch size of 3 or more no batch is then a single picture.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_pictures)
     parts = np.array_split(order, -(-num_pictures // batch_size))

@@ -57,8 +57,11 @@ def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
     """Training and validation pictures of a folder.
 
     Either `data` holds `train/` and `val/` (or `test/`), each with a folder a class, or it holds a folder a class, and
-    `val_fraction` of every class is held out: always the same pictures, chosen by their names, so that adding pictures
-    moves none of the others.
+    about `val_fraction` of every class is held out: each picture by chance, drawn from its name below `data` alone, so
+    that adding pictures moves none of the others. Where chance would leave one side of a class empty, as it may
+    where a class has few pictures, one is put there.
+
+    Hidden files and folders are passed over.
 
     Raises:
         ValueError: no such folder, no class folders, an empty class, a class in val that train lacks.
@@ -78,12 +81,16 @@ def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
         raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
     everything = _read_folder(data, _class_names(data))
     val_indices: set[int] = set()
-    for label, class_name in enumerate(everything.class_names):
-        indices = [i for i, its_label in enumerate(everything.labels) if its_label == label]
+    indices_of: list[list[int]] = [[] for _ in everything.class_names]
+    for i, label in enumerate(everything.labels):
+        indices_of[label].append(i)
+    chances = [_chance(file.relative_to(data).as_posix()) for file in everything.files]
+    for class_name, indices in zip(everything.class_names, indices_of, strict=True):
         if len(indices) < 2:
             raise ValueError(f"{data / class_name}: one picture is too few to train on some and validate on others")
-        indices.sort(key=lambda i: hashlib.sha256(everything.files[i].name.encode()).digest())
-        val_indices.update(indices[: min(max(1, round(val_fraction * len(indices))), len(indices) - 1)])
+        indices.sort(key=lambda i: chances[i])
+        num_val = sum(chances[i] < val_fraction for i in indices)
+        val_indices.update(indices[: min(max(1, num_val), len(indices) - 1)])
     train_indices = [i for i in range(len(everything)) if i not in val_indices]
     return _select(everything, train_indices), _select(everything, sorted(val_indices))
 
@@ -117,7 +124,13 @@ def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
         if folder.name not in label_of:
             known = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
             raise ValueError(f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({known})")
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        found = sorted(
+            p
+            for p in folder.rglob("*")
+            if p.suffix.lower() in suffixes
+            and p.is_file()
+            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        )
         if not found:
             raise ValueError(f"{folder}: no pictures in this class; fill or remove it")
         files.extend(found)
@@ -125,6 +138,12 @@ def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
     if not files:
         raise ValueError(f"{root}: no class folders with pictures")
     return Folder(tuple(files), tuple(labels), class_names)
+
+
+def _chance(name: str) -> float:
+    """A number from 0 to below 1, evenly spread over all names."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # a name may be no valid UTF-8
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _select(folder: Folder, indices: Sequence[int]) -> Folder:

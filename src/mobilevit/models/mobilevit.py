@@ -112,7 +112,10 @@ def unfold(x_BCHW: Tensor, patch_px: int) -> Tensor:
     B, C, H, W = x_BCHW.shape
     p = patch_px
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-    x = x_BHWC.reshape(B, H // p, p, W // p, p, C).permute(0, 2, 4, 1, 3, 5)
+    if statically_known_true(H % (H // p) == 0) and statically_known_true(W % (W // p) == 0):
+        x = x_BHWC.reshape(B, H // p, p, W // p, p, C).permute(0, 2, 4, 1, 3, 5)
+    else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
+        x = torch.stack([x_BHWC[:, i::p, j::p] for i in range(p) for j in range(p)], dim=1)
     return x.reshape(B * p * p, (H // p) * (W // p), C)
 
 
@@ -334,12 +337,13 @@ class Backbone(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Maps by name, in the order of `out_stages`, of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 up."""
-        maps = {}
-        x = pictures.contiguous(memory_format=torch.channels_last)
+        maps = dict.fromkeys(self.out_stages, pictures)  # to be replaced; fixes the order
+        x = pictures  # in any layout: the convolutions hand on that of their weights
         for name, stage in self.named_children():
             x = stage(x)
-            maps[name] = x
-        return {name: maps[name] for name in self.out_stages}
+            if name in maps:
+                maps[name] = x
+        return maps
 
 
 class MobileViT(nn.Module):

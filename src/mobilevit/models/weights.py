@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -245,48 +246,44 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
     import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    def fetch(*names: str, local: bool) -> Path | None:
-        for name in names:
-            # LocalEntryNotFoundError is also an EntryNotFoundError, but says that nobody could be asked.
-            try:
-                return Path(hub.hf_hub_download(repo_id, name, revision=revision, local_files_only=local))
-            except LocalEntryNotFoundError:
-                if not local:
-                    raise
-            except EntryNotFoundError:
-                continue
-        return None
-
-    weights = ("model.safetensors", "pytorch_model.bin")
-    if found := fetch(*weights, local=True):
-        return found
+    names = ("model.safetensors", "pytorch_model.bin")
+    # Looked up as plain files: even with local_files_only the downloading functions may talk to the hub.
+    for name in names:
+        cached = hub.try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
     if not download:
         raise WeightsError(
             f"{repo_id}: no such file or folder here, and not in the local cache of the hub; "
             "to fetch it from the hub say --download (in Python download=True)"
         )
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hub.hf_hub_download(repo_id, name, revision=revision))
+        except LocalEntryNotFoundError:  # a kind of EntryNotFoundError, but it says that nobody could be asked
+            raise
+        except EntryNotFoundError:
+            return None
+
     try:
         # The small files first: with the weights in the cache, everything that belongs to them is there too.
         for name in ("config.json", "preprocessor_config.json"):
-            fetch(name, local=False)
-        found = fetch(*weights, local=False)
-    except hub.errors.RepositoryNotFoundError:
-        raise WeightsError(
-            f"{repo_id}: the hub has no such model, or does not show it to you; check the name"
-        ) from None
-    except hub.errors.RevisionNotFoundError:
-        raise WeightsError(f"{repo_id}: the hub has no revision {revision!r} of it") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            fetch(name)
+        found = fetch(names[0]) or fetch(names[1])
+    except RepositoryNotFoundError:
+        raise WeightsError(f"{repo_id}: the hub has no such model, or not for you; check the name") from None
+    except Exception as error:  # whatever the network and its libraries come up with
         raise WeightsError(
             f"{repo_id}: could not be fetched ({_first_line(error)}); try again when the hub can be reached, "
             "or fetch the folder elsewhere and give its path"
         ) from None
     if found is None:
-        raise WeightsError(f"{repo_id}: the hub has neither {' nor '.join(weights)} in it; is it a MobileViT?")
+        raise WeightsError(f"{repo_id}: the hub has neither {' nor '.join(names)} in it; is it a MobileViT?")
     licence = "weights by Apple under Apple's licence" if repo_id.startswith(("apple/", "timm/")) else "see its licence"
-    print(f"{repo_id}: fetched; {licence}, on its model card", flush=True)
+    print(f"{repo_id}: fetched; {licence}, on its model card", file=sys.stderr, flush=True)
     return found
 
 

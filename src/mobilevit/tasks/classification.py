@@ -81,6 +81,10 @@ def evaluate_weights(
     dataset = PictureDataset(source, Evaluation(weights.preprocessing))
     batches = eval_batches(len(source), batch_size=batch_size, size_px=weights.preprocessing.crop_px)
     model = weights.build().to(device)
+    # The task hands the network pixels in [0, 1], as ours want them; weights from elsewhere may want them normalised.
+    p = weights.preprocessing
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (p.mean, p.std))
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     return Classification().evaluate(model, load(dataset, batches, num_workers=num_workers, device=device))
 
 

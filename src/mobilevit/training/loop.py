@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ def train(
     train_set, val_set = task.datasets(recipe, data)
     if len(train_set) < 2:
         raise ValueError(f"{data}: {len(train_set)} pictures are too few to train on")
-    if (out / "metrics.jsonl").exists():
+    if (out / "metrics.jsonl").exists() or (out / "model.safetensors").exists():
         raise ValueError(f"{out}: holds a run already; choose another folder or remove this one")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(recipes.to_dict(recipe), indent=2) + "\n", encoding="utf-8")
@@ -110,6 +111,9 @@ def train(
             metrics = task.evaluate(
                 average.model, load(val_set, batches, num_workers=recipe.data.num_workers, device=device)
             )
+            averaged = average.model.state_dict().values()
+            if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
+                raise ValueError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
             record = {
                 "epoch": epoch + 1,
                 "train_loss": total_loss / steps_per_epoch,
