@@ -48,19 +48,21 @@ class Predict:
         from rich.progress import Progress
         from rich.table import Column, Table
 
+        from mobilevit.export.rewrite import fold_batch_norm
         from mobilevit.pictures import PictureError
         from mobilevit.predict import find_pictures, load, predict_pictures
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
-        model = load(self.weights, download=self.download, device=_device(self.device))
+        model = fold_batch_norm(load(self.weights, download=self.download, device=_device(self.device)))
         results = predict_pictures(model, paths, top_k=self.top_k, batch_size=self.batch_size)
         num_unread = 0
         table = Table("picture", "class", Column("probability", justify="right"), box=SIMPLE)
-        quiet = len(paths) < 32 or (self.json and sys.stdout.isatty())
+        console = _stderr()
+        quiet = len(paths) < 32 or not console.is_terminal or (self.json and sys.stdout.isatty())
         # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
-        with Progress(console=_stderr(), transient=True, disable=quiet, redirect_stdout=False) as progress:
+        with Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress:
             for path, result in progress.track(results, len(paths), description="predicting"):
                 if isinstance(result, PictureError):
                     num_unread += 1
@@ -151,7 +153,10 @@ class Convert:
 
 @dataclass(frozen=True)
 class Train:
-    """Train on a folder of pictures, a folder for each class: mobilevit train [RECIPE] --data FOLDER."""
+    """Train on a folder of pictures, a folder for each class: mobilevit train [RECIPE] --data FOLDER.
+
+    RECIPE is plain (photographs, the paper's optimizer; unless given) or small (pictures of 8 to 64 px).
+    """
 
     data: Path
     """Folder with a folder of pictures for each class, or with train/ and val/ that hold those."""
@@ -186,7 +191,8 @@ class Evaluate:
 
     weights: SomeWeights
     data: Path
-    """Folder with a folder of pictures for each class, or with val/ or test/ that holds those."""
+    """Folder with a folder of pictures for each class, or with val/ or test/ that holds those. Without these two,
+    every picture counts, those it was trained on as well."""
     json: bool = False
     """A JSON object instead of words."""
     batch_size: int = 32
@@ -278,7 +284,8 @@ def parse(args: list[str]) -> Any:
                 prog=f"mobilevit {name}",
                 args=rest,
                 default=default,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                # Pairs for train alone: what a flag's default is, depends on the recipe.
+                config=() if name == "train" else (tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code:

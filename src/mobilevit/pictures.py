@@ -57,7 +57,8 @@ def read_picture(picture: Picture) -> Image.Image:
     try:
         if isinstance(picture, Image.Image):
             return to_rgb(picture, name)
-        with Image.open(picture) as image:
+        # Opened here: some files that Pillow opens it maps into memory, and then scrambles them in a quarter turn.
+        with Path(picture).open("rb") as file, Image.open(file) as image:
             return to_rgb(image, name)
     except PictureError:
         raise
@@ -69,6 +70,19 @@ def read_picture(picture: Picture) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:  # said by the system, not by Pillow
             raise PictureError(f"{name}: {os.strerror(error.errno).lower()}") from None
         raise PictureError(f"{name}: damaged picture ({_first_line(error)})") from error
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and its subfolders by their endings, sorted; hidden files and folders aside."""
+    # What Pillow can only write, .pdf say, is no picture; nor is ._cat.jpg, which some systems put beside cat.jpg.
+    endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

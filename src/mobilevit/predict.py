@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import PAPER_PREPROCESSING, Format, Weights, read, write
-from mobilevit.pictures import Picture, PictureError, Preprocessing
+from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Classifier(MobileViT):
         several = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray) else pictures
         if not len(several):
             raise ValueError("no pictures are given; preprocess takes one or several")
-        return torch.stack([self.preprocessing(picture) for picture in several]).to(self.head.norm.weight)
+        return torch.stack([self.preprocessing(picture) for picture in several]).to(next(self.parameters()))
 
     def predict(self, picture: Picture, top_k: int = 5) -> list[Prediction]:
         """The `top_k` most likely classes of one picture, likeliest first."""
@@ -102,10 +101,11 @@ def classifier(weights: Weights) -> Classifier:
     return model
 
 
-def save(model: MobileViT, path: str | os.PathLike[str], format: Format = "mobilevit", **training: Any) -> None:
+def save(model: MobileViT, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
     """Write a network in one of the four formats, with the preprocessing and class names of a `Classifier`.
 
-    `training` is free JSON that travels along in our format. Raises WeightsError where `format` cannot express it.
+    Raises:
+        WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
     write(
         Weights(
@@ -114,7 +114,6 @@ def save(model: MobileViT, path: str | os.PathLike[str], format: Format = "mobil
             preprocessing=model.preprocessing if isinstance(model, Classifier) else PAPER_PREPROCESSING,
             class_names=model.class_names if isinstance(model, Classifier) else (),
             output_stride=model.backbone.output_stride,
-            training=training,
         ),
         path,
         format,
@@ -131,7 +130,7 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
         if path.is_dir():
-            matches = _pictures_in(path)
+            matches = picture_files(path)
             if not matches:
                 raise ValueError(f"{name}: no pictures in this folder")
         elif path.exists():
@@ -142,18 +141,6 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
                 raise ValueError(f"{name}: no such picture, folder or pattern")
         found.update(dict.fromkeys(matches))
     return list(found)
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    # What Pillow can only write, .pdf say, is no picture; nor is ._cat.jpg, which some systems put beside cat.jpg.
-    suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def predict_pictures(
@@ -179,7 +166,7 @@ def predict_pictures(
         for start in starts:
             pictures, ahead = [future.result() for future in ahead], submit(start + batch_size)
             pixels = [one for one in pictures if isinstance(one, Tensor)]
-            on_device = torch.stack(pixels).to(model.head.norm.weight) if pixels else None
+            on_device = torch.stack(pixels).to(next(model.parameters())) if pixels else None
             predicted = iter(model.predict_pixels(on_device, top_k) if on_device is not None else ())
             for path, one in zip(paths[start : start + batch_size], pictures, strict=True):
                 yield path, one if isinstance(one, PictureError) else next(predicted)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from mobilevit.pictures import read_picture
+from mobilevit.pictures import picture_files, read_picture
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,6 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 
 def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
-    suffixes = set(Image.registered_extensions())
     label_of = {name: label for label, name in enumerate(class_names)}
     files: list[Path] = []
     labels: list[int] = []
@@ -124,13 +123,7 @@ def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
         if folder.name not in label_of:
             known = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
             raise ValueError(f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({known})")
-        found = sorted(
-            p
-            for p in folder.rglob("*")
-            if p.suffix.lower() in suffixes
-            and p.is_file()
-            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        )
+        found = picture_files(folder)
         if not found:
             raise ValueError(f"{folder}: no pictures in this class; fill or remove it")
         files.extend(found)

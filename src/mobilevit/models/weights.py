@@ -221,7 +221,7 @@ def imagenet_class_names() -> tuple[str, ...]:
 
 def _locate(source: str, download: bool) -> Path:
     """The file that holds the tensors."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own stops at a file called ~weights.pt
     if path.is_dir():
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (path / name).is_file():
@@ -507,9 +507,13 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
     Raises:
         WeightsError: `format` cannot express these weights, or `path` has the wrong ending for it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # noqa: PTH111
     if format not in FORMATS:
         raise WeightsError(f"format is {format!r}; it can be {', '.join(FORMATS)}")
+    if weights.class_names and len(weights.class_names) != weights.num_classes:
+        raise WeightsError(
+            f"{path}: not written: {weights.num_classes} classes, but {len(weights.class_names)} class names"
+        )
     endings = {
         "mobilevit": (".safetensors",),
         "timm": (".safetensors",),

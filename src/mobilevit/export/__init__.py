@@ -1,0 +1,1 @@
+"""Deployment: the same function as a faster graph."""
