@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import randomise
 from mobilevit.models.mobilevit import XXS, MobileViT
-from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
+from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError
 from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import Classifier, Prediction, find_pictures, load, predict_pictures, save
 
@@ -162,10 +162,9 @@ def test_refused_whole(tmp_path: Path):
 
 
 def test_plain_network(tmp_path: Path, pictures: list[Path]):
-    save(MobileViT(XXS, num_classes=3).eval(), tmp_path / "plain.safetensors", note="from nowhere")
+    save(MobileViT(XXS, num_classes=3).eval(), tmp_path / "plain.safetensors")
     loaded = load(tmp_path / "plain.safetensors")
     assert {p.class_name for p in loaded.predict(pictures[0])} == {"class 0", "class 1", "class 2"}
-    assert read(tmp_path / "plain.safetensors").training == {"note": "from nowhere"}
     with pytest.raises(WeightsError, match=r"3 classes, expected 5.*reset_classifier\(5\)"):
         load(tmp_path / "plain.safetensors", num_classes=5)
 
