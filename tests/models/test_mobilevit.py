@@ -211,6 +211,7 @@ def test_gradients_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(block, (x,))
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_compile(model: nn.Module, size: tuple[int, int]) -> None:
     # aot_eager: everything of torch.compile but the C++ compiler, which a machine need not have.
