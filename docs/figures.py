@@ -1,7 +1,8 @@
 """Draw the figures of the documentation: `python docs/figures.py` writes them to docs/figures/.
 
-Every figure shows something that is computed here: which pixels are seen is read from gradients, and the numbers of the
-unfolded map come out of `unfold`. `tests/test_docs.py` holds the pixels against those that the page counts.
+Every figure shows something that is computed here: which pixels are seen is read from gradients, the numbers of the
+unfolded map come out of `unfold`, the batches out of the sampler. `tests/test_docs.py` holds the pixels against those
+that the page counts.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
 
+from mobilevit.data.sampler import PAPER_SIZES_PX, EpochBatches
 from mobilevit.models.mobilevit import MobileViTBlock, Transformer, fold, unfold
 
 SIDE, ROW, COLUMN, PATCH = 16, 5, 10, 2  # the map, the output pixel asked about, the patch side; all in pixels
@@ -144,10 +146,36 @@ def draw_unfold() -> Figure:
     return figure
 
 
+def draw_sampler() -> Figure:
+    """Batch and picture size of the first steps of an epoch: a bar a step, height the batch, colour the size."""
+    num_steps, colours = 100, ("#d3e8f6", "#9fd0ee", "#5aa9d6", BLUE, "#08395c")
+    figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
+    rows = figure.subplots(3, 1, sharex=True, sharey=True)
+    for axes, variant in zip(rows, ("equation", "v0.1", "main"), strict=True):
+        epoch = EpochBatches(1_281_167, sizes_px=PAPER_SIZES_PX, batch_size=128, base_px=256, variant=variant, world=8)
+        for step in range(num_steps):
+            colour = colours[PAPER_SIZES_PX.index(epoch.size_px(step))]
+            axes.bar(step, len(epoch[step]), width=0.85, color=colour)
+        axes.set_title(f"{variant}: {len(epoch):,} steps in this epoch", fontsize=10, loc="left", color=INK)
+        axes.axhline(128, color=ORANGE, linewidth=1.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.set_xlim(-1, num_steps)
+    rows[1].set_ylabel("pictures in the batch of one process", fontsize=9, color=INK)
+    rows[2].set_xlabel("step", fontsize=9, color=INK)
+    handles: list[Any] = [
+        Rectangle((0, 0), 1, 1, color=colour, label=f"{size} px")
+        for colour, size in zip(colours, PAPER_SIZES_PX, strict=True)
+    ]
+    handles.append(Line2D([], [], color=ORANGE, label="128 pictures"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
+    return figure
+
+
 def main(folder: Path) -> None:
     """Write every figure into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("seen", draw_seen), ("unfold", draw_unfold)):
+    for name, draw in (("seen", draw_seen), ("unfold", draw_unfold), ("sampler", draw_sampler)):
         # Without the version of matplotlib in the file, an unchanged figure stays the same file.
         draw().savefig(folder / f"{name}.png", metadata={"Software": None})
 

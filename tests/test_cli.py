@@ -119,6 +119,8 @@ TRAIN_OPTIONS = {
     "--data.flip",
     "--data.val-fraction",
     "--data.num-workers",
+    "--sampler.variant",
+    "--sampler.sizes-px",
     "--optimizer.start-lr",
     "--optimizer.lr",
     "--optimizer.end-lr",

@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-FIGURES = {"seen.png": (1600, 700), "unfold.png": (1600, 540)}
+FIGURES = {"seen.png": (1600, 700), "unfold.png": (1600, 540), "sampler.png": (1600, 1040)}
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<info>.*)\n(?P<body>(?:.*\n)*?)(?P=indent)``` *$", re.MULTILINE)
 
 

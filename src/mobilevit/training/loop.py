@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mobilevit import recipes
 from mobilevit.data.loader import load
-from mobilevit.data.sampler import eval_batches, train_batches
+from mobilevit.data.sampler import EpochBatches, eval_batches
 from mobilevit.models.weights import Weights, write
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
@@ -69,28 +69,21 @@ def train(
     torch.manual_seed(recipe.seed)
     initial = task.build(recipe, train_set, pretrained)
     model = initial.build().to(device).train()
-    steps_per_epoch = -(-len(train_set) // recipe.batch_size)
-    num_steps = steps_per_epoch * recipe.epochs
+    num_steps = sum(len(_batches(recipe, len(train_set), epoch)) for epoch in range(recipe.epochs))
     average = MovingAverage(model, recipe.ema_decay, num_steps)
     optimizer = build_optimizer(model, recipe.optimizer)
 
     # --- Epochs ------------------------------------------------------------------------------------------------------
     history: list[dict[str, float]] = []
+    step = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as progress:
         bar = progress.add_task("epoch 1", total=num_steps)
         for epoch in range(recipe.epochs):
             started = time.perf_counter()
             total_loss = 0.0
-            batches = train_batches(
-                len(train_set),
-                batch_size=recipe.batch_size,
-                size_px=recipe.data.size_px,
-                seed=recipe.seed,
-                epoch=epoch,
-            )
-            for i, batch in enumerate(load(train_set, batches, num_workers=recipe.data.num_workers, device=device)):
-                step = epoch * steps_per_epoch + i
+            batches = _batches(recipe, len(train_set), epoch)
+            for batch in load(train_set, batches, num_workers=recipe.data.num_workers, device=device):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe.optimizer, step, num_steps)
                 loss = task.loss(recipe, model, batch)
@@ -103,20 +96,21 @@ def train(
                 optimizer.step()
                 average.update(model)
                 total_loss += loss.item()
+                step += 1
                 progress.update(bar, advance=1, description=f"epoch {epoch + 1}/{recipe.epochs}")
             seconds = time.perf_counter() - started
 
             # --- Evaluate the average, keep it -----------------------------------------------------------------------
-            batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
+            val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
             metrics = task.evaluate(
-                average.model, load(val_set, batches, num_workers=recipe.data.num_workers, device=device)
+                average.model, load(val_set, val_batches, num_workers=recipe.data.num_workers, device=device)
             )
             averaged = average.model.state_dict().values()
             if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
                 raise ValueError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
             record = {
                 "epoch": epoch + 1,
-                "train_loss": total_loss / steps_per_epoch,
+                "train_loss": total_loss / len(batches),
                 "pictures_per_second": len(train_set) / seconds,
                 **{f"val_{name}": value for name, value in metrics.items()},
             }
@@ -130,6 +124,19 @@ def train(
                 highlight=False,
             )
     return Run(out / "model.safetensors", history)
+
+
+def _batches(recipe: Recipe, num_pictures: int, epoch: int) -> EpochBatches:
+    sampler = recipe.sampler
+    return EpochBatches(
+        num_pictures,
+        sizes_px=(recipe.data.size_px,) if sampler.variant == "standard" else sampler.sizes_px,
+        batch_size=recipe.batch_size,
+        base_px=recipe.data.size_px,
+        variant=sampler.variant,
+        seed=recipe.seed,
+        epoch=epoch,
+    )
 
 
 def _save(initial: Weights, average: MovingAverage, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
