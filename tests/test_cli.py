@@ -309,8 +309,9 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
     assert run("train", "small", "--data=classes", *TRAIN, *overrides) == 0
     out, err = capsys.readouterr()
     result = "runs/classes/model.safetensors"
-    assert re.fullmatch(rf"{result}: validation top-1 [\d.]+ %\ntry next: mobilevit predict {result} PICTURE...\n", out)
-    assert "4 pictures of 2 classes for training, 2 for validation" in err
+    kept = rf"{result}: weights of the last epoch, validation top-1 [\d.]+ %"
+    assert re.fullmatch(rf"{kept}\ntry next: mobilevit predict {result} PICTURE...\n", out)
+    assert "MobileViT-XXS from the given weights; 4 pictures of 2 classes for training, 2 for validation" in err
     assert names(here / "runs") == {f"classes/{name}" for name in ("model.safetensors", "metrics.jsonl", "recipe.json")}
     recipe = json.loads(Path("runs/classes/recipe.json").read_text())
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["data"]["flip"]) == (2, 1e-4, True)
@@ -338,7 +339,8 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     expected = {"top1": 100 * right / 6, "top5": 100.0, "loss": loss, "num_pictures": 6}
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected, rel=1e-4)
     assert run(*evaluate) == 0
-    expected = f"top-1 {100 * right / 6:.2f} %, top-5 100.00 %, loss {loss:.4f} on 6 pictures\n"
+    expected = f"top-1 {100 * right / 6:.2f} %, top-5 100.00 %, loss {loss:.4f} on 6 pictures"
+    expected += ": all in this folder, those it was trained on as well\n"
     assert capsys.readouterr().out == expected
 
 

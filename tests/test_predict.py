@@ -13,7 +13,7 @@ from conftest import randomise
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError
 from mobilevit.pictures import PictureError, Preprocessing
-from mobilevit.predict import Classifier, Prediction, find_pictures, load, predict_pictures, save
+from mobilevit.predict import Classifier, Prediction, find_pictures, load, load_backbone, predict_pictures, save
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -240,3 +240,30 @@ def test_find_nothing(folder: Path, name: str):
 def test_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(folder))
     assert find_pictures(["~/a.png", "~/oth*/*"]) == [folder / "a.png", folder / "other/z.png"]
+
+
+def test_one_picture_or_several(model: Classifier, pictures: list[Path]):
+    whole = [picture for picture in pictures if picture.name != "3.png"]
+    one_by_one = [model.predict(picture, top_k=2) for picture in whole]
+    for several in (whole, tuple(whole)):
+        together = model.predict(several, top_k=2)
+        assert [[p.class_name for p in row] for row in together] == [[p.class_name for p in row] for row in one_by_one]
+    for wrong in (torch.rand(3, 64, 64), b"bytes", 7):
+        with pytest.raises(TypeError, match=f"found {type(wrong).__name__}; a picture is a path"):
+            model.predict(wrong)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def test_pretrained_backbone(model: Classifier, tmp_path: Path):
+    save(model, tmp_path / "whole.safetensors")
+    backbone = load_backbone(tmp_path / "whole.safetensors", out_stages="stage3")
+    assert not hasattr(backbone, "stage4")
+    seen = []
+    model.backbone.stage3.register_forward_hook(lambda module, inputs, output: seen.append(output))  # pyright: ignore
+    x = torch.rand(1, 3, 70, 64)
+    with torch.no_grad():
+        model(x)
+        assert torch.equal(backbone(x)["stage3"], seen[0])
+    at_8 = load_backbone(tmp_path / "whole.safetensors", output_stride=8)
+    assert (
+        at_8.strides["stage5"] == load(tmp_path / "whole.safetensors", output_stride=8).backbone.strides["stage5"] == 8
+    )

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
     from mobilevit.pictures import Preprocessing
-    from mobilevit.predict import Classifier, Prediction, load, save
+    from mobilevit.predict import Classifier, Prediction, load, load_backbone, save
     from mobilevit.recipes import RECIPES, Recipe
     from mobilevit.training.loop import train
 
@@ -26,6 +26,7 @@ _MODULES = {
     "Classifier": "predict",
     "Prediction": "predict",
     "load": "predict",
+    "load_backbone": "predict",
     "save": "predict",
     "RECIPES": "recipes",
     "Recipe": "recipes",
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "S",
     "load",
+    "load_backbone",
     "save",
     "train",
 ]

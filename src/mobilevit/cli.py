@@ -20,6 +20,8 @@ from mobilevit.recipes import RECIPES, Recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mobilevit.models.weights import Weights
+
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
 SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
 Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
@@ -49,13 +51,16 @@ class Predict:
         from rich.table import Column, Table
 
         from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.models.weights import read
         from mobilevit.pictures import PictureError
-        from mobilevit.predict import find_pictures, load, predict_pictures
+        from mobilevit.predict import classifier, find_pictures, predict_pictures
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
-        model = fold_batch_norm(load(self.weights, download=self.download, device=_device(self.device)))
+        weights = read(self.weights, download=self.download)
+        _say_what_is_assumed(self.weights, weights)
+        model = fold_batch_norm(classifier(weights).to(_device(self.device)))
         results = predict_pictures(model, paths, top_k=self.top_k, batch_size=self.batch_size)
         num_unread = 0
         table = Table("picture", "class", Column("probability", justify="right"), box=SIMPLE)
@@ -102,10 +107,11 @@ class Info:
         if len(self.size) > 2 or any(side < 32 for side in self.size):
             raise ValueError(f"size is {self.size}; give one side or height and width, from 32 px up")
         console = _stdout()
-        if self.network in ARCHITECTURES:
-            model, size_px = MobileViT(self.network), 256
+        if self.network.lower() in ARCHITECTURES:
+            model, size_px = MobileViT(self.network.lower()), 256
         else:
             weights = read(self.network, download=self.download)
+            _say_what_is_assumed(self.network, weights)
             model, size_px = weights.build(), weights.preprocessing.crop_px
             p, names = weights.preprocessing, weights.class_names
             console.print(
@@ -179,7 +185,7 @@ class Train:
         pretrained = read(self.weights, download=self.download) if self.weights else None
         run = train(self.recipe, data, out, pretrained=pretrained, device=_device(self.device))
         print(
-            f"{run.weights}: validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
+            f"{run.weights}: weights of the last epoch, validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
             f"try next: mobilevit predict {run.weights} PICTURE..."
         )
         return 0
@@ -208,9 +214,12 @@ class Evaluate:
         from mobilevit.tasks.classification import evaluate_weights
 
         weights = read(self.weights, download=self.download)
+        _say_what_is_assumed(self.weights, weights)
+        data = _expand(self.data)
+        split = any((data / name).is_dir() for name in ("val", "test"))
         metrics = evaluate_weights(
             weights,
-            _expand(self.data),
+            data,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             device=_device(self.device),
@@ -221,6 +230,7 @@ class Evaluate:
             print(
                 f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
                 f"on {metrics['num_pictures']:,} pictures"
+                + (" of val/ or test/" if split else ": all in this folder, those it was trained on as well")
             )
         return 0
 
@@ -248,8 +258,8 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         _complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as interrupt:
+        _complain(str(interrupt) or "interrupted")
         sys.exit(130)
 
 
@@ -318,6 +328,16 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
     return name
+
+
+def _say_what_is_assumed(source: str, weights: Weights) -> None:
+    if not weights.described:
+        p = weights.preprocessing
+        _complain(
+            f"{source}: says nothing of its input; assumed is what was published: short side to {p.resize_px} px "
+            f"{p.interpolation}, middle {p.crop_px} px"
+            + (", ImageNet's class names" if weights.class_names else ", and no class names")
+        )
 
 
 def _complain(message: str) -> None:

@@ -6,15 +6,16 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard, cast, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.mobilevit import Backbone, MobileViT
 from mobilevit.models.weights import PAPER_PREPROCESSING, Format, Weights, read, write
 from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files
 
@@ -49,14 +50,21 @@ class Classifier(MobileViT):
             PictureError: a picture that cannot be read, by name.
             ValueError: no pictures.
         """
-        several = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray) else pictures
+        several = [pictures] if _is_one(pictures) else cast(Sequence[Picture], pictures)
         if not len(several):
             raise ValueError("no pictures are given; preprocess takes one or several")
         return torch.stack([self.preprocessing(picture) for picture in several]).to(next(self.parameters()))
 
-    def predict(self, picture: Picture, top_k: int = 5) -> list[Prediction]:
-        """The `top_k` most likely classes of one picture, likeliest first."""
-        return self.predict_pixels(self.preprocess(picture), top_k)[0]
+    @overload
+    def predict(self, pictures: Picture, top_k: int = 5) -> list[Prediction]: ...
+    @overload
+    def predict(self, pictures: Sequence[Picture], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(
+        self, pictures: Picture | Sequence[Picture], top_k: int = 5
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """The `top_k` most likely classes of one picture, likeliest first, or of each of several pictures."""
+        predictions = self.predict_pixels(self.preprocess(pictures), top_k)
+        return predictions[0] if _is_one(pictures) else predictions
 
     @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
@@ -79,17 +87,54 @@ class Classifier(MobileViT):
         return self.class_names[index] if self.class_names else f"class {index}"
 
 
+def _is_one(pictures: Picture | Sequence[Picture]) -> TypeGuard[Picture]:
+    if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray):
+        return True
+    if isinstance(pictures, list | tuple):
+        return False
+    raise TypeError(
+        f"found {type(pictures).__name__}; a picture is a path, a PIL image or a uint8 array, several a list"
+    )
+
+
 def load(
-    source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    download: bool = False,
+    num_classes: int | None = None,
+    output_stride: int | None = None,
+    device: str = "cpu",
 ) -> Classifier:
     """A classifier in eval mode, from a hub id, a file or a folder: Apple's, timm's, transformers' or our format.
 
-    See `mobilevit.models.weights.read` for what `source` can be and what is raised.
+    See `mobilevit.models.weights.read` for what `source` can be and what is raised. `num_classes` is a check: weights
+    with another number are an error (`reset_classifier` puts a new classifier in place). `output_stride` replaces the
+    one that the weights were trained with.
 
     >>> model = mobilevit.load("apple/mobilevit-small", download=True)
     >>> model.predict("cat.jpg")[0].class_name
     """
-    return classifier(read(source, download=download, num_classes=num_classes)).to(device)
+    weights = read(source, download=download, num_classes=num_classes)
+    if output_stride is not None:
+        weights = replace(weights, output_stride=output_stride)
+    return classifier(weights).to(device)
+
+
+def load_backbone(
+    source: str | os.PathLike[str],
+    *,
+    out_stages: Iterable[str] | str = ("stage1", "stage2", "stage3", "stage4", "stage5"),
+    output_stride: int | None = None,
+    download: bool = False,
+) -> Backbone:
+    """A pretrained `Backbone` in eval mode, for a head of your own; `source` as in `load`, else as in `Backbone`."""
+    weights = read(source, download=download)
+    backbone = Backbone(
+        weights.architecture, out_stages=out_stages, output_stride=output_stride or weights.output_stride
+    )
+    tensors = {key.removeprefix("backbone."): tensor for key, tensor in weights.tensors.items()}
+    backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
+    return backbone.eval()
 
 
 def classifier(weights: Weights) -> Classifier:

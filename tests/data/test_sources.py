@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mobilevit.data.sources import Folder, find_evaluation, find_splits
+from mobilevit.data.sources import Folder, check_headers, find_evaluation, find_splits
 from mobilevit.pictures import PictureError
 
 
@@ -168,3 +168,17 @@ def test_samples(tmp_path: Path):
     folder = find_evaluation(tmp_path, ("a", "b"))
     with pytest.raises(PictureError, match=f"^{folder.files[0]}: not a picture"):
         folder[0]
+
+
+def test_headers_name_what_is_no_picture(tmp_path: Path):
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    folders = find_splits(tmp_path, 0.5)
+    check_headers(*folders)
+    for name in ("a/2.png", "b/1.png"):
+        (tmp_path / name).write_text("no picture")
+    with pytest.raises(PictureError) as caught:
+        check_headers(*folders)
+    assert all(str(tmp_path / name) in str(caught.value) for name in ("a/2.png", "b/1.png"))
+    assert "1.png" not in str(caught.value).replace(str(tmp_path / "b/1.png"), "")

@@ -259,3 +259,28 @@ def test_starting_from_weights_of_other_classes(first: Run, data: Path, tmp_path
     moved = {n for n in moved if n.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked")}
     assert moved == {"classifier.weight", "classifier.bias"}
     assert after.class_names == ("circle", "line", "square")
+
+
+def test_interrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    evaluate, epochs = Classification.evaluate, []
+
+    def stop_in_the_second(self: Classification, *args: Any) -> dict[str, float]:
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(Classification, "evaluate", stop_in_the_second)
+    said = "interrupted in epoch 2; .*model.safetensors holds the weights of epoch 1"
+    with pytest.raises(KeyboardInterrupt, match=said):
+        run(RECIPE, data, tmp_path)
+    assert read(tmp_path / "model.safetensors").training["metrics"]["epoch"] == 1
+
+
+def test_out_among_the_classes_is_refused(tmp_path: Path):
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="among the class folders"):
+        run(RECIPE, tmp_path, tmp_path / "runs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

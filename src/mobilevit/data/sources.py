@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
-from mobilevit.pictures import picture_files, read_picture
+from mobilevit.pictures import PictureError, picture_files, read_picture
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
         val_indices.update(indices[: min(max(1, num_val), len(indices) - 1)])
     train_indices = [i for i in range(len(everything)) if i not in val_indices]
     return _select(everything, train_indices), _select(everything, sorted(val_indices))
+
+
+def check_headers(*folders: Folder) -> None:
+    """Look at the beginning of every file, which is quick, so that what is no picture is known before training starts.
+
+    Raises:
+        PictureError: the files that are not pictures, five by name. (A picture cut short is found when it is read.)
+    """
+
+    def is_picture(file: Path) -> bool:
+        try:
+            with file.open("rb") as opened, Image.open(opened):
+                return True
+        except Exception:  # Pillow raises nearly anything
+            return False
+
+    files = [file for folder in folders for file in folder.files]
+    with ThreadPoolExecutor() as pool:
+        wrong = [str(file) for file, right in zip(files, pool.map(is_picture, files), strict=True) if not right]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise PictureError(f"{', '.join(wrong[:5])}{more}: not pictures; mend or remove them")
 
 
 def find_evaluation(data: Path, class_names: Sequence[str]) -> Folder:

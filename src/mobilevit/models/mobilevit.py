@@ -287,14 +287,14 @@ class Backbone(nn.Module):
         self,
         architecture: Architecture | str = S,
         *,
-        out_stages: Iterable[str] = ("stage1", "stage2", "stage3", "stage4", "stage5"),
+        out_stages: Iterable[str] | str = ("stage1", "stage2", "stage3", "stage4", "stage5"),
         output_stride: int = 32,
     ):
         super().__init__()
         self.architecture = a = find_architecture(architecture)
         self.output_stride = output_stride
         names = ["stem", *(f"stage{i}" for i in range(1, len(a.stages) + 1))]
-        self.out_stages = tuple(out_stages)
+        self.out_stages = (out_stages,) if isinstance(out_stages, str) else tuple(out_stages)
         if not self.out_stages or set(self.out_stages) - set(names):
             raise ValueError(f"out_stages is {self.out_stages}; name at least one, and only of {', '.join(names)}")
         if output_stride not in (8, 16, 32):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pickle
@@ -62,6 +63,7 @@ class Weights:
     class_names: tuple[str, ...] = ()
     output_stride: int = 32
     training: Mapping[str, Any] = field(default_factory=dict)
+    described: bool = True  # False where a file said nothing and the published preprocessing is assumed
 
     @property
     def num_classes(self) -> int:
@@ -198,6 +200,7 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
         class_names=class_names,
         output_stride=described.output_stride,
         training=described.training,
+        described=described.source is not None,
     )
     if num_classes is not None and num_classes != weights.num_classes:
         raise WeightsError(
@@ -236,7 +239,7 @@ def _locate(source: str, download: bool) -> Path:
     if path.exists():
         return path
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
-    if hub_id and path.suffix not in _SUFFIXES:
+    if hub_id and path.suffix not in _SUFFIXES and not path.parent.is_dir():
         return _from_hub(hub_id[1], hub_id[2], download)
     raise WeightsError(f"{source}: no such file or folder, and not of the form owner/name of a model on the hub")
 
@@ -268,6 +271,9 @@ def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
         except EntryNotFoundError:
             return None
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of every one of its tries
     try:
         # The small files first: with the weights in the cache, everything that belongs to them is there too.
         for name in ("config.json", "preprocessor_config.json"):
@@ -276,10 +282,13 @@ def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
     except RepositoryNotFoundError:
         raise WeightsError(f"{repo_id}: the hub has no such model, or not for you; check the name") from None
     except Exception as error:  # whatever the network and its libraries come up with
+        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else _first_line(error)
         raise WeightsError(
-            f"{repo_id}: could not be fetched ({_first_line(error)}); try again when the hub can be reached, "
-            "or fetch the folder elsewhere and give its path"
+            f"{repo_id}: could not be fetched ({reason}); try again later, or fetch the folder elsewhere "
+            "and give its path"
         ) from None
+    finally:
+        logger.setLevel(level)
     if found is None:
         raise WeightsError(f"{repo_id}: the hub has neither {' nor '.join(names)} in it; is it a MobileViT?")
     licence = "weights by Apple under Apple's licence" if repo_id.startswith(("apple/", "timm/")) else "see its licence"
@@ -351,7 +360,7 @@ class _Description:
 
     preprocessing: Preprocessing
     bgr: bool
-    source: str = "metadata"
+    source: str | None  # the part of the file that says it; None where nothing does, and all this is assumed
     architecture: Architecture | None = None
     class_names: tuple[str, ...] | None = None  # None: the format has no place for them
     output_stride: int = 32
@@ -363,6 +372,7 @@ def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Descr
         values = _parse_json(path, metadata["mobilevit"])
         with _naming(path, "metadata"):
             return _Description(
+                source="metadata",
                 bgr=format in BGR_FORMATS,
                 architecture=_architecture_from_dict(values["architecture"]),
                 preprocessing=Preprocessing.from_dict(values["preprocessing"]),
@@ -384,7 +394,8 @@ def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Descr
                 class_names=tuple(names) if names else None,
                 source="config.json",
             )
-    return _Description(TIMM_PREPROCESSING if format == "timm" else PAPER_PREPROCESSING, bgr=format in BGR_FORMATS)
+    assumed = TIMM_PREPROCESSING if format == "timm" else PAPER_PREPROCESSING
+    return _Description(assumed, bgr=format in BGR_FORMATS, source=None)
 
 
 def _describe_transformers(config_path: Path) -> _Description:

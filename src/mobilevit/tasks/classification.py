@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset, load
 from mobilevit.data.sampler import eval_batches
-from mobilevit.data.sources import find_evaluation, find_splits
+from mobilevit.data.sources import check_headers, find_evaluation, find_splits
 from mobilevit.data.transforms import Augmentation, Evaluation
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
@@ -24,6 +24,7 @@ class Classification:
 
     def datasets(self, recipe: Recipe, data: Path) -> tuple[PictureDataset, PictureDataset]:
         train, val = find_splits(data, recipe.data.val_fraction)
+        check_headers(train, val)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         return PictureDataset(train, augmentation), PictureDataset(val, Evaluation(_preprocessing(recipe)))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,23 @@ def train(
     train_set, val_set = task.datasets(recipe, data)
     if len(train_set) < 2:
         raise ValueError(f"{data}: {len(train_set)} pictures are too few to train on")
+    if out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
+        raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
     if (out / "metrics.jsonl").exists() or (out / "model.safetensors").exists():
         raise ValueError(f"{out}: holds a run already; choose another folder or remove this one")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(recipes.to_dict(recipe), indent=2) + "\n", encoding="utf-8")
-    console.print(
-        f"{len(train_set):,} pictures of {len(train_set.source.class_names)} classes for training, "
-        f"{len(val_set):,} for validation"
-    )
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
     initial = task.build(recipe, train_set, pretrained)
+    console.print(
+        f"MobileViT-{initial.architecture.name.upper()} from {'the given' if pretrained else 'random'} weights; "
+        f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
+        f"{len(val_set):,} for validation",
+        highlight=False,
+        soft_wrap=True,
+    )
     model = initial.build().to(device).train()
     num_steps = sum(len(_batches(recipe, len(train_set), epoch)) for epoch in range(recipe.epochs))
     average = MovingAverage(model, recipe.ema_decay, num_steps)
@@ -77,7 +83,8 @@ def train(
     history: list[dict[str, float]] = []
     step = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as progress:
+    bar_of_run = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
+    with _naming_what_is_left(out, history), bar_of_run as progress:
         bar = progress.add_task("epoch 1", total=num_steps)
         for epoch in range(recipe.epochs):
             started = time.perf_counter()
@@ -122,8 +129,20 @@ def train(
                 f"epoch {epoch + 1:>3}  loss {record['train_loss']:.3f}  validation top-1 {record['val_top1']:.2f} %  "
                 f"{record['pictures_per_second']:,.0f} pictures/s",
                 highlight=False,
+                soft_wrap=True,
             )
     return Run(out / "model.safetensors", history)
+
+
+@contextlib.contextmanager
+def _naming_what_is_left(out: Path, history: list[dict[str, float]]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (
+            f"{out / 'model.safetensors'} holds the weights of epoch {len(history)}" if history else "nothing is kept"
+        )
+        raise KeyboardInterrupt(f"interrupted in epoch {len(history) + 1}; {kept}") from None
 
 
 def _batches(recipe: Recipe, num_pictures: int, epoch: int) -> EpochBatches:
