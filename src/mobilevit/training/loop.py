@@ -159,5 +159,7 @@ def _batches(recipe: Recipe, num_pictures: int, epoch: int) -> EpochBatches:
 
 
 def _save(initial: Weights, average: MovingAverage, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
-    training = {"recipe": recipes.to_dict(recipe), "metrics": record}
+    # Without the speed, so that the same run leaves the same file.
+    metrics = {name: value for name, value in record.items() if name != "pictures_per_second"}
+    training = {"recipe": recipes.to_dict(recipe), "metrics": metrics}
     write(replace(initial, tensors=average.model.state_dict(), training=training), path)
