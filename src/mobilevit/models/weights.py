@@ -239,7 +239,7 @@ def _locate(source: str, download: bool) -> Path:
     if path.exists():
         return path
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
-    if hub_id and path.suffix not in _SUFFIXES and not path.parent.is_dir():
+    if hub_id and path.suffix not in _SUFFIXES:
         return _from_hub(hub_id[1], hub_id[2], download)
     raise WeightsError(f"{source}: no such file or folder, and not of the form owner/name of a model on the hub")
 
