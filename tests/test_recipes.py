@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 
-from mobilevit.recipes import RECIPES, Data, Optimizer, Recipe, Sampler, from_dict, to_dict
+from mobilevit.data.sampler import VARIANTS
+from mobilevit.models.mobilevit import ARCHITECTURES
+from mobilevit.recipes import RECIPES, Data, Optimizer, Recipe, Sampler, Size, Variant, from_dict, to_dict
 
 OTHER = Recipe(
     architecture="xs",
@@ -95,3 +97,8 @@ def test_out_of_range_values_are_named_in_one_line(name: str, value: object):
 def test_recipes_need_no_torch():
     code = "import sys, mobilevit.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_names_are_those_of_the_parts_that_recipes_may_not_import():
+    assert get_args(Variant) == VARIANTS
+    assert get_args(Size) == tuple(ARCHITECTURES)

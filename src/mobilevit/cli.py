@@ -210,13 +210,13 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate and print."""
+        from mobilevit.data.sources import held_out_folder
         from mobilevit.models.weights import read
         from mobilevit.tasks.classification import evaluate_weights
 
         weights = read(self.weights, download=self.download)
         _say_what_is_assumed(self.weights, weights)
         data = _expand(self.data)
-        split = any((data / name).is_dir() for name in ("val", "test"))
         metrics = evaluate_weights(
             weights,
             data,
@@ -230,7 +230,11 @@ class Evaluate:
             print(
                 f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
                 f"on {metrics['num_pictures']:,} pictures"
-                + (" of val/ or test/" if split else ": all in this folder, those it was trained on as well")
+                + (
+                    " of val/ or test/"
+                    if held_out_folder(data)
+                    else ": all in this folder, those it was trained on as well"
+                )
             )
         return 0
 

@@ -65,11 +65,11 @@ def read_picture(picture: Picture) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise PictureError(f"{name}: not a picture, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name}: too large a picture ({_first_line(error)})") from None
+        raise PictureError(f"{name}: too large a picture ({first_line(error)})") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error
         if isinstance(error, OSError) and error.errno is not None:  # said by the system, not by Pillow
             raise PictureError(f"{name}: {os.strerror(error.errno).lower()}") from None
-        raise PictureError(f"{name}: damaged picture ({_first_line(error)})") from error
+        raise PictureError(f"{name}: damaged picture ({first_line(error)})") from error
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -185,5 +185,6 @@ class Preprocessing:
         return cls(**arguments)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, for the end of a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -70,7 +70,7 @@ def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
     if not data.is_dir():
         raise ValueError(f"{data}: no such folder")
     if (data / "train").is_dir():
-        val = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
+        val = held_out_folder(data)
         if val is None:
             raise ValueError(
                 f"{data}: has train/ but neither val/ nor test/; add one, or put the class folders in {data}"
@@ -126,8 +126,12 @@ def find_evaluation(data: Path, class_names: Sequence[str]) -> Folder:
     """
     if not data.is_dir():
         raise ValueError(f"{data}: no such folder")
-    root = next((data / name for name in ("val", "test") if (data / name).is_dir()), data)
-    return _read_folder(root, tuple(class_names))
+    return _read_folder(held_out_folder(data) or data, tuple(class_names))
+
+
+def held_out_folder(data: Path) -> Path | None:
+    """`val/` of `data`, or else `test/`, or None where it has neither."""
+    return next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

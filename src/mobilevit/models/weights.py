@@ -14,6 +14,7 @@ Nothing outside this file knows that other formats exist.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, MobileViT, Stage, Transformer
-from mobilevit.pictures import FILTERS, Preprocessing
+from mobilevit.pictures import FILTERS, Preprocessing, first_line
 
 Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -188,7 +189,7 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
     stored, metadata = _read_tensors(path)
     format = _recognise(path, stored)
     described = _describe(path, format, metadata)
-    architecture = described.architecture or _closest(path, format, stored)
+    architecture = described.architecture or _closest(format, stored)
     tensors = _to_ours(path, format, architecture, stored, described.bgr)
     class_names = described.class_names
     if class_names is None:  # published weights say nothing of their classes, which are ImageNet's where they are 1,000
@@ -282,7 +283,7 @@ def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
     except RepositoryNotFoundError:
         raise WeightsError(f"{repo_id}: the hub has no such model, or not for you; check the name") from None
     except Exception as error:  # whatever the network and its libraries come up with
-        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else _first_line(error)
+        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else first_line(error)
         raise WeightsError(
             f"{repo_id}: could not be fetched ({reason}); try again later, or fetch the folder elsewhere "
             "and give its path"
@@ -305,7 +306,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path}: truncated or damaged ({_first_line(error)}); fetch or copy it again") from None
+            raise WeightsError(f"{path}: truncated or damaged ({first_line(error)}); fetch or copy it again") from None
     if not start.startswith((b"PK", b"\x80")):
         raise WeightsError(f"{path}: neither a .safetensors file nor one of torch.save; is it really weights?")
     try:
@@ -320,7 +321,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "get it as .safetensors, or save its state_dict again where you trust it"
         ) from None
     except Exception as error:  # a damaged archive: RuntimeError, EOFError, KeyError, ValueError...
-        raise WeightsError(f"{path}: truncated or damaged ({_first_line(error)}); fetch or copy it again") from None
+        raise WeightsError(f"{path}: truncated or damaged ({first_line(error)}); fetch or copy it again") from None
     for container in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(container), dict):
             loaded = loaded[container]
@@ -406,9 +407,8 @@ def _describe_transformers(config_path: Path) -> _Description:
         if sorted(labels) != list(range(len(labels))):
             raise ValueError(f"id2label numbers the classes {sorted(labels)[:6]}...; expected 0 to {len(labels) - 1}")
         class_names = tuple(labels[index] for index in range(len(labels)))
-        if class_names == tuple(
-            f"LABEL_{index}" for index in labels
-        ):  # transformers' way to say that nobody named them
+        # transformers' way to say that nobody named them
+        if class_names == tuple(f"LABEL_{index}" for index in labels):
             class_names = ()
         output_stride = config.get("output_stride", 32)
     preprocessing, bgr = PAPER_PREPROCESSING, True
@@ -429,7 +429,7 @@ def _describe_transformers(config_path: Path) -> _Description:
     )
 
 
-def _closest(path: Path, format: Format, stored: Mapping[str, Tensor]) -> Architecture:
+def _closest(format: Format, stored: Mapping[str, Tensor]) -> Architecture:
     """The published size whose shapes fit best; a file without a description is one of the three."""
 
     def num_fitting(architecture: Architecture) -> int:
@@ -439,6 +439,7 @@ def _closest(path: Path, format: Format, stored: Mapping[str, Tensor]) -> Archit
     return max(ARCHITECTURES.values(), key=num_fitting)
 
 
+@functools.cache  # building a network to look at its shapes takes longer than reading a file
 def _our_shapes(architecture: Architecture) -> dict[str, torch.Size]:
     """Shapes of all but the classifier, whose number of rows is anyone's choice."""
     with torch.device("meta"):
@@ -537,13 +538,6 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
     if format in ("apple", "timm"):
         _check_published(weights, format)
     tensors = _to_theirs(weights, format)
-    description = {
-        "architecture": asdict(weights.architecture),
-        "output_stride": weights.output_stride,
-        "preprocessing": weights.preprocessing.to_dict(),
-        "class_names": weights.class_names,
-        "training": dict(weights.training),
-    }
     metadata = {"format": "pt"}
     if format == "transformers":
         config, processor = _config_for_transformers(weights), _processor_for_transformers(weights)
@@ -554,6 +548,13 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         )
         path = path / "model.safetensors"
     elif format != "apple":
+        description = {
+            "architecture": asdict(weights.architecture),
+            "output_stride": weights.output_stride,
+            "preprocessing": weights.preprocessing.to_dict(),
+            "class_names": weights.class_names,
+            "training": dict(weights.training),
+        }
         metadata["mobilevit"] = json.dumps(description)
     if format == "apple":
         _write_whole(path, lambda target: torch.save(tensors, target))
@@ -588,14 +589,14 @@ def _check_published(weights: Weights, format: Format) -> None:
         )
 
 
-@contextlib.contextmanager
-def _open_aside(path: Path) -> Iterator[Path]:
+def _write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     aside = Path(name)
     try:
-        yield aside
+        write_to(aside)
         # mkstemp makes files private; a model file has the permissions of any other new file.
         mask = os.umask(0)
         os.umask(mask)
@@ -605,12 +606,6 @@ def _open_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it."""
-    with _open_aside(path) as aside:
-        write_to(aside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -781,7 +776,7 @@ def _naming(path: Path, part: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else _first_line(error)
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else first_line(error)
         raise WeightsError(f"{path}: its {part} cannot be used: {reason}") from None
 
 
@@ -797,7 +792,3 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
 
 def _to_json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -75,6 +75,7 @@ def train(
         soft_wrap=True,
     )
     model = initial.build().to(device).train()
+    val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
     num_steps = sum(len(_batches(recipe, len(train_set), epoch)) for epoch in range(recipe.epochs))
     average = MovingAverage(model, recipe.ema_decay, num_steps)
     optimizer = build_optimizer(model, recipe.optimizer)
@@ -108,7 +109,6 @@ def train(
             seconds = time.perf_counter() - started
 
             # --- Evaluate the average, keep it -----------------------------------------------------------------------
-            val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
             metrics = task.evaluate(
                 average.model, load(val_set, val_batches, num_workers=recipe.data.num_workers, device=device)
             )
