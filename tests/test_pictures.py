@@ -1,5 +1,6 @@
 """Pictures of every kind against pixels worked out by hand; preprocessing against transformers and timm."""
 
+import io
 import json
 import math
 import struct
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit import pictures
+from mobilevit.pictures import PictureError, Preprocessing, read_part, read_picture
 
 # An upright picture in which no two corners, rows or columns are alike: 48 wide, 32 high, in flat blocks of 16 px, so
 # that JPEG leaves it nearly as it is.
@@ -64,6 +66,15 @@ def test_other_modes_are_turned_too(tmp_path: Path, mode: str):
     image.save(straight)
     image.save(turned, exif=exif)
     assert np.array_equal(pixels(turned), np.rot90(pixels(straight), -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+def test_turned_once(tmp_path: Path, suffix: str):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(STORED[6]).save(tmp_path / f"turned.{suffix}", exif=exif)
+    image = read_picture(tmp_path / f"turned.{suffix}")
+    assert np.array_equal(pixels(image), np.asarray(image))
 
 
 def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
@@ -261,9 +272,137 @@ def test_a_picture_is_left_as_it_was():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preprocessing
+# Parts
 
 PHOTOGRAPHS = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+
+
+def part(picture: Any, box: tuple[int, int, int, int], least_px: int) -> np.ndarray:
+    """What `read_part` makes of it; the size that it tells must be that of `read_picture`."""
+    told = []
+    values = read_part(picture, lambda *size: told.append(size) or box, least_px)
+    assert told == [read_picture(picture).size]
+    assert values.dtype == np.uint8
+    return values.astype(int)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_all_kinds(tmp_path: Path, kind: str):
+    suffix, make, expected = KINDS[kind]
+    image, save = make()
+    image.save(tmp_path / f"picture.{suffix}", **save)
+    assert np.array_equal(part(tmp_path / f"picture.{suffix}", (1, 0, 3, 1), 1), expected[:, 1:3])
+
+
+@pytest.fixture(
+    params=[
+        {"quality": 90},
+        {"quality": 75, "subsampling": 0},
+        {"quality": 60, "subsampling": 1, "progressive": True},
+        {"restart_marker_blocks": 5},
+        {"quality": 90, "keep_rgb": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        *({"orientation": orientation} for orientation in STORED),
+    ],
+    ids=str,
+)
+def jpeg(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A photograph of odd sides, in one of the ways that JPEG can hold it."""
+    save = dict(request.param)
+    save["exif"] = Image.Exif()
+    save["exif"][0x112] = save.pop("orientation", 1)
+    PHOTOGRAPHS[0].resize((333, 245)).convert(save.pop("mode", "RGB")).save(tmp_path / "photograph.jpg", **save)
+    return tmp_path / "photograph.jpg"
+
+
+def test_parts_of_jpeg_are_exact_where_nothing_can_be_saved(jpeg: Path):
+    left, top, right, bottom = box = (21, 30, 232, 241)
+    expected = pixels(jpeg)[top:bottom, left:right]
+    for picture in (jpeg, jpeg.read_bytes(), read_picture(jpeg)):
+        assert np.array_equal(part(picture, box, 106), expected)
+    with Image.open(jpeg) as image:
+        assert np.array_equal(part(image, box, 8), expected)
+
+
+@pytest.mark.parametrize(("least_px", "scale"), [(105, 2), (53, 2), (52, 4), (27, 4), (26, 8), (3, 8)])
+def test_parts_of_jpeg_that_come_smaller(jpeg: Path, least_px: int, scale: int):
+    left, top, right, bottom = box = (21, 30, 232, 241)
+    found = part(jpeg, box, least_px)
+    assert np.array_equal(part(jpeg.read_bytes(), box, least_px), found)
+    if read_mode(jpeg) == "CMYK":  # one of the kinds that come whole
+        assert np.array_equal(found, pixels(jpeg)[top:bottom, left:right])
+        return
+    assert min(found.shape[:2]) >= least_px
+    assert all(side in (211 // scale, -(-211 // scale), -(-211 // scale) + 1) for side in found.shape[:2])
+    height, width = found.shape[:2]
+    whole = read_picture(jpeg).crop((left, top, right, bottom))
+    expected = np.asarray(whole.resize((width, height), Image.Resampling.BOX)).astype(int)
+    # The same picture, up to how it is made smaller, and the part up to a pixel of the smaller one.
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.92
+    assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() < 10
+
+
+def read_mode(file: Path) -> str:
+    with Image.open(file) as image:
+        return image.mode
+
+
+def test_a_part_that_reaches_the_edges_comes_smaller_too(jpeg: Path):
+    width, height = read_picture(jpeg).size
+    assert min(part(jpeg, (0, 0, width, height), 30).shape[:2]) >= 30
+
+
+@pytest.mark.parametrize("least_px", [100, 10])
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_parts_of_a_picture_cut_short(tmp_path: Path, least_px: int, kept: float):
+    file = tmp_path / "short.jpg"
+    noise(120, 150).save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    # The part itself would be whole.
+    with pytest.raises(PictureError, match=rf"^{file}: damaged picture \(.+\)$"):
+        read_part(file, lambda *_: (0, 0, 120, 40), least_px)
+    with pytest.raises(PictureError, match=r"^a name: damaged picture"):
+        read_part(file.read_bytes(), lambda *_: (0, 0, 120, 40), least_px, "a name")
+
+
+def test_parts_of_no_picture(tmp_path: Path):
+    (tmp_path / "text.jpg").write_text("hello")
+    for name, reason in (("text.jpg", "not a picture"), ("missing.jpg", "no such file"), ("", "directory")):
+        with pytest.raises(PictureError, match=f"^{tmp_path / name}: .*{reason}"):
+            read_part(tmp_path / name, lambda *_: (0, 0, 1, 1), 1)
+
+
+def test_what_the_caller_does_wrong_is_not_said_of_the_picture():
+    with pytest.raises(ZeroDivisionError):
+        read_part(UPRIGHT, lambda width, height: (0, 0, width // 0, height), 1)
+
+
+def test_simplejpeg_changes_nothing(jpeg: Path, monkeypatch: pytest.MonkeyPatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    box = (21, 30, 232, 241)
+    with monkeypatch.context() as without:
+        without.setattr(pictures, "simplejpeg", None)
+        expected = part(jpeg, box, 106)
+    asked = []
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda data, decode=simplejpeg.decode_jpeg: asked.append(1) or decode(data)
+    )
+    assert np.array_equal(part(jpeg, box, 106), expected)
+    has_turn = pictures._orientation(Image.open(io.BytesIO(jpeg.read_bytes()))) in pictures.TURNS
+    assert bool(asked) == (read_mode(jpeg) == "RGB" and not has_turn)
+    # A damaged spot that Pillow overlooks: neither an error nor another picture.
+    content = bytearray(jpeg.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4] = b"\x12\x34\x56\x78"
+    with monkeypatch.context() as without:
+        without.setattr(pictures, "simplejpeg", None)
+        expected = part(bytes(content), box, 106)
+    assert np.array_equal(part(bytes(content), box, 106), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing
 SIZES = [(640, 427), (427, 640), (333, 501), (501, 333), (257, 300), (131, 97), (288, 288), (900, 301)]
 
 

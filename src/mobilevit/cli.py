@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import mobilevit
-from mobilevit.recipes import RECIPES, Recipe
+from mobilevit.recipes import RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,20 +160,22 @@ class Convert:
 
 @dataclass(frozen=True)
 class Train:
-    """Train on a folder of pictures, a folder for each class: mobilevit train [RECIPE] --data FOLDER.
+    """Train on pictures: mobilevit train [RECIPE] --data FOLDER. The same command takes up a run that was stopped."""
 
-    RECIPE is plain (photographs, the paper's optimizer; unless given) or small (pictures of 8 to 64 px).
-    """
-
-    data: Path
-    """Folder with a folder of pictures for each class, or with train/ and val/ that hold those."""
+    data: str
+    """A folder with a folder of pictures for each class, or with train/ and val/ that hold those; idx files, tar
+    shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub."""
     out: Path | None = None
-    """New folder for weights, metrics and recipe; unless given, runs/ and the name of the data."""
+    """Folder for checkpoints, weights, metrics and report; unless given, runs/ and the name of the data."""
     weights: Annotated[
         str | None, tyro.conf.arg(help=f"Start from these weights instead of random ones: {WEIGHTS}.")
     ] = None
     download: Download = False
     device: Device = "auto"
+    checkpoint_minutes: float = 5.0
+    """A checkpoint is kept this often, and after every epoch."""
+    tensorboard: bool = False
+    """Write for TensorBoard as well."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
     def run(self) -> int:
@@ -180,27 +183,46 @@ class Train:
         from mobilevit.models.weights import read
         from mobilevit.training.loop import train
 
-        data = _expand(self.data)
-        out = _expand(self.out or Path("runs") / data.resolve().name)
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
+        data = _expand_data(self.data)
+        out = _expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = read(self.weights, download=self.download) if self.weights else None
-        run = train(self.recipe, data, out, pretrained=pretrained, device=_device(self.device))
-        print(
-            f"{run.weights}: weights of the last epoch, validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
-            f"try next: mobilevit predict {run.weights} PICTURE..."
+        run = train(
+            self.recipe,
+            data,
+            out,
+            pretrained=pretrained,
+            device=_device(self.device),
+            checkpoint_minutes=self.checkpoint_minutes,
+            tensorboard=self.tensorboard,
         )
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{run.weights}: weights of the last epoch, validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
+                f"{out / 'report.html'}: curves, confusion, mistakes\n"
+                f"try next: mobilevit predict {run.weights} PICTURE..."
+            )
         return 0
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Top-1 and top-5 of weights on a folder of pictures, a folder for each class."""
+    """Top-1 and top-5 of weights on pictures, for one set of weights and size or several."""
 
-    weights: SomeWeights
-    data: Path
-    """Folder with a folder of pictures for each class, or with val/ or test/ that holds those. Without these two,
-    every picture counts, those it was trained on as well."""
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or the folder of a run, for all it has."),
+    ]
+    data: str
+    """As for train. Of a folder without val/ or test/ every picture counts, those it was trained on as well."""
+    size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
+    """Sides of the pictures in pixels; unless given, what the weights were made for."""
+    per_class: bool = False
+    """Recall and precision of every class as well."""
     json: bool = False
-    """A JSON object instead of words."""
+    """A JSON object a line instead of a table."""
     batch_size: int = 32
     """Pictures at a time."""
     num_workers: int = 2
@@ -210,33 +232,92 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate and print."""
-        from mobilevit.data.sources import held_out_folder
+        from rich.box import SIMPLE
+        from rich.table import Column, Table
+
+        from mobilevit.data.sources import held_out_name
         from mobilevit.models.weights import read
         from mobilevit.tasks.classification import evaluate_weights
 
-        weights = read(self.weights, download=self.download)
-        _say_what_is_assumed(self.weights, weights)
-        data = _expand(self.data)
-        metrics = evaluate_weights(
-            weights,
-            data,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            device=_device(self.device),
-        )
-        if self.json:
-            print(json.dumps(metrics))
-        else:
-            print(
-                f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
-                f"on {metrics['num_pictures']:,} pictures"
-                + (
-                    " of val/ or test/"
-                    if held_out_folder(data)
-                    else ": all in this folder, those it was trained on as well"
+        if not self.weights:
+            raise ValueError("no weights are named; give files, hub ids or the folder of a run")
+        data = _expand_data(self.data)
+        columns = [Column(name, justify="right") for name in ("px", "top-1 %", "top-5 %", "loss", "pictures")]
+        table = Table("weights", *columns, box=SIMPLE)
+        classes: list[tuple[str, Table]] = []
+        for name in (found for given in self.weights for found in _weights_of_run(given)):
+            weights = read(name, download=self.download)
+            _say_what_is_assumed(name, weights)
+            for size_px in self.size or (weights.preprocessing.crop_px,):
+                answers = evaluate_weights(
+                    weights,
+                    data,
+                    size_px=size_px,
+                    batch_size=self.batch_size,
+                    num_workers=self.num_workers,
+                    device=_device(self.device),
                 )
-            )
+                metrics = answers.metrics()
+                per_class = _per_class(answers.counts(), weights.class_names)
+                if self.json:
+                    line: dict[str, Any] = {"weights": name, "size_px": size_px, **metrics}
+                    print(json.dumps(line | ({"classes": per_class} if self.per_class else {})), flush=True)
+                    continue
+                table.add_row(
+                    name,
+                    str(size_px),
+                    f"{metrics['top1']:.2f}",
+                    f"{metrics['top5']:.2f}",
+                    f"{metrics['loss']:.4f}",
+                    f"{metrics['num_pictures']:,}",
+                )
+                classes.append((f"{name} at {size_px} px", _class_table(per_class)))
+        if not self.json:
+            console = _stdout()
+            console.print(table)
+            for title, one in classes if self.per_class else ():
+                console.print(title)
+                console.print(one)
+            if held_out_name(data) is None:
+                console.print("all pictures there, those it was trained on as well")
         return 0
+
+
+def _weights_of_run(name: str) -> list[str]:
+    """What a run left, if `name` is its folder: the averaged weights of the last epoch and the raw ones."""
+    folder = _expand(Path(name))
+    if not (folder / "run.json").is_file():
+        return [name]
+    found = [str(folder / file) for file in ("model.safetensors", "raw.safetensors") if (folder / file).is_file()]
+    if not found:
+        raise ValueError(f"{name}: this run has no weights yet; the first are there after its first epoch")
+    return found
+
+
+def _per_class(counts: Any, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Recall and precision in per cent of every class, from `counts` of (right class, answer); None where undefined."""
+    return [
+        {
+            "class": class_name,
+            "num_pictures": int(counts[i].sum()),
+            "recall": 100 * int(counts[i, i]) / int(counts[i].sum()) if counts[i].sum() else None,
+            "precision": 100 * int(counts[i, i]) / int(counts[:, i].sum()) if counts[:, i].sum() else None,
+        }
+        for i, class_name in enumerate(class_names)
+    ]
+
+
+def _class_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    table = Table(
+        "class", *(Column(name, justify="right") for name in ("pictures", "recall %", "precision %")), box=SIMPLE
+    )
+    for row in rows:
+        shares = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("recall", "precision"))
+        table.add_row(row["class"], f"{row['num_pictures']:,}", *shares)
+    return table
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -249,7 +330,7 @@ COMMANDS: dict[str, type[Any]] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted, 143 terminated."""
     try:
         sys.exit(_run(sys.argv[1:] if args is None else args))
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
@@ -264,7 +345,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         _complain(str(interrupt) or "interrupted")
-        sys.exit(130)
+        sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
 
 
 def _run(args: list[str]) -> int:
@@ -285,17 +366,21 @@ def parse(args: list[str]) -> Any:
     """The command that `args` stands for. Exits with code 2, and says why, where it stands for none."""
     name, rest = args[0], args[1:]
     default: Any = tyro.MISSING_NONPROP
+    description = COMMANDS[name].__doc__
     if name == "train":
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
         if recipe not in RECIPES:
             raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
         default = Train(data=tyro.MISSING, recipe=RECIPES[recipe])
+        others = ", ".join(name for name in RECIPES if name != recipe)
+        description = f"{Train.__doc__}\n\nRECIPE {recipe}: {describe(recipe)}\n\nOther recipes: {others}"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 COMMANDS[name],
                 prog=f"mobilevit {name}",
+                description=description,
                 args=rest,
                 default=default,
                 # Pairs for train alone: what a flag's default is, depends on the recipe.
@@ -318,6 +403,10 @@ def _unframed(box: str) -> str:
 def _expand(path: Path) -> Path:
     """With the home folder for a leading ~, which no shell sees to in --data=~/photos."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own stops at a folder called ~photos
+
+
+def _expand_data(data: str) -> str:
+    return data if data.startswith("hf:") else str(_expand(Path(data)))
 
 
 def _device(name: str) -> str:

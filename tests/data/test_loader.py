@@ -1,5 +1,8 @@
 """Batches are the same whoever reads them, and a picture that cannot be read is named."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +11,9 @@ import torch
 from PIL import Image
 
 from mobilevit.data.loader import Batch, PictureDataset, load
+from mobilevit.data.sample import Sample
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
-from mobilevit.data.sources import Folder
-from mobilevit.data.transforms import Augmentation, Evaluation
+from mobilevit.data.transforms import Augmentation, Evaluation, Policy
 from mobilevit.pictures import PictureError, Preprocessing
 
 pytestmark = [
@@ -18,53 +21,173 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning"),
 ]
 AUGMENTATION = Augmentation(min_scale=0.1, flip=True, seed=0)
+EVALUATION = Evaluation(Preprocessing(resize_px=32, crop_px=32))
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pictures of three classes in turn."""
+
+    files: tuple[Path, ...]
+    class_names: tuple[str, ...] = ("a", "b", "c")
+
+    @property
+    def labels(self) -> Sequence[int]:
+        return [i % 3 for i in range(len(self.files))]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.files[index], index % 3, str(self.files[index]))
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
+def source(tmp_path: Path) -> Files:
     """Ten pictures of noise, each of another size."""
     random = np.random.default_rng(0)
     files = tuple(tmp_path / f"{i}.png" for i in range(10))
     for i, file in enumerate(files):
         Image.fromarray(random.integers(0, 255, (32 + i, 50 - i, 3), dtype=np.uint8)).save(file)
-    return Folder(files, labels=tuple(i % 3 for i in range(10)), class_names=("a", "b", "c"))
+    return Files(files)
+
+
+def damage(source: Files, *numbers: int) -> None:
+    for number in numbers:
+        file = source.files[number]
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_pictures_and_labels_belong_together(folder: Folder, num_workers: int):
-    dataset = PictureDataset(folder, Evaluation(Preprocessing(resize_px=32, crop_px=32)))
+def test_pictures_labels_and_numbers_belong_together(source: Files, num_workers: int):
+    dataset = PictureDataset(source, EVALUATION)
     assert len(dataset) == 10
     order = [[Pick(4, 0, 32), Pick(0, 0, 32)], [Pick(9, 0, 32)]]
     batches = list(load(dataset, order, num_workers=num_workers, device="cpu"))
     assert [batch.labels.tolist() for batch in batches] == [[1, 0], [0]]
+    assert [batch.numbers for batch in batches] == [(4, 0), (9,)]
+    assert [batch.unreadable for batch in batches] == [(), ()]
     assert [batch.pixels.shape for batch in batches] == [(2, 3, 32, 32), (1, 3, 32, 32)]
     assert {batch.pixels.dtype for batch in batches} == {torch.uint8}
-    with Image.open(folder.files[0]) as image:  # 32 px high already: only the middle is cut out
+    assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)
+    with Image.open(source.files[0]) as image:  # 32 px high already: only the middle is cut out
         middle = np.asarray(image)[:, 9:41]
     assert np.array_equal(batches[0].pixels[1].permute(1, 2, 0), middle)
 
 
-def test_workers_change_nothing(folder: Folder):
-    dataset = PictureDataset(folder, AUGMENTATION)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_scaled_as_the_network_expects(source: Files, num_workers: int):
+    preprocessing = Preprocessing(32, 32, mean=(0.1, 0.5, 0.7), std=(0.2, 1.0, 3.0))
+    dataset = PictureDataset(source, Evaluation(preprocessing))
+    picks = eval_batches(10, batch_size=4, size_px=32)
+    batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", preprocessing=preprocessing))
+    assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)
+    expected = torch.stack([preprocessing(file) for file in source.files])
+    torch.testing.assert_close(torch.cat([batch.pixels for batch in batches]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["basic", "advanced"])
+def test_workers_order_and_restarts_change_nothing(source: Files, policy: Policy):
+    dataset = PictureDataset(source, Augmentation(min_scale=0.1, flip=True, seed=0, policy=policy))
     picks = EpochBatches(10, sizes_px=(32, 40), batch_size=3, base_px=32, epoch=1)
     alone, helped = (list(load(dataset, picks, num_workers=n, device="cpu")) for n in (0, 2))
-    assert len(alone) == len(helped) == len(picks)
-    for a, b in zip(alone, helped, strict=True):
-        assert isinstance(b, Batch)
-        assert torch.equal(a.pixels, b.pixels)
-        assert torch.equal(a.labels, b.labels)
+    backwards = list(load(dataset, list(picks)[:0:-1], num_workers=0, device="cpu"))[::-1]
+    assert len(alone) == len(picks) > 2
+    for others in (helped, alone[:1] + backwards):
+        for a, b in zip(alone, others, strict=True):
+            assert isinstance(b, Batch)
+            assert torch.equal(a.pixels, b.pixels)
+            assert torch.equal(a.labels, b.labels)
+            assert a.numbers == b.numbers
     picks = EpochBatches(10, sizes_px=(32,), batch_size=3, base_px=32, epoch=2)
     other = torch.cat([batch.pixels for batch in load(dataset, picks, num_workers=0, device="cpu")])
     assert not any(torch.equal(alone[0].pixels[0], pixels) for pixels in other)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_picture_is_named_in_one_line(folder: Folder, num_workers: int):
-    whole = folder.files[7].read_bytes()
-    folder.files[7].write_bytes(whole[: len(whole) // 2])
-    dataset = PictureDataset(folder, AUGMENTATION)
+def test_a_damaged_picture_is_named_in_one_line(source: Files, num_workers: int):
+    damage(source, 7)
+    dataset = PictureDataset(source, AUGMENTATION)
     batches = load(dataset, eval_batches(10, batch_size=3, size_px=32), num_workers=num_workers, device="cpu")
     assert len([next(batches), next(batches)]) == 2
-    with pytest.raises(PictureError, match=f"^{folder.files[7]}: damaged picture") as caught:
+    with pytest.raises(PictureError, match=f"^{source.files[7]}: damaged picture") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_next_of_the_batch_stands_in(source: Files, num_workers: int):
+    picks = eval_batches(10, batch_size=5, size_px=32)
+    dataset = PictureDataset(source, AUGMENTATION)
+    whole = list(load(dataset, picks, num_workers=0, device="cpu"))
+    damage(source, 0, 3, 4, 9)
+    batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1))
+    assert [batch.numbers for batch in batches] == [(1, 1, 2, 1, 1), (5, 6, 7, 8, 5)]
+    assert [batch.labels.tolist() for batch in batches] == [[1, 1, 2, 1, 1], [2, 0, 1, 2, 2]]
+    assert [batch.unreadable for batch in batches] == [
+        tuple(str(source.files[i]) for i in numbers) for numbers in ((0, 3, 4), (9,))
+    ]
+    for batch, before in zip(batches, whole, strict=True):
+        for number, pixels in zip(batch.numbers, batch.pixels, strict=True):
+            assert torch.equal(pixels, before.pixels[number % 5])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_left_out_of_an_evaluation(source: Files, num_workers: int):
+    damage(source, 1, 9)
+    dataset = PictureDataset(source, EVALUATION)
+    picks = eval_batches(10, batch_size=3, size_px=32)
+    batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1, stand_in=False))
+    assert [batch.numbers for batch in batches] == [(0, 2), (3, 4, 5), (6, 7, 8), ()]
+    assert [batch.labels.tolist() for batch in batches] == [[0, 2], [0, 1, 2], [0, 1, 2], []]
+    assert [batch.pixels.shape for batch in batches] == [(n, 3, 32, 32) for n in (2, 3, 3, 0)]
+    assert [name for batch in batches for name in batch.unreadable] == [str(source.files[i]) for i in (1, 9)]
+    with pytest.raises(PictureError, match=f"^{source.files[1]}: damaged"):
+        list(load(dataset, picks, num_workers=num_workers, device="cpu", stand_in=False))
+
+
+def test_a_batch_of_which_nothing_can_be_read(source: Files):
+    damage(source, 3, 4, 5)
+    picks = eval_batches(10, batch_size=3, size_px=32)
+    batches = load(PictureDataset(source, AUGMENTATION), picks, num_workers=0, device="cpu", max_unreadable=100)
+    assert next(batches).numbers == (0, 1, 2)
+    with pytest.raises(PictureError, match=f"^{source.files[3]}: damaged"):
+        next(batches)
+
+
+def test_a_source_that_cannot_hand_a_picture_over(source: Files):
+    class Broken(Files):
+        def __getitem__(self, index: int) -> Sample:
+            if index == 1:
+                raise PictureError("pictures.tar: damaged")
+            return super().__getitem__(index)
+
+    dataset = PictureDataset(Broken(source.files), EVALUATION)
+    [batch] = load(dataset, [[Pick(1, 0, 32), Pick(2, 0, 32)]], num_workers=0, device="cpu", max_unreadable=1)
+    assert batch.numbers == (2, 2)
+    assert batch.unreadable == ("pictures.tar: damaged",)
+
+
+def test_other_errors_are_not_taken_for_unreadable_pictures(source: Files):
+    def prepare(sample: Sample, pick: Pick) -> np.ndarray:
+        raise ZeroDivisionError
+
+    batches = load(PictureDataset(source, prepare), [[Pick(0, 0, 32)]], num_workers=0, device="cpu", max_unreadable=9)
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
+
+
+def test_time_waited_for_data_and_that_alone(source: Files):
+    def prepare(sample: Sample, pick: Pick) -> np.ndarray:
+        time.sleep(0.05)
+        return np.zeros((32, 32, 3), np.uint8)
+
+    picks = eval_batches(4, batch_size=2, size_px=32)
+    batches = load(PictureDataset(source, prepare), picks, num_workers=0, device="cpu")
+    assert batches.waited_seconds == 0
+    next(batches)
+    assert batches.waited_seconds >= 0.1
+    started, before = time.perf_counter(), batches.waited_seconds
+    time.sleep(0.3)
+    next(batches)
+    assert 0.1 <= batches.waited_seconds - before <= time.perf_counter() - started - 0.3

@@ -1,14 +1,27 @@
-"""Folders of pictures: what is found, what is held out, what is refused."""
+"""Folders of pictures and what is common to all sources: what is found, what is held out, what is refused."""
 
+import gzip
+import hashlib
+import io
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.data.sources import Folder, check_headers, find_evaluation, find_splits
-from mobilevit.pictures import PictureError
+from mobilevit.data.archives import Arrays
+from mobilevit.data.sample import Labelled, Sample, Source, Subset
+from mobilevit.data.sources import (
+    check_headers,
+    find_evaluation,
+    find_splits,
+    fingerprint,
+    held_out_name,
+    hold_out,
+)
+from mobilevit.pictures import PictureError, read_picture
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -19,8 +32,13 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def names(folder: Folder, root: Path) -> list[str]:
-    return [file.relative_to(root).as_posix() for file in folder.files]
+def files(source: Source) -> list[Path]:
+    pictures = [source[i].picture for i in range(len(source))]
+    return [picture for picture in pictures if isinstance(picture, Path)]
+
+
+def names(source: Source, root: Path) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in files(source)]
 
 
 def numbered(class_name: str, num: int) -> list[str]:
@@ -34,18 +52,18 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
         touch(tmp_path, f"{other}/b/4.png")
     train, val = find_splits(tmp_path, val_fraction=0.5)
     assert names(train, tmp_path) == ["train/a/2.JPG", "train/a/sub/sub/3.webp", "train/b/1.png"]
-    assert train.labels == (0, 0, 1)
+    assert list(train.labels) == [0, 0, 1]
     assert names(val, tmp_path) == [f"{others[0]}/b/4.png"]
-    assert val.labels == (1,)
+    assert list(val.labels) == [1]
     assert train.class_names == val.class_names == ("a", "b")
 
 
 def test_hidden_files_and_what_is_no_picture_are_left_out(tmp_path: Path):
     data = touch(tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")  # above data it may be so
-    found = {file for folder in find_splits(data, 0.5) for file in folder.files}
+    found = {file for source in find_splits(data, 0.5) for file in files(source)}
     touch(data, ".git/x.png", "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt", "readme.png", "b/no.png.part")
     (data / "b" / "folder.png").mkdir()
-    assert {file for folder in find_splits(data, 0.5) for file in folder.files} == found
+    assert {file for source in find_splits(data, 0.5) for file in files(source)} == found
     assert len(found) == 4
 
 
@@ -61,8 +79,8 @@ def test_held_out_pictures_stay_where_they_are_when_others_are_added(tmp_path: P
     for i in range(60):
         touch(tmp_path, f"a/new{i}.png", f"c/new{i}.png", f"c/other{i}.png")
         more_train, more_val = find_splits(tmp_path, 0.2)
-        assert set(train.files) <= set(more_train.files)
-        assert set(val.files) <= set(more_val.files)
+        assert set(files(train)) <= set(files(more_train))
+        assert set(files(val)) <= set(files(more_val))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a name")
@@ -83,9 +101,9 @@ def test_the_share_held_out_is_the_one_asked_for(tmp_path: Path, fraction: float
     # In the second class every picture has the same name, in a folder of its own.
     touch(tmp_path, *numbered("a", 1000), *(f"b/{i}/photo.jpg" for i in range(1000)))
     train, val = find_splits(tmp_path, fraction)
-    assert sorted((*train.files, *val.files)) == sorted(tmp_path.rglob("*.*"))
+    assert sorted((*files(train), *files(val))) == sorted(tmp_path.rglob("*.*"))
     for label in (0, 1):  # four standard deviations
-        assert val.labels.count(label) == pytest.approx(
+        assert list(val.labels).count(label) == pytest.approx(
             1000 * fraction, abs=4 * (1000 * fraction * (1 - fraction)) ** 0.5
         )
 
@@ -96,7 +114,7 @@ def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int)
     touch(tmp_path, *numbered("a", num), *numbered("b", num), *numbered("c", num))
     train, val = find_splits(tmp_path, fraction)
     assert set(train.labels) == set(val.labels) == {0, 1, 2}
-    assert not set(train.files) & set(val.files)
+    assert not set(files(train)) & set(files(val))
     assert len(train) + len(val) == 3 * num
 
 
@@ -125,10 +143,13 @@ def test_what_cannot_be_trained_on(tmp_path: Path, found: list[str], message: st
 
 def test_no_folder_and_a_wrong_fraction(tmp_path: Path):
     touch(tmp_path, "file", *numbered("a", 2), *numbered("b", 2))
-    for path in (tmp_path / "missing", tmp_path / "file"):
-        for find in (lambda p: find_splits(p, 0.2), lambda p: find_evaluation(p, ("a", "b"))):
-            with pytest.raises(ValueError, match=f"^{path}: no such folder$"):
-                find(path)
+    for name, message in (
+        ("missing", "no such folder$"),
+        ("file", "neither a folder nor one of the files .parquet, .arrow, .tar$"),
+    ):
+        for find in (lambda p: find_splits(p, 0.2), lambda p: find_evaluation(p, ("a", "b")), held_out_name):
+            with pytest.raises(ValueError, match=f"^{tmp_path / name}: {message}"):
+                find(tmp_path / name)
     for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match=f"^val_fraction is {fraction}"):
             find_splits(tmp_path, fraction)
@@ -140,7 +161,8 @@ def test_evaluation_takes_val_before_test_before_everything(tmp_path: Path):
         touch(tmp_path / name, "a/1.png", "b/1.png", "b/2.png")
         folder = find_evaluation(tmp_path, class_names)
         assert names(folder, tmp_path / name) == ["a/1.png", "b/1.png", "b/2.png"]
-        assert folder.labels == (2, 0, 0)
+        assert list(folder.labels) == [2, 0, 0]
+        assert held_out_name(tmp_path) == (name or None)
         assert folder.class_names == class_names
     with pytest.raises(ValueError, match=r"'b' is not one of the 1 classes \(a\)"):
         find_evaluation(tmp_path, ("a",))
@@ -153,21 +175,96 @@ def test_samples(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (3, 2), color).save(tmp_path / name)
     colors = {}
-    for folder in find_splits(tmp_path, 0.5):
-        for i in range(len(folder)):
-            sample = folder[i]
-            assert sample.name == str(folder.files[i])
-            assert (sample.picture.mode, sample.picture.size) == ("RGB", (3, 2))
-            assert folder.class_names[sample.label] == Path(sample.name).parent.name
-            colors[names(folder, tmp_path)[i]] = sample.picture.getpixel((0, 0))
+    for source in find_splits(tmp_path, 0.5):
+        for i in range(len(source)):
+            sample = source[i]
+            assert sample.name == str(sample.picture)
+            picture = read_picture(sample.picture, sample.name)
+            assert (picture.mode, picture.size) == ("RGB", (3, 2))
+            assert sample.label == source.labels[i]
+            assert source.class_names[sample.label] == Path(sample.name).parent.name
+            colors[Path(sample.name).relative_to(tmp_path).as_posix()] = picture.getpixel((0, 0))
     assert colors == {
         name: (c, c, c) for name, c in (("a/1.png", 10), ("a/2.png", 20), ("b/1.png", 30), ("b/2.png", 40))
     }
 
     (tmp_path / "a" / "1.png").write_bytes(b"no picture")
-    folder = find_evaluation(tmp_path, ("a", "b"))
-    with pytest.raises(PictureError, match=f"^{folder.files[0]}: not a picture"):
-        folder[0]
+    sample = find_evaluation(tmp_path, ("a", "b"))[0]  # nothing is read yet
+    with pytest.raises(PictureError, match=f"^{tmp_path / 'a' / '1.png'}: not a picture"):
+        read_picture(sample.picture, sample.name)
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_data_may_be_a_string(tmp_path: Path, as_given: type):
+    data = as_given(touch(tmp_path, *numbered("a", 2), *numbered("b", 2)))
+    assert [len(source) for source in find_splits(data, 0.5)] == [2, 2]
+    assert len(find_evaluation(data, ("a", "b"))) == 4
+
+
+def test_the_chance_of_a_picture_is_the_digest_of_its_name(tmp_path: Path):
+    touch(tmp_path, *numbered("a", 40), *numbered("b", 40))
+    _, val = find_splits(tmp_path, 0.25)
+    held_out = [n for n in numbered("a", 40) + numbered("b", 40) if hashlib.sha256(n.encode()).digest()[0] < 64]
+    assert names(val, tmp_path) == held_out
+
+
+# --- Subsets ----------------------------------------------------------------------------------------------------------
+
+
+def arrays(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> Labelled:
+    """Pictures whose every pixel is their number."""
+    pixels = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 2))
+    return Labelled(Arrays(pixels, "numbers"), tuple(labels), class_names)
+
+
+def test_subset_of_a_subset():
+    some = Subset(Subset(arrays([0, 1, 0, 1, 1]), (4, 0, 2)), (2, 0))
+    assert (len(some), some.labels, some.class_names) == (2, (0, 1), ("a", "b"))
+    assert [(s.name, s.label) for s in (some[0], some[1])] == [("numbers[2]", 0), ("numbers[4]", 1)]
+
+
+def test_hold_out_of_numbered_pictures_is_stable_and_fair():
+    train, val = hold_out(arrays([0, 1] * 100), 0.25, "data")
+    more_train, more_val = hold_out(arrays([0, 1] * 120), 0.25, "data")
+    assert sorted((*train.indices, *val.indices)) == list(range(200))
+    assert set(train.indices) <= set(more_train.indices)
+    assert set(val.indices) <= set(more_val.indices)
+    assert all(abs(val.labels.count(label) - 25) < 18 for label in (0, 1))
+    for labels, message in (([0, 0, 1], "class b: one picture is too few"), ([0, 0], "class b: no pictures are")):
+        with pytest.raises(ValueError, match=f"^data: {message}"):
+            hold_out(arrays(labels), 0.25, "data")
+
+
+# --- Fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_of_folders(tmp_path: Path):
+    found = numbered("a", 5) + numbered("b", 5)
+    here, there = touch(tmp_path / "here", *found), touch(tmp_path / "there" / "deep", *found)
+
+    def prints(data: Path) -> list[str]:
+        return [fingerprint(source) for source in (*find_splits(data, 0.5), find_evaluation(data, ("a", "b")))]
+
+    before = prints(here)
+    assert before == prints(there) == prints(here)
+    assert len(set(before)) == 3
+    assert all(len(p) == 16 and int(p, 16) >= 0 for p in before)
+    (there / "a" / "000.png").rename(there / "a" / "new.png")
+    assert prints(there)[2] != before[2]
+    (here / "b").rename(here / "c")
+    assert fingerprint(find_splits(here, 0.5)[0]) != before[0]
+
+
+def test_fingerprint_tells_classes_labels_and_pictures_apart():
+    one = arrays([0, 1, 1])
+    others = [arrays([0, 1, 0]), arrays([0, 1]), arrays([0, 1, 1], ("a", "c")), arrays([0, 1, 1], ("ab", ""))]
+    subsets = [Subset(one, (0, 1)), Subset(one, (0, 2)), Subset(one, (2, 0))]
+    assert len({fingerprint(source) for source in (one, *others, *subsets)}) == 7  # of which one is the same:
+    assert fingerprint(subsets[0]) == fingerprint(arrays([0, 1]))
+    assert fingerprint(Subset(one, (0, 1, 2))) == fingerprint(one)
+
+
+# --- Headers ----------------------------------------------------------------------------------------------------------
 
 
 def test_headers_name_what_is_no_picture(tmp_path: Path):
@@ -175,10 +272,83 @@ def test_headers_name_what_is_no_picture(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     folders = find_splits(tmp_path, 0.5)
-    check_headers(*folders)
-    for name in ("a/2.png", "b/1.png"):
-        (tmp_path / name).write_text("no picture")
-    with pytest.raises(PictureError) as caught:
-        check_headers(*folders)
-    assert all(str(tmp_path / name) in str(caught.value) for name in ("a/2.png", "b/1.png"))
-    assert "1.png" not in str(caught.value).replace(str(tmp_path / "b/1.png"), "")
+    assert check_headers(*folders) == []
+    wrong = [str(tmp_path / name) for name in ("a/2.png", "b/1.png")]
+    for name in wrong:
+        Path(name).write_text("no picture")
+    for max_unreadable in (0, 1):
+        with pytest.raises(PictureError) as caught:
+            check_headers(*folders, max_unreadable=max_unreadable)
+        assert all(name in str(caught.value) for name in wrong)
+        assert "1.png" not in str(caught.value).replace(wrong[1], "")
+    assert sorted(check_headers(*folders, max_unreadable=2)) == wrong
+
+
+class Bytes:
+    """A source of its own kind: bytes, whatever they are."""
+
+    class_names = ("a", "b")
+
+    def __init__(self, *pictures: bytes):
+        self.pictures = pictures
+        self.labels = (0,) * len(pictures)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.pictures[index], 0, f"number {index}")
+
+
+def test_headers_of_bytes_and_pixels():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "png")
+    source = Bytes(*[file.getvalue(), b"", b"no picture"] * 200)
+    with pytest.raises(PictureError, match=r"^number 1, number 2, number 4, number 5, number 7 and 395 more: not"):
+        check_headers(source, arrays([0, 1]))
+    assert check_headers(Subset(source, (0, 1, 3)), arrays([0, 1]), max_unreadable=1) == ["number 1"]
+
+
+# --- Several kinds, or none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (["x.tar", "x.parquet"], ": holds .parquet files and .tar files; leave one"),
+        (["x.tar", *numbered("a", 1), *numbered("b", 1)], ": holds .tar files and class folders; leave one"),
+        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "x.arrow"], ": holds idx files and .arrow files; "),
+        (["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"], ": holds idx files and a saved dataset"),
+        (["train/x.tar", "train/a/1.png", "train/b/1.png", "val/a/1.png"], ": holds .tar files and class folders"),
+        (["train.tar", "x.tar"], "/x.tar: its name tells no split, those of other files do; put train, val or test"),
+        (["1.png"], ": found no folders; expected one folder of pictures .* idx files, .parquet .* or .tar shards$"),
+        (["x.tar.gz"], "/x.tar.gz: compressed, .*; uncompress it with gunzip$"),
+        (["train/x.tar.zst", "val/x.tar.zst"], "/train/x.tar.zst: compressed, .*; uncompress it with unzstd$"),
+        (["val-0.tar", "test-0.tar"], ": has only the splits test, val; expected one to train on$"),
+    ],
+)
+def test_several_kinds_or_none(tmp_path: Path, found: list[str], message: str):
+    with pytest.raises(ValueError, match=f"^{tmp_path}{message}") as caught:
+        find_splits(touch(tmp_path, *found), 0.2)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_lies_beside_class_folders_is_passed_over(tmp_path: Path):
+    data = touch(tmp_path, *numbered("a", 2), *numbered("b", 2), "photos.tar.gz", ".x.tar", "cache-1.arrow", "a/x.tar")
+    assert [len(source) for source in find_splits(data, 0.5)] == [2, 2]
+
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_fashion_mnist():
+    train, val = find_splits(FASHION_MNIST, 0.1)
+    assert train.class_names == tuple("0123456789")
+    assert np.bincount(train.labels).tolist() == [6000] * 10
+    assert np.bincount(val.labels).tolist() == [1000] * 10
+    raw = gzip.decompress((FASHION_MNIST / "t10k-images-idx3-ubyte.gz").read_bytes())
+    picture = val[9999].picture
+    assert isinstance(picture, np.ndarray)
+    assert picture.tobytes() == raw[-28 * 28 :]
+    assert find_evaluation(FASHION_MNIST, tuple("abcdefghij")).labels == val.labels

@@ -1,33 +1,48 @@
-"""The augmentation: the part of the picture it takes against torchvision's, and what it may depend on."""
+"""The augmentations against torchvision's, by distribution or pixel by pixel, and what they may depend on."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandAugment, RandomErasing, RandomResizedCrop, autoaugment
 
+from mobilevit.data.sample import Sample
 from mobilevit.data.sampler import Pick
-from mobilevit.data.transforms import Augmentation, Evaluation, random_resized_crop
+from mobilevit.data.transforms import (
+    Augmentation,
+    Evaluation,
+    Policy,
+    mix,
+    operations,
+    rand_augment,
+    random_box,
+    random_erasing,
+    resize,
+)
 from mobilevit.pictures import Preprocessing
 
+PHOTOGRAPHS = [Image.fromarray(photograph) for photograph in load_sample_images().images]
 
-@pytest.fixture
-def boxes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, int]]:
-    """(left, top, width, height) of every part that was taken from a picture; the pictures that come out are black."""
-    taken = []
 
-    def resize(self: Image.Image, size: tuple[int, int], resample: Any = None, box: Any = None) -> Image.Image:
-        left, top, right, bottom = box
-        assert 0 <= left < right <= self.width
-        assert 0 <= top < bottom <= self.height
-        taken.append((left, top, right - left, bottom - top))
-        return Image.new("RGB", size)
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    monkeypatch.setattr(Image.Image, "resize", resize)
-    return taken
+
+def sample(pixels: np.ndarray) -> Sample:
+    return Sample(pixels, 0, "picture")
+
+
+def sizes(boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """(left, top, right, bottom) -> left, top, width, height as columns."""
+    left, top, right, bottom = np.array(boxes, dtype=float).T
+    return np.stack([left, top, right - left, bottom - top])
 
 
 def furthest_apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,33 +55,32 @@ def furthest_apart(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("size", [(640, 480), (333, 501), (1500, 500), (17, 16)])
 @pytest.mark.parametrize("min_scale", [0.08, 0.6])
-def test_the_parts_are_distributed_as_torchvisions(boxes, size: tuple[int, int], min_scale: float):
+def test_the_parts_are_distributed_as_torchvisions(size: tuple[int, int], min_scale: float):
     num = 2000
-    image, random = Image.new("RGB", size), np.random.default_rng(1)
-    for _ in range(num):
-        random_resized_crop(image, 32, min_scale, random)
-    ours = np.array(boxes, dtype=float)
+    random = np.random.default_rng(1)
+    ours = sizes([random_box(*size, min_scale, random) for _ in range(num)])
     torch.manual_seed(1)
     theirs = [
         RandomResizedCrop.get_params(torch.empty(3, *size[::-1]), [min_scale, 1], [3 / 4, 4 / 3]) for _ in range(num)
     ]
-    theirs = np.array(theirs, dtype=float)[:, [1, 0, 3, 2]]
+    theirs = np.array(theirs, dtype=float).T[[1, 0, 3, 2]]
     looks = {
-        "area": lambda b: b[:, 2] * b[:, 3],
-        "ratio": lambda b: b[:, 2] / b[:, 3],
-        "left": lambda b: b[:, 0] / np.maximum(1, size[0] - b[:, 2]),
-        "top": lambda b: b[:, 1] / np.maximum(1, size[1] - b[:, 3]),
+        "area": lambda b: b[2] * b[3],
+        "ratio": lambda b: b[2] / b[3],
+        "left": lambda b: b[0] / np.maximum(1, size[0] - b[2]),
+        "top": lambda b: b[1] / np.maximum(1, size[1] - b[3]),
     }
     for name, look in looks.items():  # 1.95 is what one pair of equal distributions in a thousand goes beyond
         assert furthest_apart(look(ours), look(theirs)) < 1.95 * math.sqrt(2 / num), name
 
 
-def test_the_promised_bounds(boxes):
+def test_the_promised_bounds():
     width, height, min_scale = 1201, 1000, 0.25
-    image, random = Image.new("RGB", (width, height)), np.random.default_rng(0)
-    for _ in range(2000):
-        random_resized_crop(image, 32, min_scale, random)
-    w, h = np.array(boxes, dtype=float)[:, 2:].T
+    random = np.random.default_rng(0)
+    left, top, w, h = sizes([random_box(width, height, min_scale, random) for _ in range(2000)])
+    assert min(left.min(), top.min()) == 0
+    assert (left + w).max() == width
+    assert (top + h).max() == height
     share, ratio, rounding = w * h / (width * height), w / h, 0.003
     assert min_scale - rounding < share.min() < min_scale + 0.01
     assert 0.95 < share.max() <= 1
@@ -87,33 +101,60 @@ def test_the_promised_bounds(boxes):
         ((600, 300), 1, (100, 0, 400, 300)),  # beyond 4:3 the whole is not allowed
     ],
 )
-def test_pictures_that_leave_no_choice(boxes, size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
+def test_pictures_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
     random = np.random.default_rng(0)
-    for _ in range(50):
-        out = random_resized_crop(Image.new("RGB", size), 33, min_scale, random)
-        assert out.size == (33, 33)
-    assert set(boxes) == {box}
+    assert {tuple(sizes([random_box(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
+    pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))
+    assert pixels.shape == (33, 33, 3)
+
+
+@pytest.mark.parametrize("photograph", PHOTOGRAPHS)
+@pytest.mark.parametrize("size_px", [31, 160, 500])
+def test_resized_as_by_pillow(photograph: Image.Image, size_px: int):
+    theirs = np.asarray(photograph.resize((size_px, size_px), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(resize(np.array(photograph), size_px).numpy() - theirs).max() <= 1
+    part = np.array(photograph)[20:-31, 11:-40]
+    theirs = np.asarray(Image.fromarray(part).resize((size_px, size_px), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(resize(part, size_px).numpy() - theirs).max() <= 1
 
 
 def test_the_part_fills_the_square():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (51, 51, 3), dtype=np.uint8))
-    out = random_resized_crop(image, 40, 1, np.random.default_rng(0))  # of a square at 1: all of it
-    assert out.tobytes() == image.resize((40, 40), Image.Resampling.BILINEAR).tobytes()
+    pixels = noise(51, 51)
+    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))  # of a square at 1: all of it
+    assert np.array_equal(out, resize(pixels, 40))
 
 
-def test_chance_comes_from_seed_epoch_and_number_alone(boxes):
-    image = Image.new("RGB", (100, 90))
+def coordinates(width: int, height: int) -> np.ndarray:
+    """Pixels that say where they were: red from left to right, green from top to bottom."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    return pixels
 
-    def box(seed: int = 3, epoch: int = 4, number: int = 5, size_px: int = 32) -> tuple[int, int, int, int]:
-        Augmentation(min_scale=0.08, flip=True, seed=seed)(image, Pick(number, epoch, size_px))
-        return boxes[-1]
 
-    first = box()
-    assert len({first, box(seed=4), box(epoch=5), box(number=4), box(epoch=5, number=4)}) == 5
+@pytest.mark.parametrize("policy", ["basic", "advanced"])
+def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
+    picture = sample(noise(100, 90))
+
+    def augment(seed: int = 3, epoch: int = 4, number: int = 5) -> bytes:
+        augmentation = Augmentation(min_scale=0.08, flip=True, seed=seed, policy=policy)
+        return augmentation(picture, Pick(number, epoch, 32)).tobytes()
+
+    first = augment()
+    assert len({first, augment(seed=4), augment(epoch=5), augment(number=4), augment(epoch=5, number=4)}) == 5
     np.random.seed(0)
     torch.manual_seed(0)
-    assert box() == first
-    assert box(size_px=64) == first
+    before = np.random.get_state()[1].tobytes(), torch.get_rng_state()  # type: ignore[union-attr]
+    assert augment() == first
+    after = np.random.get_state()[1].tobytes(), torch.get_rng_state()  # type: ignore[union-attr]
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+
+
+def test_the_part_does_not_depend_on_the_size():
+    augment = Augmentation(min_scale=0.08, flip=True, seed=0)
+    for number in range(20):
+        a, b = (augment(sample(coordinates(200, 180)), Pick(number, 0, size)).astype(int) for size in (32, 64))
+        assert np.abs(a[[0, 0, -1, -1], [0, -1, 0, -1]] - b[[0, 0, -1, -1], [0, -1, 0, -1]]).max() <= 4  # corners
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -121,14 +162,197 @@ def test_mirror_images(flip: bool):
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:8, 16:] = 255  # top right
     augment = Augmentation(min_scale=1, flip=flip, seed=0)
-    outs = [np.asarray(augment(Image.fromarray(pixels), Pick(i, 0, 32))) for i in range(400)]
+    outs = [augment(sample(pixels), Pick(i, 0, 32)) for i in range(400)]
     num_flipped = sum(np.array_equal(out, pixels[:, ::-1]) for out in outs)
     assert num_flipped + sum(np.array_equal(out, pixels) for out in outs) == 400
     assert 160 < num_flipped < 240 if flip else num_flipped == 0
 
 
+def test_a_file_and_its_bytes_give_the_same(tmp_path: Path):
+    PHOTOGRAPHS[0].save(tmp_path / "photograph.jpg", quality=90)
+    augment = Augmentation(min_scale=0.08, flip=True, seed=0)
+    for size_px in (32, 256):
+        pick = Pick(1, 2, size_px)
+        file, content = tmp_path / "photograph.jpg", (tmp_path / "photograph.jpg").read_bytes()
+        assert np.array_equal(augment(Sample(file, 0, "a"), pick), augment(Sample(content, 0, "b"), pick))
+
+
 def test_evaluation_sees_what_the_network_will_see():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 71, 3), dtype=np.uint8))
+    pixels = noise(71, 50)
     preprocessing = Preprocessing(resize_px=40, crop_px=32)
-    pixels = np.asarray(Evaluation(preprocessing)(image, Pick(0, 0, 99)))
-    assert torch.equal(preprocessing(image), torch.tensor(pixels).permute(2, 0, 1) / 255)
+    out = torch.tensor(Evaluation(preprocessing)(sample(pixels), Pick(0, 0, 99)))
+    assert torch.equal(preprocessing(pixels), out.permute(2, 0, 1) / 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The advanced augmentation
+
+
+@pytest.mark.parametrize("size_px", [64, 97])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_operations_against_torchvisions(size_px: int, sign: int):
+    image = PHOTOGRAPHS[1].resize((size_px, size_px))
+    ours = operations(size_px, sign)
+    theirs = RandAugment()._augmentation_space(31, (size_px, size_px))
+    assert {name.replace(" ", "") for name in ours} == {name.lower() for name in theirs}
+    for name, (magnitudes, is_signed) in theirs.items():
+        magnitude = (sign if is_signed else 1) * float(magnitudes[9]) if magnitudes.ndim else 0.0
+        expected: Any = autoaugment._apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)  # type: ignore[arg-type]
+        [operation] = [ours[our_name] for our_name in ours if our_name.replace(" ", "") == name.lower()]
+        assert operation(image).tobytes() == expected.tobytes(), name
+
+
+def test_two_operations_in_either_direction_each_as_likely():
+    image = Image.fromarray(coordinates(24, 24))
+    pairs: dict[bytes, float] = {}
+    for sign_1 in (1, -1):
+        for first in operations(24, sign_1).values():
+            for sign_2 in (1, -1):
+                for second in operations(24, sign_2).values():
+                    out = second(first(image)).tobytes()
+                    pairs[out] = pairs.get(out, 0) + 1 / 28**2
+    random = np.random.default_rng(0)
+    num = 8000
+    counts = dict.fromkeys(pairs, 0)
+    for _ in range(num):
+        counts[rand_augment(image, random).tobytes()] += 1
+    chi_2 = sum((counts[out] - num * share) ** 2 / (num * share) for out, share in pairs.items())
+    degrees = len(pairs) - 1
+    assert degrees > 200
+    assert abs(chi_2 - degrees) < 4 * math.sqrt(2 * degrees)
+
+
+def erased(pixels: np.ndarray) -> tuple[float, float, float, float] | None:
+    """left, top, width, height of what is not 7 in `pixels`."""
+    rows, columns = (np.flatnonzero((pixels != 7).all(2).any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    return columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+
+
+def test_erased_boxes_are_distributed_as_torchvisions():
+    num, (width, height) = 6000, (90, 70)
+    random = np.random.default_rng(0)
+    found = [erased(random_erasing(np.full((height, width, 3), 7, np.uint8), random)) for _ in range(num)]
+    ours = np.array([box for box in found if box], dtype=float).T
+    assert abs(ours.shape[1] / num - 0.25) < 4 * math.sqrt(0.25 * 0.75 / num)
+    torch.manual_seed(0)
+    theirs = [
+        RandomErasing.get_params(torch.zeros(3, height, width), (0.02, 0.33), (0.3, 3.3), [0.0]) for _ in range(2000)
+    ]
+    theirs = np.array([(j, i, w, h) for i, j, h, w, _ in theirs], dtype=float).T
+    looks = {
+        "area": lambda b: b[2] * b[3],
+        "ratio": lambda b: b[2] / b[3],
+        "left": lambda b: b[0],
+        "top": lambda b: b[1],
+    }
+    for name, look in looks.items():
+        # The noise has a 7 at an edge of the box now and then, which moves one pixel.
+        limit = 1.95 * math.sqrt(1 / ours.shape[1] + 1 / theirs.shape[1]) + 0.01
+        assert furthest_apart(look(ours), look(theirs)) < limit, name
+
+
+def test_erased_is_noise():
+    random = np.random.default_rng(0)
+    values = np.concatenate([random_erasing(np.zeros((99, 99, 3), np.uint8), random).ravel() for _ in range(200)])
+    counts = np.bincount(values, minlength=256)[1:]  # 0 is mostly what was there
+    assert abs(((counts - counts.mean()) ** 2 / counts.mean()).sum() - 254) < 4 * math.sqrt(2 * 254)
+
+
+def test_advanced_is_basic_and_more():
+    basic = Augmentation(min_scale=0.3, flip=True, seed=0)
+    advanced = replace(basic, policy="advanced")
+    pictures = [sample(np.asarray(photograph)) for photograph in PHOTOGRAPHS]
+    num_same = 0
+    for i in range(300):
+        pick = Pick(i, 0, 32)
+        a, b = basic(pictures[i % 2], pick), advanced(pictures[i % 2], pick)
+        assert a.shape == b.shape == (32, 32, 3)
+        assert a.dtype == b.dtype == np.uint8
+        num_same += np.array_equal(a, b)
+    # Nothing happens where both operations are the identity, or do nothing to the picture at hand, and none is erased.
+    assert 0 < num_same < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def batch(num: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Pictures whose every pixel is a different number, and one-hot targets."""
+    return torch.arange(num * 3.0 * height * width).reshape(num, 3, height, width), torch.eye(num)
+
+
+def kind(mixed: Tensor, pixels: Tensor) -> str:
+    return "cutmix" if torch.isin(mixed, pixels).all() else "mixup"
+
+
+@pytest.mark.parametrize(("num", "height", "width"), [(2, 16, 16), (5, 33, 20)])
+def test_targets_tell_what_the_pictures_are_made_of(num: int, height: int, width: int):
+    pixels, targets = batch(num, height, width)
+    kinds = []
+    for seed in range(200):
+        mixed, shares = mix(pixels, targets, np.random.default_rng(seed))
+        torch.testing.assert_close(shares.sum(1), torch.ones(num))
+        kinds.append(kind(mixed, pixels))
+        if kinds[-1] == "mixup":
+            torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", shares, pixels))
+            continue
+        source = mixed.long() // (3 * height * width)  # the picture that a pixel is of
+        assert torch.equal(mixed.long() % (3 * height * width), pixels[0].long().expand_as(mixed))  # in its place
+        for i in range(num):
+            counted = torch.bincount(source[i].flatten(), minlength=num) / (3 * height * width)
+            torch.testing.assert_close(shares[i], counted)
+            foreign = (source[i, 0] != i).nonzero()
+            if len(foreign):
+                box = foreign.amax(0) - foreign.amin(0) + 1
+                assert len(foreign) == box.prod()  # one whole box
+    assert set(kinds) == {"cutmix", "mixup"}
+
+
+def test_shares_are_distributed_as_published():
+    pixels, targets = batch(20, 64, 64)
+    pixels = pixels[:, :1, :1, :1].expand(-1, -1, 64, 64)
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(1500):
+        mixed, mixed_targets = mix(pixels, targets, np.random.default_rng(seed))
+        is_cutmix = bool(torch.isin(mixed[:2], pixels[:, 0, 0, 0]).all())
+        own = mixed_targets.diagonal().min()  # a picture may be its own partner; not all are
+        shares[is_cutmix].append(float(own))
+    assert 650 < len(shares[True]) < 850  # some of Mixup's shares are so near to 0 or 1 that nothing is seen of it
+    random = np.random.default_rng(1)
+    assert furthest_apart(np.array(shares[False]), random.beta(0.2, 0.2, 5000)) < 0.1
+    # CutMix as published: a box of share 1 - lambda around a point, cut off at the border, and lambda set right.
+    lam, x, y = random.random((3, 5000))
+    half = np.sqrt(1 - lam) / 2
+    w, h = (np.minimum(at + half, 1) - np.maximum(at - half, 0) for at in (x, y))
+    assert furthest_apart(np.array(shares[True]), 1 - w * h) < 0.1
+
+
+def test_mixing_needs_two_and_changes_nothing_handed_in():
+    random = np.random.default_rng(0)
+    one = batch(1, 8, 8)
+    for _ in range(10):
+        assert all(map(torch.equal, mix(*one, random), one))
+    pixels, targets = batch(3, 8, 8)
+    before = pixels.clone(), targets.clone()
+    outs = [mix(pixels, targets, random) for _ in range(20)]
+    assert torch.equal(pixels, before[0])
+    assert torch.equal(targets, before[1])
+    assert any(not torch.equal(mixed, pixels) for mixed, _ in outs)
+
+
+def test_mixing_is_decided_by_the_generator_alone_and_keeps_the_layout():
+    pixels, targets = batch(4, 9, 8)
+    pixels = pixels.to(memory_format=torch.channels_last)
+    kinds = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        first, second = (mix(pixels, targets, np.random.default_rng(seed)) for _ in range(2))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, first, second))
+        assert first[0].is_contiguous(memory_format=torch.channels_last)
+        kinds.add(kind(first[0], pixels))
+    assert kinds == {"cutmix", "mixup"}

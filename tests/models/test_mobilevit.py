@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import randomise
 from mobilevit.models.mobilevit import (
@@ -52,8 +54,13 @@ def test_attention_against_torch() -> None:
         theirs.in_proj_weight.copy_(ours.qkv.weight)
         theirs.in_proj_bias.copy_(ours.qkv.bias)
     theirs.out_proj.load_state_dict(ours.out.state_dict())
-    x = torch.randn(3, 7, 24)
-    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0])
+    x, gradient = torch.randn(3, 7, 24), torch.randn(3, 7, 24)
+    found, expected = ours(x), theirs(x, x, x, need_weights=False)[0]
+    torch.testing.assert_close(found, expected)
+    found.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(ours.qkv.weight.grad, theirs.in_proj_weight.grad)
+    torch.testing.assert_close(ours.qkv.bias.grad, theirs.in_proj_bias.grad)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 320), (224, 224), (75, 256), (288, 160)])
@@ -222,6 +229,21 @@ def test_compile(model: nn.Module, size: tuple[int, int]) -> None:
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_step_of_training(autocast: bool) -> None:
+    model = randomise(MobileViT("xxs", num_classes=10))  # eval mode: with dropout no two passes are equal
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, labels = torch.rand(3, 3, 70, 45), torch.tensor([0, 4, 9])
+    gradients = []
+    for run in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            nn.functional.cross_entropy(run(x), labels).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    assert (gradients[0] - gradients[1]).norm() < (0.1 if autocast else 1e-4) * gradients[0].norm()
+
+
 # torch.export.save says the first of every channels-last weight, torch.export.load of torch 2.11 the second of its own
 # buffer; what comes back is compared below.
 exports_quietly = pytest.mark.filterwarnings(
@@ -274,6 +296,50 @@ def test_exported_graph_resizes_only_where_it_must(model: nn.Module, size: tuple
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("upsample" in target for target in targets) == num_resizes
     assert not any("slice" in target for target in targets)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 45)])
+def test_frozen_parts_do_not_change_the_gradients(size: tuple[int, int]) -> None:
+    model = randomise(MobileViT("xxs", num_classes=10)).double()
+    x = torch.rand(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
+    by_name = dict(zip(("pictures", *(name for name, _ in model.named_parameters())), expected, strict=True))
+    model.requires_grad_(False)
+    (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(found, by_name["pictures"])
+    model.get_submodule("backbone.stage4").requires_grad_(
+        True
+    )  # its input needs no gradient, what comes behind it does
+    model(x.detach()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("backbone.stage4."), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, by_name[name])
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_no_map_is_copied_for_autograd(model: nn.Module) -> None:
+    x = torch.rand(2, 3, 64, 64)
+    with Operations() as learning:
+        model(x)
+    with torch.no_grad(), Operations() as inference:
+        model(x)
+    # SiLU in place overwrites what its gradient needs: autograd would clone each of these inputs first.
+    assert learning.counts["silu"] == inference.counts["silu_"] == 34
+    assert learning.counts["silu_"] == inference.counts["silu"] == 0
+    # What is left are the moves of unfold, fold and the heads, equally many in both.
+    assert learning.counts["clone"] == inference.counts["clone"]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")

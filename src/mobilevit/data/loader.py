@@ -2,68 +2,159 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mobilevit.data.sample import Sample, Source
 from mobilevit.data.sampler import Pick
-from mobilevit.data.sources import Source
-from mobilevit.pictures import PictureError
+from mobilevit.pictures import PictureError, Preprocessing
 
 
 class Batch(NamedTuple):
-    """Pictures as uint8 (B, 3, H, W), to be scaled where the network runs, and their labels (B,)."""
+    """Pictures (B, 3, H, W) in channels-last layout, their labels (B,) and their numbers in the source.
+
+    `unreadable` names the pictures that should be here and could not be read.
+    """
 
     pixels: Tensor
     labels: Tensor
+    numbers: tuple[int, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+class Item(NamedTuple):
+    """A picture of a batch, uint8 (H, W, 3), its label and its number in the source."""
+
+    pixels: np.ndarray
+    label: int
+    number: int
+
+
+class Unreadable(NamedTuple):
+    """A picture that could not be read, the side in pixels it was wanted at, and why it could not."""
+
+    name: str
+    size_px: int
+    error: PictureError
 
 
 class PictureDataset(Dataset):
-    """Pictures of a source, each made ready by `prepare(picture, pick)`, as uint8 (3, H, W) with their label.
+    """Pictures of a source, each made ready by `prepare(sample, pick)`, which raises PictureError, as uint8 (H, W, 3).
 
-    An item is asked for by a `Pick`. A picture that cannot be read is handed on as its PictureError, so that whoever
-    reads the batches can say which one it was, whatever process met it.
+    An item is asked for by a `Pick`. A picture that cannot be read is handed on as `Unreadable`, so that whoever reads
+    the batches can say which one it was, whatever process met it.
     """
 
-    def __init__(self, source: Source, prepare: Callable[[Image.Image, Pick], Image.Image]):
+    def __init__(self, source: Source, prepare: Callable[[Sample, Pick], np.ndarray]):
         self.source = source
         self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, pick: Pick) -> tuple[Tensor, int] | PictureError:
+    def __getitem__(self, pick: Pick) -> Item | Unreadable:
+        name = ""
         try:
             sample = self.source[pick.number]
+            name = sample.name
+            return Item(self.prepare(sample, pick), sample.label, pick.number)
         except PictureError as error:
-            return error
-        pixels = np.array(self.prepare(sample.picture, pick))
-        return torch.from_numpy(pixels).permute(2, 0, 1), sample.label
+            return Unreadable(name or str(error), pick.size_px, error)
 
 
-def load(dataset: PictureDataset, batches: Iterable[list[Pick]], *, num_workers: int, device: str) -> Iterator[Batch]:
-    """The given batches on `device`, in their order. Raises PictureError."""
+class Loader(Iterator[Batch]):
+    """What `load` returns: an iterator that goes once through the batches.
+
+    `waited_seconds` is how long it has kept its user waiting for data so far, the start of the workers included.
+    """
+
+    def __init__(self, batches: DataLoader, device: str, preprocessing: Preprocessing | None):
+        self.waited_seconds = 0.0
+        self._loader = batches
+        self._batches: Iterator[Batch | PictureError] | None = None
+        self._device = device
+        self._preprocessing = preprocessing
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            batch = next(self._batches)
+        finally:
+            self.waited_seconds += time.perf_counter() - started
+        if isinstance(batch, PictureError):
+            raise batch
+        pixels, labels = (x.to(self._device, non_blocking=True) for x in (batch.pixels, batch.labels))
+        if self._preprocessing is not None:
+            pixels = self._preprocessing.scale(pixels)
+        return Batch(pixels, labels, tuple(batch.numbers), tuple(batch.unreadable))  # pinning makes lists of tuples
+
+
+def load(
+    dataset: PictureDataset,
+    batches: Iterable[list[Pick]],
+    *,
+    num_workers: int,
+    device: str,
+    preprocessing: Preprocessing | None = None,
+    max_unreadable: int = 0,
+    stand_in: bool = True,
+) -> Loader:
+    """The given batches on `device`, in their order.
+
+    Pixels are uint8, or where `preprocessing` is given float32 as the network expects them, scaled on `device`.
+
+    With `max_unreadable` above 0 a picture that cannot be read is replaced by the next one of its batch, in a circle,
+    and named in `unreadable`; to count them is up to the caller. Without `stand_in` it is left out, and the batch is
+    smaller, or empty.
+
+    Raises:
+        PictureError: when a batch comes in which a picture, or with `max_unreadable` above 0 each, cannot be read.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, skip=max_unreadable > 0, stand_in=stand_in),
         num_workers=num_workers,
         pin_memory=device.startswith("cuda"),
+        worker_init_fn=_leave_signals_to_parent,
     )
-    for batch in loader:
-        if isinstance(batch, PictureError):
-            raise batch
-        yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return Loader(loader, device, preprocessing)
 
 
-def _collate(items: list[tuple[Tensor, int] | PictureError]) -> Batch | PictureError:
-    for item in items:
-        if isinstance(item, PictureError):
-            return item
-    pixels, labels = zip(*cast(list[tuple[Tensor, int]], items), strict=True)
-    return Batch(torch.stack(pixels), torch.tensor(labels))
+def _leave_signals_to_parent(_: int) -> None:
+    # Ctrl-C and a batch system's SIGTERM reach workers as well, and the step they read for is still to be finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _collate(items: list[Item | Unreadable], skip: bool, stand_in: bool) -> Batch | PictureError:
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    if unreadable and (not skip or (stand_in and len(unreadable) == len(items))):
+        return unreadable[0].error
+    chosen: list[Item] = []
+    for i, item in enumerate(items):
+        if isinstance(item, Item):
+            chosen.append(item)
+        elif stand_in:
+            chosen.append(next(other for other in items[i:] + items[:i] if isinstance(other, Item)))
+    if chosen:
+        pixels = np.stack([item.pixels for item in chosen])
+    else:
+        pixels = np.empty((0, unreadable[0].size_px, unreadable[0].size_px, 3), np.uint8)
+    return Batch(
+        # As the rows lie in memory already; the network wants the same layout.
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        torch.tensor([item.label for item in chosen], dtype=torch.long),
+        tuple(item.number for item in chosen),
+        tuple(item.name for item in unreadable),
+    )

@@ -8,7 +8,8 @@ what they have read ahead and what was drawn before change nothing. It needs no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
@@ -59,7 +60,7 @@ class EpochBatches(Sequence[list[Pick]]):
 
     The last batch is what is left. Where that would be fewer than two pictures for each process, it joins the batch
     before it instead. Shares of the processes in a batch are equal, but for those of the last step, which differ by
-    one at most.
+    one at most. `min_last` sets another number of pictures than two for each process.
 
     Args:
         num_pictures: in the source.
@@ -69,6 +70,7 @@ class EpochBatches(Sequence[list[Pick]]):
         variant: how the batch follows the size; see `batch_size_at`.
         seed, epoch: whence the order and the sizes are drawn.
         rank, world: which of how many processes.
+        min_last: fewest pictures of a last batch of its own, in all processes together.
 
     Raises:
         ValueError: arguments out of range, or too few pictures for as many processes.
@@ -86,6 +88,7 @@ class EpochBatches(Sequence[list[Pick]]):
         epoch: int = 0,
         rank: int = 0,
         world: int = 1,
+        min_last: int | None = None,
     ):
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}; it can be {', '.join(VARIANTS)}")
@@ -120,11 +123,18 @@ class EpochBatches(Sequence[list[Pick]]):
         stops = np.cumsum(batch_sizes[draw])
         num_steps = int(np.searchsorted(stops, num_pictures)) + 1
         stops = np.minimum(stops[:num_steps], num_pictures)
-        if num_steps > 1 and stops[-1] - stops[-2] < MIN_SHARE * world:
+        if num_steps > 1 and stops[-1] - stops[-2] < (MIN_SHARE * world if min_last is None else min_last):
             stops = np.append(stops[:-2], num_pictures)
         self._stops = stops
         self._sizes_px = sizes[draw[: len(stops)]]
-        self._order = np.random.default_rng((seed, epoch)).permutation(num_pictures)
+        self.batch_sizes = dict(zip(sizes.tolist(), batch_sizes.tolist(), strict=True))
+        """Pictures of a whole step by size, in all processes together."""
+        self._seed = seed
+        self._num_pictures = num_pictures
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng((self._seed, self.epoch)).permutation(self._num_pictures)  # not for `len` alone
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -148,6 +158,45 @@ class EpochBatches(Sequence[list[Pick]]):
     def size_px(self, step: int) -> int:
         """Side of the pictures of a step."""
         return int(self._sizes_px[step])
+
+
+class Part(NamedTuple):
+    """What one process computes at once: part `number` of the `num_parts` that make up step `step` of an epoch."""
+
+    step: int
+    number: int
+    num_parts: int
+    picks: list[Pick]
+    share: float  # of the step's pictures
+
+    @property
+    def size_px(self) -> int:
+        """Side of its pictures."""
+        return self.picks[0].size_px
+
+
+def count_parts(num_pictures: int, size_px: int, *, pixels_at_once: int, world: int) -> int:
+    """Parts that a step of `num_pictures` is cut into; see `parts`."""
+    rounds = -(-num_pictures * size_px**2 // (pixels_at_once * world))
+    return world * max(1, min(rounds, num_pictures // (MIN_SHARE * world)))
+
+
+def parts(
+    batches: EpochBatches, *, pixels_at_once: int, first_step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Part]:
+    """The parts that process `rank` of `world` computes, one after the other, from `first_step` on.
+
+    `batches` are those of all processes together. Each step is cut into as many equal parts as it takes for none to
+    have more than `pixels_at_once` pixels, a multiple of `world`; process 0 computes part 0, part `world` and so on.
+    Only how many parts there are depends on the hardware: four parts in one process or one part in each of four
+    processes are the same parts. None has fewer than two pictures, if at all possible.
+    """
+    for step in range(first_step, len(batches)):
+        picks = batches[step]
+        num_parts = count_parts(len(picks), batches.size_px(step), pixels_at_once=pixels_at_once, world=world)
+        for number in range(rank, num_parts, world):
+            mine = picks[number::num_parts]
+            yield Part(step, number, num_parts, mine, len(mine) / len(picks))
 
 
 def eval_batches(num_pictures: int, *, batch_size: int, size_px: int) -> list[list[Pick]]:

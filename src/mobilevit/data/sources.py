@@ -1,132 +1,355 @@
-"""Where pictures come from. A source has a length, class names, and gives one `Sample` per index."""
+"""Where pictures come from: what is in a place, which part is held out, what can be known to be wrong beforehand."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mobilevit.pictures import PictureError, picture_files, read_picture
+from mobilevit.data.archives import (
+    Members,
+    idx_files,
+    is_compressed_tar,
+    read_class_names,
+    read_idx,
+    read_tars,
+    refuse_compressed,
+)
+from mobilevit.data.sample import Labelled, Part, Sample, Source, Subset, few
+from mobilevit.data.tables import file_split, hub_splits, read_table, saved_splits
+from mobilevit.pictures import Picture, PictureError, picture_files
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-@dataclass(frozen=True)
-class Sample:
-    """A picture (upright RGB), the number of its class, and a name to find it by."""
+# What the splits are called, and what they are to us.
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLITS |= {"test": "test"}
+SHARDS = (".parquet", ".arrow", ".tar")
+EXPECTED = (
+    "one folder of pictures for each of two classes or more, or train/ and val/ of those; or idx files, .parquet or "
+    ".arrow files, or .tar shards"
+)
+HEAD_BYTES = 1 << 16  # where the header of nearly every picture ends
 
-    picture: Image.Image
-    label: int
-    name: str
-
-
-class Source(Protocol):
-    """Labelled pictures by index."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names by class number."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises PictureError where the picture cannot be read."""
-        ...
+Parts = dict[str, Callable[[], Part]]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures in folders named after their class."""
+    """Pictures in folders named after their class. `root` is the folder below which names stay the same."""
 
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
+    root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
-        return Sample(read_picture(file), self.labels[index], str(file))
+        return Sample(file, self.labels[index], str(file))
 
 
-def find_splits(data: Path, val_fraction: float) -> tuple[Folder, Folder]:
-    """Training and validation pictures of a folder.
+def find_splits(data: str | Path, val_fraction: float) -> tuple[Source, Source]:
+    """Training and validation pictures of `data`, wherever they are kept.
 
-    Either `data` holds `train/` and `val/` (or `test/`), each with a folder a class, or it holds a folder a class, and
-    about `val_fraction` of every class is held out: each picture by chance, drawn from its name below `data` alone, so
-    that adding pictures moves none of the others. Where chance would leave one side of a class empty, as it may
-    where a class has few pictures, one is put there.
+    `data` is one of
 
-    Hidden files and folders are passed over.
+    - a folder with a folder of pictures a class, or with `train/` and `val/` (or `test/`) that hold those;
+    - a folder with idx files as MNIST's (train-images-idx3-ubyte, t10k-... and so on, gzipped or not);
+    - a folder that `datasets.Dataset.save_to_disk` wrote; .parquet or .arrow files; `hf:owner/name`, a dataset of the
+      hub (these need the extra `datasets`);
+    - .tar shards of WebDataset.
+
+    Files may lie in `data`, in its `data/`, or in folders named after the splits, and may be named after the splits
+    (train-000.tar, validation-00000-of-00001.parquet); or `data` is one such file. classes.txt beside files whose
+    labels are numbers names the classes, one a line.
+
+    Where nothing is held out yet, about `val_fraction` of every class is; see `hold_out`. Hidden files and folders are
+    passed over.
 
     Raises:
-        ValueError: no such folder, no class folders, an empty class, a class in val that train lacks.
+        ValueError: nothing or several things found, no label or one out of range, an empty class or only one, a class
+            in val that train lacks, too few pictures to hold some out.
     """
-    if not data.is_dir():
-        raise ValueError(f"{data}: no such folder")
-    if (data / "train").is_dir():
-        val = held_out_folder(data)
-        if val is None:
-            raise ValueError(
-                f"{data}: has train/ but neither val/ nor test/; add one, or put the class folders in {data}"
-            )
-        class_names = _class_names(data / "train")
-        return _read_folder(data / "train", class_names), _read_folder(val, class_names)
+    parts = _find_parts(data)
+    if parts is None:
+        return _folder_splits(Path(data), val_fraction)
+    if "train" not in parts and "all" not in parts:
+        raise ValueError(f"{data}: has only the splits {few(list(parts))}; expected one to train on")
+    held_out = _held_out(parts)
+    if held_out is None:
+        _check_fraction(val_fraction)
+    part = parts["train" if "train" in parts else "all"]()
+    class_names = part.own_class_names()
+    train = part.source(class_names)
+    if held_out is None:
+        return hold_out(train, val_fraction, str(data))
+    return train, parts[held_out]().source(class_names)
 
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
-    everything = _read_folder(data, _class_names(data))
-    val_indices: set[int] = set()
-    indices_of: list[list[int]] = [[] for _ in everything.class_names]
-    for i, label in enumerate(everything.labels):
+
+def find_evaluation(data: str | Path, class_names: Sequence[str]) -> Source:
+    """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of `data`.
+
+    Classes are matched by name, so that their order may be another, and some may be missing. Where `data` has numbers
+    only, and the network has no classes of such names, the numbers are taken for those of the network's classes: there
+    is nothing else to go by, and labels beyond them are refused.
+
+    Raises:
+        ValueError: as `find_splits`, and for a class that is not among `class_names`.
+    """
+    parts = _find_parts(data)
+    if parts is None:
+        data = Path(data)
+        return _read_folder(held_out_folder(data) or data, tuple(class_names), data)
+    return parts[_held_out(parts) or ("train" if "train" in parts else "all")]().source(class_names)
+
+
+def held_out_name(data: str | Path) -> str | None:
+    """Which split `find_evaluation` takes, "val" or "test"; None where it takes all there is."""
+    parts = _find_parts(data)
+    if parts is None:
+        folder = held_out_folder(Path(data))
+        return folder and folder.name
+    return _held_out(parts)
+
+
+def hold_out(source: Source, val_fraction: float, where: str) -> tuple[Subset, Subset]:
+    """Divide `source` into pictures to train on and to validate on, about `val_fraction` of every class.
+
+    Each picture goes by chance, drawn from its key alone (its name below the data folder; its name in the tar; its
+    number where it has no name), so that adding pictures moves none of the others. Where chance would leave one side of
+    a class empty, as it may where a class has few pictures, one is put there. `where` is for the error message.
+
+    Raises:
+        ValueError: a fraction that is not between 0 and 1, a class of one picture.
+    """
+    _check_fraction(val_fraction)
+    chances = [_chance(key) for key in _keys(source)]
+    indices_of: list[list[int]] = [[] for _ in source.class_names]
+    for i, label in enumerate(source.labels):
         indices_of[label].append(i)
-    chances = [_chance(file.relative_to(data).as_posix()) for file in everything.files]
-    for class_name, indices in zip(everything.class_names, indices_of, strict=True):
+    val: set[int] = set()
+    for class_name, indices in zip(source.class_names, indices_of, strict=True):
         if len(indices) < 2:
-            raise ValueError(f"{data / class_name}: one picture is too few to train on some and validate on others")
+            num = "one picture is" if indices else "no pictures are"
+            raise ValueError(
+                f"{where}: class {class_name}: {num} too few to train on some and validate on others; add more or "
+                "remove the class"
+            )
         indices.sort(key=lambda i: chances[i])
         num_val = sum(chances[i] < val_fraction for i in indices)
-        val_indices.update(indices[: min(max(1, num_val), len(indices) - 1)])
-    train_indices = [i for i in range(len(everything)) if i not in val_indices]
-    return _select(everything, train_indices), _select(everything, sorted(val_indices))
+        val.update(indices[: min(max(1, num_val), len(indices) - 1)])
+    train = tuple(i for i in range(len(source)) if i not in val)
+    return Subset(source, train), Subset(source, tuple(sorted(val)))
 
 
-def check_headers(*folders: Folder) -> None:
-    """Look at the beginning of every file, which is quick, so that what is no picture is known before training starts.
+def fingerprint(source: Source) -> str:
+    """16 hexadecimal digits that tell whether classes, labels or names of pictures have changed.
+
+    Names are those below the data folder, which may be moved; the pixels are not read.
+    """
+    digest = hashlib.sha256()
+    for values in (source.class_names, map(str, source.labels), _keys(source)):
+        for value in values:
+            # The length first: two names must not read as another two. A name may be no valid UTF-8.
+            encoded = value.encode(errors="surrogateescape")
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+        digest.update(b"\xff" * 4)
+    return digest.hexdigest()[:16]
+
+
+def check_headers(*sources: Source, max_unreadable: int = 0) -> list[str]:
+    """Look at the beginning of every picture, so that what is none is known before training starts.
+
+    That is quick for files and tars, while tables hand over whole pictures. Returns the names of those that are no
+    pictures, `max_unreadable` at most. (A picture cut short is found when it is read.)
 
     Raises:
-        PictureError: the files that are not pictures, five by name. (A picture cut short is found when it is read.)
+        PictureError: more of them, five by name.
     """
-
-    def is_picture(file: Path) -> bool:
-        try:
-            with file.open("rb") as opened, Image.open(opened):
-                return True
-        except Exception:  # Pillow raises nearly anything
-            return False
-
-    files = [file for folder in folders for file in folder.files]
+    wrong: list[str] = []
     with ThreadPoolExecutor() as pool:
-        wrong = [str(file) for file, right in zip(files, pool.map(is_picture, files), strict=True) if not right]
-    if wrong:
+        for source in sources:
+            # Some at once: a task for each of a million pictures would fill the memory.
+            ranges = (range(start, min(start + 256, len(source))) for start in range(0, len(source), 256))
+            for names in pool.map(partial(_not_pictures, source), ranges):
+                wrong.extend(names)
+    if len(wrong) > max_unreadable:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PictureError(f"{', '.join(wrong[:5])}{more}: not pictures; mend or remove them")
+    return wrong
 
 
-def find_evaluation(data: Path, class_names: Sequence[str]) -> Folder:
-    """The pictures that a network with `class_names` is evaluated on: `val/` or `test/` of `data`, or all of `data`.
+def _not_pictures(source: Source, indices: Iterable[int]) -> list[str]:
+    names = []
+    for i in indices:
+        base, index = _unwrap(source, i)
+        if isinstance(base, Labelled) and isinstance(base.pictures, Members):
+            with contextlib.suppress(PictureError):  # said below
+                if _begins_as_picture(base.pictures.read(index, HEAD_BYTES)):
+                    continue
+        try:
+            sample = base[index]
+        except PictureError as error:
+            names.append(str(error))
+        else:
+            if not _begins_as_picture(sample.picture):
+                names.append(sample.name)
+    return names
 
-    Raises:
-        ValueError: no such folder, no class folders, or one whose name is not among `class_names`.
-    """
+
+def _begins_as_picture(picture: Picture | bytes) -> bool:
+    if not isinstance(picture, bytes | str | os.PathLike):
+        return True  # pixels already
+    try:
+        with io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture).open("rb") as file, Image.open(file):
+            return True
+    except Exception:  # Pillow raises nearly anything
+        return False
+
+
+def _unwrap(source: Source, index: int) -> tuple[Source, int]:
+    """The same picture in the source that a subset, or a subset of one, is taken from."""
+    while isinstance(source, Subset):
+        source, index = source.source, source.indices[index]
+    return source, index
+
+
+def _keys(source: Source) -> Iterator[str]:
+    """What tells each picture from the others, and stays the same where the data are moved."""
+    for i in range(len(source)):
+        base, index = _unwrap(source, i)
+        if isinstance(base, Folder):
+            file = base.files[index]
+            yield (file.relative_to(base.root) if base.root else file).as_posix()
+        else:
+            yield base.pictures.key(index) if isinstance(base, Labelled) else str(index)
+
+
+# --- What is in a place -----------------------------------------------------------------------------------------------
+
+
+def _find_parts(data: str | Path) -> Parts | None:
+    """How to read the splits of `data`: "train", "val", "test" or, where it is not divided, "all". None for folders."""
+    if str(data).startswith("hf:"):
+        return _table_parts(str(data), hub_splits(str(data)))
+    data = Path(data)
+    if data.is_file():
+        refuse_compressed(data)
+        ending = data.suffix.lower()
+        if ending not in SHARDS:
+            raise ValueError(f"{data}: neither a folder nor one of the files {', '.join(SHARDS)}")
+        return _shard_parts(data.parent, ending, {"all": [data]}, str(data))
     if not data.is_dir():
         raise ValueError(f"{data}: no such folder")
-    return _read_folder(held_out_folder(data) or data, tuple(class_names))
+
+    files = list(_files(data))
+    found: dict[str, Callable[[], Parts]] = {}
+    idx = idx_files(data)
+    if idx:
+        found["idx files"] = lambda: {split: partial(read_idx, *pair) for split, pair in idx.items()}
+    if (data / "dataset_dict.json").is_file() or (data / "state.json").is_file():
+        found["a saved dataset"] = lambda: _table_parts(str(data), saved_splits(data))
+    else:  # whose tables are .arrow files too
+        for ending in SHARDS:
+            shards = _shards(files, ending)
+            if shards:
+                found[f"{ending} files"] = partial(_shard_parts, data, ending, shards, str(data))
+    if found and _has_class_folders(data):
+        found["class folders"] = dict
+    if len(found) > 1:
+        raise ValueError(f"{data}: holds {' and '.join(found)}; leave one of them there, or name a file of it")
+    if found:
+        return next(iter(found.values()))()
+    for file, _ in files:
+        if is_compressed_tar(file) and not _has_class_folders(data):
+            refuse_compressed(file)
+    return None
+
+
+def _held_out(parts: Parts) -> str | None:
+    return next((name for name in ("val", "test") if name in parts), None)
+
+
+def _table_parts(data: str, tables: Mapping[str, Dataset]) -> Parts:
+    splits = {SPLITS[name.lower()]: name for name in reversed(list(tables)) if name.lower() in SPLITS}
+    if not splits:
+        if len(tables) != 1:
+            raise ValueError(f"{data}: has the splits {few(list(tables))}; expected train, and validation or test")
+        splits = {"all": next(iter(tables))}
+    names = None if data.startswith("hf:") else read_class_names(Path(data))
+    return {
+        split: partial(read_table, tables[name], data if split == "all" else f"{data} ({name})", names)
+        for split, name in splits.items()
+    }
+
+
+def _shard_parts(folder: Path, ending: str, shards: Mapping[str, list[Path]], data: str) -> Parts:
+    def read(split: str, files: list[Path]) -> Part:
+        where = data if split == "all" else f"{data} ({split})"
+        names = read_class_names(files[0].parent, folder)
+        return (
+            read_tars(files, where, names) if ending == ".tar" else read_table(file_split(files, where), where, names)
+        )
+
+    return {split: partial(read, split, files) for split, files in shards.items()}
+
+
+def _shards(files: Iterable[tuple[Path, str | None]], ending: str) -> dict[str, list[Path]]:
+    """Files of that ending, by the split that their folder or their name tells."""
+    shards: dict[str, list[Path]] = {}
+    for file, split in files:
+        if file.suffix.lower() == ending:
+            words = {SPLITS[word] for word in re.split("[^a-z]+", file.stem.lower()) if word in SPLITS}
+            shards.setdefault(split or (words.pop() if len(words) == 1 else "all"), []).append(file)
+    if "all" in shards and len(shards) > 1:
+        raise ValueError(
+            f"{shards['all'][0]}: its name tells no split, those of other files do; put train, val or test into it"
+        )
+    return shards
+
+
+def _files(data: Path) -> Iterator[tuple[Path, str | None]]:
+    """Files where shards may lie, with the split that their folder is named after."""
+    for folder, split in ((data, None), (data / "data", None), *((data / name, SPLITS[name]) for name in SPLITS)):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if not file.name.startswith((".", "cache-")) and file.is_file():  # the library's own notes
+                yield file, split
+
+
+def _has_class_folders(data: Path) -> bool:
+    """Whether at least two folders of `data`, or of its train/, hold a picture."""
+    root = data / "train" if (data / "train").is_dir() else data
+    folders = (p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return len(list(itertools.islice((p for p in folders if picture_files(p)), 2))) == 2
+
+
+# --- Class folders ----------------------------------------------------------------------------------------------------
+
+
+def _folder_splits(data: Path, val_fraction: float) -> tuple[Source, Source]:
+    if not (data / "train").is_dir():
+        _check_fraction(val_fraction)
+        return hold_out(_read_folder(data, _class_names(data, EXPECTED), data), val_fraction, str(data))
+    val = held_out_folder(data)
+    if val is None:
+        raise ValueError(f"{data}: has train/ but neither val/ nor test/; add one, or put the class folders in {data}")
+    class_names = _class_names(data / "train", "one folder of pictures for each of two classes or more")
+    return _read_folder(data / "train", class_names, data), _read_folder(val, class_names, data)
 
 
 def held_out_folder(data: Path) -> Path | None:
@@ -134,22 +357,23 @@ def held_out_folder(data: Path) -> Path | None:
     return next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
+def _class_names(root: Path, expected: str) -> tuple[str, ...]:
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if len(names) < 2:
         found = f"only the folder {names[0]}" if names else "no folders"
-        raise ValueError(f"{root}: found {found}; expected one folder of pictures for each of two classes or more")
+        raise ValueError(f"{root}: found {found}; expected {expected}")
     return names
 
 
-def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
+def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder:
     label_of = {name: label for label, name in enumerate(class_names)}
     files: list[Path] = []
     labels: list[int] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         if folder.name not in label_of:
-            known = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-            raise ValueError(f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({known})")
+            raise ValueError(
+                f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({few(class_names)})"
+            )
         found = picture_files(folder)
         if not found:
             raise ValueError(f"{folder}: no pictures in this class; fill or remove it")
@@ -157,14 +381,15 @@ def _read_folder(root: Path, class_names: tuple[str, ...]) -> Folder:
         labels.extend([label_of[folder.name]] * len(found))
     if not files:
         raise ValueError(f"{root}: no class folders with pictures")
-    return Folder(tuple(files), tuple(labels), class_names)
+    return Folder(tuple(files), tuple(labels), class_names, data)
 
 
-def _chance(name: str) -> float:
-    """A number from 0 to below 1, evenly spread over all names."""
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # a name may be no valid UTF-8
+def _check_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
+
+
+def _chance(key: str) -> float:
+    """A number from 0 to below 1, evenly spread over all keys."""
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()  # a name may be no valid UTF-8
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _select(folder: Folder, indices: Sequence[int]) -> Folder:
-    return Folder(tuple(folder.files[i] for i in indices), tuple(folder.labels[i] for i in indices), folder.class_names)

@@ -139,6 +139,11 @@ def resize_map(x_BCHW: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(x_BCHW, size=(height, width), mode="bilinear", align_corners=False)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nothing else uses: in place, unless autograd needs `x` again and would have to copy it."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over N tokens, (B, N, D) -> (B, N, D)."""
 
@@ -151,7 +156,8 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D / heads)
+        # The heads are moved after the split, so that the three gradients are put together by one copy, not two.
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, N, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).reshape(B, N, D))
 
@@ -170,7 +176,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = x_BND + self.dropout(self.attention(self.attention_norm(x_BND)))
-        y = F.silu(self.ffn_in(self.ffn_norm(x_BND)), inplace=True)
+        y = silu(self.ffn_in(self.ffn_norm(x_BND)))
         return x_BND + self.dropout(self.ffn_out(y))
 
 
@@ -208,7 +214,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        return F.silu(x, inplace=True) if self.activation else x
+        return silu(x) if self.activation else x
 
 
 class InvertedResidual(nn.Module):

@@ -542,8 +542,8 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
     if format == "transformers":
         config, processor = _config_for_transformers(weights), _processor_for_transformers(weights)
         path.mkdir(parents=True, exist_ok=True)
-        _write_whole(path / "config.json", lambda target: target.write_text(_to_json(config), encoding="utf-8"))
-        _write_whole(
+        write_whole(path / "config.json", lambda target: target.write_text(_to_json(config), encoding="utf-8"))
+        write_whole(
             path / "preprocessor_config.json", lambda target: target.write_text(_to_json(processor), encoding="utf-8")
         )
         path = path / "model.safetensors"
@@ -557,9 +557,9 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         }
         metadata["mobilevit"] = json.dumps(description)
     if format == "apple":
-        _write_whole(path, lambda target: torch.save(tensors, target))
+        write_whole(path, lambda target: torch.save(tensors, target))
     else:
-        _write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata=metadata))
+        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata=metadata))
 
 
 def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:
@@ -589,7 +589,7 @@ def _check_published(weights: Weights, format: Format) -> None:
         )
 
 
-def _write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
     """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -601,11 +601,20 @@ def _write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         aside.chmod(0o666 & ~mask)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         aside.replace(path)
+        if os.name == "posix":  # a folder can be opened, and its new entry made to last
+            _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

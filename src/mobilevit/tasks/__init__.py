@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.sources import Source
 from mobilevit.models.weights import Weights
 from mobilevit.recipes import Recipe
-from mobilevit.tasks.classification import Classification
+from mobilevit.tasks.classification import Classification, Gather, alone
+
+
+class Results(Protocol):
+    """What came out of an evaluation."""
+
+    main_metric: str
+    """Name of the metric, in per cent, that decides which epoch was best."""
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics by name."""
+        ...
+
+    def sections(self, source: Source) -> list[tuple[str, str]]:
+        """Titles and HTML for the report of a run; `source` has the pictures that were evaluated."""
+        ...
 
 
 class Task(Protocol):
     """The seam between a task and the loop."""
 
-    def datasets(self, recipe: Recipe, data: Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
         """Training and validation data; raises ValueError for whatever can be known to be wrong before training."""
         ...
 
@@ -29,8 +45,8 @@ class Task(Protocol):
         """The mean loss of a batch, a scalar."""
         ...
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Mapping[str, float]:
-        """Metrics by name, of a model in eval mode."""
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Results:
+        """What a model in eval mode makes of pictures; `gather` brings together what several processes found."""
         ...
 
 

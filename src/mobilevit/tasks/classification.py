@@ -2,74 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset, load
 from mobilevit.data.sampler import eval_batches
-from mobilevit.data.sources import check_headers, find_evaluation, find_splits
-from mobilevit.data.transforms import Augmentation, Evaluation
+from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits
+from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.pictures import PictureError, Preprocessing, read_picture
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.html import confusion_html, mistakes_html, per_class_html
+
+Gather = Callable[[Any], list[Any]]
+"""From what one process has to the list of what all have."""
+
+NUM_MISTAKES = 24  # shown in a report
+
+
+def alone(value: Any) -> list[Any]:
+    """A `Gather` where there is one process."""
+    return [value]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network made of N pictures; `mobilevit.tasks.Results` for classification."""
+
+    numbers: np.ndarray  # (N,) of the pictures in their source, ascending
+    labels: np.ndarray  # (N,) the right classes
+    answers: np.ndarray  # (N, 5 or as many as there are classes) the likeliest classes, best first
+    probabilities: np.ndarray  # (N,) of the likeliest
+    losses: np.ndarray  # (N,) cross entropy
+    num_classes: int
+    main_metric = "top1"
+
+    def metrics(self) -> dict[str, float]:
+        """Top-1 and top-5 in per cent, the mean loss, the number of pictures."""
+        hits = self.answers == self.labels[:, None]
+        return {
+            "top1": 100 * float(hits[:, 0].mean()),
+            "top5": 100 * float(hits.any(1).mean()),
+            "loss": float(self.losses.mean()),
+            "num_pictures": len(self.labels),
+        }
+
+    def counts(self) -> np.ndarray:
+        """Pictures by right class (rows) and first answer (columns)."""
+        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        np.add.at(counts, (self.labels, self.answers[:, 0]), 1)
+        return counts
+
+    def sections(self, source: Source) -> list[tuple[str, str]]:
+        """Confusion matrix, classes, and the mistakes that the network was surest of."""
+        names = source.class_names
+        wrong = np.flatnonzero(self.answers[:, 0] != self.labels)
+        worst = wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:NUM_MISTAKES]
+        mistakes = []
+        for i in worst:
+            sample = source[int(self.numbers[i])]
+            try:
+                picture = read_picture(sample.picture, sample.name)
+            except PictureError:  # gone since it was evaluated: the report has one mistake less
+                continue
+            answer = names[self.answers[i, 0]]
+            mistakes.append((picture, names[self.labels[i]], answer, float(self.probabilities[i]), sample.name))
+        counts = self.counts()
+        return [
+            ("Confusion", confusion_html(counts, names)),
+            ("Classes", per_class_html(counts, names)),
+            ("Surest mistakes", mistakes_html(mistakes) if mistakes else "<p>None: every picture was right.</p>"),
+        ]
 
 
 class Classification:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
-    def datasets(self, recipe: Recipe, data: Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
         train, val = find_splits(data, recipe.data.val_fraction)
-        check_headers(train, val)
-        augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
+        check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
+        augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
         return PictureDataset(train, augmentation), PictureDataset(val, Evaluation(_preprocessing(recipe)))
 
     def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
+        preprocessing = _preprocessing(recipe)
         if pretrained is None:
             model = MobileViT(recipe.architecture, num_classes=len(class_names))
         else:
             model = pretrained.build()
             if pretrained.class_names != class_names:
                 model.reset_classifier(len(class_names))
+            # Their first convolution has learnt what its input is scaled to.
+            preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
         return Weights(
             architecture=model.architecture,
             tensors=model.state_dict(),
-            preprocessing=_preprocessing(recipe),
+            preprocessing=preprocessing,
             class_names=class_names,
             output_stride=model.backbone.output_stride,
         )
 
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(_scale(batch.pixels)), batch.labels, label_smoothing=recipe.label_smoothing)
+        if recipe.data.policy == "basic":
+            return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
+        # Rows: how much of which picture of the batch is in each mixed one. How many classes there are, logits say.
+        random = np.random.default_rng(int(torch.randint(2**62, ())))
+        pixels, shares = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
+        logits = model(pixels)
+        targets = shares @ F.one_hot(batch.labels, logits.shape[1]).float()
+        return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        right_1 = right_5 = num_pictures = 0
-        loss = 0.0
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Answers:
+        columns: list[list[Tensor]] = [[], [], [], [], []]
+        num_classes = 0
         for batch in batches:
-            logits = model(_scale(batch.pixels)).float()
-            loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
-            hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-            right_1 += int(hits[:, 0].sum())
-            right_5 += int(hits.sum())
-            num_pictures += len(batch.labels)
-        return {
-            "top1": 100 * right_1 / num_pictures,
-            "top5": 100 * right_5 / num_pictures,
-            "loss": loss / num_pictures,
-            "num_pictures": num_pictures,
-        }
+            if not len(batch.labels):  # none of it could be read
+                continue
+            logits = model(batch.pixels).float()
+            num_classes = logits.shape[1]
+            likeliest = logits.softmax(1).topk(min(5, num_classes))
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            numbers = torch.tensor(batch.numbers)
+            found = (numbers, batch.labels, likeliest.indices, likeliest.values[:, 0], losses)
+            for column, values in zip(columns, found, strict=True):
+                column.append(values)
+        mine = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
+        everything = [one for one in gather((mine, num_classes)) if one[0] is not None]
+        if not everything:
+            raise PictureError("none of the pictures to evaluate on can be read")
+        merged = [np.concatenate(arrays) for arrays in zip(*(one[0] for one in everything), strict=True)]
+        order = np.argsort(merged[0])  # the same sums in the same order, however many processes there were
+        return Answers(*(array[order] for array in merged), num_classes=everything[0][1])
 
 
 def evaluate_weights(
-    weights: Weights, data: Path, *, batch_size: int = 32, num_workers: int = 0, device: str = "cpu"
-) -> dict[str, float]:
-    """Top-1 and top-5 in per cent and the mean loss of `weights` on `val/` or `test/` of `data`, or on all of it.
+    weights: Weights,
+    data: str | Path,
+    *,
+    size_px: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str = "cpu",
+) -> Answers:
+    """What `weights` make of `val/` or `test/` of `data`, or of all of it, at the size they are for or at `size_px`.
 
     Raises:
         ValueError: weights without class names, a folder that is none of them, a picture that cannot be read.
@@ -78,22 +163,18 @@ def evaluate_weights(
         raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
+    preprocessing = weights.preprocessing
+    if size_px is not None:
+        if size_px < 32:
+            raise ValueError(f"size is {size_px}; it must be 32 px or more")
+        preprocessing = preprocessing.at_size(size_px)
     source = find_evaluation(data, weights.class_names)
-    dataset = PictureDataset(source, Evaluation(weights.preprocessing))
-    batches = eval_batches(len(source), batch_size=batch_size, size_px=weights.preprocessing.crop_px)
-    model = weights.build().to(device)
-    # The task hands the network pixels in [0, 1], as ours want them; weights from elsewhere may want them normalised.
-    p = weights.preprocessing
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (p.mean, p.std))
-    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
-    return Classification().evaluate(model, load(dataset, batches, num_workers=num_workers, device=device))
+    dataset = PictureDataset(source, Evaluation(preprocessing))
+    batches = eval_batches(len(source), batch_size=batch_size, size_px=preprocessing.crop_px)
+    loaded = load(dataset, batches, num_workers=num_workers, device=device, preprocessing=preprocessing)
+    return Classification().evaluate(weights.build().to(device), loaded)
 
 
 def _preprocessing(recipe: Recipe) -> Preprocessing:
     size_px = recipe.data.size_px
     return Preprocessing(resize_px=round(recipe.data.eval_resize * size_px), crop_px=size_px)
-
-
-def _scale(pixels: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [0, 1], on the device where they are."""
-    return pixels.float() / 255

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
+import hashlib
 import math
+import platform
+import shlex
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import recipes
-from mobilevit.data.loader import load
-from mobilevit.data.sampler import EpochBatches, eval_batches
+from mobilevit.data.loader import Batch, PictureDataset, load
+from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
+from mobilevit.data.sources import fingerprint
 from mobilevit.models.weights import Weights, write
+from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
-from mobilevit.tasks import TASKS
+from mobilevit.tasks import TASKS, Results
+from mobilevit.training.batch_norm import RunningStatistics
+from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint
+from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
-from mobilevit.training.optim import build_optimizer, learning_rate
+from mobilevit.training.memory import pixels_at_once
+from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from mobilevit.training.report import write_report
+
+TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -33,133 +53,505 @@ class Run:
     epochs: list[dict[str, float]]
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that was told to stop, did so after a whole step, and can go on from there."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Position:
+    """Where a run stands: what is to be done next, and what has been added up in the epoch so far."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    total_step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+    num_unreadable: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
 def train(
     recipe: Recipe,
-    data: Path,
+    data: str | Path,
     out: Path,
     *,
     pretrained: Weights | None = None,
     device: str = "cpu",
+    checkpoint_minutes: float = 5.0,
+    tensorboard: bool = False,
     console: Console | None = None,
 ) -> Run:
-    """Train by `recipe` on the pictures in `data`; leave model.safetensors, metrics.jsonl and recipe.json in `out`.
+    """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
 
-    The same recipe, data, device and number of threads give the same weights. Progress goes to `console` (standard
-    error unless given).
+    Called again after the process died, it goes on where it was and ends with the same weights to the bit, given the
+    same recipe, data, device and number of threads. Started by torchrun, the processes share the work. A checkpoint is
+    kept every `checkpoint_minutes` and after every epoch. Progress goes to `console` (standard error unless given).
 
     Raises:
-        ValueError: data that cannot be trained on, a folder `out` that holds a run already, a loss that is not finite.
+        ValueError: data that cannot be trained on, a folder `out` of another run, a loss that is not finite.
+        Stopped: Ctrl-C or SIGTERM.
     """
-    console = console or Console(stderr=True)
+    with join(device) as processes, contextlib.ExitStack() as opened:
+        console = console or Console(stderr=True)
+        if processes.rank > 0:
+            console = Console(quiet=True)
+        return _train(recipe, data, out, pretrained, processes, checkpoint_minutes, tensorboard, console, opened)
+
+
+def _train(
+    recipe: Recipe,
+    data: str | Path,
+    out: Path,
+    pretrained: Weights | None,
+    processes: Processes,
+    checkpoint_minutes: float,
+    tensorboard: bool,
+    console: Console,
+    opened: contextlib.ExitStack,
+) -> Run:
     task = TASKS["classify"]
+    device, world, is_first = processes.device, processes.world, processes.rank == 0
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     # --- Data -------------------------------------------------------------------------------------------------------
     train_set, val_set = task.datasets(recipe, data)
-    if len(train_set) < 2:
+    if len(train_set) < 2 * world:
         raise ValueError(f"{data}: {len(train_set)} pictures are too few to train on")
-    if out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
+    if (
+        Path(data).is_dir()
+        and out.resolve().is_relative_to(Path(data).resolve())
+        and not (Path(data) / "train").is_dir()
+    ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
-    if (out / "metrics.jsonl").exists() or (out / "model.safetensors").exists():
-        raise ValueError(f"{out}: holds a run already; choose another folder or remove this one")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(recipes.to_dict(recipe), indent=2) + "\n", encoding="utf-8")
+    num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
+    val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size // world or 1, size_px=recipe.data.size_px)
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
     initial = task.build(recipe, train_set, pretrained)
-    console.print(
-        f"MobileViT-{initial.architecture.name.upper()} from {'the given' if pretrained else 'random'} weights; "
-        f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
-        f"{len(val_set):,} for validation",
-        highlight=False,
-        soft_wrap=True,
+    model = initial.build().to(device)
+    at_once = _least(
+        processes, pixels_at_once(recipe, task, copy.deepcopy(model).train(), _blank(recipe, model), device)
     )
-    model = initial.build().to(device).train()
-    val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size, size_px=recipe.data.size_px)
-    num_steps = sum(len(_batches(recipe, len(train_set), epoch)) for epoch in range(recipe.epochs))
+    _to_training(model, recipe)
+    if recipe.compute.sync_batch_norm:
+        if device.type == "cpu":
+            raise ValueError("compute.sync_batch_norm is True; PyTorch has it on GPUs alone, not on the CPU")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = MovingAverage(model, recipe.ema_decay, num_steps)
     optimizer = build_optimizer(model, recipe.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.compute.precision == "float16")
+    training = {"model": model, "average": average.model, "optimizer": optimizer, "scaler": scaler}
+
+    # --- The folder, and where the run stands ------------------------------------------------------------------------
+    facts = {
+        "recipe": _without_what_may_change(recipe),
+        "data": f"{fingerprint(train_set.source)} {fingerprint(val_set.source)}",
+        "weights": _fingerprint(pretrained) if pretrained else "random",
+    }
+    num_bytes = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average, two moments
+    folder: RunFolder | None = None
+
+    def open_folder() -> Path | None:
+        nonlocal folder
+        folder = opened.enter_context(contextlib.closing(RunFolder(out, facts, num_bytes=num_bytes)))
+        return folder.latest(say)
+
+    checkpoint = processes.from_first(open_folder)
+    position = Position()
+    if checkpoint is not None:
+        state = read_checkpoint(checkpoint)
+        position = Position(**state["position"])
+        for name, part in training.items():
+            part.load_state_dict(state[name])
+        del state
+    if position.epoch == recipe.epochs:
+        raise ValueError(f"{out}: this run is finished; name another folder for a new one")
+    say(
+        f"MobileViT-{initial.architecture.name.upper()} from {'the given' if pretrained else 'random'} weights; "
+        f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
+        f"{len(val_set):,} for validation"
+    )
+    for line in _say_steps(recipe, len(train_set), num_steps, at_once, world):
+        say(line)
+    if checkpoint is not None:
+        say(f"going on after step {position.total_step:,}, in epoch {position.epoch + 1}")
+    epoch_lines = step_lines = board = None
+    if folder is not None:
+        epoch_lines = opened.enter_context(contextlib.closing(Lines(out / "metrics.jsonl", len(position.history))))
+        step_lines = opened.enter_context(contextlib.closing(Lines(out / "steps.jsonl", position.total_step)))
+        if tensorboard:
+            board = opened.enter_context(contextlib.closing(_tensorboard(out, position.total_step)))
+
+    def keep() -> None:
+        if folder is not None and epoch_lines and step_lines:
+            epoch_lines.sync()
+            step_lines.sync()
+            states = {name: part.state_dict() for name, part in training.items()}
+            folder.save({"position": vars(position), **states}, position.total_step)
+
+    # --- What computes a step: compiled once for every size, its gradients shared ------------------------------------
+    statistics = RunningStatistics(model)
+    network: nn.Module = model
+    if recipe.compute.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph for each size and for each length of a part
+        network = torch.compile(network, dynamic=False)  # pyright: ignore[reportAssignmentType]
+    if world > 1:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 knows no other name for it
+            network = DistributedDataParallel(network, broadcast_buffers=False)
+    compiled: set[tuple[int, ...]] = set()  # shapes of batches
+    precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
+    if recipe.compute.compile:
+        compiled = _shapes(recipe, len(train_set), at_once, world)
+        say(f"compiling {len(compiled)} graphs")
+        before = copy.deepcopy(model.state_dict())
+        for shape in sorted(compiled):
+            with precision:
+                loss = task.loss(recipe, network, _blank(recipe, model, shape))
+            scaler.scale(loss).backward()
+        optimizer.zero_grad()
+        model.load_state_dict(before)
 
     # --- Epochs ------------------------------------------------------------------------------------------------------
-    history: list[dict[str, float]] = []
-    step = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
     bar_of_run = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
-    with _naming_what_is_left(out, history), bar_of_run as progress:
-        bar = progress.add_task("epoch 1", total=num_steps)
-        for epoch in range(recipe.epochs):
-            started = time.perf_counter()
-            total_loss = 0.0
-            batches = _batches(recipe, len(train_set), epoch)
-            for batch in load(train_set, batches, num_workers=recipe.data.num_workers, device=device):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe.optimizer, step, num_steps)
-                loss = task.loss(recipe, model, batch)
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; try a lower --optimizer.lr"
-                    )
+    # Where to look at the loss means to wait for the device, that is done for several steps together.
+    look_every = 1 if device.type == "cpu" else 10
+    with _StopOnSignal() as stop, bar_of_run as progress:
+        bar = progress.add_task(f"epoch {position.epoch + 1}", total=num_steps, completed=position.total_step)
+        kept_at = time.perf_counter()
+        while position.epoch < recipe.epochs:
+            epoch = position.epoch
+            batches = _batches(recipe, len(train_set), epoch, world)
+            division: dict[str, Any] = {"rank": processes.rank, "world": world, "pixels_at_once": at_once}
+            todo = (part.picks for part in parts(batches, first_step=position.step, **division))
+            reading: dict[str, Any] = {
+                "num_workers": recipe.data.num_workers,
+                "device": str(device),
+                "preprocessing": initial.preprocessing,
+                "max_unreadable": recipe.data.max_unreadable,
+            }
+            pictures = load(train_set, todo, **reading)
+            unseen: list[_Step] = []  # steps whose loss has not been looked at
+            sums = torch.zeros(3, device=device)  # of the step: its loss, processes told to stop, unreadable pictures
+            looked_at, waited = time.perf_counter(), 0.0
+            for part in parts(batches, first_step=position.step, **division):
+                batch = next(pictures)
+                rate = learning_rate(
+                    recipe.optimizer, position.total_step, num_steps, epoch=epoch, num_epochs=recipe.epochs
+                )
+                set_learning_rate(optimizer, rate)
+                # Chance follows from where the run stands, so nothing of it has to be kept for a resume.
+                torch.manual_seed(_seed(recipe.seed, epoch, part.step, part.number))
+                is_last = part.number + world >= part.num_parts
+                with contextlib.ExitStack() as during:
+                    if compiled and tuple(batch.pixels.shape) not in compiled:  # the end of an epoch: too seldom to pay
+                        during.enter_context(torch.compiler.set_stance("force_eager"))
+                    if isinstance(network, DistributedDataParallel) and not is_last:
+                        during.enter_context(network.no_sync())
+                    with precision:
+                        loss = task.loss(recipe, network, batch)
+                    # Gradients are averaged over the processes, so the shares are made to add up to `world`.
+                    scaler.scale(loss * (part.share * world)).backward()
+                sums[0] += loss.detach() * part.share
+                sums[2] += len(batch.unreadable)
+                statistics.note()
+                if not is_last:
+                    continue
+                if recipe.optimizer.clip_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                statistics.update(part.num_parts, processes)
                 average.update(model)
-                total_loss += loss.item()
-                step += 1
-                progress.update(bar, advance=1, description=f"epoch {epoch + 1}/{recipe.epochs}")
-            seconds = time.perf_counter() - started
+                sums[1] += stop.signal_number > 0
+                processes.sum([sums])
+                unseen.append(_Step(position.total_step, part.step, rate, sums))
+                sums = torch.zeros_like(sums)
+                position.step += 1
+                position.total_step += 1
+                if len(unseen) < look_every and position.step < len(batches):
+                    continue
 
-            # --- Evaluate the average, keep it -----------------------------------------------------------------------
-            metrics = task.evaluate(
-                average.model, load(val_set, val_batches, num_workers=recipe.data.num_workers, device=device)
-            )
+                # --- Look at what was computed: say it, stop where it went wrong or was told to ----------------------
+                seen = torch.stack([step.sums for step in unseen]).tolist()
+                now = time.perf_counter()
+                seconds, looked_at = now - looked_at, now
+                num_pictures = sum(batches.global_batch_size(step.of_epoch) for step in unseen)
+                position.seconds += seconds
+                position.waited += pictures.waited_seconds - waited
+                waited = pictures.waited_seconds
+                told_to_stop = False
+                for step, (loss_of_step, num_told, num_unreadable) in zip(unseen, seen, strict=True):
+                    if not math.isfinite(loss_of_step):
+                        raise ValueError(_not_finite(loss_of_step, epoch, step, batches, train_set))
+                    position.loss += loss_of_step
+                    position.num_unreadable += int(num_unreadable)
+                    told_to_stop |= num_told > 0
+                    line = {
+                        "step": step.total + 1,
+                        "epoch": epoch + 1,
+                        "size_px": batches.size_px(step.of_epoch),
+                        "pictures": batches.global_batch_size(step.of_epoch),
+                        "loss": loss_of_step,
+                        "lr": step.rate,
+                        "pictures_per_second": num_pictures / seconds,
+                    }
+                    if step_lines is not None:
+                        step_lines.add(line)
+                    if board is not None:
+                        for name in ("loss", "lr", "pictures_per_second"):
+                            board.add_scalar(f"train/{name}", line[name], line["step"])
+                unseen = []
+                if position.num_unreadable > recipe.data.max_unreadable:
+                    raise PictureError(
+                        f"{position.num_unreadable} pictures of epoch {epoch + 1} cannot be read, and "
+                        f"data.max_unreadable is {recipe.data.max_unreadable}; mend them or raise it"
+                    )
+                progress.update(
+                    bar,
+                    completed=position.total_step,
+                    description=f"epoch {epoch + 1}/{recipe.epochs}  {batches.size_px(part.step)} px  "
+                    f"loss {position.loss / position.step:.3f}  {num_pictures / seconds:,.0f} pictures/s",
+                )
+                if told_to_stop or now - kept_at > 60 * checkpoint_minutes:
+                    keep()
+                    kept_at = looked_at = time.perf_counter()
+                if told_to_stop:
+                    raise Stopped(
+                        f"stopped in epoch {epoch + 1} after step {position.total_step:,} and kept in {out}; the same "
+                        "command goes on from there",
+                        stop.signal_number or signal.SIGTERM,
+                    )
+
+            # --- Evaluate the average and what it averages, keep both -------------------------------------------------
+            evaluated: dict[str, Results] = {}
+            for name, network_ in (("average", average.model), ("raw", model)):
+                network_.eval()
+                mine = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
+                evaluated[name] = task.evaluate(network_, mine, processes.gather)
+            _to_training(model, recipe)
+            results, raw = evaluated["average"], evaluated["raw"].metrics()
+            metrics = results.metrics()
             averaged = average.model.state_dict().values()
             if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
                 raise ValueError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
             record = {
                 "epoch": epoch + 1,
-                "train_loss": total_loss / len(batches),
-                "pictures_per_second": len(train_set) / seconds,
+                "step": position.total_step,
+                "train_loss": position.loss / len(batches),
                 **{f"val_{name}": value for name, value in metrics.items()},
+                **{f"raw_{name}": value for name, value in raw.items() if name != "num_pictures"},
+                "unreadable": position.num_unreadable,
+                "seconds": position.seconds,
+                "pictures_per_second": len(train_set) / position.seconds,
+                "waiting_share": position.waited / position.seconds,
             }
-            history.append(record)
-            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            _save(initial, average, recipe, record, out / "model.safetensors")
-            progress.console.print(
-                f"epoch {epoch + 1:>3}  loss {record['train_loss']:.3f}  validation top-1 {record['val_top1']:.2f} %  "
-                f"{record['pictures_per_second']:,.0f} pictures/s",
-                highlight=False,
-                soft_wrap=True,
+            history = [*position.history, record]
+            if is_first and epoch_lines is not None:
+                best = max(history, key=lambda one: one[f"val_{results.main_metric}"])
+                _save(initial, average.model, recipe, record, out / "model.safetensors")
+                _save(initial, model, recipe, record, out / "raw.safetensors")
+                if best is record:
+                    _save(initial, average.model, recipe, record, out / "best.safetensors")
+                epoch_lines.add(record)
+                if board is not None:
+                    for name, value in record.items():
+                        board.add_scalar(f"epoch/{name}", value, position.total_step)
+                    board.flush()
+            say(
+                f"epoch {epoch + 1:>3}  loss {record['train_loss']:.3f}  validation {results.main_metric} "
+                f"{record[f'val_{results.main_metric}']:.2f} %  {record['pictures_per_second']:,.0f} pictures/s, "
+                f"{100 * record['waiting_share']:.0f} % of the time waiting for data"
             )
-    return Run(out / "model.safetensors", history)
+            position = Position(epoch=epoch + 1, total_step=position.total_step, history=history)
+            if position.epoch == recipe.epochs and is_first and step_lines is not None:
+                step_lines.sync()
+                write_report(
+                    out / "report.html",
+                    title=f"MobileViT-{initial.architecture.name.upper()} on {data}",
+                    recipe=recipe,
+                    epochs=history,
+                    steps=out / "steps.jsonl",
+                    sections=results.sections(val_set.source),
+                    facts=_environment(processes, at_once, recipe),
+                    commands=_commands(data, out),
+                )
+            keep()
+            kept_at = time.perf_counter()
+    return Run(out / "model.safetensors", position.history)
 
 
-@contextlib.contextmanager
-def _naming_what_is_left(out: Path, history: list[dict[str, float]]) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = (
-            f"{out / 'model.safetensors'} holds the weights of epoch {len(history)}" if history else "nothing is kept"
-        )
-        raise KeyboardInterrupt(f"interrupted in epoch {len(history) + 1}; {kept}") from None
+@dataclass
+class _Step:
+    total: int
+    of_epoch: int
+    rate: float
+    sums: Tensor
 
 
-def _batches(recipe: Recipe, num_pictures: int, epoch: int) -> EpochBatches:
+class _StopOnSignal:
+    """Notes Ctrl-C and SIGTERM, so that a step can be finished; the second one ends the process at once."""
+
+    signal_number = 0
+
+    def __enter__(self) -> _StopOnSignal:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+def _to_training(model: nn.Module, recipe: Recipe) -> None:
+    model.train()
+    freeze(model, recipe.optimizer.freeze)
+
+
+def _batches(recipe: Recipe, num_pictures: int, epoch: int, world: int) -> EpochBatches:
+    """The batches of all processes together, the same however many there are."""
     sampler = recipe.sampler
+    sizes_px = (recipe.data.size_px,) if sampler.variant == "standard" else sampler.sizes_px
+    smallest = min(
+        batch_size_at(
+            size_px,
+            variant=sampler.variant,
+            batch_size=recipe.batch_size,
+            base_px=recipe.data.size_px,
+            largest_px=max(sizes_px),
+        )
+        for size_px in sizes_px
+    )
+    if smallest < 4 * world and world > 1:
+        raise ValueError(f"batch_size is {recipe.batch_size}, with {world} processes too few; give each 4 or more")
     return EpochBatches(
         num_pictures,
-        sizes_px=(recipe.data.size_px,) if sampler.variant == "standard" else sampler.sizes_px,
+        sizes_px=sizes_px,
         batch_size=recipe.batch_size,
         base_px=recipe.data.size_px,
         variant=sampler.variant,
         seed=recipe.seed,
         epoch=epoch,
+        # Half a batch has two pictures for each process, so that nothing here depends on how many there are.
+        min_last=max(2, smallest // 2),
     )
 
 
-def _save(initial: Weights, average: MovingAverage, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
-    # Without the speed, so that the same run leaves the same file.
-    metrics = {name: value for name, value in record.items() if name != "pictures_per_second"}
+def _blank(recipe: Recipe, model: nn.Module, shape: tuple[int, ...] | None = None) -> Batch:
+    """A batch of black pictures, two of the base size unless `shape` says otherwise."""
+    shape = shape or (2, 3, recipe.data.size_px, recipe.data.size_px)
+    device = next(model.parameters()).device
+    pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    return Batch(pixels, torch.zeros(shape[0], dtype=torch.long, device=device), tuple(range(shape[0])), ())
+
+
+def _shapes(recipe: Recipe, num_pictures: int, at_once: int, world: int) -> set[tuple[int, ...]]:
+    """The shapes of the parts of whole steps: one for each size, or two where a step does not divide evenly."""
+    shapes = set()
+    for size_px, batch_size in _batches(recipe, num_pictures, 0, world).batch_sizes.items():
+        num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
+        for length in (batch_size // num_parts, -(-batch_size // num_parts)):
+            shapes.add((length, 3, size_px, size_px))
+    return shapes
+
+
+def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, world: int) -> Iterator[str]:
+    processes = f"{world} processes" if world > 1 else "1 process"
+    yield f"{num_steps:,} steps in {recipe.epochs} epochs"
+    for size_px, batch_size in _batches(recipe, num_pictures, 0, world).batch_sizes.items():
+        num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
+        rounds = num_parts // world
+        yield (
+            f"at {size_px} px {batch_size:,} pictures a step: {processes} x {rounds} part{'s' if rounds > 1 else ''} x "
+            f"{'about ' if batch_size % num_parts else ''}{round(batch_size / num_parts):,} pictures"
+        )
+
+
+def _least(processes: Processes, value: int) -> int:
+    return min(processes.gather(value))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, pictures: PictureDataset) -> str:
+    names = [pictures.source[pick.number].name for pick in batches[step.of_epoch]]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"the loss is {loss} at epoch {epoch + 1}, step {step.total + 1}, {batches.size_px(step.of_epoch)} px, "
+        f"pictures {', '.join(names[:8])}{more}; try a lower --optimizer.lr"
+    )
+
+
+def _without_what_may_change(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what changes no number that is computed."""
+    values = recipes.to_dict(recipe)
+    del values["data"]["num_workers"]
+    return values
+
+
+def _fingerprint(weights: Weights) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tensorboard(out: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError('TensorBoard is not installed; pip install "mobilevit[tensorboard]"') from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+def _environment(processes: Processes, at_once: int, recipe: Recipe) -> dict[str, str]:
+    device = processes.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "mobilevit": version("mobilevit"),
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "system": platform.platform(),
+        "device": f"{device} ({name})",
+        "processes": str(processes.world),
+        "threads of each": str(torch.get_num_threads()),
+        f"pictures of {recipe.data.size_px} px at once, at most": f"{at_once // recipe.data.size_px**2:,}",
+    }
+
+
+def _commands(data: str | Path, out: Path) -> list[tuple[str, str]]:
+    weights, data = shlex.quote(str(out / "model.safetensors")), shlex.quote(str(data))
+    return [
+        ("Evaluate, the average and the raw weights", f"mobilevit evaluate {shlex.quote(str(out))} --data {data}"),
+        ("Predict", f"mobilevit predict {weights} PICTURE..."),
+        ("Write in transformers' layout", f"mobilevit convert {weights} FOLDER --to transformers"),
+    ]
+
+
+def _save(initial: Weights, model: nn.Module, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
+    # Without what time it took, so that the same run leaves the same file.
+    metrics = {name: value for name, value in record.items() if name not in TIMES}
     training = {"recipe": recipes.to_dict(recipe), "metrics": metrics}
-    write(replace(initial, tensors=average.model.state_dict(), training=training), path)
+    write(replace(initial, tensors=model.state_dict(), training=training), path)

@@ -1,0 +1,264 @@
+"""A step of training against timm: forward, backward, AdamW; same initial weights, one interleaved run.
+
+    python benchmarks/training.py --out benchmarks/training_<hardware>_<yyyymm>
+    python benchmarks/training.py --device cuda --models xxs xs s --sizes 256 --batches 128 --dtype bfloat16 --compile
+
+As in eager.py every round times every side once, in an order that rotates, and what counts is the ratio of two times of
+the same round. The sides:
+
+- "mobilevit": the network as it is, with the published dropout in the transformers and before the classifier.
+- "timm, NCHW": as it comes, without dropout, so that it has less to do; "timm, NHWC": put into channels last by hand,
+  pictures too; "timm, NCHW, same dropout": made to learn the same way as ours.
+- "mobilevit, per-tensor AdamW" and its twin of timm: torch's default optimizer for the CPU. All others have the fused
+  one, as in `mobilevit train`.
+
+With one thread of a CPU the clock is the processor time of this process, so that others on the machine disturb it less;
+else it is the clock on the wall. Before it starts the sides must agree in loss and gradients, dropout off. The top of
+eager.py says why freed memory is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from eager import keep_freed_memory, processor
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mobilevit.models.mobilevit import MobileViT, TransformerLayer
+from mobilevit.models.weights import Weights, write
+
+OURS = "mobilevit"
+COLUMNS = ("model", "px", "batch", "side", "time / ours", "p10", "p90", "p10, ms", "pictures / s")
+NOTE = (
+    "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1 our network is the "
+    "faster one. Then the 10th and 90th percentile of that ratio, the 10th percentile of the time of a step itself and "
+    "the pictures per second that follow from it."
+)
+NUM_WARMUP_STEPS = 3
+Clock = Callable[[], float]  # seconds
+
+
+def timm_with_dropout(model: nn.Module, ours: MobileViT) -> nn.Module:
+    """Give timm's network the dropout of ours, in the same places."""
+    layer = next(m for m in ours.modules() if isinstance(m, TransformerLayer))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            if name.endswith(("attn.proj_drop", "mlp.drop2")):
+                module.p = layer.dropout.p
+            elif name == "head.drop":
+                module.p = ours.dropout.p
+    return model
+
+
+def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module]:
+    """What is trained, by name, from the same initial weights."""
+    ours = MobileViT(name, num_classes=num_classes)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "timm.safetensors"
+        write(Weights(ours.architecture, ours.state_dict()), file, "timm")
+
+        def theirs() -> nn.Module:
+            return timm.create_model(f"mobilevit_{name}", num_classes=num_classes, checkpoint_path=str(file))
+
+        sides = {
+            OURS: ours,
+            "timm, NCHW": theirs(),
+            "timm, NHWC": theirs().to(memory_format=torch.channels_last),
+            "timm, NCHW, same dropout": timm_with_dropout(theirs(), ours),
+        }
+        if device == "cpu":
+            twin = MobileViT(name, num_classes=num_classes)
+            twin.load_state_dict(ours.state_dict())
+            sides |= {"mobilevit, per-tensor AdamW": twin, "timm, NCHW, per-tensor AdamW": theirs()}
+    return {side: model.to(device).train() for side, model in sides.items()}
+
+
+def check_agreement(sides: dict[str, nn.Module], pictures: Tensor, labels: Tensor) -> float:
+    """The largest relative difference from our loss and from the norm of our gradients over all sides, dropout off."""
+    found = {}
+    for side, model in sides.items():
+        dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        statistics = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+        for dropout in dropouts:
+            dropout.eval()
+        loss = F.cross_entropy(model(pictures), labels)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found[side] = loss.item(), torch.nn.utils.get_total_norm(gradients).item()
+        for dropout in dropouts:
+            dropout.train()
+        model.load_state_dict(statistics, strict=False)
+        model.zero_grad()
+    difference = max(abs(a / b - 1) for values in found.values() for a, b in zip(values, found[OURS], strict=True))
+    assert difference < 1e-3, f"the sides disagree: {found}"
+    return difference
+
+
+def build_step(
+    side: str, model: nn.Module, pictures: Tensor, labels: Tensor, autocast: bool, compiled: bool
+) -> Callable[[], None]:
+    """One step of training, without waiting for the device."""
+    if side.endswith("NHWC"):
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused="per-tensor" not in side)
+    device = pictures.device.type
+    run = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = F.cross_entropy(run(pictures), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(steps: dict[str, Callable[[], None]], num_rounds: int, device: str, clock: Clock) -> dict[str, np.ndarray]:
+    """Milliseconds of every side in every round.
+
+    A step walks through far more memory than a cache holds, so that the side before it leaves nothing to warm up for.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    order = list(steps)
+    times_ms: dict[str, list[float]] = {side: [] for side in order}
+    for i in range(NUM_WARMUP_STEPS + num_rounds):
+        for side in order:
+            wait()
+            start = clock()
+            steps[side]()
+            wait()
+            if i >= NUM_WARMUP_STEPS:
+                times_ms[side].append(1e3 * (clock() - start))
+        order.append(order.pop(0))
+    return {side: np.array(values) for side, values in times_ms.items()}
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """One line of the printed table."""
+    setting = row["model"], str(row["size_px"]), str(row["batch"]), row["side"]
+    ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
+    return *setting, *ratios, f"{row['time_p10_ms']:.1f}", f"{row['pictures_per_s']:.0f}"
+
+
+def main(
+    models: tuple[str, ...] = ("xxs",),
+    sizes: tuple[int, ...] = (64, 64, 256),
+    batches: tuple[int, ...] = (32, 128, 16),
+    rounds: tuple[int, ...] = (60, 20, 16),
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    compile: bool = False,
+    num_classes: int = 10,
+    threads: int = 1,
+    seed: int = 0,
+    keep_memory: bool = True,
+    out: Path | None = None,
+) -> None:
+    """Time a step of training of our network and of timm's side by side.
+
+    Args:
+        models: the published sizes to time.
+        sizes: sides of the pictures in pixels.
+        batches: pictures in a batch, a number for each of the sizes or one for all.
+        rounds: rounds, likewise.
+        device: where to train.
+        dtype: bfloat16 is autocast over float32 weights.
+        compile: both sides through torch.compile.
+        num_classes: of the classifier.
+        threads: of the CPU.
+        seed: of weights and pictures.
+        keep_memory: let the allocator keep freed memory (glibc only); see the top of eager.py.
+        out: write OUT.md and OUT.json.
+    """
+    for option, values in (("batches", batches), ("rounds", rounds)):
+        if len(values) not in (1, len(sizes)):
+            raise SystemExit(f"--{option} has {len(values)} numbers; give one, or one for each of {len(sizes)} sizes")
+    load = os.getloadavg()[0]
+    clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+    kept = device == "cpu" and keep_memory and keep_freed_memory()
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rows = []
+    for name in models:
+        for size, batch, num_rounds in zip(
+            sizes, batches * (len(sizes) // len(batches)), rounds * (len(sizes) // len(rounds)), strict=True
+        ):
+            sides = build_sides(name, num_classes, device)
+            pictures = torch.rand(batch, 3, size, size).to(device)
+            labels = torch.randint(0, num_classes, (batch,)).to(device)
+            difference = check_agreement(sides, pictures, labels)
+            torch.compiler.reset()
+            steps = {
+                side: build_step(side, model, pictures, labels, dtype == "bfloat16", compile)
+                for side, model in sides.items()
+            }
+            times_ms = measure(steps, num_rounds, device, clock)
+            for side, side_ms in times_ms.items():
+                ratio_p10, ratio_median, ratio_p90 = np.percentile(side_ms / times_ms[OURS], (10, 50, 90))
+                time_p10_ms = np.percentile(side_ms, 10)
+                rows.append(
+                    {
+                        "model": name,
+                        "size_px": size,
+                        "batch": batch,
+                        "side": side,
+                        "num_rounds": num_rounds,
+                        "ratio_median": round(ratio_median, 4),
+                        "ratio_p10": round(ratio_p10, 4),
+                        "ratio_p90": round(ratio_p90, 4),
+                        "time_p10_ms": round(time_p10_ms, 3),
+                        "pictures_per_s": round(1e3 * batch / time_p10_ms, 1),
+                        "gradient_difference": difference,
+                    }
+                )
+    versions = {library: importlib.metadata.version(library) for library in ("torch", "timm")}
+    setting = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "dtype": dtype,
+        "compile": compile,
+        "threads": threads,
+        "load_average_at_start": round(load, 2),
+        "freed_memory_kept": kept,
+        "clock": clock.__name__,
+        "num_classes": num_classes,
+        "seed": seed,
+    }
+    result = json.dumps({"benchmark": "training", **setting, "versions": versions, "rows": rows})
+
+    title = f"Training, {dtype}, {'compiled' if compile else 'eager'}"
+    title += f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+    table = Table(*COLUMNS, title=title, caption=NOTE, caption_justify="left")
+    for row in rows:
+        table.add_row(*cells(row))
+    Console().print(table)
+    if out:
+        facts = f"{setting['date']}, {setting['device']}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
+        facts += f"; load average at the start {load:.2f}; time.{clock.__name__}"
+        if device == "cpu":
+            facts += f"; freed memory {'kept' if kept else 'handled by the system'}"
+        lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows))]
+        out.with_name(out.name + ".md").write_text("\n".join([f"# {title}", "", facts, "", NOTE, "", *lines, ""]))
+        out.with_name(out.name + ".json").write_text(result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

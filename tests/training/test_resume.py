@@ -1,0 +1,260 @@
+"""Killed at any instant, a run that is started again ends as if nothing had happened: the same weights to the bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobilevit.models.weights import read
+from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler
+from mobilevit.training import loop
+from mobilevit.training.loop import TIMES, Stopped, train
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # where there is one core
+    pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning"),
+]
+# Two sizes, steps in parts, dropout, a crop and a mirror image: everything that chance has a hand in. 12 steps.
+RECIPE = Recipe(
+    architecture="xxs",
+    epochs=3,
+    batch_size=8,
+    data=Data(size_px=32, eval_resize=1.0, num_workers=0),
+    sampler=Sampler("equation", (32, 64)),
+    optimizer=Optimizer(warmup_steps=2),
+    compute=Compute(pictures_at_once=4),
+)
+# What torchrun starts; its processes need the recipe from somewhere.
+PROGRAM = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mobilevit.recipes import from_dict
+from mobilevit.training.loop import train
+import json, os
+Path(sys.argv[3]).with_suffix(".pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+train(from_dict(json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3]), checkpoint_minutes=float(sys.argv[4]))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for split, num in (("train", 24), ("val", 3)):
+        for label, class_name in enumerate("ab"):
+            for i in range(num):
+                file = folder / split / class_name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draw.integers(0, 100 + 100 * label, (40, 36, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def start(run: Callable[[], object]) -> int:
+    """The number of a child process that does `run` in one thread."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        run()
+        code = 0
+    except Stopped as stopped:
+        code = 128 + stopped.signal_number
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end(child: int) -> int:
+    """The exit code of a child process, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def left(out: Path) -> dict[str, Any]:
+    """What a run left, without how long it took."""
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+    files = {name: read(out / f"{name}.safetensors") for name in ("model", "raw", "best")}
+    weights = {
+        name: ({key: tensor.numpy().tobytes() for key, tensor in file.tensors.items()}, file.training["metrics"])
+        for name, file in files.items()
+    }
+    return {**weights, "epochs": lines("metrics.jsonl"), "steps": lines("steps.jsonl")}
+
+
+def last_step(out: Path) -> int:
+    """Of the last checkpoint."""
+    return max((int(file.stem) for file in out.glob("checkpoints/[0-9]*.pt")), default=0)
+
+
+def wait_for_step(out: Path, step: int, child: int) -> None:
+    """Until there is a checkpoint of `step`, or the child has ended."""
+    while last_step(out) < step and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run leaves that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole")
+    assert end(start(lambda: train(RECIPE, data, out))) == 0
+    return left(out)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_at_any_instant(whole: dict[str, Any], data: Path, tmp_path: Path, num_workers: int):
+    expected = whole
+    recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=num_workers))
+    chance = random.Random(num_workers)
+    codes = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        # With a checkpoint after every step, most of the time is spent in writing one.
+        child = start(lambda: train(recipe, data, tmp_path / "run", checkpoint_minutes=1e-9))
+        if len(codes) < 8:
+            wait_for_step(tmp_path / "run", last_step(tmp_path / "run") + chance.randint(0, 2), child)
+            time.sleep(chance.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+        codes.append(end(child))
+    assert codes[-1] == 0
+    assert len(codes) > 4
+    assert left(tmp_path / "run") == expected
+    steps = [line["step"] for line in expected["steps"]]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_killed_while_a_checkpoint_is_written(
+    whole: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Half a file, a whole one under its other name, the new one beside too many old ones: at every checkpoint."""
+    save = torch.save
+
+    def save_half(state: object, path: Path) -> None:
+        save(state, path)
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_whole(state: object, path: Path) -> None:
+        save(state, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill(path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    out = tmp_path / "run"
+    for change in (
+        lambda: monkeypatch.setattr(torch, "save", save_half),
+        lambda: monkeypatch.setattr(torch, "save", save_whole),
+        lambda: monkeypatch.setattr(Path, "unlink", kill),
+    ):
+        child = start(lambda: (change(), train(RECIPE, data, out, checkpoint_minutes=1e-9)))  # noqa: B023
+        assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(RECIPE, data, out))) == 0
+    assert left(out) == whole
+    assert len(list((out / "checkpoints").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: dict[str, Any], data: Path, tmp_path: Path):
+    def stop_in_the_third_epoch() -> None:
+        evaluate, calls = loop.TASKS["classify"].evaluate, []
+
+        def evaluate_until(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return evaluate(*arguments)
+
+        loop.TASKS["classify"].evaluate = evaluate_until
+        train(RECIPE, data, tmp_path)
+
+    assert end(start(stop_in_the_third_epoch)) == -signal.SIGKILL
+    last = max((tmp_path / "checkpoints").iterdir())
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert end(start(lambda: train(RECIPE, data, tmp_path))) == 0
+    assert left(tmp_path) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_keeps_it(
+    whole: dict[str, Any], data: Path, tmp_path: Path, number: signal.Signals
+):
+    recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=2))  # workers hear Ctrl-C as well
+    child = start(lambda: (os.setpgrp(), train(recipe, data, tmp_path, checkpoint_minutes=1e-9)))
+    wait_for_step(tmp_path, 1, child)
+    os.killpg(child, number)
+    assert end(child) == 128 + number
+    done = len((tmp_path / "steps.jsonl").read_text().splitlines())
+    assert last_step(tmp_path) == done < len(whole["steps"])
+    assert end(start(lambda: train(recipe, data, tmp_path))) == 0
+    assert left(tmp_path) == whole
+
+
+def torchrun(recipe: Recipe, data: Path, out: Path, minutes: float, *options: str) -> subprocess.Popen[bytes]:
+    program = out.with_suffix(".py")
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
+    arguments = [json.dumps(loop.recipes.to_dict(recipe)), str(data), str(out), str(minutes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [*command, str(program), *arguments], env=environment, stderr=(out.parent / "stderr").open("wb")
+    )
+
+
+# Two parts a step: in one process one after the other, or each in its own.
+IN_TWO = replace(RECIPE, epochs=2, sampler=Sampler())
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes leave that nothing happens to."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    running = torchrun(IN_TWO, data, out, 5)
+    assert running.wait(120) == 0, (out.parent / "stderr").read_text()
+    return left(out)
+
+
+def test_two_processes_compute_what_one_does(two: dict[str, Any], data: Path, tmp_path: Path):
+    """The same batches, crops, dropout masks and running statistics, and sums of two numbers, which know no order."""
+    assert end(start(lambda: train(IN_TWO, data, tmp_path))) == 0
+    one = left(tmp_path)
+    assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
+    assert [line["lr"] for line in two["steps"]] == [line["lr"] for line in one["steps"]]
+    for ours, theirs in zip(one["epochs"], two["epochs"], strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    for name in ("model", "raw", "best"):
+        for key, value in one[name][0].items():
+            if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
+                theirs = np.frombuffer(two[name][0][key], np.float32)
+                np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any], data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    running = torchrun(IN_TWO, data, out, 1e-9, "--max-restarts", "3")
+    for num_steps in (2, 5):
+        while running.poll() is None and last_step(out) < num_steps:
+            time.sleep(0.01)
+        os.kill(int(out.with_suffix(f".pid{num_steps % 2}").read_text()), signal.SIGKILL)
+    assert running.wait(120) == 0, (tmp_path / "stderr").read_text()
+    assert left(out) == two
