@@ -1,6 +1,6 @@
 """Train MobileViT-XXS on the handwritten digits that ship with scikit-learn, and show what it learnt.
 
-Writes the 1,797 pictures as files (two thirds for training, a held-out third for testing), trains by the recipe "small"
+Writes the 1,797 pictures as files (two thirds for training, a held-out third for testing), trains by the recipe "tiny"
 through the same code as `mobilevit train`, tests the saved weights, and draws test digits with their predictions.
 
     python examples/digits.py [FOLDER]      # runs/digits unless given; replaced if it is there
@@ -60,7 +60,7 @@ def main(out: Path) -> None:
             sys.exit(f"{out}: holds something else than a run of this example; give a folder of its own")
         shutil.rmtree(out)
     write_pictures(out / "data")
-    run = train(RECIPES["small"], out / "data", out, console=console)
+    run = train(RECIPES["tiny"], out / "data", out, console=console)
 
     model = mobilevit.load(run.weights)
     read = [
@@ -75,7 +75,7 @@ def main(out: Path) -> None:
     console.print(
         f"\nTest accuracy: {100 * len(right) / len(read):.2f} % of {len(read)} digits never trained on, "
         f"after {time.perf_counter() - started:.0f} s.\n"
-        f"Weights: {run.weights}\nPicture: {out / 'predictions.png'}\n\n"
+        f"Weights: {run.weights}\nReport: {out / 'report.html'}\nPicture: {out / 'predictions.png'}\n\n"
         f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {read[0][0]}\n"
         "  .venv/bin/mobilevit train --data FOLDER      # your own pictures, a folder for each class\n",
         soft_wrap=True,

@@ -1,13 +1,19 @@
 """The command line as a user meets it: what it prints, what it leaves, its exit codes, and its mistakes in one line."""
 
+import errno
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mobilevit
@@ -16,6 +22,8 @@ from mobilevit.cli import main
 from mobilevit.models.weights import read
 from mobilevit.pictures import Preprocessing
 from mobilevit.predict import Classifier, load, save
+from mobilevit.recipes import RECIPES, describe
+from mobilevit.training import loop
 
 COMMANDS = ["predict", "train", "evaluate", "info", "convert"]
 # Names that look like the markup of a terminal library.
@@ -107,6 +115,8 @@ TRAIN_OPTIONS = {
     "--weights",
     "--download",
     "--device",
+    "--checkpoint-minutes",
+    "--tensorboard",
     "--architecture",
     "--epochs",
     "--batch-size",
@@ -116,25 +126,44 @@ TRAIN_OPTIONS = {
     "--data.size-px",
     "--data.eval-resize",
     "--data.min-scale",
+    "--data.policy",
     "--data.flip",
     "--data.val-fraction",
     "--data.num-workers",
+    "--data.max-unreadable",
     "--sampler.variant",
     "--sampler.sizes-px",
     "--optimizer.start-lr",
     "--optimizer.lr",
     "--optimizer.end-lr",
     "--optimizer.warmup-steps",
+    "--optimizer.cosine",
     "--optimizer.weight-decay",
+    "--optimizer.decay-all",
+    "--optimizer.clip-norm",
+    "--optimizer.freeze",
+    "--optimizer.backbone-lr-scale",
+    "--compute.precision",
+    "--compute.compile",
+    "--compute.sync-batch-norm",
+    "--compute.pictures-at-once",
 }
 
 
-@pytest.mark.parametrize("recipe", ["plain", "small"])
+@pytest.mark.parametrize("recipe", ["plain", "tiny"])
 def test_options_of_train(capsys: pytest.CaptureFixture[str], recipe: str):
     assert run("train", recipe, "--help") == 0
     options = set(re.findall(r" (--[a-z][a-z.-]+)", capsys.readouterr().out)) - {"--help"}
     assert {re.sub(r"(--|\.)no-", r"\1", option) for option in options} == TRAIN_OPTIONS
     assert len(TRAIN_OPTIONS) <= 45
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_a_recipe_prints_what_it_says(capsys: pytest.CaptureFixture[str], recipe: str):
+    assert run("train", recipe, "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"RECIPE {recipe}: {' '.join(describe(recipe).split())}" in said
+    assert f"Other recipes: {', '.join(name for name in RECIPES if name != recipe)}" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,23 +335,86 @@ TRAIN = ["--epochs", "2", "--batch-size", "3", "--data.num-workers", "0", "--dev
 
 def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     overrides = ["--optimizer.lr", "1e-4", "--data.flip", "--architecture", "s", "--weights", weights]
-    assert run("train", "small", "--data=classes", *TRAIN, *overrides) == 0
+    assert run("train", "tiny", "--data=classes", *TRAIN, *overrides) == 0
     out, err = capsys.readouterr()
     result = "runs/classes/model.safetensors"
-    kept = rf"{result}: weights of the last epoch, validation top-1 [\d.]+ %"
-    assert re.fullmatch(rf"{kept}\ntry next: mobilevit predict {result} PICTURE...\n", out)
+    assert re.fullmatch(
+        rf"{result}: weights of the last epoch, validation top-1 [\d.]+ %\n"
+        r"runs/classes/report.html: curves, confusion, mistakes\n"
+        rf"try next: mobilevit predict {result} PICTURE...\n",
+        out,
+    )
     assert "MobileViT-XXS from the given weights; 4 pictures of 2 classes for training, 2 for validation" in err
-    assert names(here / "runs") == {f"classes/{name}" for name in ("model.safetensors", "metrics.jsonl", "recipe.json")}
-    recipe = json.loads(Path("runs/classes/recipe.json").read_text())
+    files = {"model.safetensors", "best.safetensors", "raw.safetensors", "metrics.jsonl", "steps.jsonl", "report.html"}
+    files |= {"run.json", ".lock", "checkpoints/000000001.pt", "checkpoints/000000002.pt"}  # a step an epoch
+    assert names(here / "runs") == {f"classes/{name}" for name in files}
+    recipe = json.loads(Path("runs/classes/run.json").read_text())["recipe"]
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["data"]["flip"]) == (2, 1e-4, True)
-    assert recipe["data"]["size_px"] == 32  # of the recipe "small"
+    assert recipe["data"]["size_px"] == RECIPES["tiny"].data.size_px
     trained = load(result)
     assert trained.class_names == ("x", "y")
     assert trained.architecture.name == "xxs"  # of the weights, whatever is asked for
 
     assert run("predict", "runs/classes", "photos/a.png", "--json") == 0
     assert {p["class"] for p in json.loads(capsys.readouterr().out)["predictions"]} == {"x", "y"}
-    assert "holds a run already" in mistake(capsys, "train", "small", "--data", "classes", *TRAIN)
+
+    before = {name: (here / "runs" / name).read_bytes() for name in names(here / "runs")}
+    again = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides)
+    assert again == "mobilevit: runs/classes: this run is finished; name another folder for a new one\n"
+    other = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides, "--seed", "3")
+    said = "runs/classes: holds another run (recipe.seed is 0 there, 3 here); name another folder, or remove this one"
+    assert other == f"mobilevit: {said}\n"
+    assert "weights is " in mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides[:-2])
+    assert {name: (here / "runs" / name).read_bytes() for name in names(here / "runs")} == before
+
+
+def test_a_disk_that_fills_up(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
+    saved: list[Path] = []
+    save_whole = torch.save
+
+    def save_once(state: object, file: Path) -> None:
+        if saved:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(file)
+        save_whole(state, file)
+
+    train = ["train", "tiny", "--data", "classes", *TRAIN]
+    with monkeypatch.context() as change:
+        change.setattr(torch, "save", save_once)
+        assert run(*train) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = "runs/classes/checkpoints/000000002.pt: no space left on device"
+    assert [line for line in err.splitlines() if line.startswith("mobilevit: ")] == [f"mobilevit: {last}"]
+    assert names(here / "runs/classes/checkpoints") == {"000000001.pt"}
+    assert run(*train) == 0  # there is space again
+    out, err = capsys.readouterr()
+    assert "going on after step 1, in epoch 2" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "data", "out"),
+    [
+        ("hf:owner/flowers", "hf:owner/flowers", "runs/flowers"),
+        ("~/photos", "HOME/photos", "runs/photos"),
+        ("classes", "classes", "runs/classes"),
+        (".", ".", "runs/HERE"),
+    ],
+)
+def test_what_train_hands_on(here: Path, monkeypatch: pytest.MonkeyPatch, given: str, data: str, out: str):
+    handed_on: list[Any] = []
+
+    def note(*arguments: Any, **options: Any) -> None:
+        handed_on.append((arguments, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(loop, "train", note)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert run("train", "finetune", f"--data={given}", "--device", "cpu", "--checkpoint-minutes", "7") == 2
+    expected = (RECIPES["finetune"], data.replace("HOME", str(here / "home")), Path(out.replace("HERE", here.name)))
+    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False}
+    assert handed_on == [(expected, options)]
 
 
 def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
@@ -337,17 +429,117 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     evaluate = ["evaluate", "xyz.safetensors", "--data", "classes", "--num-workers", "0", "--batch-size", "4"]
     assert run(*evaluate, "--json") == 0
     expected = {"top1": 100 * right / 6, "top5": 100.0, "loss": loss, "num_pictures": 6}
-    assert json.loads(capsys.readouterr().out) == pytest.approx(expected, rel=1e-4)
+    line = json.loads(capsys.readouterr().out)
+    assert (line.pop("weights"), line.pop("size_px")) == ("xyz.safetensors", 32)
+    assert line == pytest.approx(expected, rel=1e-4)
     assert run(*evaluate) == 0
-    expected = f"top-1 {100 * right / 6:.2f} %, top-5 100.00 %, loss {loss:.4f} on 6 pictures"
-    expected += ": all in this folder, those it was trained on as well\n"
-    assert capsys.readouterr().out == expected
+    *table, said = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
+    assert [line.split() for line in table] == [
+        ["weights", "px", "top-1", "%", "top-5", "%", "loss", "pictures"],
+        ["xyz.safetensors", "32", f"{100 * right / 6:.2f}", "100.00", f"{loss:.4f}", "6"],
+    ]
+    assert said == "all pictures there, those it was trained on as well"
+
+
+def test_evaluate_several_weights_at_several_sizes(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
+    model = load(weights)
+    answers: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    for file in ("a.safetensors", "b.safetensors"):
+        model.class_names = ("x", "y", "[z]")
+        save(model, here / file)
+        for size_px in (64, 32):
+            model.preprocessing = Preprocessing(resize_px=round(36 * size_px / 32), crop_px=size_px)
+            pictures = sorted((here / "classes").rglob("*.png"))
+            answers[file, size_px] = [(p.parent.name, model.predict(p)[0].class_name) for p in pictures]
+        model.preprocessing = Preprocessing(resize_px=36, crop_px=32)
+        with torch.no_grad():
+            model.get_parameter("classifier.bias").add_(torch.tensor([1.0, 0.0, -1.0]))  # for the second one
+    evaluate = ["evaluate", "a.safetensors", "b.safetensors", "--data", "classes", "--size", "64", "32"]
+    evaluate += ["--num-workers", "0", "--per-class"]
+
+    assert run(*evaluate, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["weights"], line["size_px"]) for line in lines] == list(answers)
+    for line in lines:
+        pairs = answers[line["weights"], line["size_px"]]
+        assert line["top1"] == pytest.approx(100 * np.mean([right == answer for right, answer in pairs]))
+        expected = []
+        for name in ("x", "y", "[z]"):
+            of_class, named_so = ([pair for pair in pairs if pair[i] == name] for i in (0, 1))
+            hits = pairs.count((name, name))
+            expected.append(
+                {
+                    "class": name,
+                    "num_pictures": len(of_class),
+                    "recall": 100 * hits / len(of_class) if of_class else None,
+                    "precision": 100 * hits / len(named_so) if named_so else None,
+                }
+            )
+        assert line["classes"] == expected
+    assert len({json.dumps(line["classes"]) for line in lines}) > 1  # or it would not matter which is which
+
+    assert run(*evaluate) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
+    assert [row[:3] for row in rows[1:5]] == [
+        [f, str(px), f"{line['top1']:.2f}"] for (f, px), line in zip(answers, lines, strict=True)
+    ]
+    for i, line in enumerate(lines):
+        title, _, *classes = rows[5 + 5 * i : 10 + 5 * i]
+        assert title == [line["weights"], "at", str(line["size_px"]), "px"]
+        assert classes == [
+            [one["class"], str(one["num_pictures"])]
+            + ["-" if one[name] is None else f"{one[name]:.2f}" for name in ("recall", "precision")]
+            for one in line["classes"]
+        ]
+    assert len(rows) == 5 + 5 * 4 + 1
+
+
+def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
+    (here / "run").mkdir()
+    (here / "run/run.json").write_text("{}")
+    evaluate = ["evaluate", "run", "--data", "classes", "--num-workers", "0", "--json"]
+    assert "run: this run has no weights yet" in mistake(capsys, *evaluate)
+    model = load(weights)
+    model.class_names = ("x", "y", "z")
+    for name in ("model", "raw", "best"):
+        save(model, here / f"run/{name}.safetensors")
+    assert run(*evaluate) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["weights"] for line in lines] == ["run/model.safetensors", "run/raw.safetensors"]
+    assert "classes" not in lines[0]
+
+
+def test_evaluate_says_what_is_wrong_before_it_begins(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
+    model = load(weights)
+    model.class_names = ("x", "y", "z")
+    save(model, here / "xyz.safetensors")
+    for args, said in {
+        ("xyz.safetensors", "missing.pt"): "missing.pt: no such file",
+        ("xyz.safetensors", "--size", "32", "31"): r"size is \(32, 31\); sides are from 32 px up",
+        ("xyz.safetensors", "--size", "big"): "--size",
+        (): "no weights are named",
+    }.items():
+        assert re.search(said, mistake(capsys, "evaluate", *args, "--data", "classes", "--json")), args
+
+
+def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, weights: str, monkeypatch: Any):
+    from mobilevit.tasks import classification
+
+    asked: list[Any] = []
+
+    def note(weights: object, data: object, **options: Any) -> None:
+        asked.append(data)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(classification, "evaluate_weights", note)
+    assert "enough" in mistake(capsys, "evaluate", weights, "--data", "hf:owner/flowers")
+    assert asked == ["hf:owner/flowers"]
 
 
 def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     for args, said in {
         ("train",): "--data",
-        ("train", "papar", "--data", "classes"): "no recipe 'papar'; there are plain, small",
+        ("train", "papar", "--data", "classes"): rf"no recipe 'papar'; there are {', '.join(RECIPES)}",
         ("train", "--data", "missing"): "missing: no such folder",
         ("train", "--data", "photos/[old]"): "found no folders",
         ("train", "--data", "classes", "--epochs", "0"): "epochs is 0",
@@ -355,7 +547,17 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "--data", "classes", "--optimiser.lr", "1"): "Unrecognized options: --optimiser.lr",
         ("train", "--data", "classes", "--architecture", "xl"): "'xl'",
         ("train", "--data", "classes", "--weights", "missing.pt"): "missing.pt: no such file",
-        ("train", "--data", "classes", "--out", "photos/a.png", *TRAIN): "photos/a.png: file exists",
+        ("train", "--data", "classes", "--out", "photos/a.png", *TRAIN): r"photos/a.png: .*\(not a directory\)",
+        ("train", "--data", "classes", "--out", "photos/a.png/b", *TRAIN): r"photos/a.png/b: .*\(not a directory\)",
+        ("train", "--data", "classes", "--checkpoint-minutes", "0"): "checkpoint minutes are 0.0; they must be above 0",
+        ("train", "--data", "classes", "--checkpoint-minutes", "nan"): "checkpoint minutes are nan",
+        ("train", "--data", "classes", "--checkpoint-minutes", "soon"): "--checkpoint-minutes: .*'soon'",
+        ("train", "--data", "classes", "--compute.precision", "float8"): "'float8'",
+        ("train", "--data", "classes", "--compute.pictures-at-once", "1"): "compute.pictures_at_once is 1",
+        ("train", "--data", "classes", "--optimizer.freeze", "stage9"): "'stage9'",
+        ("train", "--data", "classes", "--sampler.sizes-px"): r"sampler.sizes_px is \(\)",
+        ("train", "--data", "classes", "--data.max-unreadable", "-1"): "data.max_unreadable is -1",
+        ("train", "--data", "hf:", *TRAIN): "hf:",
         ("evaluate", weights): "--data",
         ("evaluate", weights, "--data", "missing"): "missing: no such folder",
         ("evaluate", weights, "--data", "classes"): "'x' is not one of the 3 classes",
@@ -404,3 +606,31 @@ def test_whoever_reads_has_seen_enough(here: Path, weights: str):
         program.stdout.close()
         assert [line for line in program.stderr if not line.startswith("mobilevit: ")] == []
     assert program.returncode == 0
+
+
+def test_stopped_by_signals_and_taken_up_by_the_same_command(here: Path):
+    command = [sys.executable, "-m", "mobilevit", "train", "tiny", "--data", "classes", "--device", "cpu"]
+    command += ["--epochs", "1000", "--batch-size", "3", "--data.num-workers", "0", "--checkpoint-minutes", "1e-9"]
+    checkpoints = here / "runs/classes/checkpoints"
+
+    def last_step() -> int:
+        return max((int(file.stem) for file in checkpoints.glob("[0-9]*.pt")), default=0)
+
+    stopped_after = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+            while last_step() < stopped_after + 2 and program.poll() is None:
+                time.sleep(0.01)
+            program.send_signal(number)
+            out, err = program.communicate()
+        assert program.returncode == code, err
+        assert out == ""
+        assert "Traceback" not in err
+        if stopped_after:
+            assert f"going on after step {stopped_after}, in epoch " in err
+        said = err.splitlines()[-1]
+        found = re.fullmatch(r"mobilevit: stopped in epoch \d+ after step (\d+) and kept in runs/classes; (.+)", said)
+        assert found, err
+        assert found[2] == "the same command goes on from there"
+        stopped_after = int(found[1])
+        assert stopped_after == last_step() < 1000

@@ -1,4 +1,4 @@
-"""Recipes: there and back through JSON, and a line for every value that makes no sense."""
+"""Recipes: as published, there and back through JSON, and a line for every value that makes no sense."""
 
 import json
 import math
@@ -6,14 +6,26 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast, get_args
 
 import pytest
 
-from mobilevit.data.sampler import VARIANTS
+from mobilevit.data.sampler import VARIANTS, EpochBatches
 from mobilevit.models.mobilevit import ARCHITECTURES
-from mobilevit.recipes import RECIPES, Data, Optimizer, Recipe, Sampler, Size, Variant, from_dict, to_dict
+from mobilevit.recipes import (
+    RECIPES,
+    Compute,
+    Data,
+    Optimizer,
+    Recipe,
+    Sampler,
+    Size,
+    Variant,
+    describe,
+    from_dict,
+    to_dict,
+)
 
 OTHER = Recipe(
     architecture="xs",
@@ -22,11 +34,29 @@ OTHER = Recipe(
     label_smoothing=0.0,
     ema_decay=0.5,
     seed=2**63,
-    data=Data(size_px=65, eval_resize=1.5, min_scale=1.0, flip=False, val_fraction=0.3, num_workers=5),
+    data=Data(65, 1.5, 1.0, policy="advanced", flip=False, val_fraction=0.3, num_workers=5, max_unreadable=2),
     sampler=Sampler(variant="v0.1", sizes_px=(32, 99)),
-    optimizer=Optimizer(start_lr=0.0, lr=1e-5, end_lr=3e-7, warmup_steps=0, weight_decay=0.0),
+    optimizer=Optimizer(
+        start_lr=0.0,
+        lr=1e-5,
+        end_lr=3e-7,
+        warmup_steps=0,
+        cosine="epoch",
+        weight_decay=0.0,
+        decay_all=False,
+        clip_norm=1.5,
+        freeze="stage3",
+        backbone_lr_scale=0.25,
+    ),
+    compute=Compute("float16", compile=True, sync_batch_norm=True, pictures_at_once=2),
 )
-CLASSES: dict[str, Callable[..., Any]] = {"": Recipe, "data.": Data, "sampler.": Sampler, "optimizer.": Optimizer}
+CLASSES: dict[str, Callable[..., Any]] = {
+    "": Recipe,
+    "data.": Data,
+    "sampler.": Sampler,
+    "optimizer.": Optimizer,
+    "compute.": Compute,
+}
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), OTHER], ids=[*RECIPES, "other"])
@@ -40,6 +70,7 @@ def test_the_other_recipe_differs_in_every_field_so_that_none_is_lost_unseen():
         (OTHER.data, Data()),
         (OTHER.sampler, Sampler()),
         (OTHER.optimizer, Optimizer()),
+        (OTHER.compute, Compute()),
     ):
         for field in fields(cast(Any, other)):
             assert getattr(other, field.name) != getattr(default, field.name), field.name
@@ -55,43 +86,137 @@ def test_unknown_field(values: dict[str, Any]):
         from_dict(values)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("architecture", "xl"),
-        ("epochs", 0),
-        ("batch_size", 1),
-        ("sampler.variant", "cvnets"),
-        ("sampler.sizes_px", ()),
-        ("sampler.sizes_px", (31, 64)),
-        ("label_smoothing", -0.1),
-        ("label_smoothing", 1.0),
-        ("ema_decay", -0.1),
-        ("ema_decay", 1.0),
-        ("seed", -1),
-        ("seed", 2**64),
-        ("data.size_px", 31),
-        ("data.eval_resize", 0.99),
-        ("data.eval_resize", math.inf),
-        ("data.min_scale", 0.0),
-        ("data.min_scale", 1.01),
-        ("data.val_fraction", 0.0),
-        ("data.val_fraction", 1.0),
-        ("data.num_workers", -1),
-        ("optimizer.start_lr", -1e-9),
-        ("optimizer.lr", 0.0),
-        ("optimizer.lr", math.inf),
-        ("optimizer.end_lr", -1e-9),
-        ("optimizer.warmup_steps", -1),
-        ("optimizer.weight_decay", -1e-9),
-        ("optimizer.weight_decay", math.nan),
-    ],
-)
+SENSELESS = [
+    ("architecture", "xl"),
+    ("epochs", 0),
+    ("batch_size", 1),
+    ("sampler.variant", "cvnets"),
+    ("sampler.sizes_px", ()),
+    ("sampler.sizes_px", (31, 64)),
+    ("label_smoothing", -0.1),
+    ("label_smoothing", 1.0),
+    ("ema_decay", -0.1),
+    ("ema_decay", 1.0),
+    ("seed", -1),
+    ("seed", 2**64),
+    ("data.size_px", 31),
+    ("data.eval_resize", 0.99),
+    ("data.eval_resize", math.inf),
+    ("data.min_scale", 0.0),
+    ("data.min_scale", 1.01),
+    ("data.val_fraction", 0.0),
+    ("data.val_fraction", 1.0),
+    ("data.num_workers", -1),
+    ("optimizer.start_lr", -1e-9),
+    ("optimizer.lr", 0.0),
+    ("optimizer.lr", math.inf),
+    ("optimizer.end_lr", -1e-9),
+    ("optimizer.warmup_steps", -1),
+    ("optimizer.weight_decay", -1e-9),
+    ("optimizer.weight_decay", math.nan),
+    ("label_smoothing", math.nan),
+    ("ema_decay", math.nan),
+    ("data.policy", "autoaugment"),
+    ("data.max_unreadable", -1),
+    ("optimizer.start_lr", math.inf),
+    ("optimizer.end_lr", math.nan),
+    ("optimizer.cosine", "half"),
+    ("optimizer.clip_norm", -0.1),
+    ("optimizer.clip_norm", math.inf),
+    ("optimizer.freeze", "stage6"),
+    ("optimizer.backbone_lr_scale", 0.0),
+    ("optimizer.backbone_lr_scale", 1.01),
+    ("compute.precision", "float8"),
+    ("compute.pictures_at_once", -1),
+    ("compute.pictures_at_once", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), SENSELESS)
 def test_out_of_range_values_are_named_in_one_line(name: str, value: object):
     prefix, _, field = name.rpartition(".")
     with pytest.raises(ValueError, match=rf"^{name} is {re.escape(str(value))}; it must be .+$") as caught:
         CLASSES[prefix and prefix + "."](**{field: value})
     assert "\n" not in str(caught.value)
+
+
+def test_every_value_is_looked_at():
+    names = {
+        prefix + field.name
+        for prefix, part in CLASSES.items()
+        for field in fields(cast(Any, part))
+        if field.name not in CLASSES and field.type != "bool" and field.name + "." not in CLASSES
+    }
+    assert {name for name, _ in SENSELESS} == names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The named recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_named_recipe_says(name: str):
+    said = describe(name)
+    first, _, rest = said.partition("\n\n")
+    assert first.endswith(".")
+    assert "\n" not in first
+    command = re.search(r"^Command: (torchrun --nproc-per-node \d+ -m )?mobilevit train (\S+) --data \S+", rest, re.M)
+    assert command is not None
+    assert command[2] in RECIPES
+    size = "-(xxs|xs|s)$"
+    assert re.sub(size, "", command[2]) == re.sub(size, "", name)
+    assert re.search(r"\bnot run here\b", said, re.I) or (re.search("Time", said) and re.search(r"(?i)\bscore\b", said))
+
+
+@pytest.mark.parametrize("size", get_args(Size))
+def test_the_recipe_of_the_paper(size: str):
+    recipe = RECIPES[f"paper-{size}"]
+    assert (recipe.architecture, recipe.epochs, recipe.batch_size) == (size, 300, 1024)
+    assert (recipe.label_smoothing, recipe.ema_decay) == (0.1, 0.9995)
+    o = recipe.optimizer
+    assert (o.start_lr, o.lr, o.end_lr, o.warmup_steps, o.cosine) == (2e-4, 2e-3, 2e-4, 3000, "step")
+    assert (o.weight_decay, o.decay_all, o.clip_norm, o.freeze, o.backbone_lr_scale) == (0.01, True, 0, "nothing", 1)
+    d = recipe.data
+    assert (d.size_px, d.eval_resize * 256, d.min_scale, d.policy, d.flip) == (256, 288, 0.08, "basic", True)
+    assert recipe.sampler == Sampler("listing", (160, 192, 256, 288, 320))
+
+
+@pytest.mark.parametrize("size", get_args(Size))
+def test_where_the_released_code_differs(size: str):
+    paper, released, later = (RECIPES[f"{name}-{size}"] for name in ("paper", "v0.1", "main"))
+    assert (released.optimizer.cosine, released.compute.precision, released.sampler.variant) == (
+        "epoch",
+        "float16",
+        "v0.1",
+    )
+    assert paper == replace(
+        released, optimizer=replace(released.optimizer, cosine="step"), sampler=paper.sampler, compute=paper.compute
+    )
+    assert (later.optimizer.warmup_steps, later.sampler.variant) == (20_000, "main")
+    assert released == replace(
+        later, optimizer=replace(later.optimizer, warmup_steps=3000), sampler=replace(later.sampler, variant="v0.1")
+    )
+    assert paper.sampler.sizes_px == released.sampler.sizes_px == later.sampler.sizes_px
+
+
+def test_the_recipe_of_the_paper_counts_its_updates_right():
+    recipe = RECIPES["paper-s"]
+    num_steps = 30 * sum(  # ten epochs of the 300
+        len(
+            EpochBatches(
+                1_281_167,
+                sizes_px=recipe.sampler.sizes_px,
+                batch_size=recipe.batch_size,
+                base_px=recipe.data.size_px,
+                variant=recipe.sampler.variant,
+                epoch=epoch,
+            )
+        )
+        for epoch in range(10)
+    )
+    said = re.search(r"(\d+)k updates", describe("paper-s"))
+    assert said is not None
+    assert 1000 * int(said[1]) == pytest.approx(num_steps, rel=0.01)
 
 
 def test_recipes_need_no_torch():

@@ -241,12 +241,15 @@ class Evaluate:
 
         if not self.weights:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
+        if any(side < 32 for side in self.size):
+            raise ValueError(f"size is {self.size}; sides are from 32 px up")
+        # All of them first: a name that is wrong is said before the first one has been evaluated.
+        named = {name: read(name, download=self.download) for given in self.weights for name in _weights_of_run(given)}
         data = _expand_data(self.data)
         columns = [Column(name, justify="right") for name in ("px", "top-1 %", "top-5 %", "loss", "pictures")]
         table = Table("weights", *columns, box=SIMPLE)
         classes: list[tuple[str, Table]] = []
-        for name in (found for given in self.weights for found in _weights_of_run(given)):
-            weights = read(name, download=self.download)
+        for name, weights in named.items():
             _say_what_is_assumed(name, weights)
             for size_px in self.size or (weights.preprocessing.crop_px,):
                 answers = evaluate_weights(
@@ -344,7 +347,8 @@ def main(args: list[str] | None = None) -> None:
         _complain(str(error))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "interrupted")
+        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
+            _complain(str(interrupt) or "interrupted")
         sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
 
 
@@ -372,8 +376,9 @@ def parse(args: list[str]) -> Any:
         if recipe not in RECIPES:
             raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
         default = Train(data=tyro.MISSING, recipe=RECIPES[recipe])
+        text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
         others = ", ".join(name for name in RECIPES if name != recipe)
-        description = f"{Train.__doc__}\n\nRECIPE {recipe}: {describe(recipe)}\n\nOther recipes: {others}"
+        description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

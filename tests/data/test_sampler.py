@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from mobilevit.data.sampler import PAPER_SIZES_PX, VARIANTS, EpochBatches, Pick, Variant, batch_size_at, eval_batches
+from mobilevit.data.sampler import (
+    PAPER_SIZES_PX,
+    VARIANTS,
+    EpochBatches,
+    Pick,
+    Variant,
+    batch_size_at,
+    count_parts,
+    eval_batches,
+    parts,
+)
 
 LISTING_SIZES_PX = (128, 192, 256, 320, 384)
 
@@ -184,6 +194,152 @@ def test_wrong_arguments(wrong: dict, message: str):
     right = {"num_pictures": 10, "sizes_px": (32,), "batch_size": 4, "base_px": 32}
     with pytest.raises(ValueError, match=message):
         EpochBatches(**(right | wrong))
+
+
+@pytest.mark.parametrize(
+    ("num_pictures", "min_last", "sizes"),
+    [
+        (24, None, [8, 8, 8]),
+        (25, None, [8, 8, 9]),  # one alone is too few
+        (26, None, [8, 8, 8, 2]),
+        (26, 1, [8, 8, 8, 2]),
+        (25, 1, [8, 8, 8, 1]),
+        (28, 4, [8, 8, 8, 4]),
+        (27, 4, [8, 8, 11]),
+        (3, 4, [3]),  # there is none before it
+    ],
+)
+def test_fewest_pictures_of_a_last_batch(num_pictures: int, min_last: int | None, sizes: list[int]):
+    epoch = EpochBatches(num_pictures, sizes_px=(32,), batch_size=8, base_px=32, min_last=min_last)
+    assert [len(batch) for batch in epoch] == sizes
+    assert [epoch.global_batch_size(step) for step in range(len(epoch))] == sizes
+
+
+def test_sizes_of_whole_steps():
+    sizes: dict[Variant, dict[int, int]] = {
+        "standard": {256: 24},
+        "main": {160: 60, 192: 42, 256: 24, 288: 18, 320: 15},
+    }
+    for variant, expected in sizes.items():
+        (first, *_) = batches(100, variant=variant, world=3)
+        assert first.batch_sizes == expected
+
+
+def test_to_count_the_steps_draws_no_order(monkeypatch: pytest.MonkeyPatch):
+    drawn, generator = [], np.random.default_rng
+
+    class Generator:
+        def __init__(self, seed: tuple[int, ...]):
+            self.of = generator(seed)
+            self.integers = self.of.integers
+
+        def permutation(self, num: int) -> np.ndarray:
+            drawn.append(num)
+            return self.of.permutation(num)
+
+    monkeypatch.setattr(np.random, "default_rng", Generator)
+    (epoch,) = batches(100)
+    assert len(epoch) > 5
+    assert epoch.size_px(3) in PAPER_SIZES_PX
+    assert epoch.global_batch_size(3) > 1
+    assert drawn == []
+    assert len(epoch[3]) == epoch.global_batch_size(3)
+    assert len(epoch[4]) == epoch.global_batch_size(4)
+    assert drawn == [100]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of steps
+
+
+@pytest.mark.parametrize("num_pictures", [7, 37, 100, 333])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("pictures_at_once", [0.5, 1, 2, 2.5, 3, 4.75, 7, 16, 1000])
+def test_parts_of_a_step_are_its_pictures_once(num_pictures: int, world: int, pictures_at_once: float):
+    pixels_at_once = int(pictures_at_once * 256**2)
+    for variant, batch_size, first_step in itertools.product(("standard", "main", "v0.1"), (6, 13, 32), (0, 1, 4)):
+        sizes_px = (256,) if variant == "standard" else PAPER_SIZES_PX
+        epoch = EpochBatches(
+            num_pictures, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world
+        )
+        ranks = [
+            list(
+                parts(epoch, pixels_at_once=pixels_at_once, first_step=min(first_step, len(epoch)), rank=r, world=world)
+            )
+            for r in range(world)
+        ]
+        for step in range(first_step, len(epoch)):
+            of_ranks = [[part for part in rank if part.step == step] for rank in ranks]
+            assert len({len(rank) for rank in of_ranks}) == 1  # or some would wait for others for ever
+            found = [part for rank in of_ranks for part in rank]
+            (num_parts,) = {part.num_parts for part in found}
+            assert num_parts == len(found)
+            assert num_parts % world == 0
+            assert sorted(part.number for part in found) == list(range(num_parts))
+            for rank, mine in enumerate(of_ranks):
+                assert [part.number for part in mine] == list(range(rank, num_parts, world))
+            assert sorted(pick for part in found for pick in part.picks) == sorted(epoch[step])
+            lengths = [len(part.picks) for part in found]
+            assert max(lengths) - min(lengths) <= 1
+            assert min(lengths) >= min(2, len(epoch[step]) // world)
+            assert {part.size_px for part in found} == {epoch.size_px(step)}
+            assert [part.share for part in found] == [length / len(epoch[step]) for length in lengths]
+            # Too many for the memory only where more parts would leave one with a single picture.
+            fits = max(lengths) * epoch.size_px(step) ** 2 <= pixels_at_once
+            assert fits or len(epoch[step]) < 2 * (num_parts + world)
+            # And no more parts than it takes.
+            if num_parts > world:
+                assert -(-len(epoch[step]) // (num_parts - world)) * epoch.size_px(step) ** 2 > pixels_at_once
+        assert all(part.step >= first_step for rank in ranks for part in rank)
+        assert [part.step for part in ranks[0]] == sorted(part.step for part in ranks[0])
+
+
+def test_the_same_parts_in_one_process_and_in_several():
+    (epoch,) = batches(200, variant="standard", batch_size=48)
+
+    def cut(world: int, pictures_at_once: int) -> list:
+        found = [
+            part
+            for rank in range(world)
+            for part in parts(epoch, pixels_at_once=pictures_at_once * 256**2, rank=rank, world=world)
+        ]
+        return sorted(found, key=lambda part: (part.step, part.number))
+
+    whole_steps = slice(0, 4 * 6)  # the last step may be cut otherwise: each process has a part of it
+    in_one = cut(1, 8)[whole_steps]
+    assert len(in_one) == 24
+    assert {part.num_parts for part in in_one} == {6}
+    for world, at_once in ((2, 8), (3, 8), (6, 8), (6, 1000)):
+        assert cut(world, at_once)[whole_steps] == in_one
+
+
+def test_parts_go_on_from_any_step():
+    (epoch,) = batches(300)
+    division = {"pixels_at_once": 3 * 256**2, "rank": 1, "world": 2}
+    everything = list(parts(epoch, **division))
+    for first_step in range(len(epoch) + 1):
+        rest = [part for part in everything if part.step >= first_step]
+        assert list(parts(epoch, first_step=first_step, **division)) == rest
+
+
+@pytest.mark.parametrize(
+    ("num_pictures", "size_px", "pixels_at_once", "world", "expected"),
+    [
+        (1024, 256, 128 * 256**2, 8, 8),
+        (1024, 256, 128 * 256**2, 2, 8),
+        (1024, 256, 128 * 256**2, 1, 8),
+        (1025, 256, 128 * 256**2, 1, 9),
+        (1025, 256, 128 * 256**2, 2, 10),
+        (655, 320, 128 * 256**2, 1, 9),  # 81.92 pictures fit, that is 81
+        (12, 32, int(2.5 * 32**2), 1, 6),  # in five parts one would have three pictures
+        (12, 32, 1, 1, 6),
+        (13, 32, 1, 1, 6),
+        (13, 32, 1, 3, 6),
+        (3, 32, 1, 2, 2),  # one process gets a single picture, but it does get one
+    ],
+)
+def test_how_many_parts(num_pictures: int, size_px: int, pixels_at_once: int, world: int, expected: int):
+    assert count_parts(num_pictures, size_px, pixels_at_once=pixels_at_once, world=world) == expected
 
 
 @pytest.mark.parametrize(("num_pictures", "sizes"), [(1, [1]), (4, [4]), (9, [4, 4, 1])])

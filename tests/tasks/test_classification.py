@@ -1,28 +1,31 @@
 """Classification: its loss and metrics against scikit-learn and formulas, and what its weights start from."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import classifier
 from mobilevit.recipes import Data, Recipe
-from mobilevit.tasks.classification import Classification, evaluate_weights
+from mobilevit.tasks import classification
+from mobilevit.tasks.classification import Answers, Classification, evaluate_weights
 
 TASK = Classification()
 RECIPE = Recipe(architecture="xxs", data=Data(size_px=32, eval_resize=1.3, min_scale=1, flip=False, val_fraction=0.5))
 
 
-class Answers(nn.Module):
+class Prepared(nn.Module):
     """Gives the prepared logits of the picture whose number is its value, 0 to 255."""
 
     def __init__(self, logits: Tensor):
@@ -35,15 +38,17 @@ class Answers(nn.Module):
 
 
 def batches(labels: Tensor, *sizes: int) -> list[Batch]:
-    numbers = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-    return [Batch(*pair) for pair in zip(numbers.split(sizes), labels.split(sizes), strict=True)]
+    numbers = torch.arange(len(labels))
+    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 2, 2)
+    parts = zip(pixels.split(sizes), labels.split(sizes), numbers.split(sizes), strict=True)
+    return [Batch(pixels, labels, tuple(numbers.tolist())) for pixels, labels, numbers in parts]
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])
 def test_metrics_against_scikit_learns(num_classes: int):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(100, num_classes), torch.randint(num_classes, (100,))
-    metrics = TASK.evaluate(Answers(logits), batches(labels, 64, 35, 1))
+    metrics = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1)).metrics()
     classes = np.arange(num_classes)
     hits = {k: (labels[:, None] == logits.argsort(descending=True)[:, :k]).sum().item() for k in (1, 5)}
     assert metrics == {
@@ -60,7 +65,7 @@ def test_metrics_against_scikit_learns(num_classes: int):
 def test_loss_against_the_formula_of_label_smoothing(smoothing: float):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(7, 5), torch.randint(5, (7,))
-    loss = TASK.loss(replace(RECIPE, label_smoothing=smoothing), Answers(logits), *batches(labels, 7))
+    loss = TASK.loss(replace(RECIPE, label_smoothing=smoothing), Prepared(logits), *batches(labels, 7))
     x = logits.double().numpy()
     log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     target = smoothing / 5 + (1 - smoothing) * np.eye(5)[labels]
@@ -132,7 +137,7 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
         right.append(predictions[0].class_name == file.parent.name)
         log_p.append(next(np.log(p.probability) for p in predictions if p.class_name == file.parent.name))
     assert 0 < sum(right) < 12
-    metrics = evaluate_weights(w, folder, batch_size=5)
+    metrics = evaluate_weights(w, folder, batch_size=5).metrics()
     assert metrics["top1"] == pytest.approx(100 * np.mean(right))
     assert metrics["loss"] == pytest.approx(-np.mean(log_p), rel=1e-4)
     assert metrics["num_pictures"] == 12
@@ -143,3 +148,104 @@ def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
         evaluate_weights(weights(()), folder)
     with pytest.raises(ValueError, match="batch size is 0"):
         evaluate_weights(weights(), folder, batch_size=0)
+    with pytest.raises(ValueError, match="size is 31"):
+        evaluate_weights(weights(), folder, size_px=31)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
+def test_an_unreadable_picture_leaves_no_workers_behind(folder: Path):
+    file = folder / "b" / "0.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(PictureError, match=f"^{file}: damaged") as caught:
+        evaluate_weights(weights(), folder, batch_size=2, num_workers=2)
+    assert caught.value.__traceback__ is not None
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
+def test_evaluation_at_another_size(folder: Path):
+    w = weights()  # for 32 px, cut from 36
+    larger = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
+    expected = [larger.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
+    answers = evaluate_weights(w, folder, size_px=64)
+    assert ["abc"[answer] for answer in answers.answers[:, 0]] == expected
+    assert not np.array_equal(answers.losses, evaluate_weights(w, folder).losses)
+    np.testing.assert_array_equal(answers.losses, evaluate_weights(w, folder, size_px=64, num_workers=2).losses)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 13])
+def test_counts_against_scikit_learns(num_classes: int):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, num_classes), torch.randint(num_classes, (50,))
+    answers = TASK.evaluate(Prepared(logits), batches(labels, 50))
+    expected = confusion_matrix(labels, logits.argmax(1), labels=np.arange(num_classes))
+    np.testing.assert_array_equal(answers.counts(), expected)
+
+
+def columns(answers: Answers) -> list[np.ndarray]:
+    return [answers.numbers, answers.labels, answers.answers, answers.probabilities, answers.losses]
+
+
+def test_answers_do_not_depend_on_how_the_pictures_were_dealt_out():
+    torch.manual_seed(0)
+    model, labels = Prepared(torch.randn(20, 7)), torch.randint(7, (20,))
+    whole = TASK.evaluate(model, batches(labels, 20))
+    assert whole.numbers.tolist() == list(range(20))
+    assert whole.answers.shape == (20, 5)
+    empty = Batch(torch.empty(0, 3, 2, 2), torch.empty(0, dtype=torch.long), (), ("unreadable.png",))
+    in_turn = batches(labels, 3, 7, 1, 9)
+    halves: list[Any] = []
+
+    def note(value: Any) -> list[Any]:
+        halves.append(value)
+        return [value]
+
+    TASK.evaluate(model, in_turn[1::2], note)
+    for others in (
+        TASK.evaluate(model, batches(labels, *[1] * 20)),
+        TASK.evaluate(model, [*in_turn[::-1], empty]),
+        TASK.evaluate(model, in_turn[::2], lambda mine: [mine, *halves]),
+        TASK.evaluate(model, in_turn[::2], lambda mine: [(None, 0), *halves, mine]),  # one process had no picture
+    ):
+        for ours, theirs in zip(columns(whole), columns(others), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert others.metrics() == whole.metrics()
+        assert others.num_classes == 7
+    with pytest.raises(PictureError, match="none of the pictures"):
+        TASK.evaluate(model, [empty])
+
+
+def test_loss_of_mixed_pictures_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Each picture with the next but one, three quarters to one, in pixels and in targets."""
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 0, 2, 1, 1])
+    linear = nn.Linear(12, 3).double()
+    network = nn.Sequential(nn.Flatten(), linear)
+    pixels = torch.rand(5, 3, 2, 2).double()
+
+    def mix(pixels: Tensor, targets: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return tuple(0.75 * x + 0.25 * x.roll(-2, 0) for x in (pixels, targets))  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setattr(classification, "mix", mix)
+    recipe = replace(RECIPE, label_smoothing=0.2, data=replace(RECIPE.data, policy="advanced"))
+    loss = TASK.loss(recipe, network, Batch(pixels, labels))
+    x, weight, bias = (t.detach().numpy() for t in (pixels.flatten(1), linear.weight, linear.bias))
+    total = 0.0
+    for i in range(5):
+        j = (i + 2) % 5
+        logits = weight @ (0.75 * x[i] + 0.25 * x[j]) + bias
+        log_p = logits - np.log(np.exp(logits).sum())
+        target = 0.75 * np.eye(3)[labels[i]] + 0.25 * np.eye(3)[labels[j]]
+        total -= (0.8 * target + 0.2 / 3) @ log_p
+    assert loss.item() == pytest.approx(total / 5, rel=1e-6)
+
+
+def test_what_is_mixed_follows_from_the_seed():
+    (batch,) = batches(torch.arange(6) % 3, 6)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    recipe = replace(RECIPE, data=replace(RECIPE.data, policy="advanced"))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(TASK.loss(recipe, flat, batch).item())
+    assert losses[0] == losses[1] != losses[2]

@@ -73,11 +73,13 @@ class PictureDataset(Dataset):
 class Loader(Iterator[Batch]):
     """What `load` returns: an iterator that goes once through the batches.
 
-    `waited_seconds` is how long it has kept its user waiting for data so far, the start of the workers included.
+    `waited_seconds` is how long it has kept its user waiting for data so far, the start of the workers included;
+    `unreadable` names the pictures that could not be read so far. Who may leave it before its end calls `close`.
     """
 
     def __init__(self, batches: DataLoader, device: str, preprocessing: Preprocessing | None):
         self.waited_seconds = 0.0
+        self.unreadable: list[str] = []
         self._loader = batches
         self._batches: Iterator[Batch | PictureError] | None = None
         self._device = device
@@ -93,10 +95,15 @@ class Loader(Iterator[Batch]):
             self.waited_seconds += time.perf_counter() - started
         if isinstance(batch, PictureError):
             raise batch
+        self.unreadable += batch.unreadable
         pixels, labels = (x.to(self._device, non_blocking=True) for x in (batch.pixels, batch.labels))
         if self._preprocessing is not None:
             pixels = self._preprocessing.scale(pixels)
         return Batch(pixels, labels, tuple(batch.numbers), tuple(batch.unreadable))  # pinning makes lists of tuples
+
+    def close(self) -> None:
+        """End the workers. They ignore SIGTERM: Python, at its end, would wait for those that somebody still holds."""
+        self._batches = iter(())
 
 
 def load(

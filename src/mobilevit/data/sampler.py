@@ -177,7 +177,8 @@ class Part(NamedTuple):
 
 def count_parts(num_pictures: int, size_px: int, *, pixels_at_once: int, world: int) -> int:
     """Parts that a step of `num_pictures` is cut into; see `parts`."""
-    rounds = -(-num_pictures * size_px**2 // (pixels_at_once * world))
+    at_once = max(MIN_SHARE, pixels_at_once // size_px**2)  # whole pictures
+    rounds = -(-num_pictures // (at_once * world))
     return world * max(1, min(rounds, num_pictures // (MIN_SHARE * world)))
 
 

@@ -559,7 +559,8 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
     if format == "apple":
         write_whole(path, lambda target: torch.save(tensors, target))
     else:
-        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata=metadata))
+        # Python writes the file, since its errors say what is wrong, a full disk for one; the library's do not.
+        write_whole(path, lambda target: target.write_bytes(safetensors.torch.save(tensors, metadata=metadata)))
 
 
 def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:
@@ -605,6 +606,8 @@ def write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
         aside.replace(path)
         if os.name == "posix":  # a folder can be opened, and its new entry made to last
             _sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was wanted, not the one aside
     finally:
         aside.unlink(missing_ok=True)
 

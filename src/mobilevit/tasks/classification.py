@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +50,8 @@ class Answers:
         """Top-1 and top-5 in per cent, the mean loss, the number of pictures."""
         hits = self.answers == self.labels[:, None]
         return {
-            "top1": 100 * float(hits[:, 0].mean()),
-            "top5": 100 * float(hits.any(1).mean()),
+            "top1": 100 * int(hits[:, 0].sum()) / len(hits),
+            "top5": 100 * int(hits.any(1).sum()) / len(hits),
             "loss": float(self.losses.mean()),
             "num_pictures": len(self.labels),
         }
@@ -172,7 +173,8 @@ def evaluate_weights(
     dataset = PictureDataset(source, Evaluation(preprocessing))
     batches = eval_batches(len(source), batch_size=batch_size, size_px=preprocessing.crop_px)
     loaded = load(dataset, batches, num_workers=num_workers, device=device, preprocessing=preprocessing)
-    return Classification().evaluate(weights.build().to(device), loaded)
+    with contextlib.closing(loaded):
+        return Classification().evaluate(weights.build().to(device), loaded)
 
 
 def _preprocessing(recipe: Recipe) -> Preprocessing:

@@ -7,6 +7,7 @@
     raw.safetensors     weights after the last epoch, not averaged
     metrics.jsonl       a line for every epoch
     steps.jsonl         a line for every step
+    report.html         curves, confusion, mistakes
 
 A run killed at any instant leaves each of these whole, old or new. The two lists of lines may then be ahead of the last
 checkpoint; they are cut back to it, and the steps between are computed again, to the same numbers.
@@ -15,10 +16,12 @@ checkpoint; they are cut back to it, and the steps between are computed again, t
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +30,8 @@ import torch
 from mobilevit.models.weights import write_whole
 from mobilevit.pictures import first_line
 
+WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
+FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
 NUM_KEPT = 2  # the last one may have been hit by what killed the run: a disk that failed, say
 
 
@@ -44,37 +49,38 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         description = path / "run.json"
-        self.started_before = description.exists()
-        if self.started_before:
-            try:
-                before = json.loads(description.read_text(encoding="utf-8"))
-            except ValueError:
-                raise ValueError(f"{description}: damaged; name another folder, or remove this one") from None
-            if different := _different(before, dict(facts)):
+        started_before = description.exists()
+        if started_before:
+            if different := _different(_read_facts(description), dict(facts)):
                 raise ValueError(f"{path}: holds another run ({different}); name another folder, or remove this one")
-        elif any((path / name).exists() for name in ("metrics.jsonl", "model.safetensors", "checkpoints")):
+        elif self._kept() or any((path / name).exists() for name in FILES):
             raise ValueError(f"{path}: holds a run already; choose another folder or remove this one")
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / ".lock")
-            if not self.started_before:
-                write_whole(description, lambda aside: aside.write_text(_to_json(facts), encoding="utf-8"))
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is training into this folder; name another") from None
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
-        for aside in [*path.glob(".*.*"), *self.checkpoints.glob(".*")]:  # of a process that was killed while it wrote
-            aside.unlink()
-        # One more than are kept, since the oldest goes only when the newest is there, and the three files of weights.
-        needed, free = (NUM_KEPT + 2) * num_bytes, shutil.disk_usage(path).free
-        if free < needed:
-            raise ValueError(f"{path}: has {free / 1e6:,.0f} MB left, checkpoints need {needed / 1e6:,.0f} MB")
+        with contextlib.ExitStack() as undo:
+            try:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(path / ".lock")
+                undo.callback(self.close)
+                for aside in self._asides():  # of a process that was killed while it wrote
+                    aside.unlink()
+                self._check_space(num_bytes)
+                if not started_before:
+                    write_whole(description, lambda aside: aside.write_text(_to_json(facts), encoding="utf-8"))
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process is training into this folder; name another") from None
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
+            undo.pop_all()
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Keep `state` as the checkpoint of `step`, then let go of the oldest."""
-        write_whole(self.checkpoints / f"{step:09}.pt", lambda aside: torch.save(dict(state), aside))
-        for old in self._kept()[:-NUM_KEPT]:
-            old.unlink()
+        path = self.checkpoints / f"{step:09}.pt"
+        with _naming(path):
+            write_whole(path, lambda aside: _save(dict(state), aside))
+            # Those with a higher number are damaged, or this step would not have been computed again.
+            last = [one for one in self._kept() if one <= path][-NUM_KEPT:]
+            for old in self._kept():
+                if old not in last:
+                    old.unlink()
 
     def latest(self, complain: Callable[[str], object]) -> Path | None:
         """The last checkpoint that can be read, if there is one; what cannot be read is said and passed over."""
@@ -82,13 +88,28 @@ class RunFolder:
             try:
                 read_checkpoint(path)
             except Exception as error:  # torch.load raises nearly anything
-                complain(f"{path}: cannot be read ({first_line(error)}); going on from the one before")
+                complain(f"{path}: cannot be read ({first_line(error)}); passed over")
             else:
                 return path
         return None
 
     def _kept(self) -> list[Path]:
         return sorted(self.checkpoints.glob("[0-9]*.pt"))
+
+    def _asides(self) -> list[Path]:
+        of_files = (aside for name in FILES for aside in self.path.glob(f".{name}.*"))
+        return [*of_files, *self.checkpoints.glob(".[0-9]*.pt.*")]
+
+    def _check_space(self, num_bytes: int) -> None:
+        # One more than are kept, since the oldest goes only when the newest is there, and the three files of weights.
+        needed = (NUM_KEPT + 2) * num_bytes
+        weights = (self.path / name for name in WEIGHTS)
+        there = sum(file.stat().st_size for file in [*self._kept(), *weights] if file.exists())
+        free = shutil.disk_usage(self.path).free
+        if free < needed - there:
+            raise ValueError(
+                f"{self.path}: has {free / 1e6:,.0f} MB left, checkpoints need {(needed - there) / 1e6:,.0f} MB"
+            )
 
     def close(self) -> None:
         """Let others write to the folder."""
@@ -98,6 +119,9 @@ class RunFolder:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `RunFolder.save` wrote, on the CPU."""
+    with zipfile.ZipFile(path) as archive:
+        if (part := archive.testzip()) is not None:  # torch.load looks at no checksum
+            raise ValueError(f"{path}: {part} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -110,27 +134,64 @@ class Lines:
 
     def __init__(self, path: Path, keep: int):
         self.path = path
-        kept: list[str] = []
-        if keep and path.exists():
-            with path.open(encoding="utf-8") as file:
-                kept = [line for line, _ in zip(file, range(keep), strict=False) if line.endswith("\n")]
-        if len(kept) < keep:
-            raise ValueError(f"{path}: has {len(kept)} whole lines, and the checkpoint knows of {keep}; start anew")
-        write_whole(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
-        self._file = path.open("a", encoding="utf-8")
+        with _naming(path):
+            kept: list[bytes] = []
+            if keep and path.exists():
+                with path.open("rb") as file:
+                    kept = [line for line, _ in zip(file, range(keep), strict=False) if _is_whole(line)]
+            if len(kept) < keep:
+                raise ValueError(f"{path}: has {len(kept)} whole lines, and the checkpoint knows of {keep}; start anew")
+            write_whole(path, lambda aside: aside.write_bytes(b"".join(kept)))
+            self._file = path.open("a", encoding="utf-8")
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Write one more; it is on the disk for certain after `sync`."""
-        self._file.write(json.dumps(line) + "\n")
+        with _naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Wait until everything is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what is left."""
-        self._file.close()
+        with _naming(self.path):
+            self._file.close()
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError:  # is all it says where the disk is full; Python's own files say why they cannot be written
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        path.write_bytes(buffer.getbuffer())
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have the errors of the system name `path`: writing and syncing leave it out, and an aside's name says little."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
+            return facts
+    raise ValueError(f"{path}: damaged; name another folder, or remove this one")
 
 
 def _lock(path: Path) -> IO[str] | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch import Tensor
 
 T = TypeVar("T")
@@ -68,7 +71,11 @@ def join(device: str) -> Iterator[Processes]:
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    # To find each other takes seconds. Now and then gloo hangs in it after torchrun has brought a killed process back:
+    # then this gives up, and torchrun starts them once more. Later messages wait as long as an evaluation may take.
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=1))
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 knows no other name for it
+        distributed_c10d._set_pg_timeout(timedelta(hours=1))
     try:
         yield Processes(dist.get_rank(), world, where)
     finally:

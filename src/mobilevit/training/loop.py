@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import recipes
-from mobilevit.data.loader import Batch, PictureDataset, load
+from mobilevit.data.loader import Batch, Loader, PictureDataset, load
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
 from mobilevit.models.weights import Weights, write
@@ -78,7 +78,7 @@ class Position:
 def train(
     recipe: Recipe,
     data: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     pretrained: Weights | None = None,
     device: str = "cpu",
@@ -100,7 +100,7 @@ def train(
         console = console or Console(stderr=True)
         if processes.rank > 0:
             console = Console(quiet=True)
-        return _train(recipe, data, out, pretrained, processes, checkpoint_minutes, tensorboard, console, opened)
+        return _train(recipe, data, Path(out), pretrained, processes, checkpoint_minutes, tensorboard, console, opened)
 
 
 def _train(
@@ -131,15 +131,18 @@ def _train(
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
     num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
-    val_batches = eval_batches(len(val_set), batch_size=recipe.batch_size // world or 1, size_px=recipe.data.size_px)
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
     initial = task.build(recipe, train_set, pretrained)
     model = initial.build().to(device)
-    at_once = _least(
-        processes, pixels_at_once(recipe, task, copy.deepcopy(model).train(), _blank(recipe, model), device)
-    )
+    precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
+    with precision:
+        copied = copy.deepcopy(model).train()
+        at_once = min(processes.gather(pixels_at_once(recipe, task, copied, _blank(recipe, model), device)))
+    del copied
+    val_size = max(1, min(recipe.batch_size // world, at_once // recipe.data.size_px**2))
+    val_batches = eval_batches(len(val_set), batch_size=val_size, size_px=recipe.data.size_px)
     _to_training(model, recipe)
     if recipe.compute.sync_batch_norm:
         if device.type == "cpu":
@@ -191,6 +194,8 @@ def _train(
             board = opened.enter_context(contextlib.closing(_tensorboard(out, position.total_step)))
 
     def keep() -> None:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"the network is not finite after step {position.total_step}; try a lower --optimizer.lr")
         if folder is not None and epoch_lines and step_lines:
             epoch_lines.sync()
             step_lines.sync()
@@ -207,7 +212,6 @@ def _train(
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 knows no other name for it
             network = DistributedDataParallel(network, broadcast_buffers=False)
     compiled: set[tuple[int, ...]] = set()  # shapes of batches
-    precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
     if recipe.compute.compile:
         compiled = _shapes(recipe, len(train_set), at_once, world)
         say(f"compiling {len(compiled)} graphs")
@@ -218,6 +222,18 @@ def _train(
             scaler.scale(loss).backward()
         optimizer.zero_grad()
         model.load_state_dict(before)
+
+    pictures: Loader | None = None  # those being read
+
+    def end_workers() -> None:
+        if pictures is not None:
+            pictures.close()
+
+    opened.callback(end_workers)
+
+    def skipped(names: Sequence[str]) -> None:
+        told = console if is_first else Console(stderr=True)  # each process names those that it met
+        told.print(f"cannot be read, skipped: {', '.join(names)}", highlight=False, soft_wrap=True, markup=False)
 
     # --- Epochs ------------------------------------------------------------------------------------------------------
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
@@ -262,6 +278,8 @@ def _train(
                     scaler.scale(loss * (part.share * world)).backward()
                 sums[0] += loss.detach() * part.share
                 sums[2] += len(batch.unreadable)
+                if batch.unreadable:
+                    skipped(batch.unreadable)
                 statistics.note()
                 if not is_last:
                     continue
@@ -312,11 +330,7 @@ def _train(
                         for name in ("loss", "lr", "pictures_per_second"):
                             board.add_scalar(f"train/{name}", line[name], line["step"])
                 unseen = []
-                if position.num_unreadable > recipe.data.max_unreadable:
-                    raise PictureError(
-                        f"{position.num_unreadable} pictures of epoch {epoch + 1} cannot be read, and "
-                        f"data.max_unreadable is {recipe.data.max_unreadable}; mend them or raise it"
-                    )
+                _check_unreadable(position.num_unreadable, f"epoch {epoch + 1}", recipe)
                 progress.update(
                     bar,
                     completed=position.total_step,
@@ -337,8 +351,12 @@ def _train(
             evaluated: dict[str, Results] = {}
             for name, network_ in (("average", average.model), ("raw", model)):
                 network_.eval()
-                mine = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
-                evaluated[name] = task.evaluate(network_, mine, processes.gather)
+                pictures = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
+                evaluated[name] = task.evaluate(network_, pictures, processes.gather)
+            val_unreadable = [name for names in processes.gather(pictures.unreadable) for name in names]
+            if val_unreadable:
+                _check_unreadable(len(val_unreadable), "validation", recipe)
+                say(f"cannot be read, left out of validation: {', '.join(val_unreadable)}")
             _to_training(model, recipe)
             results, raw = evaluated["average"], evaluated["raw"].metrics()
             metrics = results.metrics()
@@ -352,6 +370,7 @@ def _train(
                 **{f"val_{name}": value for name, value in metrics.items()},
                 **{f"raw_{name}": value for name, value in raw.items() if name != "num_pictures"},
                 "unreadable": position.num_unreadable,
+                "val_unreadable": len(val_unreadable),
                 "seconds": position.seconds,
                 "pictures_per_second": len(train_set) / position.seconds,
                 "waiting_share": position.waited / position.seconds,
@@ -400,9 +419,13 @@ class _Step:
 
 
 class _StopOnSignal:
-    """Notes Ctrl-C and SIGTERM, so that a step can be finished; the second one ends the process at once."""
+    """Notes Ctrl-C and SIGTERM, so that a step can be finished; another one ends the process at once.
+
+    Within two seconds they count as one: under torchrun, Ctrl-C comes from the terminal and from torchrun.
+    """
 
     signal_number = 0
+    _noted_at = 0.0
 
     def __enter__(self) -> _StopOnSignal:
         self._before: dict[int, Any] = {}
@@ -412,8 +435,11 @@ class _StopOnSignal:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal_number = number
-        self._restore()
+        if self.signal_number and time.monotonic() - self._noted_at > 2:
+            self._restore()
+            signal.raise_signal(number)
+        elif not self.signal_number:
+            self.signal_number, self._noted_at = number, time.monotonic()
 
     def _restore(self) -> None:
         while self._before:
@@ -487,8 +513,12 @@ def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, 
         )
 
 
-def _least(processes: Processes, value: int) -> int:
-    return min(processes.gather(value))
+def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
+    if num > recipe.data.max_unreadable:
+        raise PictureError(
+            f"{num} pictures of {where} cannot be read, and data.max_unreadable is {recipe.data.max_unreadable}; mend "
+            "them or raise it"
+        )
 
 
 def _seed(*numbers: int) -> int:
