@@ -214,7 +214,8 @@ def small() -> Recipe:
     """Pictures of 28 to 64 px: XXS at 64 px, 17 epochs. For digits and letters add --data.no-flip.
 
     Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist)
-    Time: Fashion-MNIST's 60,000 pictures, TIME. Score: SCORE (benchmarks/fashion_mnist_epyc-2-cores_202611.md).
+    Time: Fashion-MNIST's 60,000 pictures, 53 minutes on one core. Score: 93.24 % of its 10,000 test pictures
+    (benchmarks/fashion_mnist_epyc-1-core_202611.md).
     """
     return Recipe(
         architecture="xxs",
