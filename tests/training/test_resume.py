@@ -223,9 +223,16 @@ def torchrun(recipe: Recipe, data: Path, out: Path, minutes: float, *options: st
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
     arguments = [json.dumps(loop.recipes.to_dict(recipe)), str(data), str(out), str(minutes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [*command, str(program), *arguments], env=environment, stderr=(out.parent / "stderr").open("wb")
-    )
+    with (out.parent / "stderr").open("wb") as stderr:
+        return subprocess.Popen([*command, str(program), *arguments], env=environment, stderr=stderr)
+
+
+def ends_well(running: subprocess.Popen[bytes], out: Path) -> None:
+    try:
+        assert running.wait(120) == 0, (out.parent / "stderr").read_text()
+    finally:
+        running.kill()
+        running.wait()
 
 
 # Two parts a step: in one process one after the other, or each in its own.
@@ -237,7 +244,7 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes leave that nothing happens to."""
     out = tmp_path_factory.mktemp("two") / "run"
     running = torchrun(IN_TWO, data, out, 5)
-    assert running.wait(120) == 0, (out.parent / "stderr").read_text()
+    ends_well(running, out)
     return left(out)
 
 
@@ -263,5 +270,5 @@ def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any]
         while running.poll() is None and last_step(out) < num_steps:
             time.sleep(0.01)
         os.kill(int(out.with_suffix(f".pid{num_steps % 2}").read_text()), signal.SIGKILL)
-    assert running.wait(200) == 0, (tmp_path / "stderr").read_text()
+    ends_well(running, out)
     assert left(out) == two

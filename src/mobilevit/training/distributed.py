@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -71,12 +69,13 @@ def join(device: str) -> Iterator[Processes]:
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
-    # To find each other takes seconds. Now and then gloo hangs in it after torchrun has brought a killed process back:
-    # then this gives up, and torchrun starts them once more. Later messages wait as long as an evaluation may take.
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=1))
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 knows no other name for it
-        distributed_c10d._set_pg_timeout(timedelta(hours=1))
+    store, rank, world = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun on one machine hands the store of the start before to the processes that it brings back, and gloo
+        # then calls at addresses of the dead. (On several machines the counts of starts differ; docs/training.md.)
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     try:
-        yield Processes(dist.get_rank(), world, where)
+        yield Processes(rank, world, where)
     finally:
         dist.destroy_process_group()
