@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import argparse
 import hashlib
 import http.server
@@ -311,13 +312,15 @@ def test_a_failed_write_leaves_the_old_file(weights: Weights, tmp_path: Path, mo
     write(weights, path)
     before = path.read_bytes()
 
-    def full(tensors: object, target: Path, metadata: object) -> None:
-        Path(target).write_bytes(b"half of it")
-        raise OSError("No space left on device")
+    def full(target: Path, data: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space") as caught:
         write(weights, path)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

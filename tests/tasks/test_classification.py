@@ -156,10 +156,11 @@ def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
 def test_an_unreadable_picture_leaves_no_workers_behind(folder: Path):
     file = folder / "b" / "0.png"
     file.write_bytes(file.read_bytes()[:-30])
+    before = set(multiprocessing.active_children())
     with pytest.raises(PictureError, match=f"^{file}: damaged") as caught:
         evaluate_weights(weights(), folder, batch_size=2, num_workers=2)
     assert caught.value.__traceback__ is not None
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
