@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import argparse
+import errno
 import hashlib
 import http.server
 import json
