@@ -35,6 +35,7 @@ import torch
 import torchvision
 import transformers
 import tyro
+from results import processor, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -144,14 +145,6 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and mallopt(mmap_max, 0) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
 
 
-def processor() -> str:
-    """The name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def cells(row: dict) -> tuple[str, ...]:
     """One line of the printed table."""
     ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
@@ -231,9 +224,7 @@ def main(
     if out:
         facts = f"{setting['date']}, {setting['cpu']}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
         facts += f"; load average at the start {load:.2f}; freed memory {'kept' if kept else 'handled by the system'}"
-        lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows))]
-        out.with_name(out.name + ".md").write_text("\n".join([f"# {title}", "", facts, "", NOTE, "", *lines, ""]))
-        out.with_name(out.name + ".json").write_text(result + "\n")
+        write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 
 

@@ -19,7 +19,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch
 import torchvision
 import tyro
 from PIL import Image
+from results import processor, write_results
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_images
@@ -128,14 +128,6 @@ def measure(sides: dict[str, Callable[[], int]], num_rounds: int) -> dict[str, n
     return {side: np.array(values) for side, values in speeds.items()}
 
 
-def processor() -> str:
-    """The name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def cells(row: dict) -> tuple[str, ...]:
     """One line of the printed table."""
     ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
@@ -206,9 +198,7 @@ def main(
         facts = f"{setting['date']}, {setting['cpu']}, {setting['cores']} cores, "
         facts += ", ".join(f"{k} {v}" for k, v in versions.items())
         facts += f"; load average at the start {average:.2f}, of other work"
-        lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows))]
-        out.with_name(out.name + ".md").write_text("\n".join([f"# {title}", "", facts, "", NOTE, "", *lines, ""]))
-        out.with_name(out.name + ".json").write_text(result + "\n")
+        write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 
 

@@ -35,7 +35,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from eager import keep_freed_memory, processor
+from eager import keep_freed_memory
+from results import processor, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -254,9 +255,7 @@ def main(
         facts += f"; load average at the start {load:.2f}; time.{clock.__name__}"
         if device == "cpu":
             facts += f"; freed memory {'kept' if kept else 'handled by the system'}"
-        lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows))]
-        out.with_name(out.name + ".md").write_text("\n".join([f"# {title}", "", facts, "", NOTE, "", *lines, ""]))
-        out.with_name(out.name + ".json").write_text(result + "\n")
+        write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 
 
