@@ -1,5 +1,7 @@
 """Batches are the same whoever reads them, and a picture that cannot be read is named."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,3 +193,28 @@ def test_time_waited_for_data_and_that_alone(source: Files):
     time.sleep(0.3)
     next(batches)
     assert 0.1 <= batches.waited_seconds - before <= time.perf_counter() - started - 0.3
+
+
+def test_python_ends_though_a_loader_lies_in_a_cycle(tmp_path: Path):
+    script = """
+import gc, sys, warnings
+from mobilevit.data.loader import PictureDataset, load
+from mobilevit.data.sampler import eval_batches
+from mobilevit.data.sources import find_splits
+from mobilevit.data.transforms import Evaluation
+from mobilevit.pictures import Preprocessing
+
+warnings.simplefilter("ignore")
+source = find_splits(sys.argv[1], val_fraction=0.2)[0]
+dataset = PictureDataset(source, Evaluation(Preprocessing(resize_px=32, crop_px=32)))
+cycle = [load(dataset, eval_batches(8, batch_size=1, size_px=32), num_workers=1, device="cpu")]
+cycle.append(cycle)
+next(cycle[0])
+del cycle
+gc.collect()
+"""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (32, 32)).save(tmp_path / name / f"{i}.png")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -89,12 +93,17 @@ class Loader(Iterator[Batch]):
         started = time.perf_counter()
         try:
             if self._batches is None:
+                others = active_children()
                 self._batches = iter(self._loader)
+                _workers.update(worker for worker in active_children() if worker not in others)
             batch = next(self._batches)
+            if isinstance(batch, PictureError):
+                raise batch
+        except Exception:
+            self.close()
+            raise
         finally:
             self.waited_seconds += time.perf_counter() - started
-        if isinstance(batch, PictureError):
-            raise batch
         self.unreadable += batch.unreadable
         pixels, labels = (x.to(self._device, non_blocking=True) for x in (batch.pixels, batch.labels))
         if self._preprocessing is not None:
@@ -102,7 +111,7 @@ class Loader(Iterator[Batch]):
         return Batch(pixels, labels, tuple(batch.numbers), tuple(batch.unreadable))  # pinning makes lists of tuples
 
     def close(self) -> None:
-        """End the workers. They ignore SIGTERM: Python, at its end, would wait for those that somebody still holds."""
+        """End the workers; no batch comes after it."""
         self._batches = iter(())
 
 
@@ -136,6 +145,17 @@ def load(
         worker_init_fn=_leave_signals_to_parent,
     )
     return Loader(loader, device, preprocessing)
+
+
+# Python, at its end, sends its children SIGTERM and waits for them: for ever, if a worker that ignores it was not told
+# to go, as happens where the garbage collector finds a loader in a cycle (it ends torch's queue before the message).
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    for worker in _workers:
+        worker.kill()
 
 
 def _leave_signals_to_parent(_: int) -> None:
