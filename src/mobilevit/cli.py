@@ -286,6 +286,117 @@ class Evaluate:
         return 0
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write artifacts for phones, boards, servers and browsers, each run and compared with torch first."""
+
+    weights: SomeWeights
+    to: tuple[Literal["onnx", "executorch", "openvino", "litert", "coreml", "all"], ...] = ("onnx",)
+    """Runtimes; "all" is all of those that are installed."""
+    out: Path = Path("exports")
+    """Folder to write to; files of the same names are replaced."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Numbers to compute with; int8 is calibrated on --pictures."""
+    pictures: tuple[str, ...] = ()
+    """Real pictures to compare on, and to calibrate int8 with: files, folders, patterns, or data as for train. Unless
+    given, drawn ones are compared."""
+    size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
+    """Side of the pictures, or their height and width, in pixels; unless given, what the weights were made for."""
+    batch_size: int = 1
+    """Pictures in an input."""
+    dynamic_batch: bool = False
+    """Leave the batch open, where the runtime can."""
+    dynamic_size: bool = False
+    """Leave height and width open, where the runtime can."""
+    uint8: bool = False
+    """Take pixels as they are, 0 to 255 and (batch, height, width, 3), and scale them inside."""
+    num_threads: int = 2
+    """Of the runtimes while they are timed."""
+    json: bool = False
+    """One JSON object a line instead of a table."""
+    download: Download = False
+
+    def run(self) -> int:
+        """Export and print."""
+        from mobilevit.export import BACKENDS, export, installed
+        from mobilevit.models.weights import read
+
+        if len(self.size) > 2:
+            raise ValueError(f"size is {self.size}; give one side or height and width")
+        if self.num_threads < 1:
+            raise ValueError(f"num threads is {self.num_threads}; it must be 1 or more")
+        weights = read(self.weights, download=self.download)
+        _say_what_is_assumed(self.weights, weights)
+        names = list(self.to)
+        if "all" in names:
+            names = [name for name in BACKENDS if installed(name)]
+            missing = [name for name in BACKENDS if name not in names]
+            if missing:
+                _complain("not installed, left out: " + ", ".join(f"{x} (mobilevit[{x}])" for x in missing))
+        artifacts = export(
+            weights,
+            names,
+            _expand(self.out),
+            precision=self.precision,
+            size=(self.size[0], self.size[-1]) if self.size else None,
+            batch_size=self.batch_size,
+            dynamic_batch=self.dynamic_batch,
+            dynamic_size=self.dynamic_size,
+            uint8=self.uint8,
+            pictures=_some_pictures(self.pictures),
+            source=self.weights,
+            num_threads=self.num_threads,
+            on_start=lambda name: print(f"{name}: converting ...", file=sys.stderr, flush=True),
+        )
+        if self.json:
+            for a in artifacts:
+                print(json.dumps(a.to_dict(), ensure_ascii=False), flush=True)
+        else:
+            _stdout().print(_artifact_table(artifacts))
+            real = "of yours" if self.pictures else "drawn by program; give --pictures to compare on real ones"
+            num_pictures = max((a.agreement.num_pictures for a in artifacts if a.agreement), default=0)
+            print(f"compared with torch on {num_pictures} pictures {real}" if num_pictures else "nothing could be run")
+        return 0
+
+
+def _artifact_table(artifacts: Any) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    names = ("MB", "largest error", "same answer", "median ms", "operators", "outside the fast part")
+    table = Table("file", *(Column(name, justify="right") for name in names), box=SIMPLE)
+    for a in artifacts:
+        found = a.agreement
+        measured = (
+            (f"{found.error:.1e}", f"{100 * found.top1:.1f} %", f"{found.latency_ms:.2f}")
+            if found
+            else ("converted, not run", "-", "-")
+        )
+        outside = ", ".join(sorted(set(a.operators.outside))) or "none"
+        table.add_row(str(a.path), f"{a.num_bytes / 1e6:.2f}", *measured, str(a.operators.num_operators), outside)
+    return table
+
+
+def _some_pictures(names: tuple[str, ...], number: int = 256) -> list[Any]:
+    """The pictures that `names` stand for: files, folders and patterns, or, evenly over it, a data set for training."""
+    from mobilevit.data.sources import find_splits
+    from mobilevit.pictures import read_picture
+    from mobilevit.predict import find_pictures
+
+    if len(names) == 1:
+        data = _expand_data(names[0])
+        try:
+            return list(find_pictures([data]))
+        except ValueError:
+            if not data.startswith("hf:") and not Path(data).exists():
+                raise
+        source = find_splits(data, val_fraction=0.1)[0]
+        number = min(number, len(source))
+        samples = [source[i * len(source) // number] for i in range(number)]
+        return [read_picture(sample.picture, sample.name) for sample in samples]
+    return list(find_pictures(names))
+
+
 def _weights_of_run(name: str) -> list[str]:
     """What a run left, if `name` is its folder: the averaged weights of the last epoch and the raw ones."""
     folder = _expand(Path(name))
@@ -329,6 +440,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "info": Info,
     "convert": Convert,
+    "export": Export,
 }
 
 

@@ -1,1 +1,320 @@
-"""Deployment: the same function as a faster graph."""
+"""Deployment: from weights to artifacts that runtimes read, each compared with torch before it is said to be written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import mobilevit
+from mobilevit.export.verify import Agreement, compare, drawn_pictures
+from mobilevit.models.weights import Weights
+from mobilevit.pictures import Picture, Preprocessing, read_picture
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# The largest difference of a logit from torch's, in standard deviations of the logits, that an artifact may have. What
+# int8 does to the logits says little; there the answers count.
+TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5, "int8": math.inf}
+LEAST_AGREEMENT = 0.9  # of the answers, whatever the precision
+CALIBRATION_PICTURES = 256
+VERIFY_PICTURES = 32
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an artifact is to be: its numbers and its input.
+
+    The input is float32 (batch, 3, height, width), scaled as the preprocessing says; with `uint8` it is (batch, height,
+    width, 3), 0 to 255, as cameras and picture files have it. Channels are R, G, B either way.
+    """
+
+    precision: Precision
+    height: int
+    width: int
+    batch_size: int = 1
+    dynamic_batch: bool = False
+    dynamic_size: bool = False
+    uint8: bool = False
+
+    def example(self) -> Tensor:
+        """An input of the right shape and type."""
+        shape = (self.batch_size, 3, self.height, self.width)
+        if self.uint8:
+            return torch.zeros(shape, dtype=torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """How many operators an artifact has, and the names of those that the runtime's fast part leaves to others."""
+
+    num_operators: int
+    outside: tuple[str, ...]
+
+
+class Backend(Protocol):
+    """What a module of this package offers to be in `BACKENDS`. Its runtime is imported with it."""
+
+    PRECISIONS: tuple[Precision, ...]
+    DYNAMIC: tuple[Literal["batch", "size"], ...]  # what need not be fixed
+
+    def write(
+        self, network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
+    ) -> None:
+        """Write `network`, which is not rewritten yet and takes what `target` says, as the artifact `path`.
+
+        `calibration` are inputs (1, ...) as the artifact will get them, real ones, for int8.
+        """
+        ...
+
+    def load(self, path: Path, num_threads: int) -> Run | None:
+        """The artifact in its runtime, from inputs to logits; None where this machine cannot run it."""
+        ...
+
+    def operators(self, path: Path) -> Operators:
+        """What the artifact consists of. Raises ValueError where the runtime would not take it."""
+        ...
+
+
+# Name of the backend, of its module and of the extra that installs what it needs -> the ending of its artifacts.
+BACKENDS = {
+    "onnx": ".onnx",
+    "executorch": ".pte",
+    "openvino": ".xml",
+    "litert": ".tflite",
+    "coreml": ".mlpackage",
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file (or folder) that was written. `agreement` is None where it was converted but could not be run here."""
+
+    backend: str
+    path: Path
+    num_bytes: int
+    target: Target
+    operators: Operators
+    agreement: Agreement | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"path": str(self.path), "verified": self.agreement is not None}
+
+
+class Deployed(nn.Module):
+    """The network with what stands before it in an artifact: pictures as `Target` says -> logits."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, uint8: bool):
+        super().__init__()
+        self.network = network
+        self.uint8 = uint8
+        scale = torch.tensor([255 * std for std in preprocessing.std])[:, None, None]
+        shift = torch.tensor(preprocessing.mean)[:, None, None] / torch.tensor(preprocessing.std)[:, None, None]
+        self.register_buffer("scale", 1 / scale)
+        self.register_buffer("shift", shift if any(preprocessing.mean) else None)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        if self.uint8:
+            pictures = pictures.permute(0, 3, 1, 2).to(self.get_buffer("scale").dtype) * self.scale
+            if self.shift is not None:
+                pictures = pictures - self.shift
+        return self.network(pictures)
+
+
+def export(
+    weights: Weights,
+    to: Sequence[str],
+    out: str | Path,
+    *,
+    precision: Precision = "fp32",
+    size: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    dynamic_batch: bool = False,
+    dynamic_size: bool = False,
+    uint8: bool = False,
+    pictures: Sequence[Picture] = (),
+    source: str = "",
+    num_threads: int = 2,
+    on_start: Callable[[str], None] = lambda backend: None,
+) -> list[Artifact]:
+    """Write one artifact a backend into the folder `out`, each run and compared with torch on `pictures` first.
+
+    Args:
+        weights: of any origin, see `mobilevit.models.weights.read`.
+        to: names of `BACKENDS`.
+        out: a folder; files there that have the same names are replaced.
+        precision: int8 needs `pictures`: those calibrate it.
+        size: (height, width) in pixels; what the weights were made for, unless given.
+        batch_size: of the input.
+        dynamic_batch: leave the batch open, where the runtime can; `dynamic_size` likewise.
+        dynamic_size: leave height and width open, from 65 px up.
+        uint8: bake the scaling of pixels in, see `Target`.
+        pictures: real ones to compare on, and to calibrate with; drawn ones take their place.
+        source: where the weights come from, for the artifact's metadata.
+        num_threads: of the runtimes while they are timed.
+        on_start: told the name of every backend before its turn.
+
+    Raises:
+        ValueError: a backend that is unknown or not installed, what it cannot do, an artifact that does not agree with
+            torch (it is not left in `out`). Artifacts of backends before it stay.
+        PictureError: a picture that cannot be read.
+    """
+    p = weights.preprocessing
+    height, width = size or (p.crop_px, p.crop_px)
+    if min(height, width) < (65 if dynamic_size else 32):
+        least = "65 px, where the size is dynamic" if dynamic_size else "32 px"
+        raise ValueError(f"size is {height} x {width} px; a picture has at least {least}")
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
+    if not weights.num_classes:
+        raise ValueError("these weights have no classifier, so there are no answers to compare")
+    if not to:
+        raise ValueError(f"no backend is named; there are {', '.join(BACKENDS)}")
+    target = Target(precision, height, width, batch_size, dynamic_batch, dynamic_size, uint8)
+    # All of them first: what is missing or impossible is said before minutes of work.
+    backends = {name: _backend(name, target) for name in dict.fromkeys(to)}
+    if precision == "int8" and not pictures:
+        raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
+
+    network = Deployed(weights.build(), p, uint8).eval().requires_grad_(False)
+    wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
+    chosen = _spread(pictures, wanted) or drawn_pictures(VERIFY_PICTURES, (height, width))
+    inputs = [_input(picture, p, target) for picture in chosen]
+    checks = _spread(inputs, VERIFY_PICTURES)
+    metadata = _metadata(weights, target, source)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    artifacts = []
+    for name, backend in backends.items():
+        on_start(name)
+        stem = f"mobilevit_{weights.architecture.name}_{height}x{width}_{precision}{'_uint8' if uint8 else ''}"
+        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as aside:
+            path = Path(aside) / f"{stem}{BACKENDS[name]}"
+            backend.write(network, target, path, metadata, inputs if precision == "int8" else ())
+            operators = backend.operators(path)
+            run = backend.load(path, num_threads)
+            agreement = run and compare(network, run, checks, target.batch_size)
+            if agreement:
+                _check(name, target, agreement)
+            num_bytes = sum(file.stat().st_size for file in Path(aside).rglob("*") if file.is_file())
+            for file in Path(aside).iterdir():  # one, but for OpenVINO, whose weights lie in a second file
+                _replace(file, out / file.name)
+        artifacts.append(Artifact(name, out / path.name, num_bytes, target, operators, agreement))
+    return artifacts
+
+
+def load_artifact(path: str | Path, num_threads: int = 2) -> Run:
+    """An artifact in its runtime, whichever it is by its ending: inputs as a numpy array -> logits.
+
+    Raises:
+        ValueError: an unknown ending, a runtime that is not installed or does not run on this machine.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    for name, ending in BACKENDS.items():
+        if path.suffix == ending:
+            run = _import(name).load(path, num_threads)
+            if run is None:
+                raise ValueError(f"{path}: its runtime does not run on this machine")
+            return run
+    raise ValueError(f"{path}: not an artifact; their endings are {', '.join(BACKENDS.values())}")
+
+
+def installed(name: str) -> bool:
+    """Whether what a backend needs is installed."""
+    try:
+        _import(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _import(name: str) -> Backend:
+    try:
+        module: ModuleType = importlib.import_module(f"mobilevit.export.{name}")
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise ValueError(f"{name} needs {package}, which is not installed: pip install 'mobilevit[{name}]'") from None
+    return cast(Backend, module)
+
+
+def _backend(name: str, target: Target) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    backend = _import(name)
+    if target.precision not in backend.PRECISIONS:
+        raise ValueError(f"{name} does not come in {target.precision}; it can be {', '.join(backend.PRECISIONS)}")
+    for wanted, what in ((target.dynamic_batch, "batch"), (target.dynamic_size, "size")):
+        if wanted and what not in backend.DYNAMIC:
+            raise ValueError(f"{name} is exported for one {what}; leave out --dynamic-{what}")
+    return backend
+
+
+def _spread(things: Sequence[Any], number: int) -> list[Any]:
+    """At most `number` of them, evenly from the first to the last."""
+    number = min(number, len(things))
+    return [things[i * len(things) // number] for i in range(number)]
+
+
+def _input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
+    """One picture as the artifact gets it, (1, ...)."""
+    p = preprocessing
+    if (target.height, target.width) == (p.crop_px, p.crop_px):
+        image = p.resize_and_crop(read_picture(picture))
+    elif target.height == target.width:
+        image = p.at_size(target.height).resize_and_crop(read_picture(picture))
+    else:  # no preprocessing keeps the ratio of any picture at any size
+        image = read_picture(picture).resize((target.width, target.height))
+    pixels = torch.from_numpy(np.array(image))[None]
+    return pixels if target.uint8 else p.scale(pixels.permute(0, 3, 1, 2)).contiguous()
+
+
+def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
+    layout = "uint8 (batch, height, width, 3), RGB" if target.uint8 else "float32 (batch, 3, height, width), RGB"
+    preprocessing = weights.preprocessing.to_dict() | {"scaled_inside": target.uint8}
+    return {
+        "mobilevit": mobilevit.__version__,
+        "architecture": weights.architecture.name,
+        "precision": target.precision,
+        "input": layout,
+        "preprocessing": json.dumps(preprocessing),
+        "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
+        "source": source,
+    }
+
+
+def _check(name: str, target: Target, agreement: Agreement) -> None:
+    tolerance = TOLERANCE[target.precision]
+    if not agreement.error <= tolerance:  # not a number included
+        raise ValueError(
+            f"{name} in {target.precision} answers otherwise than torch: a logit differs by {agreement.error:.2g} of "
+            f"the logits' standard deviation, allowed are {tolerance:g}; nothing was written"
+        )
+    if agreement.top1 < LEAST_AGREEMENT:
+        raise ValueError(
+            f"{name} in {target.precision} gives torch's answer on only {100 * agreement.top1:.0f} % of "
+            f"{agreement.num_pictures} pictures, {100 * LEAST_AGREEMENT:.0f} % are asked for; nothing was written"
+        )
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)

@@ -389,7 +389,9 @@ class MobileViT(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits (B, num_classes) of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 px up, of any ratio."""
         (x,) = self.backbone(pictures).values()
-        x = self.head(x).mean(dim=(-2, -1))
+        x = (
+            self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)
+        )  # a mean that keeps its axes, runtimes know as a pool
         return self.classifier(self.dropout(x))
 
 

@@ -1,0 +1,1 @@
+"""The network in the browser: a page, and a server for it."""
