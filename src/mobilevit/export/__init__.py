@@ -1,4 +1,4 @@
-"""Deployment: from weights to artifacts that runtimes read, each compared with torch before it is said to be written."""
+"""Deployment: from weights to artifacts that runtimes read, each compared with torch before it counts as written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, cast, get_args
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import mobilevit
 from mobilevit.export.verify import Agreement, compare, drawn_pictures
 from mobilevit.models.weights import Weights
 from mobilevit.pictures import Picture, Preprocessing, read_picture
@@ -119,6 +119,9 @@ class Artifact:
 class Deployed(nn.Module):
     """The network with what stands before it in an artifact: pictures as `Target` says -> logits."""
 
+    scale: Tensor
+    shift: Tensor | None
+
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, uint8: bool):
         super().__init__()
         self.network = network
@@ -131,7 +134,7 @@ class Deployed(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits (B, classes)."""
         if self.uint8:
-            pictures = pictures.permute(0, 3, 1, 2).to(self.get_buffer("scale").dtype) * self.scale
+            pictures = pictures.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale
             if self.shift is not None:
                 pictures = pictures - self.shift
         return self.network(pictures)
@@ -290,7 +293,7 @@ def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
     layout = "uint8 (batch, height, width, 3), RGB" if target.uint8 else "float32 (batch, 3, height, width), RGB"
     preprocessing = weights.preprocessing.to_dict() | {"scaled_inside": target.uint8}
     return {
-        "mobilevit": mobilevit.__version__,
+        "mobilevit": version("mobilevit"),
         "architecture": weights.architecture.name,
         "precision": target.precision,
         "input": layout,
