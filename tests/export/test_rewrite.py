@@ -1,30 +1,126 @@
-"""Rewrites change the graph and not the function: float64, 1e-9."""
+"""Rewrites change the graph and not the function: float64, 1e-9, alone and together, at an odd size too."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import randomise
-from mobilevit.export.rewrite import fold_batch_norm
-from mobilevit.models.mobilevit import MobileViT
+from mobilevit.export.rewrite import (
+    Formulation,
+    RootMeanSquare,
+    centre,
+    fast,
+    flatten_tokens,
+    fold_attention,
+    fold_batch_norm,
+    fold_norm_affine,
+)
+from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, TransformerLayer
+
+SIZES = [(64, 96), (75, 130)]
 
 
-@pytest.mark.parametrize("size", [(64, 96), (75, 130)])
+@pytest.fixture(scope="module")
+def model() -> MobileViT:
+    return randomise(MobileViT("xxs", num_classes=10)).double()
+
+
+def difference(model: nn.Module, other: nn.Module, size: tuple[int, int]) -> float:
+    x = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+        return float((other(x) - expected).abs().max() / expected.std())
+
+
+def of_type(model: nn.Module, *types: type[nn.Module]) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, types)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["xxs", "s"])
 def test_fold_batch_norm(name: str, size: tuple[int, int]) -> None:
     model = randomise(MobileViT(name, num_classes=10)).double()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     folded = fold_batch_norm(model)
-    x = torch.rand(2, 3, *size, dtype=torch.float64)
-    with torch.no_grad():
-        difference = (folded(x) - model(x)).abs().max() / model(x).std()
-    assert difference < 1e-9
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert difference(model, folded, size) < 1e-9
+    assert not of_type(folded, nn.BatchNorm2d)
 
 
-def test_training_mode_is_refused() -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_fold_norm_affine(model: MobileViT, size: tuple[int, int]) -> None:
+    folded = fold_norm_affine(fold_batch_norm(model))
+    assert difference(model, folded, size) < 1e-9
+    norms = of_type(folded, nn.LayerNorm)
+    assert len(norms) == 2 * 9 + 3
+    assert not any(list(norm.parameters()) for norm in norms)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fold_attention_alone(model: MobileViT, size: tuple[int, int]) -> None:
+    folded = fold_attention(model)
+    assert difference(model, folded, size) < 1e-9
+    for layer in of_type(folded, TransformerLayer):
+        assert isinstance(layer, TransformerLayer)
+        assert layer.attention.k.bias is None  # pyright: ignore[reportAttributeAccessIssue]
+        assert layer.attention.v.bias is None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_centre(model: MobileViT, size: tuple[int, int]) -> None:
+    centred = centre(fold_norm_affine(fold_batch_norm(model)))
+    assert difference(model, centred, size) < 1e-9
+    assert not of_type(centred, nn.LayerNorm)
+    assert len(of_type(centred, RootMeanSquare)) == 2 * 9 + 3
+
+
+FORMULATIONS = [
+    Formulation(attention, norm, joint_qkv, silu)
+    for attention, norm, joint_qkv, silu in product(
+        ("fused", "rank4", "rank3"), ("fused", "mean", "linear"), (False, True), ("fused", "sigmoid")
+    )
+]
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS, ids=str)
+def test_every_formulation(model: MobileViT, formulation: Formulation) -> None:
+    for size in SIZES:
+        assert difference(model, fast(model, formulation), size) < 1e-9
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_other_architectures_and_strides(output_stride: int) -> None:
+    model = randomise(MobileViT("xs", num_classes=3, output_stride=output_stride)).double()
+    assert difference(model, fast(model), (96, 70)) < 1e-9
+
+
+def test_nothing_is_left_of_the_slow_graph(model: MobileViT) -> None:
+    rewritten = fast(model)
+    assert not of_type(rewritten, nn.BatchNorm2d, nn.LayerNorm, MobileViTBlock, TransformerLayer)
+
+
+def test_no_tensor_has_more_than_five_axes(model: MobileViT) -> None:
+    program = torch.export.export(fast(model, Formulation("rank4", "mean")), (torch.rand(2, 3, 75, 130).double(),))
+    ranks = [node.meta["val"].ndim for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert 3 < max(ranks) <= 5
+
+
+@pytest.mark.parametrize("rewrite", [fold_batch_norm, fold_attention, fast])
+def test_the_network_itself_is_left_alone(rewrite: Callable[[nn.Module], nn.Module], model: MobileViT) -> None:
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    rewrite(model)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "rewrite", [fold_batch_norm, fold_norm_affine, fold_attention, centre, flatten_tokens, fast]
+)
+def test_training_mode_is_refused(rewrite: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        fold_batch_norm(MobileViT("xxs").train())
+        rewrite(MobileViT("xxs").train())

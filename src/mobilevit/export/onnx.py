@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ import onnx
 import onnxruntime
 import onnxscript  # noqa: F401 - torch.onnx wants it, and would say so late
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
 from mobilevit.export.rewrite import Formulation, fast
@@ -21,18 +24,22 @@ from mobilevit.export.rewrite import Formulation, fast
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ("batch", "size")
-FORMULATION = Formulation(attention="rank4", norm="mean", joint_qkv=False)
+FORMULATION = Formulation(attention="rank4", norm="mean")
 OPSET = 20
+CALIBRATION_BATCH = 16
+QUANTIZED = ("Conv", "Gemm", "MatMul")  # the rest costs accuracy and, between float neighbours, time
 
 
 def write(
     network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
-    """See `Backend.write`."""
-    model = fast(network, FORMULATION)
-    dynamic: dict[int, torch.export.Dim | object] = {}
+    """See `Backend.write`. In fp16 input and output stay float32; int8 is static, QDQ, a scale per output channel."""
+    model: nn.Module = fast(network, FORMULATION)
+    if target.precision == "fp16":
+        model = _Half(model)
+    dynamic: dict[int, object] = {}
     if target.dynamic_batch:
         dynamic[0] = torch.export.Dim("batch", min=1)
     if target.dynamic_size:
@@ -52,6 +59,13 @@ def write(
         )
     assert program is not None
     proto = program.model_proto
+    if target.precision == "int8":
+        proto = _quantized(proto, calibration)
+    # What the tools leave of themselves: notes on every node, where in the source it came from, and unused domains.
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+    del proto.metadata_props[:], proto.opset_import[:]
+    proto.opset_import.add(domain="", version=OPSET)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto, full_check=True)
@@ -82,3 +96,86 @@ def operators(path: Path) -> Operators:
 
     nodes = onnx.load(path, load_external_data=False).graph.node
     return Operators(len(nodes), tuple(node.op_type for node in nodes if node.domain not in ("", "ai.onnx")))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` was given to say about the artifact."""
+    return {prop.key: prop.value for prop in onnx.load(path, load_external_data=False).metadata_props}
+
+
+class _Half(nn.Module):
+    """A network in half precision between float32 pictures and float32 logits."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
+
+
+class _Calibration(CalibrationDataReader):
+    """Pictures in batches, as the quantizer asks for them."""
+
+    def __init__(self, batches: Iterator[Tensor]):
+        self._batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The next batch, None after the last."""
+        batch = next(self._batches, None)
+        return None if batch is None else {"pictures": batch.numpy()}
+
+
+def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.ModelProto:
+    (shape,) = (value.type.tensor_type.shape.dim for value in proto.graph.input)
+    size = shape[0].dim_value or CALIBRATION_BATCH  # 0 where the batch is dynamic
+    batches = (
+        torch.cat([*calibration[i : i + size], *calibration[: max(0, i + size - len(calibration))]])
+        for i in range(0, len(calibration), size)
+    )
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(proto, source)
+        quantize_static(
+            source,
+            target,
+            _Calibration(batches),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTIZED),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        quantized = onnx.load(target)
+    _shorten_names(quantized.graph)
+    return quantized
+
+
+def _shorten_names(graph: onnx.GraphProto) -> None:
+    """Number what the quantizer has named: of a small network in int8 the names are a tenth."""
+    kept = {value.name for value in (*graph.input, *graph.output)} | {""}  # "" is an input left out
+    numbers: dict[str, str] = {}
+
+    def short(name: str) -> str:
+        return name if name in kept else numbers.setdefault(name, f"{len(numbers):x}")
+
+    del graph.value_info[:]  # shapes, which follow from the input's
+    for tensor in graph.initializer:
+        tensor.name = short(tensor.name)
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [short(name) for name in node.input]
+        node.output[:] = [short(name) for name in node.output]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantizer's advice on models of any kind to itself."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

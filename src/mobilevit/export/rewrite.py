@@ -240,7 +240,7 @@ class FlatBlock(nn.Module):
         h, w = (H + p - 1) // p, (W + p - 1) // p
         y = resize_map(self.local(x), h * p, w * p).permute(0, 2, 3, 1)
         # Position in the patch, picture, patch: (P * B * N, C). To attend, the order of pictures does not matter.
-        if statically_known_true(H % h == 0) and statically_known_true(W % w == 0):
+        if statically_known_true(y.shape[1] % h == 0) and statically_known_true(y.shape[2] % w == 0):
             y = y.reshape(B * h, p, w, p, C).permute(1, 3, 0, 2, 4).reshape(-1, C)
         else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
             y = torch.stack([y[:, i::p, j::p] for i in range(p) for j in range(p)]).reshape(-1, C)
@@ -270,7 +270,10 @@ class RootMeanSquare(nn.Module):
         if self.formulation == "fused":
             return F.rms_norm(x, (self.dim,), eps=self.eps)
         if self.formulation == "mean":
-            return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.eps)
+            wide = (
+                x.float() if x.dtype == torch.float16 else x
+            )  # half precision ends at 65,504, a square soon beyond it
+            return x * torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps).to(x.dtype)
         return x * torch.rsqrt(self.mean(x * x))
 
 

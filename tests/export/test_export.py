@@ -1,0 +1,212 @@
+"""What is exported agrees with torch on the same pictures, and what does not agree is not left behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import randomise
+from mobilevit.export import BACKENDS, Deployed, Operators, Target, export, installed, load_artifact
+from mobilevit.export.verify import compare, drawn_pictures
+from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.weights import Weights
+from mobilevit.pictures import PictureError, Preprocessing
+
+PREPROCESSING = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    model = randomise(MobileViT("xxs", num_classes=7))
+    return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcdefg"))
+
+
+class Fake(ModuleType):
+    """A backend whose artifacts answer as torch does, but for `change`."""
+
+    PRECISIONS = ("fp32", "fp16", "int8")
+    DYNAMIC = ("batch",)
+
+    def __init__(self) -> None:
+        super().__init__("mobilevit.export.fake")
+        self.change = lambda logits: logits
+        self.seen: list[tuple[int, ...]] = []
+
+    def write(self, network, target, path, metadata, calibration) -> None:
+        self.network, self.metadata, self.calibration = network, metadata, calibration
+        path.write_text(f"{target}")
+
+    def load(self, path: Path, num_threads: int):
+        def run(pictures: np.ndarray) -> np.ndarray:
+            self.seen.append(pictures.shape)
+            with torch.no_grad():
+                return self.change(self.network(torch.from_numpy(pictures)).numpy())
+
+        return run
+
+    def operators(self, path: Path) -> Operators:
+        return Operators(1, ())
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    backend = Fake()
+    monkeypatch.setitem(sys.modules, "mobilevit.export.fake", backend)
+    monkeypatch.setitem(BACKENDS, "fake", ".fake")
+    return backend
+
+
+def test_the_input_is_what_the_network_was_trained_on(weights: Weights, fake: Fake, tmp_path: Path):
+    picture = Image.fromarray(drawn_pictures(1, (90, 100))[0])
+    for uint8 in (False, True):
+        export(weights, ["fake"], tmp_path, uint8=uint8, pictures=[picture])
+        pixels = PREPROCESSING.resize_and_crop(picture)
+        x = torch.from_numpy(np.array(pixels))[None] if uint8 else PREPROCESSING(picture)[None]
+        expected = weights.build()(PREPROCESSING(picture)[None])
+        torch.testing.assert_close(fake.network(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_is_filled_and_what_was_added_not_counted(weights: Weights, fake: Fake, tmp_path: Path):
+    [artifact] = export(weights, ["fake"], tmp_path, batch_size=4, pictures=drawn_pictures(6, (64, 64)))
+    assert set(fake.seen) == {(4, 3, 64, 64)}
+    assert artifact.agreement is not None
+    assert (artifact.agreement.num_pictures, artifact.agreement.top1) == (6, 1.0)
+    assert artifact.agreement.error < 1e-5
+
+
+def test_what_was_left_open_is_tried_at_another_value(weights: Weights, fake: Fake, tmp_path: Path):
+    export(weights, ["fake"], tmp_path, dynamic_batch=True)
+    assert {shape[0] for shape in fake.seen} == {1, 3}
+    fake.change = lambda logits: logits if len(logits) == 1 else logits + 1
+    with pytest.raises(ValueError, match="answers otherwise than torch"):
+        export(weights, ["fake"], tmp_path / "other", dynamic_batch=True)
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "message"),
+    [
+        ("fp32", lambda x: x + 0.01, r"a logit differs by 0\.\d+ of the logits' standard deviation, allowed are 0.001"),
+        ("fp32", lambda x: x * np.nan, r"a logit differs by nan"),
+        ("int8", lambda x: -x, r"torch's answer on only \d+ % of 32 pictures, 90 % are asked for"),
+    ],
+)
+def test_what_does_not_agree_is_not_written(weights: Weights, fake: Fake, tmp_path: Path, precision, change, message):
+    out = tmp_path / "exports"
+    pictures = drawn_pictures(32, (64, 64))
+    export(weights, ["fake"], out, precision=precision, pictures=pictures)
+    [good] = out.iterdir()
+    before = good.stat().st_mtime_ns
+    fake.change = change
+    with pytest.raises(ValueError, match=f"fake in {precision} .*{message}.*; nothing was written"):
+        export(weights, ["fake"], out, precision=precision, pictures=pictures)
+    assert list(out.iterdir()) == [good]
+    assert good.stat().st_mtime_ns == before
+
+
+def test_metadata(weights: Weights, fake: Fake, tmp_path: Path):
+    export(weights, ["fake"], tmp_path, source="a/b.safetensors")
+    assert json.loads(fake.metadata["class_names"]) == list("abcdefg")
+    assert json.loads(fake.metadata["preprocessing"]) == json.loads(
+        json.dumps(PREPROCESSING.to_dict() | {"scaled_inside": False})
+    )
+    assert fake.metadata["source"] == "a/b.safetensors"
+    assert fake.metadata["precision"] == "fp32"
+
+
+def test_calibration_is_spread_over_the_pictures(weights: Weights, fake: Fake, tmp_path: Path):
+    pictures = [np.full((64, 64, 3), i // 4, np.uint8) for i in range(1000)]
+    export(weights, ["fake"], tmp_path, precision="int8", pictures=pictures, uint8=True)
+    levels = [int(x[0, 0, 0, 0]) for x in fake.calibration]
+    assert len(levels) == 256
+    assert levels == sorted(levels)
+    assert (levels[0], levels[-1]) == (0, 249)
+    export(weights, ["fake"], tmp_path, pictures=pictures)
+    assert not fake.calibration
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        (["fakes"], {}, "there is no backend 'fakes'; there are onnx, executorch"),
+        ([], {}, "no backend is named"),
+        (["fake"], {"precision": "bf16"}, "fake does not come in bf16; it can be fp32, fp16, int8"),
+        (["fake"], {"dynamic_size": True, "size": (96, 96)}, "fake is exported for one size; leave out --dynamic-size"),
+        (["onnx"], {"dynamic_size": True}, "size is 64 x 64 px; a picture has at least 65 px, where the size is dynamic"),
+        (["fake"], {"size": (16, 64)}, "size is 16 x 64 px; a picture has at least 32 px"),
+        (["fake"], {"batch_size": 0}, "batch size is 0; it must be 1 or more"),
+        (["fake"], {"precision": "int8"}, "int8 is calibrated on real pictures"),
+    ],
+)
+def test_refused(weights: Weights, fake: Fake, tmp_path: Path, to: list[str], options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        export(weights, to, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_have_no_answers(weights: Weights, tmp_path: Path):
+    features = replace(weights, tensors={k: v for k, v in weights.tensors.items() if not k.startswith("classifier")})
+    with pytest.raises(ValueError, match="no classifier"):
+        export(features, ["onnx"], tmp_path)
+
+
+def test_a_picture_that_cannot_be_read_is_named(weights: Weights, fake: Fake, tmp_path: Path):
+    with pytest.raises(PictureError, match="none.png: no such file"):
+        export(weights, ["fake"], tmp_path, pictures=[tmp_path / "none.png"])
+
+
+def test_what_is_not_installed_is_named_with_its_extra(weights: Weights, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "mobilevit.export.onnx", raising=False)
+    assert not installed("onnx")
+    with pytest.raises(ValueError, match=r"onnx needs onnxruntime, .* pip install 'mobilevit\[onnx\]'"):
+        export(weights, ["onnx"], tmp_path)
+
+
+def test_load_artifact_refuses(tmp_path: Path):
+    with pytest.raises(ValueError, match="none.onnx: no such file"):
+        load_artifact(tmp_path / "none.onnx")
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(ValueError, match=r"not an artifact; their endings are \.onnx, \.pte"):
+        load_artifact(tmp_path / "x.pt")
+
+
+def test_another_size_than_that_of_the_weights(weights: Weights, fake: Fake, tmp_path: Path):
+    export(weights, ["fake"], tmp_path, size=(75, 130), pictures=drawn_pictures(2, (200, 100)))
+    assert set(fake.seen) == {(1, 3, 75, 130)}
+
+
+def test_deployed_scales_as_the_preprocessing_does():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    deployed = Deployed(torch.nn.Identity(), PREPROCESSING, uint8=True)
+    torch.testing.assert_close(deployed(pixels), PREPROCESSING.scale(pixels.permute(0, 3, 1, 2)), rtol=0, atol=1e-6)
+
+
+def test_error_is_in_deviations_of_the_logits():
+    network = torch.nn.Flatten()
+    inputs = [torch.tensor([[[[0.0, 2.0, 4.0]]]]), torch.tensor([[[[4.0, 2.0, 0.0]]]])]
+    found = compare(network, lambda x: x.reshape(len(x), -1) + np.array([0, 3, 0]), inputs, batch_size=1)
+    assert found.error == pytest.approx(3 / np.std([0, 2, 4, 4, 2, 0]))
+    assert found.top1 == 0
+
+
+def test_drawn_pictures_differ_and_come_back_the_same():
+    pictures = drawn_pictures(5, (40, 60))
+    again = drawn_pictures(5, (40, 60))
+    assert all(picture.shape == (40, 60, 3) and picture.dtype == np.uint8 for picture in pictures)
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, again, strict=True))
+    assert len({picture.tobytes() for picture in pictures}) == 5
+    assert min(picture.std() for picture in pictures) > 5
+
+
+def test_target_example():
+    assert Target("fp32", 64, 96, batch_size=3).example().shape == (3, 3, 64, 96)
+    example = Target("fp32", 64, 96, dynamic_batch=True, uint8=True).example()
+    assert (example.shape, example.dtype) == ((2, 64, 96, 3), torch.uint8)
