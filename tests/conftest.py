@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import torch
 from torch import nn
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def randomise(model: Network, seed: int = 0) -> Network:
     """Random weights whose activations keep their scale, and norms that are not the identity; eval mode.
 
     With default initial values the running statistics are 0 and 1 and the biases 0, and mixing them up goes unseen.

@@ -25,7 +25,7 @@ from mobilevit.predict import Classifier, load, save
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
 
-COMMANDS = ["predict", "train", "evaluate", "info", "convert"]
+COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo"]
 # Names that look like the markup of a terminal library.
 NAMES = ("[bold]ant[/bold]", ":bee:", "cat [/]")
 PROGRAM = Path(sys.executable).with_name("mobilevit")
@@ -576,6 +576,78 @@ def test_evaluate_on_a_damaged_picture(capsys: pytest.CaptureFixture[str], here:
     (here / "classes/y/1.png").write_bytes((here / "photos/c.png").read_bytes())
     said = mistake(capsys, "evaluate", "xy.safetensors", "--data", "classes", "--num-workers", "0")
     assert said.startswith("mobilevit: classes/y/1.png: damaged picture")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mobilevit.benchmark import latency
+
+    monkeypatch.setattr(latency, "run_alone", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000})
+    monkeypatch.setattr(latency, "PEAK_SIDE", 256)
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, weights: str, no_processes: None):
+    options = ["--rounds", "2", "--num-threads", "1", "--batch-size", "2", "1", "--against", "timm"]
+    assert (
+        run("benchmark", "XXS", weights, "--size", "32", "64", *options, "--json", "a.json", "--figure", "a.svg") == 0
+    )
+    out, err = capsys.readouterr()
+    *shown, line = out.splitlines()
+    report = json.loads(line)
+    assert (here / "a.json").read_text() == f"{line}\n"
+    assert "<svg" in (here / "a.svg").read_text()
+    rows = [(row["name"], row["batch_size"]) for row in report["rows"]]
+    assert rows == [(name, size) for size in (2, 1) for name in ("XXS", "timm", weights, "timm")]
+    assert {tuple(row["size_px"]) for row in report["rows"]} == {(32, 64)}
+    assert {row["memory_bytes"] for row in report["rows"]} == {3_000_000}
+    assert [row["against"] for row in report["rows"][:4]] == [None, "XXS torch fp32", None, f"{weights} torch fp32"]
+    assert (report["num_rounds"], report["num_threads"]) == (2, 1)
+    assert all(row["error"] < 1e-4 for row in report["rows"])
+    first = next(text for text in shown if text.split()[:1] == ["XXS"]).split()
+    assert first[1:5] == ["torch", "fp32", "2", f"{report['rows'][0]['latency_ms']['p10']:.2f}"]
+    assert "torch fp32: writing timm for batches of 2 ..." in err
+
+
+def test_benchmark_of_a_note(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
+    from mobilevit.benchmark import latency
+
+    report = {"rows": [], "notes": ["int8 is not faster"], "peak_gflops": {}, "num_threads": 2, "num_rounds": 40}
+    report |= {"date": "2000-01-01", "processor": "[abacus]"}
+    asked: list[Any] = []
+    monkeypatch.setattr(latency, "sides_of_weights", lambda *args, **options: asked.append(options) or [])
+    monkeypatch.setattr(latency, "benchmark", lambda *args, **options: report)
+    assert run("benchmark", "s", "s", "--runtime", "torch", "onnx", "torch", "--precision", "fp32", "int8") == 0
+    *_, note, line = capsys.readouterr().out.splitlines()
+    assert note == "int8 is not faster"
+    assert json.loads(line) == report
+    (options,) = asked
+    assert (options["runtimes"], options["precisions"]) == (("torch", "onnx"), ("fp32", "int8"))
+    assert (options["batch_sizes"], options["size"], options["against"]) == ((1,), None, ())
+
+
+def test_mistakes_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
+    (here / "a.onnx").write_bytes(b"")
+    for args, said in {
+        (): "nothing is named; give artifacts, weights, or xxs, xs, s",
+        ("xxl",): "xxl: no such file",
+        ("missing.onnx",): "missing.onnx: no such file",
+        ("a.onnx", "--runtime", "onnx"): "an artifact has its runtime and precision; leave out",
+        ("a.onnx", "--precision", "int8"): "an artifact has its runtime and precision; leave out",
+        ("xxs", "--rounds", "0"): "rounds is 0; it must be 1 or more",
+        ("xxs", "--num-threads", "0"): "num threads is 0",
+        ("xxs", "--batch-size", "1", "0"): "batch size is 0",
+        ("xxs", "--size", "31"): "from 32 px up",
+        ("xxs", "--runtime", "abacus"): "'abacus'",
+        ("xxs", "--precision", "int8"): "torch is timed in fp32 alone; leave out int8 or torch",
+        ("xxs", "--against", "resnet5000"): "there is no network 'resnet5000' to compare with; there are self, timm",
+        ("xxs", "--figure", "a.doc"): "a.doc: a figure ends in .png, .svg or .pdf",
+        ("xxs", "--json", "missing/a.json"): "missing/a.json: there is no such folder",
+    }.items():
+        assert re.search(said, mistake(capsys, "benchmark", *args)), args
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -359,6 +359,157 @@ class Export:
         return 0
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """How long networks take on this machine, in any runtime, beside other networks. The last line is JSON."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="TARGET...", help=f"Artifacts (.onnx, .pte, .xml, .tflite), xxs, xs, s, or {WEIGHTS}."),
+    ]
+    runtime: tuple[Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert"], ...] = ()
+    """What to export weights for first; torch unless given. An artifact has its own."""
+    precision: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ()
+    """Numbers to compute with; fp32 unless given. An artifact has its own."""
+    against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """What to compare with, in turns: timm or transformers (the same network by that library), torchvision:NAME,
+    timm:NAME or a name alone (another network), or self, whose ratio of about 1 shows what the others are worth."""
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
+    """Pictures in an input, one number or several; 1 unless given, or what an artifact was made for."""
+    size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
+    """Side of the pictures, or their height and width, in pixels; unless given, what the weights were made for."""
+    rounds: int = 40
+    """Every side is timed once a round."""
+    num_threads: int = 2
+    """Of every runtime."""
+    json: Path | None = None
+    """Write the JSON object here as well."""
+    figure: Path | None = None
+    """Draw the times here, as .png, .svg or .pdf."""
+    download: Download = False
+
+    def run(self) -> int:
+        """Write what is to be timed, time it, print."""
+        import tempfile
+
+        from mobilevit.benchmark import latency, others
+        from mobilevit.models.mobilevit import ARCHITECTURES
+        from mobilevit.models.weights import read
+
+        if not self.targets:
+            raise ValueError("nothing is named; give artifacts, weights, or xxs, xs, s")
+        if len(self.size) > 2 or any(side < 32 for side in self.size):
+            raise ValueError(f"size is {self.size}; give one side or height and width, from 32 px up")
+        counts = [("batch size", size) for size in self.batch_size]
+        for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        artifacts = {name for name in self.targets if latency.runtime_of(Path(name))}
+        if artifacts.issuperset(self.targets) and (self.runtime or self.precision):
+            raise ValueError("an artifact has its runtime and precision; leave out --runtime and --precision")
+        if self.figure:
+            latency.check_figure(self.figure)
+        for file in (self.json, self.figure):  # said now, and not when everything has been measured
+            if file and not _expand(file).parent.is_dir():
+                raise ValueError(f"{file}: there is no such folder to write to")
+        shared: dict[str, Any] = {
+            "size": (self.size[0], self.size[-1]) if self.size else None,
+            "against": self.against,
+            "on_start": lambda what: print(what, file=sys.stderr, flush=True),
+            "on_problem": _complain,
+        }
+        weights = {}  # all of them first: a name that is wrong is said before minutes of work
+        for name in dict.fromkeys(self.targets):
+            if name.lower() in ARCHITECTURES:
+                weights[name] = others.random_weights(name.lower())
+            elif name not in artifacts:
+                weights[name] = read(name, download=self.download)
+        sides = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name in dict.fromkeys(self.targets):
+                if name in artifacts:
+                    path = _expand(Path(name))
+                    sides += latency.sides_of_artifact(path, Path(folder), batch_sizes=self.batch_size, **shared)
+                else:
+                    sides += latency.sides_of_weights(
+                        name,
+                        weights[name],
+                        Path(folder),
+                        runtimes=tuple(dict.fromkeys(self.runtime)) or ("torch",),
+                        precisions=tuple(dict.fromkeys(self.precision)) or ("fp32",),
+                        batch_sizes=tuple(dict.fromkeys(self.batch_size)) or (1,),
+                        **shared,
+                    )
+            report = latency.benchmark(
+                sides, num_rounds=self.rounds, num_threads=self.num_threads, on_start=shared["on_start"]
+            )
+        _stdout().print(latency.table(report))
+        for note in report["notes"]:
+            print(note)
+        line = json.dumps(report, ensure_ascii=False)
+        if self.json:
+            _expand(self.json).write_text(line + "\n", encoding="utf-8")
+        if self.figure:
+            latency.figure(report, _expand(self.figure))
+        print(line)
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Try a network in the browser: on picture files, the camera, or drawings. Or write the page for a website."""
+
+    weights: SomeWeights
+    port: int = 0
+    """Of the page on this machine, which alone can see it; 0 is any that is free."""
+    open: bool = True
+    """Open the page in the browser."""
+    export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write the page and all it needs into this folder, for any host of static files, instead of serving it."""
+    drawing: Literal["optdigits", "mnist"] | None = None
+    """Draw digits and letters like scikit-learn's (8 px) or MNIST's and EMNIST's (28 px); unless given, the former for
+    networks of up to 32 px. Other networks get no pad to draw on unless this is given."""
+    ort: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder with ONNX Runtime Web's files; unless given, those of the wheel, or fetched through npm and kept."""
+    download: Download = False
+
+    def run(self) -> int:
+        """Write the page; serve it until interrupted."""
+        import tempfile
+        import webbrowser
+
+        from mobilevit.demo import Server, write_page
+        from mobilevit.models.weights import read
+
+        weights = read(self.weights, download=self.download)
+        _say_what_is_assumed(self.weights, weights)
+        file = _expand(Path(self.weights))
+        source = file.name if file.exists() else self.weights  # a page for the world does not tell of folders here
+        with tempfile.TemporaryDirectory() as aside:
+            out = _expand(self.export) if self.export else Path(aside)
+            with contextlib.nullcontext() if self.export else Server(out, self.port) as server:
+                write_page(
+                    weights,
+                    out,
+                    source=source,
+                    drawing=self.drawing,
+                    ort=_expand(self.ort) if self.ort else None,
+                    say=lambda text: print(text, file=sys.stderr, flush=True),
+                )
+                if server is None:
+                    num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+                    print(f"{out}: a page of {num_bytes / 1e6:.0f} MB; put it on any host of static files, with https")
+                    return 0
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder aside stays behind
+                print(f"{server.url} (Ctrl-C stops it)", flush=True)
+                with contextlib.suppress(KeyboardInterrupt):
+                    if self.open:
+                        webbrowser.open(server.url)
+                    server.serve_forever()
+        return 0
+
+
 def _artifact_table(artifacts: Any) -> Any:
     from rich.box import SIMPLE
     from rich.table import Column, Table
@@ -441,6 +592,8 @@ COMMANDS: dict[str, type[Any]] = {
     "info": Info,
     "convert": Convert,
     "export": Export,
+    "benchmark": Benchmark,
+    "demo": Demo,
 }
 
 

@@ -118,9 +118,7 @@ def test_the_network_itself_is_left_alone(rewrite: Callable[[nn.Module], nn.Modu
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "rewrite", [fold_batch_norm, fold_norm_affine, fold_attention, centre, flatten_tokens, fast]
-)
+@pytest.mark.parametrize("rewrite", [fold_batch_norm, fold_norm_affine, fold_attention, centre, flatten_tokens, fast])
 def test_training_mode_is_refused(rewrite: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         rewrite(MobileViT("xxs").train())

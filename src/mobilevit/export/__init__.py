@@ -193,7 +193,7 @@ def export(
         raise ValueError(f"no backend is named; there are {', '.join(BACKENDS)}")
     target = Target(precision, height, width, batch_size, dynamic_batch, dynamic_size, uint8)
     # All of them first: what is missing or impossible is said before minutes of work.
-    backends = {name: _backend(name, target) for name in dict.fromkeys(to)}
+    backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
     if precision == "int8" and not pictures:
         raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
 
@@ -263,7 +263,8 @@ def _import(name: str) -> Backend:
     return cast(Backend, module)
 
 
-def _backend(name: str, target: Target) -> Backend:
+def find_backend(name: str, target: Target) -> Backend:
+    """The backend of that name. Raises ValueError: unknown, not installed, not able to do what `target` asks."""
     if name not in BACKENDS:
         raise ValueError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
     backend = _import(name)

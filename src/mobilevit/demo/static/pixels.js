@@ -1,0 +1,164 @@
+// From the pixels of a picture to the numbers that the network reads, as mobilevit.pictures does it with Pillow.
+//
+// A canvas resizes by a filter of its browser's choice, and the network answers otherwise than it was tested. So this
+// is Pillow's resampling: two passes, weights in 22-bit fixed point, 8 bits in between. The results are the same bytes.
+
+const BITS = 22;
+
+const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
+
+// Name -> how far the filter reaches, and its weight at a distance.
+const FILTERS = {
+  box: [0.5, (x) => (x > -0.5 && x <= 0.5 ? 1 : 0)],
+  bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
+  hamming: [1, (x) => (Math.abs(x) >= 1 ? 0 : sinc(x) * (Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * x)))],
+  bicubic: [
+    2,
+    (x) => {
+      const d = Math.abs(x);
+      if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
+      return d < 2 ? (((d - 5) * d + 8) * d - 4) * -0.5 : 0;
+    },
+  ],
+  lanczos: [3, (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0)],
+};
+
+/** For `count` outputs from `first` on, of `length` that cover [from, to) of `size` inputs: where to read, how much. */
+function weigh(size, from, to, length, first, count, filter) {
+  const [reach, weight] = FILTERS[filter];
+  const scale = Math.fround(to - from) / length;
+  const stretch = Math.max(scale, 1); // smaller pictures: as wide as the pixels that become one
+  const taps = Math.ceil(reach * stretch) * 2 + 1;
+  const starts = new Int32Array(count);
+  const ends = new Int32Array(count);
+  const weights = new Int32Array(count * taps);
+  const row = new Float64Array(taps);
+  for (let i = 0; i < count; i++) {
+    const centre = from + (first + i + 0.5) * scale;
+    const start = Math.max(0, Math.trunc(centre - reach * stretch + 0.5));
+    const end = Math.min(size, Math.trunc(centre + reach * stretch + 0.5));
+    let sum = 0;
+    for (let j = start; j < end; j++) sum += row[j - start] = weight((j - centre + 0.5) / stretch);
+    for (let j = 0; j < end - start; j++) {
+      const share = (sum === 0 ? row[j] : row[j] / sum) * (1 << BITS);
+      weights[i * taps + j] = Math.trunc(share < 0 ? share - 0.5 : share + 0.5);
+    }
+    starts[i] = start;
+    ends[i] = end;
+  }
+  return { starts, ends, weights, taps, count };
+}
+
+/** One pass. Of `lines` lines in steps of `lineStep`, every output is a weighted sum along `step`; RGBA in and out. */
+function pass(source, target, plan, lines, lineStep, step, targetLineStep, targetStep, offset) {
+  const { starts, ends, weights, taps, count } = plan;
+  for (let line = 0; line < lines; line++) {
+    for (let i = 0; i < count; i++) {
+      let r = 1 << (BITS - 1);
+      let g = r;
+      let b = r;
+      let at = line * lineStep + (starts[i] - offset) * step;
+      for (let j = starts[i], k = i * taps; j < ends[i]; j++, k++, at += step) {
+        const w = weights[k];
+        r += source[at] * w;
+        g += source[at + 1] * w;
+        b += source[at + 2] * w;
+      }
+      const to = line * targetLineStep + i * targetStep;
+      target[to] = r >> BITS; // clamped to 0..255 by the array
+      target[to + 1] = g >> BITS;
+      target[to + 2] = b >> BITS;
+      target[to + 3] = 255;
+    }
+  }
+}
+
+/**
+ * The part `crop` of what `picture` (RGBA, opaque) is when its part `box` is resized to width x height.
+ * `crop` is [left, top, width, height] in the new pixels, `box` [left, top, right, bottom] in the old ones.
+ */
+export function resize(picture, width, height, filter, crop, box = [0, 0, picture.width, picture.height]) {
+  const { data } = picture;
+  const [left, top, cropWidth, cropHeight] = crop;
+  const [x0, y0, x1, y1] = box.map(Math.fround);
+  const out = new Uint8ClampedArray(4 * cropWidth * cropHeight);
+  if (filter === "nearest") {
+    const columns = nearest(x0, x1, width, picture.width);
+    const rows = nearest(y0, y1, height, picture.height);
+    for (let y = 0; y < cropHeight; y++) {
+      for (let x = 0; x < cropWidth; x++) {
+        const at = 4 * (rows[top + y] * picture.width + columns[left + x]);
+        out.set(data.subarray(at, at + 4), 4 * (y * cropWidth + x));
+      }
+    }
+    return out;
+  }
+  const across = weigh(picture.width, x0, x1, width, left, cropWidth, filter);
+  const down = weigh(picture.height, y0, y1, height, top, cropHeight, filter);
+  // Which pass comes first shows in the last bits, more so with bicubic. This is Pillow's choice since version 13.
+  if (picture.height - height > 2 * Math.max(0, picture.width - width)) {
+    const from = across.starts[0];
+    const columns = Math.max(...across.ends) - from;
+    const between = new Uint8ClampedArray(4 * columns * cropHeight);
+    pass(data.subarray(4 * from), between, down, columns, 4, 4 * picture.width, 4, 4 * columns, 0);
+    pass(between, out, across, cropHeight, 4 * columns, 4, 4 * cropWidth, 4, from);
+  } else {
+    const from = down.starts[0];
+    const rows = Math.max(...down.ends) - from;
+    const between = new Uint8ClampedArray(4 * cropWidth * rows);
+    pass(data.subarray(4 * from * picture.width), between, across, rows, 4 * picture.width, 4, 4 * cropWidth, 4, 0);
+    pass(between, out, down, cropWidth, 4, 4 * cropWidth, 4, 4 * cropWidth, from);
+  }
+  return out;
+}
+
+function nearest(from, to, length, size) {
+  const scale = Math.fround(to - from) / length;
+  const found = new Int32Array(length);
+  for (let i = 0, at = from + 0.5 * scale; i < length; i++, at += scale) found[i] = Math.min(size - 1, Math.trunc(at));
+  return found;
+}
+
+/**
+ * A picture {data, width, height} -> {seen, input}: the square that is left of it as RGBA, and the same as the network
+ * reads it, three planes of floats. `preprocessing` is what the weights say, see mobilevit.pictures.Preprocessing.
+ */
+export function prepare(picture, preprocessing) {
+  const { resize_px: side, crop_px: crop, interpolation, mean, std } = preprocessing;
+  const { width, height } = picture;
+  const short = Math.min(width, height);
+  const [newHeight, newWidth] = Array.isArray(side)
+    ? side
+    : [Math.trunc((side * height) / short), Math.trunc((side * width) / short)];
+  const left = Math.floor((newWidth - crop) / 2);
+  const top = Math.floor((newHeight - crop) / 2);
+  let seen;
+  if (Math.max(width, height) <= 10 * short) {
+    seen = resize(picture, newWidth, newHeight, interpolation, [left, top, crop, crop]);
+  } else {
+    const x = width / newWidth;
+    const y = height / newHeight;
+    const box = [left * x, top * y, Math.min((left + crop) * x, width), Math.min((top + crop) * y, height)];
+    seen = resize(picture, crop, crop, interpolation, [0, 0, crop, crop], box);
+  }
+  const plane = crop * crop;
+  const input = new Float32Array(3 * plane);
+  for (let channel = 0; channel < 3; channel++) {
+    // 256 values to look up, each rounded as often as torch rounds it
+    const values = new Float32Array(256);
+    for (let v = 0; v < 256; v++) {
+      const shifted = Math.fround(Math.fround(v / 255) - Math.fround(mean[channel]));
+      values[v] = shifted / Math.fround(std[channel]);
+    }
+    for (let i = 0; i < plane; i++) input[channel * plane + i] = values[seen[4 * i + channel]];
+  }
+  return { seen, input };
+}
+
+/** Logits -> probabilities. */
+export function softmax(logits) {
+  const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  const powers = Float64Array.from(logits, (x) => Math.exp(x - most));
+  const sum = powers.reduce((a, b) => a + b, 0);
+  return powers.map((x) => x / sum);
+}

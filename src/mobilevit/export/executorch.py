@@ -1,0 +1,158 @@
+"""ExecuTorch, by its XNNPACK delegate: what phones with Android and small processors run without Python."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import executorch  # noqa: F401 - its parts are imported where they are used, as they talk even then
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mobilevit.export.rewrite import Formulation, fast
+
+if TYPE_CHECKING:
+    from mobilevit.export import Operators, Run, Target
+
+PRECISIONS = ("fp32", "fp16", "int8")
+# With a batch left open its reshapes fall out of the delegate, which breaks into more than twenty.
+DYNAMIC = ()
+# What the delegate takes as a whole: it knows products of rank 3 and no mean over the last axis.
+FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
+
+
+def write(
+    network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
+) -> None:
+    """See `Backend.write`. In fp16 input and output stay float32; int8 is static, with a scale per output channel."""
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        # The delegate lays weights out itself and refuses those that lie channels-last already.
+        model: nn.Module = fast(network, FORMULATION).to(memory_format=torch.contiguous_format)
+        if target.precision == "fp16":
+            model = _Half(model)
+        example = (target.example(),)
+        if target.precision == "int8":
+            model = _quantized(model, example, _batches(calibration, target.batch_size))
+        program = to_edge_transform_and_lower(
+            torch.export.export(model, example),
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={"metadata": json.dumps(dict(metadata), ensure_ascii=False)},
+        ).to_executorch()
+        with path.open("wb") as file:
+            program.write_to_file(file)
+
+
+def load(path: Path, num_threads: int) -> Run:
+    """See `Backend.load`. The number of threads is that of the whole process."""
+    with _quiet():
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(num_threads)
+        forward = _method(path, "forward")
+
+    def run(pictures: np.ndarray) -> np.ndarray:
+        try:
+            (logits,) = forward.execute([torch.from_numpy(np.ascontiguousarray(pictures))])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: ExecuTorch cannot take {pictures.dtype} {pictures.shape} ({error})") from None
+        return logits.numpy().copy()  # the next run writes to the same place
+
+    return run
+
+
+def operators(path: Path) -> Operators:
+    """See `Backend.operators`. A delegate counts as one operator, whatever it holds."""
+    from mobilevit.export import Operators
+
+    with _quiet():
+        from executorch.exir._serialize import _deserialize_pte_binary
+        from executorch.exir.schema import DelegateCall, KernelCall
+
+        _method(path, "forward")  # delegates are only looked into when a method is loaded
+        plans = _deserialize_pte_binary(path.read_bytes()).program.execution_plan
+    (plan,) = (plan for plan in plans if plan.name == "forward")
+    calls = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
+    outside = [plan.operators[call.op_index].name for call in calls if isinstance(call, KernelCall)]
+    return Operators(sum(isinstance(call, DelegateCall | KernelCall) for call in calls), tuple(outside))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` was given to say about the artifact."""
+    with _quiet():
+        (text,) = _method(path, "metadata").execute([])
+    return json.loads(text)
+
+
+class _Half(nn.Module):
+    """A network in half precision between float32 pictures and float32 logits."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
+
+
+def _method(path: Path, name: str) -> Any:
+    from executorch.runtime import Runtime
+
+    try:
+        program = Runtime.get().load_program(path)
+        method = program.load_method(name)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: ExecuTorch cannot load it ({error})") from None
+    assert method is not None
+    return method
+
+
+def _batches(inputs: Sequence[Tensor], size: int) -> list[Tensor]:
+    """All of `inputs` in batches of one size, filled up from the start."""
+    return [
+        torch.cat([inputs[(start + i) % len(inputs)] for i in range(size)]) for start in range(0, len(inputs), size)
+    ]
+
+
+def _quantized(model: nn.Module, example: tuple[Tensor], calibration: Sequence[Tensor]) -> nn.Module:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
+    with torch.no_grad():
+        for batch in calibration:
+            prepared(batch)
+    return convert_pt2e(prepared)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to themselves what the libraries say to their own developers."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
+            warnings.simplefilter("ignore")
+            os.dup2(nowhere.fileno(), 2)  # the runtime is not written in Python, and writes there by itself
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        logging.disable(disabled)
