@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -312,13 +312,15 @@ class Export:
     """Take pixels as they are, 0 to 255 and (batch, height, width, 3), and scale them inside."""
     num_threads: int = 2
     """Of the runtimes while they are timed."""
+    sensitivity: bool = False
+    """Instead of writing anything, show what int8 would cost each part of the network, on --pictures."""
     json: bool = False
     """One JSON object a line instead of a table."""
     download: Download = False
 
     def run(self) -> int:
         """Export and print."""
-        from mobilevit.export import BACKENDS, export, installed
+        from mobilevit.export import BACKENDS, export, installed, sensitivity
         from mobilevit.models.weights import read
 
         if len(self.size) > 2:
@@ -327,6 +329,14 @@ class Export:
             raise ValueError(f"num threads is {self.num_threads}; it must be 1 or more")
         weights = read(self.weights, download=self.download)
         _say_what_is_assumed(self.weights, weights)
+        if self.sensitivity:
+            costs = sensitivity(weights, _some_pictures(self.pictures))
+            if self.json:
+                for cost in costs:
+                    print(json.dumps(asdict(cost)), flush=True)
+            else:
+                _stdout().print(_sensitivity_table(costs))
+            return 0
         names = list(self.to)
         if "all" in names:
             names = [name for name in BACKENDS if installed(name)]
@@ -525,6 +535,17 @@ def _artifact_table(artifacts: Any) -> Any:
         )
         outside = ", ".join(sorted(set(a.operators.outside))) or "none"
         table.add_row(str(a.path), f"{a.num_bytes / 1e6:.2f}", *measured, str(a.operators.num_operators), outside)
+    return table
+
+
+def _sensitivity_table(costs: Any) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    names = ("layers", "weights", "error", "same answer")
+    table = Table("in int8, alone", *(Column(name, justify="right") for name in names), box=SIMPLE)
+    for c in costs:
+        table.add_row(c.part, str(c.num_layers), f"{c.num_weights:,}", f"{c.error:.4f}", f"{100 * c.top1:.1f} %")
     return table
 
 

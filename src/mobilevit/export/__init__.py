@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mobilevit.export.quantization import Cost, costs_of_int8
 from mobilevit.export.verify import Agreement, compare, drawn_pictures
 from mobilevit.models.weights import Weights
 from mobilevit.pictures import Picture, Preprocessing, read_picture
@@ -225,6 +226,20 @@ def export(
                 _replace(file, out / file.name)
         artifacts.append(Artifact(name, out / path.name, num_bytes, target, operators, agreement))
     return artifacts
+
+
+def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
+    """What int8 costs each part of the network on real `pictures`; see `mobilevit.export.quantization`.
+
+    Raises:
+        ValueError: no pictures. PictureError: one that cannot be read.
+    """
+    if not pictures:
+        raise ValueError("what int8 costs is measured on real pictures; name some (--pictures)")
+    p = weights.preprocessing
+    target = Target("int8", p.crop_px, p.crop_px)
+    inputs = [_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
+    return costs_of_int8(Deployed(weights.build(), p, uint8=False).eval().requires_grad_(False), inputs)
 
 
 def load_artifact(path: str | Path, num_threads: int = 2) -> Run:

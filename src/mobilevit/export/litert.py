@@ -127,7 +127,7 @@ def _interpreter(path: Path, num_threads: int) -> Any:
             # By its content: a file that is mapped into memory cannot be moved or replaced everywhere.
             interpreter = Interpreter(model_content=path.read_bytes(), num_threads=num_threads)
             interpreter.allocate_tensors()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: LiteRT does not take it ({str(error).strip().splitlines()[0]})") from None
     return interpreter
 
