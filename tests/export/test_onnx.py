@@ -91,5 +91,5 @@ def test_what_the_artifact_says_of_itself(weights: Weights, tmp_path: Path):
     assert metadata["source"] == "weights.safetensors"
     assert metadata["input"] == "float32 (batch, 3, height, width), RGB"
     proto = onnx.load(artifact.path)
-    assert [(one.domain, one.version) for one in proto.opset_import] == [("", 20)]
+    assert [(one.domain, one.version) for one in proto.opset_import] == [("", 23)]
     assert not artifact.operators.outside

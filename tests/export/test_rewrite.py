@@ -80,9 +80,9 @@ def test_centre(model: MobileViT, size: tuple[int, int]) -> None:
 FORMULATIONS = [
     Formulation(attention, norm, joint_qkv, silu)
     for attention, norm, joint_qkv, silu in product(
-        ("fused", "rank4", "rank3"), ("fused", "mean", "linear"), (False, True), ("fused", "sigmoid")
+        ("fused", "onnx", "rank4", "rank3"), ("fused", "layer", "mean", "linear"), (False, True), ("fused",)
     )
-]
+] + [Formulation(silu="sigmoid")]
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS, ids=str)

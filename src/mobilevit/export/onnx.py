@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ("batch", "size")
-FORMULATION = Formulation(attention="rank4", norm="mean")
-OPSET = 20
+FORMULATION = Formulation(attention="onnx", norm="layer")
+OPSET = 23  # the first that has attention as an operator
 CALIBRATION_BATCH = 16
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # the rest costs accuracy and, between float neighbours, time
 

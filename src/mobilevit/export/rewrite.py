@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils import fuse_conv_bn_eval
+from torch.onnx.ops import attention
 
 from mobilevit.models.mobilevit import Attention, ConvNorm, MobileViTBlock, TransformerLayer, resize_map
 
@@ -36,14 +37,16 @@ Network = TypeVar("Network", bound=nn.Module)
 class Formulation:
     """How a function is spelt; which spelling is fastest depends on the runtime.
 
-    `attention`: torch's fused operator, matrix products of rank 4 (batch, heads), or of rank 3.
-    `norm`: torch's operator, a mean, or the mean as a product with a row of 1/D, for runtimes that are slow at means.
+    `attention`: torch's fused operator, that of ONNX, which takes the heads apart itself, or matrix products of rank 4
+    (batch, heads) or 3.
+    `norm`: torch's operator; a layer norm, which subtracts a mean that is 0 but is one operator where the other is six;
+    a mean; or the mean as a product with a row of 1/D, for runtimes that are slow at means.
     `joint_qkv`: queries, keys and values by one linear, or by three.
     `silu`: torch's operator, or x * sigmoid(x).
     """
 
-    attention: Literal["fused", "rank4", "rank3"] = "fused"
-    norm: Literal["fused", "mean", "linear"] = "fused"
+    attention: Literal["fused", "onnx", "rank4", "rank3"] = "fused"
+    norm: Literal["fused", "layer", "mean", "linear"] = "fused"
     joint_qkv: bool = False
     silu: Literal["fused", "sigmoid"] = "fused"
 
@@ -174,11 +177,15 @@ class FlatAttention(nn.Module):
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
         """Attend among each `num_tokens` rows in a row; (M, D) -> (M, D)."""
         D = x.shape[-1]
-        split = (-1, num_tokens, self.num_heads, D // self.num_heads)
         if self.num_linears == 1:
-            parts = [part.reshape(split) for part in self.qkv(x).chunk(3, dim=-1)]
+            parts = self.qkv(x).chunk(3, dim=-1)
         else:
-            parts = [linear(x).reshape(split) for linear in (self.q, self.k, self.v)]
+            parts = [linear(x) for linear in (self.q, self.k, self.v)]
+        if self.formulation == "onnx":
+            q, k, v = (part.reshape(-1, num_tokens, D) for part in parts)
+            y, *_ = attention(q, k, v, q_num_heads=self.num_heads, kv_num_heads=self.num_heads, scale=1.0)
+            return self.out(y.reshape(-1, D))
+        parts = [part.reshape(-1, num_tokens, self.num_heads, D // self.num_heads) for part in parts]
         if self.formulation == "fused":
             q, k, v = (part.transpose(1, 2) for part in parts)
             y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -269,6 +276,8 @@ class RootMeanSquare(nn.Module):
         """Normalise; (..., D) -> (..., D)."""
         if self.formulation == "fused":
             return F.rms_norm(x, (self.dim,), eps=self.eps)
+        if self.formulation == "layer":
+            return F.layer_norm(x, (self.dim,), eps=self.eps)
         if self.formulation == "mean":
             wide = (
                 x.float() if x.dtype == torch.float16 else x
