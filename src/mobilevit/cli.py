@@ -655,13 +655,14 @@ def _run(args: list[str]) -> int:
 def parse(args: list[str]) -> Any:
     """The command that `args` stands for. Exits with code 2, and says why, where it stands for none."""
     name, rest = args[0], args[1:]
-    default: Any = tyro.MISSING_NONPROP
+    options: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
     description = COMMANDS[name].__doc__
     if name == "train":
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
         if recipe not in RECIPES:
             raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-        default = Train(data=tyro.MISSING, recipe=RECIPES[recipe])
+        # Flags in pairs for train alone: what a flag's default is, depends on the recipe.
+        options = {"default": Train(data=tyro.MISSING, recipe=RECIPES[recipe])}
         text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
         others = ", ".join(name for name in RECIPES if name != recipe)
         description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"
@@ -673,9 +674,7 @@ def parse(args: list[str]) -> Any:
                 prog=f"mobilevit {name}",
                 description=description,
                 args=rest,
-                default=default,
-                # Pairs for train alone: what a flag's default is, depends on the recipe.
-                config=() if name == "train" else (tyro.conf.FlagCreatePairsOff,),
+                **options,
             )
     except SystemExit as stop:
         if stop.code:

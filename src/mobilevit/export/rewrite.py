@@ -51,7 +51,7 @@ class Formulation:
     silu: Literal["fused", "sigmoid"] = "fused"
 
 
-EAGER = Formulation()
+EAGER = Formulation(joint_qkv=True)
 
 
 def fast(model: Network, formulation: Formulation = EAGER) -> Network:
