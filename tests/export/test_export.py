@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -172,6 +173,34 @@ def test_what_is_not_installed_is_named_with_its_extra(weights: Weights, monkeyp
     assert not installed("onnx")
     with pytest.raises(ValueError, match=r"onnx needs onnxruntime, .* pip install 'mobilevit\[onnx\]'"):
         export(weights, ["onnx"], tmp_path)
+
+
+def test_int8_is_timed_against_fp32(weights: Weights, fake: Fake, tmp_path: Path):
+    written, wait = [], {"int8": 0.004, "fp32": 0.012}
+
+    def write(network, target, path, metadata, calibration) -> None:
+        written.append((target.precision, len(calibration)))
+        fake.network = network
+        path.write_text(target.precision)
+
+    def load(path: Path, num_threads: int):
+        precision = path.read_text()
+
+        def run(pictures: np.ndarray) -> np.ndarray:
+            time.sleep(wait[precision])
+            with torch.no_grad():
+                return fake.network(torch.from_numpy(pictures)).numpy()
+
+        return run
+
+    fake.write, fake.load = write, load  # pyright: ignore[reportAttributeAccessIssue]
+    pictures = drawn_pictures(3, (64, 64))
+    [artifact] = export(weights, ["fake"], tmp_path, precision="int8", pictures=pictures)
+    assert written == [("int8", 3), ("fp32", 0)]
+    assert artifact.path.read_text() == "int8"
+    assert artifact.speed_ratio is not None
+    assert 1.1 < artifact.speed_ratio < 3
+    assert export(weights, ["fake"], tmp_path)[0].speed_ratio is None
 
 
 def test_load_artifact_refuses(tmp_path: Path):

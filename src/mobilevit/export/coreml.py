@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Formulation, RootMeanSquare, fast
+from mobilevit.export.rewrite import Formulation, fast
 from mobilevit.pictures import first_line
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ with _quiet():
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ()
-FORMULATION = Formulation(attention="rank4", norm="mean", joint_qkv=False)
+# A sum of squares may exceed what fp16 holds; the runtime's own layer norm sees to that.
+FORMULATION = Formulation(attention="rank4", norm="layer")
 MAX_RANK = 5
 # What a converted network consists of. Another operator would be a sign that the converter has spelt something in a
 # roundabout way, which nobody would notice where the program cannot be run.
@@ -83,14 +84,6 @@ def write(
             model = nn.Sequential(_Scale(rest), model)
         color = ct.colorlayout.RGB
         pictures = ct.ImageType("pictures", shape, scale=scale[0].item(), bias=bias, color_layout=color)
-    # A sum of squares may exceed what fp16 holds. The runtime's own layer norm sees to that, and of a centred stream
-    # it is the same function.
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, RootMeanSquare):
-                setattr(parent, name, nn.LayerNorm(child.dim, eps=child.eps, elementwise_affine=False))
-    model.eval()
-
     precision = ct.precision.FLOAT32 if target.precision == "fp32" else ct.precision.FLOAT16
     # The converter's progress bars go to stderr.
     with _quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DYNAMIC = ("batch", "size")
 # Of fixed shapes, the fused attention is computed wrongly (2026.4: a logit is off by its standard deviation).
-FORMULATION = Formulation(attention="rank4", norm="mean", joint_qkv=False)
+FORMULATION = Formulation(attention="rank4", norm="mean")
 # What is computed in. Left to itself, OpenVINO takes bf16 wherever the processor has it.
 COMPUTED_IN = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
 METADATA = "mobilevit"  # the section of the file's rt_info

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 TIMED_SECONDS = 0.5
+Run = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class Agreement:
     latency_ms: float
 
 
-def compare(
-    network: nn.Module, run: Callable[[np.ndarray], np.ndarray], inputs: Sequence[Tensor], batch_size: int
-) -> Agreement:
+def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], batch_size: int) -> Agreement:
     """Put `inputs`, (1, ...) each, through `network` and, `batch_size` at a time, through `run`."""
     missing = -len(inputs) % batch_size
     filled = [*inputs, *(inputs[i % len(inputs)] for i in range(missing))]
@@ -50,6 +49,20 @@ def compare(
         top1=float((found.argmax(1) == expected.argmax(1))[: len(inputs)].mean()),
         latency_ms=float(np.median(times_ms)),
     )
+
+
+def speed_ratio(run: Run, other: Run, example: np.ndarray, num_rounds: int = 21) -> float:
+    """How many times as fast as `other` the first is: the median over rounds in which both are timed in turn."""
+    runs, ratios = [run, other], []
+    for i in range(num_rounds):
+        times = {}
+        for one in runs if i % 2 else reversed(runs):
+            one(example)  # not timed: it wakes its threads and fills the caches
+            started = time.perf_counter()
+            one(example)
+            times[one] = time.perf_counter() - started
+        ratios.append(times[other] / times[run])
+    return float(np.median(ratios))
 
 
 def drawn_pictures(number: int, size: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
