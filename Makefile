@@ -11,8 +11,12 @@ LITERT_BIN := $(LITERT_VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
 
+# In two processes: the runtimes of export bring threads and memory of their own, and are not made to live with all others.
+RUNTIME_TESTS := tests/benchmark tests/demo tests/export
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNTIME_TESTS))
+	$(BIN)/python -m pytest $(RUNTIME_TESTS)
 
 # LiteRT's converter wants an older torch than the rest, and so an environment of its own. Its libraries bring plugins
 # for pytest that no test here needs and that are too old for the newest pytest.

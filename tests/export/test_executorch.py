@@ -76,7 +76,8 @@ def test_one_answer_outlives_the_next(fp32: Artifact):
 @pytest.mark.parametrize("what", ["batch", "size"])
 def test_only_fixed_shapes(weights: Weights, what: str, tmp_path: Path):
     with pytest.raises(ValueError, match=f"executorch is exported for one {what}; leave out --dynamic-{what}"):
-        export(weights, ["executorch"], tmp_path, dynamic_batch=what == "batch", dynamic_size=what == "size")
+        options = {f"dynamic_{what}": True}
+        export(weights, ["executorch"], tmp_path, size=(96, 96), **options)
 
 
 def test_a_picture_of_another_size_is_refused(fp32: Artifact):

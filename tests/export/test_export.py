@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from conftest import randomise
 from mobilevit.export import BACKENDS, Deployed, Operators, Target, export, installed, load_artifact
@@ -40,9 +42,11 @@ class Fake(ModuleType):
         super().__init__("mobilevit.export.fake")
         self.change = lambda logits: logits
         self.seen: list[tuple[int, ...]] = []
+        self.calibration: dict[str, Sequence[Tensor]] = {}
 
     def write(self, network, target, path, metadata, calibration) -> None:
-        self.network, self.metadata, self.calibration = network, metadata, calibration
+        self.network, self.metadata = network, metadata
+        self.calibration[target.precision] = calibration
         path.write_text(f"{target}")
 
     def load(self, path: Path, num_threads: int):
@@ -125,12 +129,12 @@ def test_metadata(weights: Weights, fake: Fake, tmp_path: Path):
 def test_calibration_is_spread_over_the_pictures(weights: Weights, fake: Fake, tmp_path: Path):
     pictures = [np.full((64, 64, 3), i // 4, np.uint8) for i in range(1000)]
     export(weights, ["fake"], tmp_path, precision="int8", pictures=pictures, uint8=True)
-    levels = [int(x[0, 0, 0, 0]) for x in fake.calibration]
+    levels = [int(x[0, 0, 0, 0]) for x in fake.calibration["int8"]]
     assert len(levels) == 256
     assert levels == sorted(levels)
     assert (levels[0], levels[-1]) == (0, 249)
     export(weights, ["fake"], tmp_path, pictures=pictures)
-    assert not fake.calibration
+    assert not fake.calibration["fp32"]
 
 
 @pytest.mark.parametrize(

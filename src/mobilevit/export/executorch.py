@@ -54,11 +54,15 @@ def write(
 
 
 def load(path: Path, num_threads: int) -> Run:
-    """See `Backend.load`. The number of threads is that of the whole process."""
-    with _quiet():
-        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    """See `Backend.load`. The number of threads is that of the whole process.
 
-        _unsafe_reset_threadpool(num_threads)
+    Change it only when nothing that was loaded with another one will run again: the runtime's threads are replaced.
+    """
+    with _quiet():
+        from executorch.extension.pybindings import portable_lib
+
+        if portable_lib._threadpool_get_thread_count() != num_threads:
+            portable_lib._unsafe_reset_threadpool(num_threads)  # whatever was loaded before must not run again
         forward = _method(path, "forward")
 
     def run(pictures: np.ndarray) -> np.ndarray:
