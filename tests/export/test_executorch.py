@@ -75,9 +75,9 @@ def test_one_answer_outlives_the_next(fp32: Artifact):
 
 @pytest.mark.parametrize("what", ["batch", "size"])
 def test_only_fixed_shapes(weights: Weights, what: str, tmp_path: Path):
+    batch, size = what == "batch", what == "size"
     with pytest.raises(ValueError, match=f"executorch is exported for one {what}; leave out --dynamic-{what}"):
-        options = {f"dynamic_{what}": True}
-        export(weights, ["executorch"], tmp_path, size=(96, 96), **options)
+        export(weights, ["executorch"], tmp_path, size=(96, 96), dynamic_batch=batch, dynamic_size=size)
 
 
 def test_a_picture_of_another_size_is_refused(fp32: Artifact):
