@@ -35,11 +35,13 @@ import torch
 import torchvision
 import transformers
 import tyro
-from results import processor, write_results
+from results import write_results
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
+from mobilevit.benchmark.latency import processor
+from mobilevit.benchmark.others import randomise
 from mobilevit.export.rewrite import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights, write
@@ -51,34 +53,6 @@ NOTE = (
     "faster one. Then the 10th and 90th percentile of that ratio, and the 10th percentile of the time itself."
 )
 Side = Callable[[Tensor], Tensor]
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights whose activations keep their scale through the network, for eval.
-
-    Not a default initialisation: where activations fade to denormal numbers, a processor takes its slow path and the
-    times mean nothing; where the statistics of the norms are 0 and 1, a mix-up of them goes unseen.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.copy_(0.1 * normal(module.running_mean))
-                module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
-            for name, x in module.named_parameters(recurse=False):
-                if name == "bias":
-                    x.copy_(0.1 * normal(x))
-                elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-                    x.copy_(1 + 0.1 * normal(x))
-                else:
-                    x.copy_(1.3 * normal(x) / x[0].numel() ** 0.5)
-    return model.eval()
 
 
 def build_sides(name: str, seed: int) -> dict[str, Side]:

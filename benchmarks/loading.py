@@ -31,7 +31,7 @@ import torch
 import torchvision
 import tyro
 from PIL import Image
-from results import processor, write_results
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_images
@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from mobilevit import pictures
+from mobilevit.benchmark.latency import processor
 from mobilevit.data.loader import PictureDataset, load
 from mobilevit.data.sampler import EpochBatches
 from mobilevit.data.sources import find_splits

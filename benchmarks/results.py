@@ -1,18 +1,9 @@
-"""What the benchmarks share: naming the processor, and writing what came out."""
+"""What the benchmarks share: writing what came out."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_results(

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from results import processor, write_results
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 
-from mobilevit.benchmark.latency import RUNTIMES, TORCH
+from mobilevit.benchmark.latency import RUNTIMES, TORCH, processor
 from mobilevit.export import installed
 
 COLUMNS = ("network", "side", "runtime", "batch", "time / ours", "p10", "p90", "p10, ms", "GFLOP/s", "of peak", "MB")

@@ -36,11 +36,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from eager import keep_freed_memory
-from results import processor, write_results
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mobilevit.benchmark.latency import processor
 from mobilevit.models.mobilevit import MobileViT, TransformerLayer
 from mobilevit.models.weights import Weights, write
 

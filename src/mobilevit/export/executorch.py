@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.rewrite import Formulation, Half, fast
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
@@ -40,7 +40,7 @@ def write(
         # The delegate lays weights out itself and refuses those that lie channels-last already.
         model: nn.Module = fast(network, FORMULATION).to(memory_format=torch.contiguous_format)
         if target.precision == "fp16":
-            model = _Half(model)
+            model = Half(model)
         example = (target.example(),)
         if target.precision == "int8":
             model = _quantized(model, example, _batches(calibration, target.batch_size))
@@ -96,18 +96,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     with _quiet():
         (text,) = _method(path, "metadata").execute([])
     return json.loads(text)
-
-
-class _Half(nn.Module):
-    """A network in half precision between float32 pictures and float32 logits."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.half()
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
 
 
 def _method(path: Path, name: str) -> Any:

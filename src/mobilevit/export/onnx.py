@@ -19,7 +19,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.rewrite import Formulation, Half, fast
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
@@ -38,7 +38,7 @@ def write(
     """See `Backend.write`. In fp16 input and output stay float32; int8 is static, QDQ, a scale per output channel."""
     model: nn.Module = fast(network, FORMULATION)
     if target.precision == "fp16":
-        model = _Half(model)
+        model = Half(model)
     dynamic: dict[int, object] = {}
     if target.dynamic_batch:
         dynamic[0] = torch.export.Dim("batch", min=1)
@@ -101,18 +101,6 @@ def operators(path: Path) -> Operators:
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write` was given to say about the artifact."""
     return {prop.key: prop.value for prop in onnx.load(path, load_external_data=False).metadata_props}
-
-
-class _Half(nn.Module):
-    """A network in half precision between float32 pictures and float32 logits."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.half()
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
 
 
 class _Calibration(CalibrationDataReader):

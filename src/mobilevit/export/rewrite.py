@@ -286,6 +286,18 @@ class RootMeanSquare(nn.Module):
         return x * torch.rsqrt(self.mean(x * x))
 
 
+class Half(nn.Module):
+    """A network in half precision between float32 pictures and float32 logits."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
+
+
 class SigmoidSiLU(nn.Module):
     """SiLU as the product that it is."""
 
