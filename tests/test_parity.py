@@ -16,8 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 from conftest import randomise
+from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-from mobilevit.models.weights import FORMATS, Weights, read, write
+from mobilevit.models.ssdlite import SSDLite, detect
+from mobilevit.models.weights import FORMATS, Format, Weights, coco_class_names, read, voc_class_names, write
 from mobilevit.pictures import Preprocessing
 from mobilevit.predict import load
 
@@ -79,6 +81,63 @@ def test_apple_golden(name: str, tmp_path: Path) -> None:
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert again.keys() == keys.keys()
     assert all(torch.equal(again[key], stored[key]) for key in keys)
+
+
+def assert_writes_the_same(weights: Weights, stored: dict[str, Tensor], path: Path) -> None:
+    """What we write for Apple is, key by key and bit by bit, what was read."""
+    write(weights, path, "apple")
+    again = torch.load(path, weights_only=True)
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[key], stored[key]) for key in stored)
+
+
+def test_apple_golden_detection(tmp_path: Path) -> None:
+    stored = apple_weights(json.loads((GOLDEN / "det_xs.keys.json").read_text()))
+    torch.save(stored, tmp_path / "apple.pt")
+    weights = read(tmp_path / "apple.pt")
+    assert (weights.task, weights.architecture) == ("detect", ARCHITECTURES["xs"])
+    assert weights.preprocessing == Preprocessing(resize_px=(320, 320), crop_px=320)
+    assert weights.class_names == coco_class_names()
+    model = weights.build(SSDLite)
+    golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / "det_xs.npz").items()}
+    with torch.no_grad():
+        class_logits, locations = model(apple_picture(320, 320).flip(1))
+    anchors = model.anchors(320, 320)
+    assert_same(class_logits[:, ::7], golden["class_logits_320x320_every7"])
+    assert_same(locations[:, ::7], golden["locations_320x320_every7"])
+    assert torch.equal(anchors[None], golden["anchors_320x320"])
+
+    (found,) = detect(class_logits, locations, anchors, score_threshold=0.01, max_per_picture=80 * 200)
+    labels = found.labels + 1  # the released code counts the background
+    for label in golden["labels"].unique():
+        ours, theirs = labels == label, golden["labels"] == label
+        # Equal scores make the order a matter of taste: each of theirs has one of ours, and the numbers are equal.
+        assert ours.sum() == theirs.sum() == 200
+        scores, boxes = golden["scores"][theirs], golden["boxes"][theirs]
+        apart = (boxes[:, None] - found.boxes[ours]).abs().amax(-1)
+        apart = apart.maximum((found.scores[ours] / scores[:, None] - 1).abs())
+        assert apart.amin(0).max() < 1e-4
+        assert apart.amin(1).max() < 1e-4
+        assert apart.argmin(1).unique().numel() == 200
+    assert_writes_the_same(weights, stored, tmp_path / "again.pt")
+
+
+def test_apple_golden_segmentation(tmp_path: Path) -> None:
+    stored = apple_weights(json.loads((GOLDEN / "seg_xxs.keys.json").read_text()))
+    torch.save(stored, tmp_path / "apple.pt")
+    weights = read(tmp_path / "apple.pt")
+    assert (weights.task, weights.architecture, weights.output_stride) == ("segment", ARCHITECTURES["xxs"], 16)
+    assert weights.head == DeepLabHead()
+    assert weights.preprocessing == Preprocessing(resize_px=(512, 512), crop_px=512)
+    assert weights.class_names == voc_class_names()
+    model = weights.build(DeepLabV3)
+    golden = np.load(GOLDEN / "seg_xxs.npz")
+    for height, width in [(256, 256), (320, 384)]:
+        with torch.no_grad():
+            logits = model(apple_picture(height, width).flip(1))
+        assert logits.shape == tuple(golden[f"shape_{height}x{width}"])
+        assert_same(logits[:, :, ::8, ::8], torch.from_numpy(golden[f"logits_{height}x{width}_every8"]))
+    assert_writes_the_same(weights, stored, tmp_path / "again.pt")
 
 
 def transformers_config(name: str) -> transformers.MobileViTConfig:
@@ -170,6 +229,63 @@ def test_another_structure_through_transformers(tmp_path: Path) -> None:
         assert_same(ours(x), theirs(x))
 
 
+def segmenter_from(path: Path) -> Callable[[Tensor], Tensor]:
+    loaded: Any = transformers.MobileViTForSemanticSegmentation.from_pretrained(path, output_loading_info=True)
+    model, report = loaded
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.eval()
+    return lambda rgb: model(rgb.flip(1)).logits
+
+
+@pytest.mark.parametrize(("name", "output_stride"), [("xxs", 16), ("xs", 8), ("s", 16), ("xxs", 32)])
+def test_segmentation_of_transformers(name: str, output_stride: int, tmp_path: Path) -> None:
+    config = transformers_config(name)
+    config.output_stride, config.aspp_out_channels, config.atrous_rates = output_stride, 72, [2, 3, 5]
+    theirs = randomise(transformers.MobileViTForSemanticSegmentation(config))
+    theirs.save_pretrained(tmp_path / "theirs")  # pyright: ignore[reportCallIssue]
+    transformers.MobileViTImageProcessor(
+        size={"shortest_edge": 544}, crop_size={"height": 512, "width": 512}, resample=2
+    ).save_pretrained(tmp_path / "theirs")
+    weights = read(tmp_path / "theirs")
+    assert (weights.task, weights.architecture) == ("segment", ARCHITECTURES[name])
+    assert weights.head == DeepLabHead(channels=72, rates=(2, 3, 5))
+    assert weights.preprocessing == Preprocessing(resize_px=(512, 512), crop_px=512)
+    ours = weights.build(DeepLabV3)
+
+    write(weights, tmp_path / "ours", "transformers")
+    again = segmenter_from(tmp_path / "ours")
+    for size in [(256, 192), (131, 97)]:
+        x = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            logits = ours.coarse(x)
+            assert_same(logits, theirs(x.flip(1)).logits)
+            assert_same(logits, again(x))
+            resized: list[Any] = transformers.MobileViTImageProcessor().post_process_semantic_segmentation(
+                theirs(x.flip(1)), target_sizes=[size, size], return_segmentation_scores=True
+            )
+            assert_same(ours(x), torch.stack([picture.segmentation_scores for picture in resized]))
+
+
+def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(resize_px=(96, 96), crop_px=96)
+    model = randomise(DeepLabV3("xxs", num_classes=3))
+    weights = Weights(
+        model.architecture,
+        model.state_dict(),
+        preprocessing,
+        output_stride=16,
+        task="segment",
+        head=model.head,
+    )
+    write(weights, tmp_path / "hf", "transformers")
+    assert read(tmp_path / "hf").preprocessing == preprocessing
+    picture = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
+    processor = transformers.MobileViTImageProcessor.from_pretrained(tmp_path / "hf")
+    theirs = processor(picture, return_tensors="pt")["pixel_values"].flip(1)
+    ours = preprocessing(picture.permute(1, 2, 0).numpy())
+    assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds otherwise than Pillow's
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -182,6 +298,39 @@ def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Pat
         write(weights, tmp_path / ENDINGS[format], format)
         weights = read(tmp_path / ENDINGS[format])
         assert weights.architecture == ARCHITECTURES[name]
+        assert weights.tensors.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert weights.tensors[key].dtype == tensor.dtype
+            assert torch.equal(weights.tensors[key], tensor), f"{format}: {key}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["detect", "segment", "segment later"])
+def test_round_trip_of_dense_networks(kind: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    formats: tuple[Format, ...] = ("mobilevit", "apple", "mobilevit")
+    options: dict[str, Any] = {"task": "detect", "preprocessing": Preprocessing((320, 320), 320)}
+    if kind == "detect":
+        model = SSDLite(name, num_classes=3)
+    else:
+        head, stride = (DeepLabHead(), 16) if kind == "segment" else (LATER_HEAD, 8)
+        model = DeepLabV3(name, 4, stride, head)
+        options = {"task": "segment", "head": head, "output_stride": stride}
+        options["preprocessing"] = Preprocessing((512, 512), 512)
+        if kind == "segment":
+            formats = ("mobilevit", "transformers", "apple", "transformers", "mobilevit")
+    tensors = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in randomise(model).state_dict().items()
+    }
+    weights = Weights(ARCHITECTURES[name], tensors, **options)
+    for i, format in enumerate(formats):  # each from what the one before it wrote
+        path = tmp_path / f"{i}{ENDINGS[format]}"
+        write(weights, path, format)
+        again = read(path)
+        for part in ("task", "head", "output_stride", "architecture", "preprocessing", "num_classes"):
+            assert getattr(again, part) == getattr(weights, part), f"{format}: {part}"
+        weights = again
         assert weights.tensors.keys() == tensors.keys()
         for key, tensor in tensors.items():
             assert weights.tensors[key].dtype == tensor.dtype

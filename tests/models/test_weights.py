@@ -23,15 +23,20 @@ import torch
 from torch import Tensor
 
 from conftest import randomise
-from mobilevit.models.mobilevit import ARCHITECTURES, XXS, MobileViT
+from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
+from mobilevit.models.mobilevit import ARCHITECTURES, XXS, Backbone, MobileViT, S
+from mobilevit.models.ssdlite import SSDLite
 from mobilevit.models.weights import (
     FORMATS,
     Format,
     Weights,
     WeightsError,
+    backbone_tensors,
+    coco_class_names,
     imagenet_class_names,
     key_names,
     read,
+    voc_class_names,
     write,
 )
 from mobilevit.pictures import Preprocessing
@@ -173,6 +178,198 @@ def test_containers_and_prefixes_of_training_scripts(weights: Weights, tmp_path:
     torch.save({"epoch": 3, "model_state_dict": {f"module.{k}": v for k, v in stored.items()}}, tmp_path / "run.pt")
     found = read(tmp_path / "run.pt")
     assert all(torch.equal(found.tensors[key], weights.tensors[key]) for key in weights.tensors)
+
+
+# --- Detection and segmentation --------------------------------------------------------------------------------------
+
+SMALL_HEAD = DeepLabHead(channels=24, rates=(2, 3, 5), auxiliary_channels=16, dropout=0.2, align_corners=True)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Weights:
+    model = randomise(SSDLite("xxs", num_classes=6))
+    return Weights(XXS, model.state_dict(), Preprocessing((96, 64), 64), NAMES, task="detect")
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Weights:
+    model = randomise(DeepLabV3("xxs", num_classes=6))
+    preprocessing = Preprocessing((96, 96), 96)
+    return Weights(XXS, model.state_dict(), preprocessing, NAMES, 16, task="segment", head=PAPER_HEAD)
+
+
+def test_any_head_in_our_format(detector: Weights, tmp_path: Path) -> None:
+    model = randomise(DeepLabV3("xxs", 6, 8, SMALL_HEAD))
+    segmenter = Weights(XXS, model.state_dict(), class_names=NAMES, output_stride=8, task="segment", head=SMALL_HEAD)
+    for weights in (detector, segmenter):
+        write(weights, tmp_path / "w.safetensors")
+        again = read(tmp_path / "w.safetensors", num_classes=6)
+        for part in ("task", "head", "output_stride", "preprocessing", "class_names", "num_classes"):
+            assert getattr(again, part) == getattr(weights, part)
+    x = torch.rand(1, 3, 97, 64)
+    with torch.no_grad():
+        assert torch.equal(again.build()(x), model(x))
+    refusals: dict[Format, str] = {
+        "apple": "published heads",
+        "transformers": "cannot express",
+        "timm": "segmentation",
+    }
+    for format, part in refusals.items():
+        with pytest.raises(WeightsError, match=part):
+            write(segmenter, tmp_path / "new" / ENDINGS[format], format)
+    assert not (tmp_path / "new").exists()
+
+
+def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
+    found = Weights(XXS, randomise(SSDLite("xxs")).state_dict(), task="detect")
+    segmented = Weights(XXS, DeepLabV3("xxs").state_dict(), output_stride=16, task="segment", head=PAPER_HEAD)
+    for weights, names in ((found, coco_class_names()), (segmented, voc_class_names())):
+        write(weights, tmp_path / "w.pt", "apple")
+        assert read(tmp_path / "w.pt").class_names == names
+        write(weights, tmp_path / "w.safetensors")
+        assert read(tmp_path / "w.safetensors").class_names == ()
+    # COCO's annotation files number toothbrush 90 and tv 72, in the order of which they are the 80th and the 63rd.
+    assert len(coco_class_names()) == len(set(coco_class_names())) == 80
+    assert [coco_class_names()[i] for i in (0, 11, 62, 79)] == ["person", "stop sign", "tv", "toothbrush"]
+    assert len(voc_class_names()) == 21
+    assert [voc_class_names()[i] for i in (0, 1, 15, 20)] == ["background", "aeroplane", "person", "tvmonitor"]
+
+
+def test_later_release_of_apple(tmp_path: Path) -> None:
+    """Its names, its structure and its channel order, as its code and its configuration have them."""
+    model = randomise(DeepLabV3("s", 21, 8, LATER_HEAD))
+    weights = Weights(S, model.state_dict(), output_stride=8, task="segment", head=LATER_HEAD)
+    write(weights, tmp_path / "w.pt", "apple")
+    stored = torch.load(tmp_path / "w.pt")
+    shapes = {
+        "encoder.conv_1.block.conv.weight": (16, 3, 3, 3),
+        "seg_head.aux_head.0.block.conv.weight": (128, 128, 3, 3),
+        "seg_head.aux_head.0.block.norm.running_var": (128,),
+        "seg_head.aux_head.2.block.conv.weight": (21, 128, 1, 1),
+        "seg_head.aux_head.2.block.conv.bias": (21,),
+        "seg_head.aspp.aspp_layer.convs.3.block.conv.weight": (512, 160, 3, 3),
+        "seg_head.aspp.aspp_layer.convs.4.aspp_pool.conv_1x1.block.norm.bias": (512,),
+        "seg_head.aspp.aspp_layer.project.block.conv.weight": (512, 2560, 1, 1),
+        "seg_head.classifier.block.conv.weight": (21, 512, 1, 1),
+        "seg_head.classifier.block.conv.bias": (21,),
+    }
+    assert {key: tuple(stored[key].shape) for key in shapes} == shapes
+    assert torch.equal(stored["encoder.conv_1.block.conv.weight"], weights.tensors["backbone.stem.conv.weight"])
+    found = read(tmp_path / "w.pt")
+    assert (found.head, found.output_stride, found.architecture) == (LATER_HEAD, 8, S)
+    assert LATER_HEAD.rates == (12, 24, 36)
+    assert found.preprocessing == Preprocessing((512, 512), 512)
+    with pytest.raises(WeightsError, match="output stride is 16"):
+        write(replace(weights, output_stride=16), tmp_path / "w.pt", "apple")
+
+
+def test_tensors_alone(detector: Weights, segmenter: Weights, tmp_path: Path) -> None:
+    """The state_dict of one of our networks, saved by torch.save: the published structure is assumed."""
+    for weights in (detector, segmenter):
+        torch.save(dict(weights.tensors), tmp_path / "w.pt")
+        found = read(tmp_path / "w.pt")
+        assert (found.task, found.head, found.described) == (weights.task, weights.head, False)
+        assert found.output_stride == weights.output_stride
+        assert all(torch.equal(found.tensors[key], weights.tensors[key]) for key in weights.tensors)
+
+
+def test_files_of_the_first_release_are_classifiers(weights: Weights, tmp_path: Path) -> None:
+    path, stored = stored_in(weights, "mobilevit", tmp_path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["mobilevit"])
+    assert description.pop("task") == "classify"
+    assert description.pop("head") is None
+    safetensors.torch.save_file(stored, path, {"mobilevit": json.dumps(description)})
+    assert (read(path).task, read(path).head, read(path).class_names) == ("classify", None, NAMES)
+    safetensors.torch.save_file(stored, path, {"mobilevit": json.dumps(description | {"task": "detect"})})
+    refused(path, str(path), "'detect'", "'classify'")
+
+
+def test_backbone_of_any_network_for_any_other(weights: Weights, detector: Weights, segmenter: Weights) -> None:
+    x = torch.rand(1, 3, 64, 96)
+    for pretrained in (weights, detector, segmenter):
+        tensors = backbone_tensors(pretrained)
+        assert tensors.keys() == Backbone("xxs").state_dict().keys()
+        for network in (MobileViT("xxs"), SSDLite("xxs"), DeepLabV3("xxs", head=SMALL_HEAD)):
+            network.backbone.load_state_dict(tensors)
+            network.eval()
+            with torch.no_grad():
+                seen, expected = network.backbone(x)["stage5"], pretrained.build().backbone(x)["stage5"]
+            if network.backbone.output_stride == pretrained.output_stride:
+                assert torch.equal(seen, expected)
+
+
+def test_networks_of_another_task(weights: Weights, detector: Weights, segmenter: Weights) -> None:
+    for one, network in ((weights, MobileViT), (detector, SSDLite), (segmenter, DeepLabV3)):
+        assert type(one.build()) is network
+        for other in {MobileViT, SSDLite, DeepLabV3} - {network}:
+            with pytest.raises(WeightsError, match=f"make a {network.__name__}, not a {other.__name__}"):
+                one.build(other)
+
+
+def test_impossible_descriptions(weights: Weights) -> None:
+    for changed, part in (
+        ({"task": "caption"}, "task is 'caption'"),
+        ({"head": PAPER_HEAD}, "head is"),
+        ({"task": "segment"}, "head is None"),
+        ({"task": "detect", "output_stride": 16}, "output_stride is 16"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            replace(weights, **changed)
+
+
+def test_formats_without_the_task(detector: Weights, segmenter: Weights, tmp_path: Path) -> None:
+    pairs: list[tuple[Weights, Format]] = [(detector, "timm"), (detector, "transformers"), (segmenter, "timm")]
+    for one, format in pairs:
+        with pytest.raises(WeightsError, match=r"has no MobileViT for (detection|segmentation)") as raised:
+            write(one, tmp_path / ENDINGS[format], format)
+        assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "format"),
+    [
+        ("detect", "mobilevit"),
+        ("detect", "apple"),
+        ("segment", "mobilevit"),
+        ("segment", "apple"),
+        ("segment", "transformers"),
+    ],
+)
+def test_keys_and_shapes_of_dense_networks(
+    detector: Weights, segmenter: Weights, task: str, format: Format, tmp_path: Path
+) -> None:
+    weights = detector if task == "detect" else segmenter
+    path, stored = stored_in(weights, format, tmp_path)
+    names = key_names(XXS, format, weights.task, weights.head)
+    classifier = names["heads.5.out.weight" if task == "detect" else "classifier.weight"][0]
+    bias = classifier.replace("weight", "bias")
+    inner = names["heads.1.depthwise.conv.weight" if task == "detect" else "pyramid.convs.2.norm.weight"][0]
+    for key in (classifier, bias, inner):
+        store(path, {k: v for k, v in stored.items() if k != key})
+        refused(path, str(path), f"key {key} is missing", "with SSDLite" if task == "detect" else "with DeepLabv3")
+        store(path, stored | {key: torch.zeros(7)})
+        refused(path, str(path), key)
+        store(path, stored | {key: torch.full_like(stored[key], float("inf"))})
+        refused(path, str(path), key, "infinity")
+    store(path, stored | {classifier: torch.tensor(1.0)})
+    refused(path, str(path), classifier, "shape ()")
+    store(path, stored | {"extra.weight": torch.zeros(1)})
+    refused(path, str(path), "surplus key extra.weight")
+    store(path, stored)
+    with pytest.raises(WeightsError, match=r"6 classes, expected 10; .*reset_classes\(10\)"):
+        read(path, num_classes=10)
+
+
+def test_segmentation_configuration_of_transformers(segmenter: Weights, tmp_path: Path) -> None:
+    path, _ = stored_in(segmenter, "transformers", tmp_path)
+    config = path.with_name("config.json")
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"atrous_rates": [1, 2]}))
+    refused(path, str(config), "rates is (1, 2)")
+    config.write_text(json.dumps(values | {"aspp_out_channels": 32}))
+    refused(path, str(path), "segmentation_head.aspp")
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------

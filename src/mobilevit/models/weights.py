@@ -3,9 +3,11 @@
 | format | what it is | channel order | carries preprocessing and class names |
 |---|---|---|---|
 | mobilevit | one .safetensors file of ours | RGB | yes, in its metadata |
-| apple | the released code's .pt, a pickled state_dict | BGR | no |
+| apple | the released code's .pt, a pickled state_dict | BGR (but see `_is_bgr`) | no |
 | timm | one .safetensors file, or a hub folder with config.json | RGB | yes, in config.json or in metadata of ours |
 | transformers | a folder: config.json, preprocessor_config.json, weights | BGR | yes |
+
+Ours and Apple's have networks for all three tasks; see `TASK_FORMATS`.
 
 `read` takes any of them to `Weights`: our names, RGB, everything that is needed to use them. `write` is the way back.
 Nothing outside this file knows that other formats exist.
@@ -26,25 +28,49 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, MobileViT, Stage, Transformer
+from mobilevit.models.ssdlite import EXTRA_CHANNELS, HEAD_CHANNELS, NUM_ANCHORS, SSDLite
 from mobilevit.pictures import FILTERS, Preprocessing, first_line
 
 Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-BGR_FORMATS = ("apple", "transformers")
+TaskName = Literal["classify", "detect", "segment"]
 STEM = "backbone.stem.conv.weight"
-CLASSIFIER = "classifier.weight"
+# A tensor whose number of rows tells the number of classes.
+CLASSIFIERS: dict[TaskName, str] = {
+    "classify": "classifier.weight",
+    "detect": f"heads.{len(NUM_ANCHORS) - 1}.out.weight",
+    "segment": "classifier.weight",
+}
+# Which formats have a network for the task.
+TASK_FORMATS: dict[TaskName, tuple[Format, ...]] = {
+    "classify": FORMATS,
+    "detect": ("mobilevit", "apple"),
+    "segment": ("mobilevit", "apple", "transformers"),
+}
+PUBLISHED_STRIDES = {PAPER_HEAD: 16, LATER_HEAD: 8}  # output strides of Apple's two segmentation networks
+NETWORKS: dict[TaskName, type[nn.Module]] = {"classify": MobileViT, "detect": SSDLite, "segment": DeepLabV3}
+Network = TypeVar("Network", bound=nn.Module)
 
-# What is assumed where a file says nothing: the evaluation of the paper, and timm's entry for these weights.
+# What is assumed where a file says nothing: the evaluation of the paper, and timm's entry for these weights. Detection
+# and segmentation warp the whole picture to a square, since they have to answer for its margins too.
 PAPER_PREPROCESSING = Preprocessing(resize_px=288, crop_px=256, interpolation="bilinear")
 TIMM_PREPROCESSING = Preprocessing(resize_px=284, crop_px=256, interpolation="bicubic")
+DETECTION_PREPROCESSING = Preprocessing(resize_px=(320, 320), crop_px=320, interpolation="bilinear")
+SEGMENTATION_PREPROCESSING = Preprocessing(resize_px=(512, 512), crop_px=512, interpolation="bilinear")
+PREPROCESSING: dict[TaskName, Preprocessing] = {
+    "classify": PAPER_PREPROCESSING,
+    "detect": DETECTION_PREPROCESSING,
+    "segment": SEGMENTATION_PREPROCESSING,
+}
 
 
 class WeightsError(ValueError):
@@ -55,7 +81,13 @@ class WeightsError(ValueError):
 class Weights:
     """Tensors under our own names, stem in RGB order, and all that is needed to use them.
 
-    `class_names` is empty where nobody said. `training` is free JSON about how the weights came to be.
+    `class_names` is empty where nobody said; the background of a detector has no name, that of a segmentation network
+    is a class like the others. `training` is free JSON about how the weights came to be. `head` describes what stands
+    on the backbone of a segmentation network, and is None for the other tasks.
+
+    Raises:
+        ValueError: an unknown task, a segmentation network without `head` or another one with it, a detector with an
+            output stride other than 32.
     """
 
     architecture: Architecture
@@ -65,31 +97,75 @@ class Weights:
     output_stride: int = 32
     training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = True  # False where a file said nothing and the published preprocessing is assumed
+    task: TaskName = "classify"
+    head: DeepLabHead | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in NETWORKS:
+            raise ValueError(f"task is {self.task!r}; it can be {', '.join(NETWORKS)}")
+        if (self.head is not None) != (self.task == "segment"):
+            raise ValueError(f"head is {self.head} for the task {self.task!r}; it belongs to segmentation, and alone")
+        if self.task == "detect" and self.output_stride != 32:
+            raise ValueError(f"output_stride is {self.output_stride}; that of a detector is always 32")
 
     @property
     def num_classes(self) -> int:
-        """Rows of the classifier; 0 where there is none."""
-        return self.tensors[CLASSIFIER].shape[0] if CLASSIFIER in self.tensors else 0
+        """How many classes there are, the background of a detector not counted; 0 without a classifier."""
+        classifier = self.tensors.get(CLASSIFIERS[self.task])
+        if classifier is None:
+            return 0
+        return classifier.shape[0] // NUM_ANCHORS[-1] - 5 if self.task == "detect" else classifier.shape[0]
 
-    def build(self, network: Callable[..., MobileViT] = MobileViT) -> MobileViT:
-        """The network with these weights, float32, in eval mode."""
+    @overload
+    def build(self) -> Any: ...
+    @overload
+    def build(self, network: type[Network]) -> Network: ...
+    def build(self, network: type[nn.Module] | None = None) -> nn.Module:
+        """The network with these weights, float32, in eval mode.
+
+        It is a `MobileViT`, `SSDLite` or `DeepLabV3`, as the task says, or the class derived from it that `network` is.
+
+        Raises:
+            WeightsError: `network` is for another task.
+        """
+        made = NETWORKS[self.task]
+        network = network or made
+        if not issubclass(network, made):
+            raise WeightsError(f"weights for the task {self.task!r} make a {made.__name__}, not a {network.__name__}")
+        options: dict[str, Any] = {} if self.task == "detect" else {"output_stride": self.output_stride}
+        if self.head is not None:
+            options["head"] = self.head
         # Built without memory first: initial values that are overwritten at once cost time and random numbers.
         with torch.device("meta"):
-            model = network(self.architecture, num_classes=self.num_classes, output_stride=self.output_stride)
+            model = network(self.architecture, num_classes=self.num_classes, **options)
         model.to_empty(device="cpu")
         model.load_state_dict(self.tensors)
         return model.eval()
+
+
+def backbone_tensors(weights: Weights) -> dict[str, Tensor]:
+    """The tensors of the backbone under its own names, from weights of any task.
+
+    They are what `load_state_dict` of the `backbone` of another network takes, so that a detector can start from a
+    classifier.
+    """
+    prefix = "backbone."
+    return {key.removeprefix(prefix): value for key, value in weights.tensors.items() if key.startswith(prefix)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names: one row a module, one column a format
 
 
-def _modules(a: Architecture) -> Iterator[tuple[str, str, str, str, str]]:
-    """(kind, mobilevit, apple, timm, transformers) prefixes of every module with parameters."""
-    yield "conv_norm", "backbone.stem", "conv_1.block", "stem", "mobilevit.conv_stem"
+def _modules(a: Architecture, task: TaskName, head: DeepLabHead | None) -> Iterator[tuple[str, str, str, str, str]]:
+    """(kind, mobilevit, apple, timm, transformers) prefixes of every module with parameters.
+
+    "" stands where a format has no name, since it has no network for the task.
+    """
+    encoder = "" if task == "classify" else "encoder."
+    yield "conv_norm", "backbone.stem", f"{encoder}conv_1.block", "stem", "mobilevit.conv_stem"
     for i, stage in enumerate(a.stages, start=1):
-        ours, apple, timm = f"backbone.stage{i}", f"layer_{i}", f"stages.{i - 1}"
+        ours, apple, timm = f"backbone.stage{i}", f"{encoder}layer_{i}", f"stages.{i - 1}"
         hf = f"mobilevit.encoder.layer.{i - 1}"
         for j in range(stage.num_residuals):
             hf_residual = f"{hf}.downsampling_layer" if stage.transformer else f"{hf}.layer.{j}"
@@ -140,8 +216,55 @@ def _modules(a: Architecture) -> Iterator[tuple[str, str, str, str, str]]:
             f"{hf}.conv_projection",
         )
         yield "conv_norm", f"{ours}.fuse", f"{apple}.fusion.block", f"{timm}.conv_fusion", f"{hf}.fusion"
-    yield "conv_norm", "head", "conv_1x1_exp.block", "final_conv", "mobilevit.conv_1x1_exp"
-    yield "affine", "classifier", "classifier.fc", "head.fc", "classifier"
+    if task == "detect":
+        yield from _modules_of_ssdlite(a)
+    elif head is not None:
+        yield from _modules_of_deeplabv3(head)
+    else:
+        yield "conv_norm", "head", "conv_1x1_exp.block", "final_conv", "mobilevit.conv_1x1_exp"
+        yield "affine", "classifier", "classifier.fc", "head.fc", "classifier"
+
+
+def _modules_of_ssdlite(a: Architecture) -> Iterator[tuple[str, str, str, str, str]]:
+    for i in range(len(EXTRA_CHANNELS)):
+        ours, apple = f"extra_layers.{i}", f"extra_layers.os_{64 << i}"
+        yield "conv_norm", f"{ours}.depthwise", f"{apple}.dw_conv.block", "", ""
+        yield "conv_norm", f"{ours}.pointwise", f"{apple}.pw_conv.block", "", ""
+    yield "weight", "pooled", "extra_layers.os_-1.1.block.conv", "", ""
+    in_channels = (a.stages[3].channels, a.stages[4].channels, *EXTRA_CHANNELS)
+    for i, (width, channels) in enumerate(zip(in_channels, HEAD_CHANNELS, strict=True)):
+        ours, apple = f"heads.{i}", f"ssd_heads.{i}"
+        if width != channels:
+            yield "conv_norm", f"{ours}.project", f"{apple}.proj_layer.block", "", ""
+        yield "conv_norm", f"{ours}.depthwise", f"{apple}.loc_cls_layer.dw_conv.block", "", ""
+        yield "affine", f"{ours}.out", f"{apple}.loc_cls_layer.pw_conv.block.conv", "", ""
+    last = len(HEAD_CHANNELS)
+    yield "affine", f"heads.{last}.out", f"ssd_heads.{last}.loc_cls_layer.block.conv", "", ""
+
+
+def _modules_of_deeplabv3(head: DeepLabHead) -> Iterator[tuple[str, str, str, str, str]]:
+    apple, hf = "seg_head.aspp.aspp_layer", "segmentation_head.aspp"
+    last = 1 + len(head.rates)
+    for i in range(last):
+        yield "conv_norm", f"pyramid.convs.{i}", f"{apple}.convs.{i}.block", "", f"{hf}.convs.{i}"
+    pooled = f"convs.{last}"
+    yield "conv_norm", "pyramid.pooled", f"{apple}.{pooled}.aspp_pool.conv_1x1.block", "", f"{hf}.{pooled}.conv_1x1"
+    yield "conv_norm", "pyramid.project", f"{apple}.project.block", "", f"{hf}.project"
+    # What tells Apple's two releases apart.
+    classifier = "classifier.block.conv" if _is_later(head) else "classifier.classifier.block.conv"
+    yield "affine", "classifier", f"seg_head.{classifier}", "", "segmentation_head.classifier.convolution"
+    if head.auxiliary_channels:
+        yield "conv_norm", "auxiliary.project", "seg_head.aux_head.0.block", "", ""
+        yield "affine", "auxiliary.classifier", "seg_head.aux_head.2.block.conv", "", ""
+
+
+def _is_later(head: DeepLabHead | None) -> bool:
+    return head is not None and replace(head, dropout=LATER_HEAD.dropout) == LATER_HEAD
+
+
+def _is_bgr(format: Format, head: DeepLabHead | None) -> bool:
+    """Whether published weights of this format expect blue first; Apple went over to RGB after the paper's release."""
+    return format == "transformers" or (format == "apple" and not _is_later(head))
 
 
 _CONV_NORM = {
@@ -152,11 +275,13 @@ _CONV_NORM = {
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def key_names(architecture: Architecture, format: Format) -> dict[str, tuple[str, ...]]:
+def key_names(
+    architecture: Architecture, format: Format, task: TaskName = "classify", head: DeepLabHead | None = None
+) -> dict[str, tuple[str, ...]]:
     """Each of our keys -> the key in `format`; three keys (query, key, value) where `format` keeps them apart."""
     column = FORMATS.index(format)
     names: dict[str, tuple[str, ...]] = {}
-    for kind, *prefixes in _modules(architecture):
+    for kind, *prefixes in _modules(architecture, task, head):
         ours, theirs = prefixes[0], prefixes[column]
         if kind == "conv_norm":
             for part, leaves in (("conv", ("weight",)), ("norm", _BATCH_NORM)):
@@ -187,30 +312,35 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
     """
     path = _locate(os.fspath(source), download)
     stored, metadata = _read_tensors(path)
-    format = _recognise(path, stored)
-    described = _describe(path, format, metadata)
-    architecture = described.architecture or _closest(format, stored)
-    tensors = _to_ours(path, format, architecture, stored, described.bgr)
-    class_names = described.class_names
-    if class_names is None:  # published weights say nothing of their classes, which are ImageNet's where they are 1,000
-        class_names = imagenet_class_names() if len(tensors.get("classifier.bias", ())) == 1000 else ()
+    format, task = _recognise(path, stored)
+    described = _describe(path, format, task, stored, metadata)
+    head = described.head
+    architecture = described.architecture or _closest(format, task, head, stored)
+    tensors = _to_ours(path, format, architecture, task, head, stored, described.bgr)
     weights = Weights(
         architecture=architecture,
         tensors=tensors,
         preprocessing=described.preprocessing,
-        class_names=class_names,
+        class_names=described.class_names or (),
         output_stride=described.output_stride,
         training=described.training,
         described=described.source is not None,
+        task=task,
+        head=head,
     )
+    if described.class_names is None:  # published weights say nothing of their classes, but how many they are tells
+        names, usual = _PUBLISHED_CLASSES[task]
+        weights = replace(weights, class_names=names() if weights.num_classes == usual else ())
+    classifier = key_names(architecture, format, task, head)[CLASSIFIERS[task]][0]
     if num_classes is not None and num_classes != weights.num_classes:
+        reset = "reset_classifier" if task == "classify" else "reset_classes"
         raise WeightsError(
-            f"{path}: key {key_names(architecture, format)[CLASSIFIER][0]} has {weights.num_classes} classes, expected "
-            f"{num_classes}; load it as it is and call reset_classifier({num_classes}) to train a new classifier"
+            f"{path}: key {classifier} has {weights.num_classes} classes, expected "
+            f"{num_classes}; load it as it is and call {reset}({num_classes}) to train a new classifier"
         )
     if weights.class_names and len(weights.class_names) != weights.num_classes:
         raise WeightsError(
-            f"{path}: {key_names(architecture, format)[CLASSIFIER][0]} has {weights.num_classes} classes, but "
+            f"{path}: {classifier} has {weights.num_classes} classes, but "
             f"{len(weights.class_names)} class names come with it; mend the class names in its {described.source}"
         )
     return weights
@@ -221,6 +351,31 @@ def imagenet_class_names() -> tuple[str, ...]:
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def coco_class_names() -> tuple[str, ...]:
+    """The 80 names of COCO's boxes in their usual order, without background, from torchvision.
+
+    torchvision keeps COCO's own numbers, which go up to 90 with gaps; published networks close the gaps.
+    """
+    from torchvision.models.detection import SSD300_VGG16_Weights
+
+    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+    return tuple(name for name in names if name not in ("__background__", "N/A"))
+
+
+def voc_class_names() -> tuple[str, ...]:
+    """The 20 names of PASCAL VOC in their usual order, from torchvision, behind "background"."""
+    from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
+
+    return "background", *DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:]
+
+
+_PUBLISHED_CLASSES: dict[TaskName, tuple[Callable[[], tuple[str, ...]], int]] = {
+    "classify": (imagenet_class_names, 1000),
+    "detect": (coco_class_names, 80),
+    "segment": (voc_class_names, 21),
+}
 
 
 def _locate(source: str, download: bool) -> Path:
@@ -334,25 +489,36 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key.removeprefix(prefix): value for key, value in loaded.items()}, {}
 
 
-def _recognise(path: Path, stored: Mapping[str, Tensor]) -> Format:
-    for format in FORMATS:
-        names = key_names(ARCHITECTURES["s"], format)
+def _recognise(path: Path, stored: Mapping[str, Tensor]) -> tuple[Format, TaskName]:
+    task = _task_of(stored)
+    head = PAPER_HEAD if task == "segment" else None
+    for format in TASK_FORMATS[task]:
+        names = key_names(ARCHITECTURES["s"], format, task, head)
         stem = names[STEM][0]
         # The second key tells MobileViT from relatives that begin alike (MobileViTv2, other networks with a "stem").
         attention = names["backbone.stage3.1.layers.0.attention.qkv.weight"][0]
         if stem in stored and (attention in stored or format == "mobilevit"):
-            return format
+            return format, task
     if any(key.startswith(("encoder.conv_1.", "mobilevit.")) for key in stored):
         kind = (
-            "a detection or segmentation network"
+            "a detection or segmentation network of Apple's without its head"
             if "encoder.conv_1.block.conv.weight" in stored
-            else "not a classifier"
+            else "no whole MobileViT"
         )
-        raise WeightsError(f"{path}: {kind} of MobileViT; this version reads classifiers")
+        raise WeightsError(f"{path}: {kind}; take the whole file from its source")
     raise WeightsError(
         f"{path}: not MobileViT in any of the four formats: {len(stored)} keys, first {next(iter(stored), 'none')}; "
         "give weights of MobileViT-XXS, XS or S from Apple, timm, transformers or this package"
     )
+
+
+def _task_of(stored: Mapping[str, Tensor]) -> TaskName:
+    """What a network is for, from the names that ours, Apple's and transformers' heads begin with."""
+    if any(key.startswith(("heads.", "ssd_heads.")) for key in stored):
+        return "detect"
+    if any(key.startswith(("pyramid.", "seg_head.", "segmentation_head.")) for key in stored):
+        return "segment"
+    return "classify"
 
 
 @dataclass(frozen=True)
@@ -366,25 +532,33 @@ class _Description:
     class_names: tuple[str, ...] | None = None  # None: the format has no place for them
     output_stride: int = 32
     training: Mapping[str, Any] = field(default_factory=dict)
+    head: DeepLabHead | None = None
 
 
-def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Description:
+def _describe(
+    path: Path, format: Format, task: TaskName, stored: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> _Description:
     if "mobilevit" in metadata:
         values = _parse_json(path, metadata["mobilevit"])
         with _naming(path, "metadata"):
+            said = values.get("task", "classify")  # files of the first release are all classifiers
+            if said != task:
+                raise ValueError(f"task is {said!r}, but the keys are those of {task!r}")
+            head = _head_from_dict(values["head"]) if task == "segment" else None
             return _Description(
                 source="metadata",
-                bgr=format in BGR_FORMATS,
+                bgr=_is_bgr(format, head),
                 architecture=_architecture_from_dict(values["architecture"]),
                 preprocessing=Preprocessing.from_dict(values["preprocessing"]),
                 class_names=tuple(values["class_names"]),
                 output_stride=values["output_stride"],
                 training=values["training"],
+                head=head,
             )
     config_path = path.with_name("config.json")
     in_hub_layout = path.name in ("model.safetensors", "pytorch_model.bin") and config_path.is_file()
     if format == "transformers" and in_hub_layout:
-        return _describe_transformers(config_path)
+        return _describe_transformers(config_path, task)
     if format == "timm" and in_hub_layout:
         config = _parse_json(config_path, config_path.read_text(encoding="utf-8"))
         with _naming(config_path, "config"):
@@ -395,11 +569,18 @@ def _describe(path: Path, format: Format, metadata: Mapping[str, str]) -> _Descr
                 class_names=tuple(names) if names else None,
                 source="config.json",
             )
-    assumed = TIMM_PREPROCESSING if format == "timm" else PAPER_PREPROCESSING
-    return _Description(assumed, bgr=format in BGR_FORMATS, source=None)
+    assumed = TIMM_PREPROCESSING if format == "timm" else PREPROCESSING[task]
+    if task != "segment":
+        return _Description(assumed, bgr=_is_bgr(format, None), source=None)
+    # Dilations and output stride leave no trace in the tensors; but only two kinds of these networks were published.
+    later = any(key.startswith(("auxiliary.", "seg_head.aux_head.", "seg_head.classifier.block.")) for key in stored)
+    head = LATER_HEAD if later else PAPER_HEAD
+    return _Description(
+        assumed, bgr=_is_bgr(format, head), source=None, head=head, output_stride=PUBLISHED_STRIDES[head]
+    )
 
 
-def _describe_transformers(config_path: Path) -> _Description:
+def _describe_transformers(config_path: Path, task: TaskName) -> _Description:
     config = _parse_json(config_path, config_path.read_text(encoding="utf-8"))
     with _naming(config_path, "config"):
         architecture = _architecture_from_transformers(config)
@@ -411,12 +592,24 @@ def _describe_transformers(config_path: Path) -> _Description:
         if class_names == tuple(f"LABEL_{index}" for index in labels):
             class_names = ()
         output_stride = config.get("output_stride", 32)
-    preprocessing, bgr = PAPER_PREPROCESSING, True
+        head = (
+            DeepLabHead(
+                channels=config.get("aspp_out_channels", 256),
+                rates=tuple(config.get("atrous_rates", (6, 12, 18))),
+                dropout=config.get("aspp_dropout_prob", 0.1),
+            )
+            if task == "segment"
+            else None
+        )
+    preprocessing, bgr = PREPROCESSING[task], True
     processor_path = config_path.with_name("preprocessor_config.json")
     if processor_path.is_file():
         values = _parse_json(processor_path, processor_path.read_text(encoding="utf-8"))
         with _naming(processor_path, "preprocessing"):
             preprocessing = _preprocessing_from_transformers(values)
+            if task == "segment" and isinstance(preprocessing.resize_px, int):
+                # A crop from the middle would leave the margins of the picture without an answer.
+                preprocessing = replace(preprocessing, resize_px=(preprocessing.crop_px,) * 2)
             # A network that somebody trained anew on RGB says so here. The older key do_flip_channels has no effect.
             bgr = values.get("do_flip_channel_order", True)
     return _Description(
@@ -426,53 +619,78 @@ def _describe_transformers(config_path: Path) -> _Description:
         class_names=class_names,
         output_stride=output_stride,
         bgr=bgr,
+        head=head,
     )
 
 
-def _closest(format: Format, stored: Mapping[str, Tensor]) -> Architecture:
+def _closest(format: Format, task: TaskName, head: DeepLabHead | None, stored: Mapping[str, Tensor]) -> Architecture:
     """The published size whose shapes fit best; a file without a description is one of the three."""
 
     def num_fitting(architecture: Architecture) -> int:
-        shapes = _stored_shapes(architecture, format)
+        shapes = _stored_shapes(architecture, format, task, head, num_classes=1)
         return sum(key in stored and stored[key].shape == shape for key, shape in shapes.items())
 
     return max(ARCHITECTURES.values(), key=num_fitting)
 
 
 @functools.cache  # building a network to look at its shapes takes longer than reading a file
-def _our_shapes(architecture: Architecture) -> dict[str, torch.Size]:
-    """Shapes of all but the classifier, whose number of rows is anyone's choice."""
+def _our_shapes(
+    architecture: Architecture, task: TaskName, head: DeepLabHead | None, num_classes: int
+) -> dict[str, torch.Size]:
+    options = {} if head is None else {"head": head}
     with torch.device("meta"):
-        model = MobileViT(architecture, num_classes=0)
+        model = NETWORKS[task](architecture, num_classes=num_classes, **options)
     return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
-def _stored_shapes(architecture: Architecture, format: Format) -> dict[str, torch.Size]:
-    names = key_names(architecture, format)
+def _stored_shapes(
+    architecture: Architecture, format: Format, task: TaskName, head: DeepLabHead | None, num_classes: int
+) -> dict[str, torch.Size]:
+    names = key_names(architecture, format, task, head)
     shapes = {}
-    for ours, shape in _our_shapes(architecture).items():
+    for ours, shape in _our_shapes(architecture, task, head, num_classes).items():
         for theirs in names[ours]:
             shapes[theirs] = torch.Size((shape[0] // len(names[ours]), *shape[1:])) if shape else shape
     return shapes
 
 
+def _count_classes(path: Path, task: TaskName, weight: str, bias: str, stored: Mapping[str, Tensor]) -> int:
+    """How many classes the rows of a classifier are for; 0 where there is none, as a classifier may be left out."""
+    rows = next((stored[key].shape[0] for key in (weight, bias) if key in stored and stored[key].ndim), 0)
+    if task == "classify":
+        return rows
+    if task == "segment":
+        return max(rows, 1)  # without a classifier the check of the keys says what is missing
+    num_classes, surplus = divmod(rows, NUM_ANCHORS[-1])
+    if rows and (surplus or num_classes < 6):
+        raise WeightsError(
+            f"{path}: key {weight} has {rows} rows, expected {NUM_ANCHORS[-1]} anchors times 4 for the box, 1 for the "
+            "background and 1 for each class; take the whole file from its source"
+        )
+    return max(num_classes - 5, 1)
+
+
 def _to_ours(
-    path: Path, format: Format, architecture: Architecture, stored: Mapping[str, Tensor], bgr: bool
+    path: Path,
+    format: Format,
+    architecture: Architecture,
+    task: TaskName,
+    head: DeepLabHead | None,
+    stored: Mapping[str, Tensor],
+    bgr: bool,
 ) -> dict[str, Tensor]:
     """Check every key and shape, then rename, join query, key and value, and turn the stem to RGB."""
-    names = key_names(architecture, format)
-    expected = _stored_shapes(architecture, format)
-    weight, bias = names[CLASSIFIER][0], names["classifier.bias"][0]
-    if weight in stored or bias in stored:
-        num_classes = stored[weight].shape[0] if weight in stored else stored[bias].shape[0]
-        expected[weight] = torch.Size((num_classes, architecture.head_channels))
-        expected[bias] = torch.Size((num_classes,))
-    else:  # a backbone without a classifier
-        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("classifier.")}
+    names = key_names(architecture, format, task, head)
+    classifier = CLASSIFIERS[task]
+    weight, bias = names[classifier][0], names[classifier.replace("weight", "bias")][0]
+    num_classes = _count_classes(path, task, weight, bias, stored)
+    expected = _stored_shapes(architecture, format, task, head, num_classes)
+    names = {ours: theirs for ours, theirs in names.items() if theirs[0] in expected}  # a backbone has no classifier
     counters = {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked") and key not in stored}
     stored = {**stored, **counters}  # some tools drop these counters; inference never reads them
 
-    what = f"MobileViT-{architecture.name.upper()} in {_FORMAT_NAMES[format]} names"
+    kind = {"classify": "", "detect": " with SSDLite", "segment": " with DeepLabv3"}[task]
+    what = f"MobileViT-{architecture.name.upper()}{kind} in {_FORMAT_NAMES[format]} names"
     remedy = "take the whole file from its source, or say which network it is from"
     if missing := [key for key in expected if key not in stored]:
         raise WeightsError(f"{path}: key {missing[0]} is missing{_and_more(missing)}, expected in {what}; {remedy}")
@@ -522,6 +740,11 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
     path = Path(os.path.expanduser(path))  # noqa: PTH111
     if format not in FORMATS:
         raise WeightsError(f"format is {format!r}; it can be {', '.join(FORMATS)}")
+    if format not in TASK_FORMATS[weights.task]:
+        task = "detection" if weights.task == "detect" else "segmentation"
+        raise WeightsError(
+            f"{path}: not written: {_FORMAT_NAMES[format]} format has no MobileViT for {task}; write ours or Apple's"
+        )
     if weights.class_names and len(weights.class_names) != weights.num_classes:
         raise WeightsError(
             f"{path}: not written: {weights.num_classes} classes, but {len(weights.class_names)} class names"
@@ -554,6 +777,8 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
             "preprocessing": weights.preprocessing.to_dict(),
             "class_names": weights.class_names,
             "training": dict(weights.training),
+            "task": weights.task,
+            "head": asdict(weights.head) if weights.head else None,
         }
         metadata["mobilevit"] = json.dumps(description)
     if format == "apple":
@@ -564,10 +789,11 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
 
 
 def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:
-    names = key_names(weights.architecture, format)
+    names = key_names(weights.architecture, format, weights.task, weights.head)
+    bgr = _is_bgr(format, weights.head)
     tensors = {}
     for ours, tensor in weights.tensors.items():
-        if format in BGR_FORMATS and ours == STEM:
+        if bgr and ours == STEM:
             tensor = tensor.flip(1)
         parts = names[ours]
         for name, part in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,), strict=True):
@@ -577,16 +803,25 @@ def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:
 
 def _check_published(weights: Weights, format: Format) -> None:
     """Apple's and timm's files hold tensors alone: what the reader cannot see from them must be as published."""
+    others = "ours or transformers'" if "transformers" in TASK_FORMATS[weights.task] else "ours"
     published = ARCHITECTURES.get(weights.architecture.name)
     if published is None or _without_dropout(weights.architecture) != _without_dropout(published):
         raise WeightsError(
             f"{_FORMAT_NAMES[format]} format holds only the published networks, not the architecture "
-            f"{weights.architecture.name!r} with its changes; write ours or transformers'"
+            f"{weights.architecture.name!r} with its changes; write {others}"
         )
-    if weights.output_stride != 32:
+    stride = 32
+    if weights.head is not None:
+        head = replace(weights.head, dropout=PAPER_HEAD.dropout)
+        if head not in PUBLISHED_STRIDES:
+            raise WeightsError(
+                f"{_FORMAT_NAMES[format]} format holds only the published heads, not {weights.head}; write {others}"
+            )
+        stride = PUBLISHED_STRIDES[head]
+    if weights.output_stride != stride:
         raise WeightsError(
             f"{_FORMAT_NAMES[format]} format cannot say that the output stride is {weights.output_stride}; "
-            "write ours or transformers'"
+            f"write {others}"
         )
 
 
@@ -645,6 +880,10 @@ def _architecture_from_dict(values: Mapping[str, Any]) -> Architecture:
     return Architecture(**{**values, "stages": stages})
 
 
+def _head_from_dict(values: Mapping[str, Any]) -> DeepLabHead:
+    return DeepLabHead(**{**values, "rates": tuple(values["rates"])})
+
+
 def _architecture_from_transformers(config: Mapping[str, Any]) -> Architecture:
     fixed = {
         "model_type": "mobilevit",
@@ -696,8 +935,9 @@ def _config_for_transformers(weights: Weights) -> dict[str, Any]:
     a = weights.architecture
     transformers = [stage.transformer for stage in a.stages if stage.transformer]
     names = weights.class_names or tuple(f"LABEL_{index}" for index in range(weights.num_classes))
+    kind = "MobileViTForImageClassification" if weights.head is None else "MobileViTForSemanticSegmentation"
     config = {
-        "architectures": ["MobileViTForImageClassification"],
+        "architectures": [kind],
         "model_type": "mobilevit",
         "num_channels": 3,
         "image_size": weights.preprocessing.crop_px,
@@ -718,6 +958,15 @@ def _config_for_transformers(weights: Weights) -> dict[str, Any]:
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
     }
+    if (head := weights.head) is not None:
+        if head.auxiliary_channels or head.align_corners:
+            raise WeightsError(f"transformers' format cannot express {head}; write ours")
+        config |= {
+            "aspp_out_channels": head.channels,
+            "atrous_rates": list(head.rates),
+            "aspp_dropout_prob": head.dropout,
+            "semantic_loss_ignore_index": 255,
+        }
     # One patch size, one head count and one ffn ratio is all that their configuration can say.
     if replace(_architecture_from_transformers(config), name=a.name) != a:
         raise WeightsError(f"transformers' format cannot express the architecture {a.name!r}; write ours")

@@ -1,0 +1,188 @@
+"""DeepLabv3 on MobileViT (arXiv 2110.02178, section 4.2.2; DeepLabv3 arXiv 1706.05587): a class for every pixel.
+
+The last stages of the backbone keep the size of their input, so that the map is not too coarse. On it stand
+convolutions of several dilations side by side, each with another field of view (atrous spatial pyramid pooling), and
+the mean of the whole map; what they see together is classified pixel by pixel and resized to the size of the picture.
+
+Shapes as in `mobilevit.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S, initialise
+
+
+@dataclass(frozen=True)
+class DeepLabHead:
+    """What stands on the backbone; the defaults are the paper's.
+
+    `channels` is the width of the pyramid, `rates` are the dilations of its 3x3 convolutions in pixels of the map, and
+    `dropout` the share of its channels that training leaves out. `auxiliary_channels` is the width of a second, small
+    classifier on stage 4 that serves training alone; 0 means that there is none. `align_corners` says how the logits
+    are resized to the picture, as in `torch.nn.functional.interpolate`.
+
+    Raises:
+        ValueError: a width or a rate below 1, no three rates.
+    """
+
+    channels: int = 256
+    rates: tuple[int, int, int] = (6, 12, 18)
+    auxiliary_channels: int = 0
+    dropout: float = 0.1
+    align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.rates) != 3 or min(self.rates) < 1:
+            raise ValueError(f"rates is {self.rates}; it must be three whole numbers above 0")
+        if self.channels < 1 or self.auxiliary_channels < 0:
+            raise ValueError(
+                f"channels is {self.channels} and auxiliary_channels {self.auxiliary_channels}; they must be at least "
+                "1 and 0"
+            )
+
+
+# The two that Apple published weights of: with the paper at output stride 16, and later, for S alone, at 8.
+PAPER_HEAD = DeepLabHead()
+LATER_HEAD = DeepLabHead(channels=512, rates=(12, 24, 36), auxiliary_channels=128, align_corners=True)
+
+
+class Pyramid(nn.Module):
+    """Atrous spatial pyramid pooling; (B, C, H, W) -> (B, out, H, W).
+
+    It looks at one pixel, at three dilated windows around it and at the mean of the map, and mixes what it saw. In
+    training mode the batch norm on the mean needs at least two pictures.
+    """
+
+    def __init__(self, in_channels: int, head: DeepLabHead):
+        super().__init__()
+        out = head.channels
+        self.convs = nn.ModuleList([ConvNorm(in_channels, out, 1, activation=False)])
+        self.convs.extend(ConvNorm(in_channels, out, 3, dilation=rate, activation=False) for rate in head.rates)
+        self.pooled = ConvNorm(in_channels, out, 1, activation=False)
+        self.project = ConvNorm((len(self.convs) + 1) * out, out, 1, activation=False)
+        self.dropout = nn.Dropout2d(head.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of the same size."""
+        pooled = self.pooled(x.mean(dim=(-2, -1), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
+        # Of inputs in two layouts, cat would take the other one, and the convolution behind it turn all of it back.
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        seen = [conv(x) for conv in self.convs]
+        return self.dropout(F.relu(self.project(F.relu(torch.cat((*seen, pooled), dim=1)))))
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on an earlier map, so that the stages before it learn sooner.
+
+    (B, C, H, W) -> (B, num_classes, H, W).
+    """
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.project = ConvNorm(in_channels, channels, 3, activation=False)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the size of the map."""
+        return self.classifier(self.dropout(F.relu(self.project(x))))
+
+
+class DeepLabV3(nn.Module):
+    """The segmentation network; pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
+
+    Args:
+        architecture: "xxs", "xs", "s" or an `Architecture`.
+        num_classes: with the background, where there is one.
+        output_stride: how many pixels of the picture one of the classified map stands for; see `Backbone`.
+        head: see `DeepLabHead`.
+
+    Raises:
+        ValueError: an unknown architecture or output stride, a class count below 1.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture | str = S,
+        num_classes: int = 21,
+        output_stride: int = 16,
+        head: DeepLabHead = PAPER_HEAD,
+    ):
+        super().__init__()
+        _check_count(num_classes)
+        out_stages = ("stage4", "stage5") if head.auxiliary_channels else ("stage5",)
+        self.backbone = Backbone(architecture, out_stages=out_stages, output_stride=output_stride)
+        self.architecture = a = self.backbone.architecture
+        self.head = head
+        channels = self.backbone.channels
+        self.pyramid = Pyramid(channels["stage5"], head)
+        self.dropout = nn.Dropout2d(a.classifier_dropout)
+        self.classifier = nn.Conv2d(head.channels, num_classes, 1)
+        self.auxiliary = (
+            AuxiliaryHead(channels["stage4"], head.auxiliary_channels, num_classes, a.classifier_dropout)
+            if head.auxiliary_channels
+            else None
+        )
+        self.pyramid.apply(initialise)
+        for classifier in (self.classifier, self.auxiliary):
+            if classifier is not None:
+                classifier.apply(_initialise_with_bias)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits a pixel has."""
+        return self.classifier.out_channels
+
+    def reset_classes(self, num_classes: int) -> None:
+        """Put newly initialised classifiers of `num_classes` in place, the auxiliary one too where there is one."""
+        _check_count(num_classes)
+        for module in (self, self.auxiliary):
+            if module is not None:
+                old = module.classifier
+                new = nn.Conv2d(old.in_channels, num_classes, 1).apply(_initialise_with_bias)
+                module.classifier = new.to(old.weight).to(memory_format=torch.channels_last)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 px up."""
+        return self._resize(self.coarse(pictures), pictures)
+
+    def coarse(self, pictures: Tensor) -> Tensor:
+        """The logits before they are resized, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
+        return self._classify(self.backbone(pictures)["stage5"])
+
+    def with_auxiliary(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and those of the auxiliary head, for a loss of both; each as `forward` gives them.
+
+        Raises:
+            ValueError: the network has no auxiliary head.
+        """
+        if self.auxiliary is None:
+            raise ValueError("this network has no auxiliary head; build it with auxiliary_channels above 0")
+        maps = self.backbone(pictures)
+        main, auxiliary = self._classify(maps["stage5"]), self.auxiliary(maps["stage4"])
+        return self._resize(main, pictures), self._resize(auxiliary, pictures)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.pyramid(x)))
+
+    def _resize(self, logits: Tensor, pictures: Tensor) -> Tensor:
+        size = pictures.shape[-2:]
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.head.align_corners)
+
+
+def _initialise_with_bias(module: nn.Module) -> None:
+    initialise(module)
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _check_count(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; it must be 1 or more")
