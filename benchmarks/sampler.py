@@ -21,7 +21,7 @@ import torch
 from mobilevit.data.archives import read_idx_file
 from mobilevit.models.weights import read
 from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, to_dict
-from mobilevit.tasks.classification import evaluate_weights
+from mobilevit.tasks import evaluate_weights
 from mobilevit.training.loop import train
 
 STANDARD = Recipe(

@@ -28,6 +28,7 @@ from mobilevit.recipes import (
 )
 
 OTHER = Recipe(
+    task="detect",
     architecture="xs",
     epochs=7,
     batch_size=9,

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 Size = Literal["xxs", "xs", "s"]
+Task = Literal["classify", "detect", "segment"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
 Cosine = Literal["step", "epoch"]
@@ -132,6 +133,8 @@ class Compute:
 class Recipe:
     """A training run."""
 
+    task: Task = "classify"
+    """What to find out: the class of a picture; objects in boxes (SSDLite); the class of every pixel (DeepLabv3)."""
     architecture: Size = "s"
     """Size of the network; weights to start from bring their own."""
     epochs: int = 300
@@ -150,6 +153,7 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
+        _require_one_of(Task, "task", self.task)
         _require_one_of(Size, "architecture", self.architecture)
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         # Pairs would leave one of an odd number of pictures alone, and batch norm fails on a single picture.
@@ -270,14 +274,96 @@ def main(architecture: Size) -> Recipe:
     return replace(v01(architecture), sampler=Sampler("main"), optimizer=Optimizer(cosine="epoch", warmup_steps=20_000))
 
 
+def detect() -> Recipe:
+    """Boxes around things in your own photographs: XXS at 320 px, 60 epochs.
+
+    Command: mobilevit train detect --data photos/ (COCO's or VOC's layout; docs/dense.md)
+    Better from a trained backbone: --backbone, and a name or file as for predict.
+    Time and score: DETECT_SCORE
+    """
+    return Recipe(
+        task="detect",
+        architecture="xxs",
+        epochs=60,
+        batch_size=32,
+        label_smoothing=0.0,
+        data=Data(size_px=320, eval_resize=1.0),
+        optimizer=Optimizer(start_lr=1e-4, lr=2e-3, end_lr=1e-5, warmup_steps=500),
+    )
+
+
+def segment() -> Recipe:
+    """The class of every pixel of your own photographs: XXS at 256 px, 60 epochs.
+
+    Command: mobilevit train segment --data photos/ (VOC's layout, or images/ and masks/; docs/dense.md)
+    Better from a trained backbone: --backbone, and a name or file as for predict; add --optimizer.backbone-lr-scale 0.1
+    Time and score: SEGMENT_SCORE
+    """
+    return Recipe(
+        task="segment",
+        architecture="xxs",
+        epochs=60,
+        batch_size=16,
+        label_smoothing=0.0,
+        data=Data(size_px=256, eval_resize=1.0),
+        optimizer=Optimizer(start_lr=1e-4, lr=2e-3, end_lr=1e-5, warmup_steps=500),
+    )
+
+
+def ssdlite(architecture: Size) -> Recipe:
+    """COCO as in the paper (section 4.2): SSDLite at 320 px, 200 epochs, batch 128, from an ImageNet backbone.
+
+    Command: torchrun --nproc-per-node 4 -m mobilevit train ssdlite-s --data coco/ --backbone apple/mobilevit-small
+    Score, mAP: XXS 19.9, XS 24.8, S 27.7 (the released weights'). Not run here.
+    """
+    return Recipe(
+        task="detect",
+        architecture=architecture,
+        epochs=200,
+        batch_size=128,
+        label_smoothing=0.0,
+        data=Data(size_px=320, eval_resize=1.0, num_workers=8),
+        optimizer=Optimizer(start_lr=9e-5, lr=9e-4, end_lr=1e-6, warmup_steps=500),
+        compute=Compute(precision="bfloat16", sync_batch_norm=True),
+    )
+
+
+def deeplabv3(architecture: Size) -> Recipe:
+    """PASCAL VOC as in the paper (section 4.3): DeepLabv3 at 512 px, 50 epochs, batch 128, from an ImageNet backbone.
+
+    Command: torchrun --nproc-per-node 4 -m mobilevit train deeplabv3-s --data VOCdevkit/VOC2012 --backbone
+    apple/mobilevit-small
+    The rates are the head's, ten times the backbone's, which are those of detection. The paper adds SBD and COCO.
+    Score, mIoU: XXS 73.6, XS 77.1, S 79.1 (the released weights'). Not run here.
+    """
+    return Recipe(
+        task="segment",
+        architecture=architecture,
+        epochs=50,
+        batch_size=128,
+        label_smoothing=0.0,
+        data=Data(size_px=512, eval_resize=1.0, num_workers=8),
+        optimizer=Optimizer(start_lr=9e-4, lr=9e-3, end_lr=1e-5, warmup_steps=500, backbone_lr_scale=0.1),
+        compute=Compute(precision="bfloat16", sync_batch_norm=True),
+    )
+
+
 NAMED: dict[str, Callable[[], Recipe]] = {
     "plain": plain,
     "finetune": finetune,
     "tiny": tiny,
     "small": small,
+    "detect": detect,
+    "segment": segment,
     **{
         f"{name}-{size}": partial(of, size)
-        for name, of in {"paper": paper, "v0.1": v01, "main": main}.items()
+        for name, of in {
+            "paper": paper,
+            "v0.1": v01,
+            "main": main,
+            "ssdlite": ssdlite,
+            "deeplabv3": deeplabv3,
+        }.items()
         for size in get_args(Size)
     },
 }

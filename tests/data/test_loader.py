@@ -171,7 +171,7 @@ def test_a_source_that_cannot_hand_a_picture_over(source: Files):
 
 
 def test_other_errors_are_not_taken_for_unreadable_pictures(source: Files):
-    def prepare(sample: Sample, pick: Pick) -> np.ndarray:
+    def prepare(sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
         raise ZeroDivisionError
 
     batches = load(PictureDataset(source, prepare), [[Pick(0, 0, 32)]], num_workers=0, device="cpu", max_unreadable=9)
@@ -180,9 +180,9 @@ def test_other_errors_are_not_taken_for_unreadable_pictures(source: Files):
 
 
 def test_time_waited_for_data_and_that_alone(source: Files):
-    def prepare(sample: Sample, pick: Pick) -> np.ndarray:
+    def prepare(sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
         time.sleep(0.05)
-        return np.zeros((32, 32, 3), np.uint8)
+        return np.zeros((32, 32, 3), np.uint8), 0
 
     picks = eval_batches(4, batch_size=2, size_px=32)
     batches = load(PictureDataset(source, prepare), picks, num_workers=0, device="cpu")

@@ -104,7 +104,7 @@ def test_the_promised_bounds():
 def test_pictures_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
     random = np.random.default_rng(0)
     assert {tuple(sizes([random_box(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
-    pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))
+    pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))[0]
     assert pixels.shape == (33, 33, 3)
 
 
@@ -120,7 +120,7 @@ def test_resized_as_by_pillow(photograph: Image.Image, size_px: int):
 
 def test_the_part_fills_the_square():
     pixels = noise(51, 51)
-    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))  # of a square at 1: all of it
+    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))[0]  # of a square at 1: all of it
     assert np.array_equal(out, resize(pixels, 40))
 
 
@@ -137,7 +137,7 @@ def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
 
     def augment(seed: int = 3, epoch: int = 4, number: int = 5) -> bytes:
         augmentation = Augmentation(min_scale=0.08, flip=True, seed=seed, policy=policy)
-        return augmentation(picture, Pick(number, epoch, 32)).tobytes()
+        return augmentation(picture, Pick(number, epoch, 32))[0].tobytes()
 
     first = augment()
     assert len({first, augment(seed=4), augment(epoch=5), augment(number=4), augment(epoch=5, number=4)}) == 5
@@ -153,7 +153,7 @@ def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
 def test_the_part_does_not_depend_on_the_size():
     augment = Augmentation(min_scale=0.08, flip=True, seed=0)
     for number in range(20):
-        a, b = (augment(sample(coordinates(200, 180)), Pick(number, 0, size)).astype(int) for size in (32, 64))
+        a, b = (augment(sample(coordinates(200, 180)), Pick(number, 0, size))[0].astype(int) for size in (32, 64))
         assert np.abs(a[[0, 0, -1, -1], [0, -1, 0, -1]] - b[[0, 0, -1, -1], [0, -1, 0, -1]]).max() <= 4  # corners
 
 
@@ -162,7 +162,7 @@ def test_mirror_images(flip: bool):
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:8, 16:] = 255  # top right
     augment = Augmentation(min_scale=1, flip=flip, seed=0)
-    outs = [augment(sample(pixels), Pick(i, 0, 32)) for i in range(400)]
+    outs = [augment(sample(pixels), Pick(i, 0, 32))[0] for i in range(400)]
     num_flipped = sum(np.array_equal(out, pixels[:, ::-1]) for out in outs)
     assert num_flipped + sum(np.array_equal(out, pixels) for out in outs) == 400
     assert 160 < num_flipped < 240 if flip else num_flipped == 0
@@ -174,13 +174,13 @@ def test_a_file_and_its_bytes_give_the_same(tmp_path: Path):
     for size_px in (32, 256):
         pick = Pick(1, 2, size_px)
         file, content = tmp_path / "photograph.jpg", (tmp_path / "photograph.jpg").read_bytes()
-        assert np.array_equal(augment(Sample(file, 0, "a"), pick), augment(Sample(content, 0, "b"), pick))
+        assert np.array_equal(augment(Sample(file, 0, "a"), pick)[0], augment(Sample(content, 0, "b"), pick)[0])
 
 
 def test_evaluation_sees_what_the_network_will_see():
     pixels = noise(71, 50)
     preprocessing = Preprocessing(resize_px=40, crop_px=32)
-    out = torch.tensor(Evaluation(preprocessing)(sample(pixels), Pick(0, 0, 99)))
+    out = torch.tensor(Evaluation(preprocessing)(sample(pixels), Pick(0, 0, 99))[0])
     assert torch.equal(preprocessing(pixels), out.permute(2, 0, 1) / 255)
 
 
@@ -267,7 +267,7 @@ def test_advanced_is_basic_and_more():
     num_same = 0
     for i in range(300):
         pick = Pick(i, 0, 32)
-        a, b = basic(pictures[i % 2], pick), advanced(pictures[i % 2], pick)
+        a, b = (augment(pictures[i % 2], pick)[0] for augment in (basic, advanced))
         assert a.shape == b.shape == (32, 32, 3)
         assert a.dtype == b.dtype == np.uint8
         num_same += np.array_equal(a, b)

@@ -19,7 +19,8 @@ from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import classifier
 from mobilevit.recipes import Data, Recipe
 from mobilevit.tasks import classification
-from mobilevit.tasks.classification import Answers, Classification, evaluate_weights
+from mobilevit.tasks import evaluate_weights
+from mobilevit.tasks.classification import Answers, Classification
 
 TASK = Classification()
 RECIPE = Recipe(architecture="xxs", data=Data(size_px=32, eval_resize=1.3, min_scale=1, flip=False, val_fraction=0.5))

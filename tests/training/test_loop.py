@@ -29,7 +29,8 @@ from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
 from mobilevit.models.weights import Weights, read
 from mobilevit.pictures import PictureError
 from mobilevit.recipes import Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
-from mobilevit.tasks.classification import Answers, Classification, evaluate_weights
+from mobilevit.tasks import evaluate_weights
+from mobilevit.tasks.classification import Answers, Classification
 from mobilevit.training import loop
 from mobilevit.training.checkpoint import read_checkpoint
 from mobilevit.training.ema import MovingAverage

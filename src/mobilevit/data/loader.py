@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -23,13 +23,14 @@ from mobilevit.pictures import PictureError, Preprocessing
 
 
 class Batch(NamedTuple):
-    """Pictures (B, 3, H, W) in channels-last layout, their labels (B,) and their numbers in the source.
+    """Pictures (B, 3, H, W) in channels-last layout, their labels and their numbers in the source.
 
-    `unreadable` names the pictures that should be here and could not be read.
+    What labels are is up to the task: class numbers (B,), or whatever its datasets stack them to. `unreadable` names
+    the pictures that should be here and could not be read.
     """
 
     pixels: Tensor
-    labels: Tensor
+    labels: Any
     numbers: tuple[int, ...] = ()
     unreadable: tuple[str, ...] = ()
 
@@ -38,7 +39,7 @@ class Item(NamedTuple):
     """A picture of a batch, uint8 (H, W, 3), its label and its number in the source."""
 
     pixels: np.ndarray
-    label: int
+    label: Any
     number: int
 
 
@@ -50,16 +51,30 @@ class Unreadable(NamedTuple):
     error: PictureError
 
 
-class PictureDataset(Dataset):
-    """Pictures of a source, each made ready by `prepare(sample, pick)`, which raises PictureError, as uint8 (H, W, 3).
+def stack_numbers(labels: Sequence[int]) -> Tensor:
+    """The labels of a batch where they are class numbers: (B,)."""
+    return torch.tensor(labels, dtype=torch.long)
 
-    An item is asked for by a `Pick`. A picture that cannot be read is handed on as `Unreadable`, so that whoever reads
-    the batches can say which one it was, whatever process met it.
+
+class PictureDataset(Dataset):
+    """Pictures of a source, each made ready by `prepare(sample, pick)`, which raises PictureError.
+
+    That gives the picture as uint8 (H, W, 3), and its label; `stack` makes one of the labels of a batch. An item is
+    asked for by a `Pick`. A picture that cannot be read is handed on as `Unreadable`, so that whoever reads the batches
+    can say which one it was, whatever process met it.
     """
 
-    def __init__(self, source: Source, prepare: Callable[[Sample, Pick], np.ndarray]):
+    def __init__(
+        self,
+        source: Source,
+        prepare: Callable[[Sample, Pick], tuple[np.ndarray, Any]],
+        stack: Callable[[list[Any]], Any] = stack_numbers,
+        notes: Sequence[str] = (),
+    ):
+        self.notes = notes  # what whoever trains on them should know
         self.source = source
         self.prepare = prepare
+        self.stack = stack
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,7 +84,7 @@ class PictureDataset(Dataset):
         try:
             sample = self.source[pick.number]
             name = sample.name
-            return Item(self.prepare(sample, pick), sample.label, pick.number)
+            return Item(*self.prepare(sample, pick), pick.number)
         except PictureError as error:
             return Unreadable(name or str(error), pick.size_px, error)
 
@@ -105,7 +120,7 @@ class Loader(Iterator[Batch]):
         finally:
             self.waited_seconds += time.perf_counter() - started
         self.unreadable += batch.unreadable
-        pixels, labels = (x.to(self._device, non_blocking=True) for x in (batch.pixels, batch.labels))
+        pixels, labels = (moved(x, self._device) for x in (batch.pixels, batch.labels))
         if self._preprocessing is not None:
             pixels = self._preprocessing.scale(pixels)
         return Batch(pixels, labels, tuple(batch.numbers), tuple(batch.unreadable))  # pinning makes lists of tuples
@@ -139,7 +154,7 @@ def load(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=partial(_collate, skip=max_unreadable > 0, stand_in=stand_in),
+        collate_fn=partial(_collate, stack=dataset.stack, skip=max_unreadable > 0, stand_in=stand_in),
         num_workers=num_workers,
         pin_memory=device.startswith("cuda"),
         worker_init_fn=_leave_signals_to_parent,
@@ -164,7 +179,18 @@ def _leave_signals_to_parent(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(items: list[Item | Unreadable], skip: bool, stand_in: bool) -> Batch | PictureError:
+def moved(values: Any, device: str) -> Any:
+    """`values` on `device`: a tensor, or the tensors of a named tuple; all else stays where it is."""
+    if isinstance(values, Tensor):
+        return values.to(device, non_blocking=True)
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(moved(value, device) for value in values))
+    return values
+
+
+def _collate(
+    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, stand_in: bool
+) -> Batch | PictureError:
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     if unreadable and (not skip or (stand_in and len(unreadable) == len(items))):
         return unreadable[0].error
@@ -181,7 +207,7 @@ def _collate(items: list[Item | Unreadable], skip: bool, stand_in: bool) -> Batc
     return Batch(
         # As the rows lie in memory already; the network wants the same layout.
         torch.from_numpy(pixels).permute(0, 3, 1, 2),
-        torch.tensor([item.label for item in chosen], dtype=torch.long),
+        stack([item.label for item in chosen]),
         tuple(item.number for item in chosen),
         tuple(item.name for item in unreadable),
     )

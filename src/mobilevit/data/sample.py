@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from mobilevit.pictures import Picture
 
+# The number of a class, where pictures are classified; else what `annotations.py` knows of a picture.
+Label = TypeVar("Label", covariant=True)
+
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Generic[Label]):
     """A picture still to be read (a file, the bytes of one, or pixels), the number of its class, its name."""
 
     picture: Picture | bytes
-    label: int
+    label: Label
     name: str
 
 
-class Source(Protocol):
+class Source(Protocol[Label]):
     """Labelled pictures by index. Sources never decode: what they hand over is for `read_picture`."""
 
     @property
@@ -27,22 +30,22 @@ class Source(Protocol):
         ...
 
     @property
-    def labels(self) -> Sequence[int]:
+    def labels(self) -> Sequence[Label]:
         """Class number of every picture."""
         ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample[Label]: ...
 
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(Generic[Label]):
     """Some pictures of a source, in the order of `indices`."""
 
-    source: Source
+    source: Source[Label]
     indices: tuple[int, ...]
-    labels: tuple[int, ...] = field(init=False, repr=False)
+    labels: tuple[Label, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         labels = self.source.labels
@@ -56,7 +59,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample[Label]:
         return self.source[self.indices[index]]
 
 
@@ -87,7 +90,7 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample[int]:
         return Sample(self.pictures[index], self.labels[index], self.pictures.name(index))
 
 

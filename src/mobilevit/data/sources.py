@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from PIL import Image
 
@@ -26,7 +26,7 @@ from mobilevit.data.archives import (
     read_tars,
     refuse_compressed,
 )
-from mobilevit.data.sample import Labelled, Part, Sample, Source, Subset, few
+from mobilevit.data.sample import Label, Labelled, Part, Sample, Source, Subset, few
 from mobilevit.data.tables import file_split, hub_splits, read_table, saved_splits
 from mobilevit.pictures import Picture, PictureError, picture_files
 
@@ -47,23 +47,23 @@ Parts = dict[str, Callable[[], Part]]
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Pictures in folders named after their class. `root` is the folder below which names stay the same."""
+class Folder(Generic[Label]):
+    """Pictures in files, in folders named after their class say. Below the folder `root` names stay the same."""
 
     files: tuple[Path, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
     class_names: tuple[str, ...]
     root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample[Label]:
         file = self.files[index]
         return Sample(file, self.labels[index], str(file))
 
 
-def find_splits(data: str | Path, val_fraction: float) -> tuple[Source, Source]:
+def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Source[int]]:
     """Training and validation pictures of `data`, wherever they are kept.
 
     `data` is one of
@@ -92,7 +92,7 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source, Source]:
         raise ValueError(f"{data}: has only the splits {few(list(parts))}; expected one to train on")
     held_out = _held_out(parts)
     if held_out is None:
-        _check_fraction(val_fraction)
+        check_fraction(val_fraction)
     part = parts["train" if "train" in parts else "all"]()
     class_names = part.own_class_names()
     train = part.source(class_names)
@@ -101,7 +101,7 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source, Source]:
     return train, parts[held_out]().source(class_names)
 
 
-def find_evaluation(data: str | Path, class_names: Sequence[str]) -> Source:
+def find_evaluation(data: str | Path, class_names: Sequence[str]) -> Source[int]:
     """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of `data`.
 
     Classes are matched by name, so that their order may be another, and some may be missing. Where `data` has numbers
@@ -127,7 +127,7 @@ def held_out_name(data: str | Path) -> str | None:
     return _held_out(parts)
 
 
-def hold_out(source: Source, val_fraction: float, where: str) -> tuple[Subset, Subset]:
+def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subset[int], Subset[int]]:
     """Divide `source` into pictures to train on and to validate on, about `val_fraction` of every class.
 
     Each picture goes by chance, drawn from its key alone (its name below the data folder; its name in the tar; its
@@ -137,8 +137,8 @@ def hold_out(source: Source, val_fraction: float, where: str) -> tuple[Subset, S
     Raises:
         ValueError: a fraction that is not between 0 and 1, a class of one picture.
     """
-    _check_fraction(val_fraction)
-    chances = [_chance(key) for key in _keys(source)]
+    check_fraction(val_fraction)
+    chances = [chance(key) for key in keys(source)]
     indices_of: list[list[int]] = [[] for _ in source.class_names]
     for i, label in enumerate(source.labels):
         indices_of[label].append(i)
@@ -163,7 +163,8 @@ def fingerprint(source: Source) -> str:
     Names are those below the data folder, which may be moved; the pixels are not read.
     """
     digest = hashlib.sha256()
-    for values in (source.class_names, map(str, source.labels), _keys(source)):
+    labels = (str(label) if isinstance(label, int) else label.digest() for label in source.labels)
+    for values in (source.class_names, labels, keys(source)):
         for value in values:
             # The length first: two names must not read as another two. A name may be no valid UTF-8.
             encoded = value.encode(errors="surrogateescape")
@@ -188,10 +189,15 @@ def check_headers(*sources: Source, max_unreadable: int = 0) -> list[str]:
             ranges = (range(start, min(start + 256, len(source))) for start in range(0, len(source), 256))
             for names in pool.map(partial(_not_pictures, source), ranges):
                 wrong.extend(names)
-    if len(wrong) > max_unreadable:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise PictureError(f"{', '.join(wrong[:5])}{more}: not pictures; mend or remove them")
+    refuse_unreadable(wrong, max_unreadable)
     return wrong
+
+
+def refuse_unreadable(names: Sequence[str], max_unreadable: int) -> None:
+    """Raise PictureError, with five of the names, where there are more than `max_unreadable`."""
+    if len(names) > max_unreadable:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise PictureError(f"{', '.join(names[:5])}{more}: not pictures; mend or remove them")
 
 
 def _not_pictures(source: Source, indices: Iterable[int]) -> list[str]:
@@ -229,7 +235,7 @@ def _unwrap(source: Source, index: int) -> tuple[Source, int]:
     return source, index
 
 
-def _keys(source: Source) -> Iterator[str]:
+def keys(source: Source) -> Iterator[str]:
     """What tells each picture from the others, and stays the same where the data are moved."""
     for i in range(len(source)):
         base, index = _unwrap(source, i)
@@ -343,7 +349,7 @@ def _has_class_folders(data: Path) -> bool:
 
 def _folder_splits(data: Path, val_fraction: float) -> tuple[Source, Source]:
     if not (data / "train").is_dir():
-        _check_fraction(val_fraction)
+        check_fraction(val_fraction)
         return hold_out(_read_folder(data, _class_names(data, EXPECTED), data), val_fraction, str(data))
     val = held_out_folder(data)
     if val is None:
@@ -365,7 +371,7 @@ def _class_names(root: Path, expected: str) -> tuple[str, ...]:
     return names
 
 
-def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder:
+def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder[int]:
     label_of = {name: label for label, name in enumerate(class_names)}
     files: list[Path] = []
     labels: list[int] = []
@@ -384,12 +390,13 @@ def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder
     return Folder(tuple(files), tuple(labels), class_names, data)
 
 
-def _check_fraction(val_fraction: float) -> None:
+def check_fraction(val_fraction: float) -> None:
+    """Raise ValueError for a share that is none."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
 
 
-def _chance(key: str) -> float:
+def chance(key: str) -> float:
     """A number from 0 to below 1, evenly spread over all keys."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()  # a name may be no valid UTF-8
     return int.from_bytes(digest[:6], "big") / 2**48

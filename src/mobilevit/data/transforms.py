@@ -38,8 +38,8 @@ class Augmentation:
     seed: int
     policy: Policy = "basic"
 
-    def __call__(self, sample: Sample, pick: Pick) -> np.ndarray:
-        """A picture of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone.
+    def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
+        """A picture of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its class.
 
         Raises PictureError.
         """
@@ -54,8 +54,8 @@ class Augmentation:
         if self.flip and random.random() < 0.5:
             pixels = pixels.flip(1)
         if self.policy == "basic":
-            return pixels.numpy()
-        return random_erasing(np.array(rand_augment(Image.fromarray(pixels.numpy()), random)), random)
+            return pixels.numpy(), sample.label
+        return random_erasing(np.array(rand_augment(Image.fromarray(pixels.numpy()), random)), random), sample.label
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class Evaluation:
 
     preprocessing: Preprocessing
 
-    def __call__(self, sample: Sample, pick: Pick) -> np.ndarray:
-        """A picture of any size -> uint8 (crop_px, crop_px, 3). Raises PictureError."""
-        return np.asarray(self.preprocessing.resize_and_crop(read_picture(sample.picture, sample.name)))
+    def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
+        """A picture of any size -> uint8 (crop_px, crop_px, 3); its class. Raises PictureError."""
+        picture = read_picture(sample.picture, sample.name)
+        return np.asarray(self.preprocessing.resize_and_crop(picture)), sample.label
 
 
 def random_box(width: int, height: int, min_scale: float, random: np.random.Generator) -> Box:

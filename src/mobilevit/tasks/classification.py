@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.data.loader import Batch, PictureDataset, load
-from mobilevit.data.sampler import eval_batches
-from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits
+from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
@@ -61,6 +59,19 @@ class Answers:
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         np.add.at(counts, (self.labels, self.answers[:, 0]), 1)
         return counts
+
+    def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Pictures of every class, recall and precision in per cent; None where they are undefined."""
+        counts = self.counts()
+        return [
+            {
+                "class": class_name,
+                "num_pictures": int(counts[i].sum()),
+                "recall": 100 * int(counts[i, i]) / int(counts[i].sum()) if counts[i].sum() else None,
+                "precision": 100 * int(counts[i, i]) / int(counts[:, i].sum()) if counts[:, i].sum() else None,
+            }
+            for i, class_name in enumerate(class_names)
+        ]
 
     def sections(self, source: Source) -> list[tuple[str, str]]:
         """Confusion matrix, classes, and the mistakes that the network was surest of."""
@@ -112,6 +123,17 @@ class Classification:
             output_stride=model.backbone.output_stride,
         )
 
+    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
+        if not weights.class_names:
+            raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
+        return PictureDataset(find_evaluation(data, weights.class_names), Evaluation(preprocessing))
+
+    def held_out_name(self, data: str | Path) -> str | None:
+        return held_out_name(data)
+
+    def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.long)
+
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         if recipe.data.policy == "basic":
             return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
@@ -127,7 +149,7 @@ class Classification:
         columns: list[list[Tensor]] = [[], [], [], [], []]
         num_classes = 0
         for batch in batches:
-            if not len(batch.labels):  # none of it could be read
+            if not batch.numbers:  # none of it could be read
                 continue
             logits = model(batch.pixels).float()
             num_classes = logits.shape[1]
@@ -144,37 +166,6 @@ class Classification:
         merged = [np.concatenate(arrays) for arrays in zip(*(one[0] for one in everything), strict=True)]
         order = np.argsort(merged[0])  # the same sums in the same order, however many processes there were
         return Answers(*(array[order] for array in merged), num_classes=everything[0][1])
-
-
-def evaluate_weights(
-    weights: Weights,
-    data: str | Path,
-    *,
-    size_px: int | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    device: str = "cpu",
-) -> Answers:
-    """What `weights` make of `val/` or `test/` of `data`, or of all of it, at the size they are for or at `size_px`.
-
-    Raises:
-        ValueError: weights without class names, a folder that is none of them, a picture that cannot be read.
-    """
-    if not weights.class_names:
-        raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
-    if batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
-    preprocessing = weights.preprocessing
-    if size_px is not None:
-        if size_px < 32:
-            raise ValueError(f"size is {size_px}; it must be 32 px or more")
-        preprocessing = preprocessing.at_size(size_px)
-    source = find_evaluation(data, weights.class_names)
-    dataset = PictureDataset(source, Evaluation(preprocessing))
-    batches = eval_batches(len(source), batch_size=batch_size, size_px=preprocessing.crop_px)
-    loaded = load(dataset, batches, num_workers=num_workers, device=device, preprocessing=preprocessing)
-    with contextlib.closing(loaded):
-        return Classification().evaluate(weights.build().to(device), loaded)
 
 
 def _preprocessing(recipe: Recipe) -> Preprocessing:

@@ -8,10 +8,12 @@ sheet of these fragments; its colours are custom properties (`--ink`, `--soft`, 
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,7 @@ MAX_CLASSES = 20  # a heat map of more is too small to read, and a longer table 
 MAX_ROWS = 1000  # of the table of classes, so that a report stays a file one can send
 MAX_MISTAKES = 32
 THUMBNAIL_PX = 160
+FIGURE_PX = 360  # of a picture with boxes or classes drawn on it
 NOTHING = "&ndash;"  # where there is no number
 
 STYLE = """
@@ -61,24 +64,57 @@ table.text td { white-space: normal; overflow-wrap: anywhere; }
 .mistakes figcaption { font-size: .86em; line-height: 1.4; padding-top: .45rem; overflow-wrap: anywhere; }
 .mistakes span { display: block; }
 .mistakes .name { color: var(--soft); font-size: .9em; }
+.drawn { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.mistakes svg { display: block; width: 100%; height: auto; }
+.mistakes .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 3px; }
+.mistakes .three img { aspect-ratio: auto; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .35em; vertical-align: -.05em; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1.2rem 1rem;
+  list-style: none; margin: 0; padding: 0; }
+.curves svg { display: block; width: 100%; height: auto; }
+.curves figure { margin: 0; }
+.curves figcaption { font-size: .86em; line-height: 1.35; overflow-wrap: anywhere; }
 """
 
 
-def confusion_html(counts: np.ndarray, class_names: Sequence[str]) -> str:
+class Drawn(NamedTuple):
+    """A picture and boxes to draw on it: corners x1, y1, x2, y2 in its pixels, each with a text."""
+
+    picture: Image.Image
+    name: str
+    truth: Sequence[tuple[Sequence[float], str]]
+    found: Sequence[tuple[Sequence[float], str]]
+
+
+class Painted(NamedTuple):
+    """A picture and the classes of its pixels, as they are and as they were found; 255 is to be ignored.
+
+    The masks (h, w) are uint8 and may be smaller than the picture. `share` is the mean IoU of the picture.
+    """
+
+    picture: Image.Image
+    name: str
+    truth: np.ndarray
+    found: np.ndarray
+    share: float
+
+
+def confusion_html(counts: np.ndarray, class_names: Sequence[str], unit: str = "pictures") -> str:
     """Which class is taken for which: a heat map up to 20 classes, the 20 most frequent confusions beyond.
 
-    `counts` (C, C) are pictures, a row for the true class and a column for the predicted one.
+    `counts` (C, C) are pictures, a row for the true class and a column for the predicted one. Of another `unit`, whose
+    numbers are too long for a cell, the map gives shares of a row in per cent.
     """
     _check(counts, class_names)
     if len(class_names) <= MAX_CLASSES:
-        return _heat_map(counts, class_names)
+        return _heat_map(counts, class_names, unit)
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     # Stable, so that equal counts stay in the order of the classes.
     most = np.argsort(-wrong, axis=None, kind="stable")[:20]
     pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(most, wrong.shape), strict=True) if wrong[i, j]]
     if not pairs:
-        return "<p>No picture was taken for another class.</p>"
+        return f"<p>No {unit.removesuffix('s')} was taken for another class.</p>"
     rows = [
         (
             escape(class_names[i]),
@@ -88,7 +124,7 @@ def confusion_html(counts: np.ndarray, class_names: Sequence[str]) -> str:
         )
         for i, j in pairs
     ]
-    columns = ("Class", "taken for", "pictures", "share of the class, %")
+    columns = ("Class", "taken for", unit, "share of the class, %")
     return table(columns, rows, caption=f"The {len(rows)} most frequent confusions, of {wrong.sum():,} in all.")
 
 
@@ -135,15 +171,126 @@ def mistakes_html(mistakes: Sequence[tuple[Image.Image, str, str, float, str]]) 
     return '<ul class="mistakes">\n' + "\n".join(cells) + "\n</ul>"
 
 
-def thumbnail(picture: Image.Image, name: str = "picture") -> str:
-    """A JPEG of at most 160 px a side as a data URL; pictures far smaller than that are enlarged pixel by pixel."""
+def figures_html(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], caption: str) -> str:
+    """A table of the classes, the lowest of the last figure first; 20 rows, the rest folded.
+
+    `rows` are those of `mobilevit.tasks.Results.per_class`, `columns` the headings by the names of their figures: whole
+    numbers as they are, all else in per cent, None where there is none (such classes come last).
+    """
+    last = list(columns)[-1]
+    order = sorted(rows, key=lambda row: (row[last] is None, row[last] or 0))
+    cells = [(escape(row["class"]), *(_figure_cell(row[name]) for name in columns)) for row in order[:MAX_ROWS]]
+    headings = ("Class", *columns.values())
+    shown = table(headings, cells[:MAX_CLASSES], caption=caption, wide=True)
+    if len(cells) <= MAX_CLASSES:
+        return shown
+    rest = f"The next {len(cells) - MAX_CLASSES:,} classes"
+    return f"{shown}\n<details><summary>{rest}</summary>\n{table(headings, cells[MAX_CLASSES:], wide=True)}\n</details>"
+
+
+def curves_html(curves: np.ndarray, class_names: Sequence[str]) -> str:
+    """Precision against recall, one small figure a class, the mean of all first, then the lowest; 20 at most.
+
+    `curves` (C, 101) are precisions at recall 0, 0.01 ... 1; NaN for a class without boxes.
+    """
+    areas = curves.mean(1)
+    measured = [i for i in np.argsort(areas, kind="stable").tolist() if not math.isnan(areas[i])]
+    if not measured:
+        return "<p>No boxes, no curves.</p>"
+    figures = [("all classes", curves[measured].mean(0)), *((class_names[i], curves[i]) for i in measured)]
+    if len(measured) == 1:
+        figures = figures[1:]
+    cells = []
+    for name, curve in figures[: MAX_CLASSES + 1]:
+        name, percent = escape(name), f"{100 * curve.mean():.1f}"
+        points = " ".join(f"{10 + x:.0f},{110 - 100 * y:.1f}" for x, y in enumerate(curve.tolist()))
+        cells.append(
+            f'<li><figure><svg viewBox="0 0 120 120" role="img" aria-label="{name}: average precision {percent} %">'
+            '<path d="M10 10V110H110" fill="none" stroke="var(--line)"/>'
+            '<path d="M10 60H110M60 10V110" fill="none" stroke="var(--faint)"/>'
+            f'<polyline points="{points}" fill="none" stroke="var(--blue)" stroke-width="1.6"/></svg>'
+            f"<figcaption><b>{name}</b> {percent}&nbsp;%</figcaption></figure></li>"
+        )
+    left = len(figures) - len(cells)
+    more = f" The lowest {len(cells) - 1}; {left} more are not drawn." if left else ""
+    return (
+        '<p class="note">Precision (upwards, 0 to 100 %) at every recall (to the right) for boxes that overlap by an '
+        f"IoU of 0.5 or more; the number is the area below.{more}</p>\n"
+        f'<ul class="curves">\n{chr(10).join(cells)}\n</ul>'
+    )
+
+
+def boxes_html(pictures: Sequence[Drawn]) -> str:
+    """A grid of pictures with their boxes: what was annotated in full lines, what was found in dashed ones."""
+    cells = []
+    for picture, name, truth, found in pictures:
+        width, height = picture.size
+        unit = max(width, height) / FIGURE_PX  # what a pixel of the page is, about
+        name = escape(name)
+        boxes = "".join(
+            _box_svg(corners, escape(text), unit, is_found)
+            for is_found, of_kind in ((False, truth), (True, found))
+            for corners, text in of_kind
+        )
+        told = [
+            f"{kind}: {escape(', '.join(text for _, text in these)) or 'nothing'}"
+            for kind, these in {"annotated": truth, "found": found}.items()
+        ]
+        cells.append(
+            f'<li><figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{"; ".join(told)}">'
+            f'<image width="{width}" height="{height}" preserveAspectRatio="none" '
+            f'href="{thumbnail(picture, name, FIGURE_PX)}"/>{boxes}</svg>'
+            f'<figcaption>{"".join(f"<span>{one}</span>" for one in told)}<span class="name">{name}</span>'
+            "</figcaption></figure></li>"
+        )
+    return (
+        '<p class="note">Full lines, their names at the upper edge: what was annotated. Dashed lines, names and scores '
+        'at the lower edge: what was found.</p>\n<ul class="mistakes drawn">\n' + "\n".join(cells) + "\n</ul>"
+    )
+
+
+def masks_html(pictures: Sequence[Painted], class_names: Sequence[str]) -> str:
+    """A grid of pictures, each three times: painted with the true classes, with those found, and where they differ."""
+    cells = []
+    for picture, name, truth, found, share in pictures:
+        name = escape(name)
+        small = picture.copy()
+        small.thumbnail((FIGURE_PX, FIGURE_PX), Image.Resampling.LANCZOS)
+        truth, found = (_mask_at(mask, small.size) for mask in (truth, found))
+        is_wrong = (truth != found) & (truth != 255)
+        # Without colour, for whoever cannot tell the classes' colours apart.
+        wrong = Image.fromarray(np.where(is_wrong, 255, 40).astype(np.uint8)).convert("RGB")
+        panels = [("as annotated", _paint(small, truth, class_names)), ("as found", _paint(small, found, class_names))]
+        panels.append(("what is wrong, in white", wrong))
+        images = "".join(
+            f'<img src="{thumbnail(image, name, FIGURE_PX)}" alt="{name}, {told}" title="{told}" loading="lazy">'
+            for told, image in panels
+        )
+        seen: list[int] = sorted({*np.unique(truth).tolist(), *np.unique(found).tolist()} - {255})
+        legend = "".join(
+            f'<span><i class="swatch" style="background:rgb{_colour(i)}"></i>{escape(class_names[i])}: '
+            f"{_percent(truth == i)} annotated, {_percent((found == i) & (truth != 255))} found</span>"
+            for i in seen
+        )
+        cells.append(
+            f'<li><figure><div class="three">{images}</div><figcaption><span><b>{100 * share:.1f}&nbsp;%</b> mean IoU'
+            f'</span>{legend}<span class="name">{name}</span></figcaption></figure></li>'
+        )
+    return (
+        '<p class="note">From left to right: as annotated, as found, and in white what is wrong.</p>\n'
+        '<ul class="mistakes drawn">\n' + "\n".join(cells) + "\n</ul>"
+    )
+
+
+def thumbnail(picture: Image.Image, name: str = "picture", size_px: int = THUMBNAIL_PX) -> str:
+    """A JPEG of at most `size_px` a side as a data URL; pictures far smaller than that are enlarged pixel by pixel."""
     image = to_rgb(picture, name)
     if image is picture:
         image = image.copy()  # thumbnail() works in place
-    if (times := THUMBNAIL_PX // max(image.size)) > 1:
+    if (times := size_px // max(image.size)) > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     else:
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+        image.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -181,7 +328,54 @@ def _share_cell(share: float) -> str:
     return NOTHING if math.isnan(share) else f"{bar(share)}{100 * share:.1f}"
 
 
-def _heat_map(counts: np.ndarray, class_names: Sequence[str]) -> str:
+def _figure_cell(value: float | None) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return NOTHING if value is None else _share_cell(value / 100)
+
+
+def _box_svg(corners: Sequence[float], text: str, unit: float, is_found: bool) -> str:
+    left, top, right, bottom = corners
+    box = f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" fill="none" '
+    dashes = f' stroke-dasharray="{7 * unit:.1f} {4 * unit:.1f}"' if is_found else ""
+    colour = "#ffb000" if is_found else "#ffffff"
+    y = bottom - 4 * unit if is_found else top + 12 * unit
+    # Black below it, so that both can be seen on any picture.
+    return (
+        f'{box}stroke="#000" stroke-width="{3.5 * unit:.2f}"{dashes}/>'
+        f'{box}stroke="{colour}" stroke-width="{1.8 * unit:.2f}"{dashes}/>'
+        f'<text x="{left + 4 * unit:.1f}" y="{y:.1f}" font-size="{11 * unit:.1f}" fill="{colour}" stroke="#000" '
+        f'stroke-width="{2.5 * unit:.2f}" paint-order="stroke">{text}</text>'
+    )
+
+
+def _mask_at(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
+def _paint(picture: Image.Image, mask: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    """The picture in grey with the colours of its classes over it; no colour for the background and what is ignored."""
+    grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)
+    colours = np.zeros((256, 3), np.float32)
+    strength = np.zeros((256, 1), np.float32)
+    for i, name in enumerate(class_names):
+        colours[i] = _colour(i)
+        strength[i] = 0 if name.lower() == "background" else 0.6
+    mixed = grey * (1 - strength[mask]) + colours[mask] * strength[mask]
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """Of a class: a turn by the golden angle from the one before it, so that neighbours are far apart."""
+    red, green, blue = colorsys.hls_to_rgb((number * 0.381966) % 1, 0.45 if number % 2 else 0.6, 0.85)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _percent(where: np.ndarray) -> str:
+    return f"{100 * where.mean():.1f}&nbsp;%"
+
+
+def _heat_map(counts: np.ndarray, class_names: Sequence[str], unit: str) -> str:
     names = [escape(name) for name in class_names]
     head = "".join(f'<th scope="col" title="{name}"><span>{name}</span></th>' for name in names)
     rows = []
@@ -190,19 +384,21 @@ def _heat_map(counts: np.ndarray, class_names: Sequence[str]) -> str:
         cells = []
         for j, n in enumerate(row):
             kind = "none" if not n else "right" if i == j else "wrong"
-            said = f"{name}: {n:,} of {sum(row):,} pictures ({100 * n / total:.1f} %) taken for {names[j]}"
+            said = f"{name}: {n:,} of {sum(row):,} {unit} ({100 * n / total:.1f} %) taken for {names[j]}"
+            shown = f"{n:,}" if unit == "pictures" else f"{100 * n / total:.0f}"
             # One mistake among hundreds is still to be seen: the root lifts small shares.
             shade = (n / total) ** (1 / 3)
             style = f' style="--share:{shade:.3f}"' if n else ""
-            cells.append(f'<td class="{kind}"{style} title="{said}">{f"{n:,}" if n else "·"}</td>')
+            cells.append(f'<td class="{kind}"{style} title="{said}">{shown if n else "·"}</td>')
         rows.append(f'<tr><th scope="row" title="{name}">{name}</th>{"".join(cells)}</tr>')
     body = "\n".join(rows)
     short = ' class="short"' if all(len(name) <= 3 for name in class_names) else ""
+    told = unit.capitalize() if unit == "pictures" else f"{unit.capitalize()}, in per cent of the row,"
     # Not a caption, which would be as wide as the table and scroll with it on a narrow screen.
     return (
-        '<p class="note">Pictures by true class (rows) and predicted class (columns). The diagonal, in bold, is right; '
+        f'<p class="note">{told} by true class (rows) and predicted class (columns). The diagonal, in bold, is right; '
         "the stronger the colour, the larger the share of the row.</p>\n"
-        f'<div class="scroll heat"><table{short} aria-label="Pictures by true and predicted class">'
+        f'<div class="scroll heat"><table{short} aria-label="{unit.capitalize()} by true and predicted class">'
         f"<thead><tr><td>true \\ predicted</td>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
 

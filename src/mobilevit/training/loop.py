@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import recipes
-from mobilevit.data.loader import Batch, Loader, PictureDataset, load
+from mobilevit.data.loader import Batch, Loader, PictureDataset, load, moved
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
 from mobilevit.models.weights import Weights, write
 from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
-from mobilevit.tasks import TASKS, Results
+from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
 from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint
 from mobilevit.training.distributed import Processes, join
@@ -47,10 +47,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run leaves: the weights' file and the metrics of every epoch."""
+    """What a finished run leaves: the weights' file, the metrics of every epoch, and which of them matters most."""
 
     weights: Path
     epochs: list[dict[str, float]]
+    main_metric: str
 
 
 class Stopped(KeyboardInterrupt):
@@ -114,7 +115,7 @@ def _train(
     console: Console,
     opened: contextlib.ExitStack,
 ) -> Run:
-    task = TASKS["classify"]
+    task = TASKS[recipe.task]
     device, world, is_first = processes.device, processes.world, processes.rank == 0
 
     def say(text: str) -> None:
@@ -130,6 +131,8 @@ def _train(
         and not (Path(data) / "train").is_dir()
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
+    for note in (*train_set.notes, *val_set.notes):
+        say(note)
     num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def _train(
     precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
     with precision:
         copied = copy.deepcopy(model).train()
-        at_once = min(processes.gather(pixels_at_once(recipe, task, copied, _blank(recipe, model), device)))
+        at_once = min(processes.gather(pixels_at_once(recipe, task, copied, _blank(task, recipe, model), device)))
     del copied
     val_size = max(1, min(recipe.batch_size // world, at_once // recipe.data.size_px**2))
     val_batches = eval_batches(len(val_set), batch_size=val_size, size_px=recipe.data.size_px)
@@ -218,7 +221,7 @@ def _train(
         before = copy.deepcopy(model.state_dict())
         for shape in sorted(compiled):
             with precision:
-                loss = task.loss(recipe, network, _blank(recipe, model, shape))
+                loss = task.loss(recipe, network, _blank(task, recipe, model, shape))
             scaler.scale(loss).backward()
         optimizer.zero_grad()
         model.load_state_dict(before)
@@ -407,7 +410,7 @@ def _train(
                 )
             keep()
             kept_at = time.perf_counter()
-    return Run(out / "model.safetensors", position.history)
+    return Run(out / "model.safetensors", position.history, results.main_metric)
 
 
 @dataclass
@@ -483,12 +486,13 @@ def _batches(recipe: Recipe, num_pictures: int, epoch: int, world: int) -> Epoch
     )
 
 
-def _blank(recipe: Recipe, model: nn.Module, shape: tuple[int, ...] | None = None) -> Batch:
+def _blank(task: Task, recipe: Recipe, model: nn.Module, shape: tuple[int, ...] | None = None) -> Batch:
     """A batch of black pictures, two of the base size unless `shape` says otherwise."""
     shape = shape or (2, 3, recipe.data.size_px, recipe.data.size_px)
     device = next(model.parameters()).device
     pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    return Batch(pixels, torch.zeros(shape[0], dtype=torch.long, device=device), tuple(range(shape[0])), ())
+    labels = moved(task.blank_labels(shape[0], shape[2]), str(device))
+    return Batch(pixels, labels, tuple(range(shape[0])))
 
 
 def _shapes(recipe: Recipe, num_pictures: int, at_once: int, world: int) -> set[tuple[int, ...]]:

@@ -39,7 +39,10 @@ UNITS = {
     "workers": "processes",
     "top1": "%",
     "top5": "%",
+    **dict.fromkeys(("ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
 }
+
+NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU"}
 
 
 @dataclass(frozen=True)
@@ -400,7 +403,9 @@ def _unit(name: str) -> str:
 
 def _metric_name(field: str) -> str:
     name = field.partition("_")[2]
-    return {"top1": "top-1", "top5": "top-5"}.get(name, name.replace("_", " "))
+    if name in NAMES:
+        return NAMES[name]
+    return name.replace("ap", "AP", 1).replace("_", " ") if name.startswith("ap") else name.replace("_", " ")
 
 
 def _plain(field: str, value: float) -> str:
@@ -438,7 +443,7 @@ def _metrics(epochs: Sequence[Mapping[str, float]]) -> list[str]:
 
 def _headline(epochs: Sequence[Mapping[str, float]]) -> str:
     metrics = _metrics(epochs)
-    return "val_top1" if "val_top1" in metrics else (metrics or ["val_loss"])[0]
+    return (metrics or ["val_loss"])[0]  # tasks give the one that matters most first
 
 
 def _best(field: str, values: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -1,0 +1,322 @@
+"""Make a data set for detection and segmentation from the photographs that come with Tux Paint.
+
+Each picture shows up to five stamps (birds, coins, vehicles, ...) at random places, sizes and angles, the later ones
+before the earlier ones, on clutter made of other stamps. What is in `val` is made of stamps that `train` never saw, so
+that a score there is one for unseen things. The same arguments write the same bytes.
+
+    python examples/stamps.py FOLDER [--num-train 3000 --num-val 500 --seed 0 --size-px 320]
+
+FOLDER becomes a data set as COCO's (annotations/, train/, val/), and FOLDER/voc the same pictures as VOC's, with masks.
+Needs Debian's package tuxpaint-stamps-default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.pool
+import os
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+# Class -> where its photographs are; folders stand for what lies directly in them.
+CLASSES = {
+    "bird": ["animals/birds"],
+    "coin": ["symbols/money/us/coins", "symbols/money/euro/coins", "symbols/money/canadian/coins"],
+    "crawler": ["animals/insects", "animals/lizards", "animals/amphibians"],
+    "flower": ["plants/flowers"],
+    "furry animal": [
+        *("animals/mammals/cats", "animals/mammals/dogs", "animals/mammals/bears", "animals/mammals/rodents"),
+        *("animals/marsupials", "animals/mammals/badger.png", "animals/mammals/ferret.png"),
+        *("animals/mammals/rabbit_little.png", "animals/mammals/aquatic/otter.png"),
+    ],
+    "hoofed animal": ["animals/mammals/bovines", "animals/mammals/deer", "animals/mammals/equines"],
+    "planet": ["space/planets", "space/moon"],
+    "produce": ["food/fruit", "food/vegetables"],
+    "sea animal": ["animals/fish", "animals/mammals/aquatic"],
+    "sign": ["town/roadsigns"],
+    "tool": ["household/tools", "household/dishes/utensils", "household/arttools/scissors_small_open.png"],
+    "vehicle": [
+        *("vehicles", "vehicles/auto", "vehicles/construction", "vehicles/emergency", "vehicles/masstransit"),
+        *("vehicles/race", "vehicles/ship", "military/vehicles"),
+    ],
+}
+# Drawings, mirror images of another stamp, what is to be coloured in, and what does not belong to the class.
+LEFT_OUT = {
+    *("0_sun", "7spoke256", "cementmixer", "dumper_mirror", "f22_raptor", "measuring_tape_mirror", "otter"),
+    *(
+        "railroad_crossing",
+        "sedan_police",
+        "sedan_police_mirror",
+        "spade",
+        "traffic_cone",
+        "wheel_tractor",
+        "wheelie_bin",
+    ),
+    *("bradley_mirror", "stoplight_01_red", "stoplight_02_yellow", "stoplight_03_green", "xing_school_mirror"),
+}
+MIN_VISIBLE = 0.25  # of an object, or else it is not there
+EMPTY = 0.04  # share of pictures without objects
+MAX_ZOOM = 4.0  # some stamps are 50 px wide
+STAMP_PX = 400  # others are 2,000 and would only fill the memory
+
+
+@cache
+def stamps() -> dict[str, dict[str, list[Path]]]:
+    """Files by "train" or "val" and class: every fourth stamp of a class is for validation."""
+    found: dict[str, dict[str, list[Path]]] = {"train": {}, "val": {}}
+    for name, places in CLASSES.items():
+        paths = [STAMPS / place for place in places]
+        files = sorted(file for path in paths for file in (path.glob("*.png") if path.is_dir() else [path]))
+        files = [file for file in files if file.stem not in LEFT_OUT or file in paths]
+        found["train"][name] = [file for i, file in enumerate(files) if i % 4 != 2]
+        found["val"][name] = files[2::4]
+    return found
+
+
+@dataclass
+class Object:
+    """One stamp in a picture: its class name, and where it can be seen (H, W), bool."""
+
+    name: str
+    seen: np.ndarray
+    num_px: int  # as long as nothing hid it
+
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, and, exclusive, right, bottom of what can be seen, in pixels."""
+        ys, xs = self.seen.nonzero()
+        return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+@cache
+def cut_out(file: Path) -> Image.Image:
+    """A stamp as RGBA, without its empty margin, STAMP_PX at most."""
+    with Image.open(file) as picture:
+        stamp = picture.convert("RGBA")
+    stamp = stamp.crop(stamp.getchannel("A").point([255 * (a > 127) for a in range(256)]).getbbox())
+    stamp.thumbnail((STAMP_PX, STAMP_PX), Image.Resampling.LANCZOS)
+    return stamp
+
+
+def texture(split: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """RGB of `size`: a piece from the inside of a stamp, mirrored on and on, blown up, blurred and tinted."""
+    files = [file for of_class in stamps()[split].values() for file in of_class]
+    while True:
+        stamp = cut_out(files[rng.integers(len(files))])
+        side = int(rng.uniform(0.15, 0.4) * min(stamp.size))
+        for _ in range(10 if side >= 8 else 0):
+            x, y = (int(rng.integers(length - side)) for length in stamp.size)
+            piece = stamp.crop((x, y, x + side, y + side))
+            if np.asarray(piece.getchannel("A")).min() > 250:
+                piece = piece.convert("RGB").transpose(Image.Transpose(int(rng.integers(5))))
+                piece = ImageEnhance.Brightness(piece).enhance(rng.uniform(0.5, 1.4))
+                piece = ImageEnhance.Color(piece).enhance(rng.uniform(0.3, 1.2))
+                pixels = np.asarray(piece)
+                for _ in range(rng.integers(3)):  # twice as wide and high without a seam
+                    pixels = np.concatenate([pixels, pixels[:, ::-1]], 1)
+                    pixels = np.concatenate([pixels, pixels[::-1]], 0)
+                piece = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+                return piece.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
+
+
+def gradient(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """RGB of `size`: from one colour to another in any direction."""
+    width, height = size
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]
+    share = ((slope + 1.5) / 3)[..., None]
+    return Image.fromarray((share * rng.uniform(0, 255, 3) + (1 - share) * rng.uniform(0, 255, 3)).astype(np.uint8))
+
+
+def clouds(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """L of `size`: soft spots, a mask to mix two pictures by."""
+    cells = rng.uniform(-100, 355, (int(rng.integers(3, 9)), int(rng.integers(3, 9)))).clip(0, 255)
+    return Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def background(split: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """RGB of `size`: textures that run into each other, and shapes cut from others."""
+    picture = gradient(size, rng)
+    for _ in range(rng.integers(1, 4)):
+        picture = Image.composite(texture(split, size, rng), picture, clouds(size, rng))
+    for _ in range(rng.integers(0, 9)):  # so that not whatever has an edge is an object
+        mask = Image.new("L", size)
+        centre, radius = rng.uniform(0, size), rng.uniform(0.05, 0.35) * min(size)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
+        corners = centre + radius * rng.uniform(0.5, 1.5, (len(angles), 1)) * np.stack(
+            [np.cos(angles), np.sin(angles)], 1
+        )
+        ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in corners], fill=int(rng.integers(120, 256)))
+        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
+        scrap = texture(split, size, rng) if rng.random() < 0.7 else gradient(size, rng)
+        picture = Image.composite(scrap, picture, mask)
+    return picture
+
+
+def placed(stamp: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """RGBA of `size` with `stamp` somewhere on it, resized, turned and lit by chance; a little may stick out."""
+    length = min(np.exp(rng.uniform(np.log(0.15), np.log(0.7))) * min(size), MAX_ZOOM * max(stamp.size))
+    width, height = (max(1, round(length * side / max(stamp.size))) for side in stamp.size)
+    # With the colours of what is see-through, a light fringe would grow around the stamp: weighted by alpha they don't.
+    stamp = stamp.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    stamp = stamp.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True).convert("RGBA")
+    alpha = stamp.getchannel("A")
+    for adjust in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        stamp = adjust(stamp).enhance(rng.uniform(0.75, 1.25))
+    stamp.putalpha(alpha)
+    layer = Image.new("RGBA", size)
+    x, y = (int(rng.uniform(-0.15 * a, b - 0.85 * a)) for a, b in zip(stamp.size, size, strict=True))
+    layer.paste(stamp, (x, y))
+    return layer
+
+
+def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.Image, np.ndarray, list[Object]]:
+    """A picture, the class of each of its pixels (H, W; 0 background, 255 the rims of objects), and its objects."""
+    long = int(rng.uniform(1, 1.5) * size_px)
+    short = round(long / (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9)[rng.integers(5)])
+    size = (long, short) if rng.random() < 0.65 else (short, long)
+    picture = background(split, size, rng)
+    mask = np.zeros(size[::-1], np.uint8)
+    objects: list[Object] = []
+    names = list(CLASSES)
+    for _ in range(0 if rng.random() < EMPTY else rng.integers(1, 6)):
+        number = int(rng.integers(len(names)))
+        files = stamps()[split][names[number]]
+        stamp = cut_out(files[rng.integers(len(files))])
+        for _ in range(10):  # tries to find a place where it hides no other one too much
+            layer = placed(stamp, size, rng)
+            alpha = np.asarray(layer.getchannel("A"))
+            seen = alpha > 127
+            if seen.sum() > 100 and all((o.seen & ~seen).sum() > MIN_VISIBLE * o.num_px for o in objects):
+                for o in objects:
+                    o.seen = o.seen & ~seen
+                objects.append(Object(names[number], seen, int(seen.sum())))
+                mask[seen] = number + 1
+                mask[(alpha > 31) & (alpha < 224)] = 255
+                picture.paste(layer, mask=layer.getchannel("A"))
+                break
+    pixels = np.asarray(picture) + rng.normal(0, rng.uniform(0, 8), (*mask.shape, 1))
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), mask, objects
+
+
+def write_picture(index: int, out: Path, split: str, seed: int, size_px: int) -> tuple[int, int, list[Object]]:
+    """Compose picture `index` of a split and write it with its mask and its XML; width, height, objects (unseen)."""
+    rng = np.random.default_rng([seed, split == "val", index])
+    picture, mask, objects = compose(split, rng, size_px)
+    stem = f"{split}_{index:05}"
+    picture.save(out / split / f"{stem}.jpg", quality=90)
+    os.link(out / split / f"{stem}.jpg", out / "voc" / "JPEGImages" / f"{stem}.jpg")
+    labels = Image.fromarray(mask)
+    labels.putpalette(palette())
+    labels.save(out / "voc" / "SegmentationClass" / f"{stem}.png")
+    write_xml(out / "voc" / "Annotations" / f"{stem}.xml", picture.size, objects)
+    return *picture.size, objects
+
+
+def palette() -> list[int]:
+    """VOC's colours: the bits of a class number, dealt out to red, green and blue from the highest bit down."""
+    return [
+        sum(((number >> (3 * i + channel)) & 1) << (7 - i) for i in range(8))
+        for number in range(256)
+        for channel in range(3)
+    ]
+
+
+def write_xml(file: Path, size: tuple[int, int], objects: list[Object]) -> None:
+    """What VOC says of a picture; its pixels count from 1, and the last one belongs to the box."""
+    root = ET.Element("annotation")
+    ET.SubElement(root, "filename").text = f"{file.stem}.jpg"
+    element = ET.SubElement(root, "size")
+    for tag, value in (("width", size[0]), ("height", size[1]), ("depth", 3)):
+        ET.SubElement(element, tag).text = str(value)
+    ET.SubElement(root, "segmented").text = "1"
+    for thing in objects:
+        element = ET.SubElement(root, "object")
+        ET.SubElement(element, "name").text = thing.name
+        ET.SubElement(element, "difficult").text = "0"
+        left, top, right, bottom = thing.box()
+        box = ET.SubElement(element, "bndbox")
+        for tag, value in (("xmin", left + 1), ("ymin", top + 1), ("xmax", right), ("ymax", bottom)):
+            ET.SubElement(box, tag).text = str(value)
+    ET.indent(root)
+    ET.ElementTree(root).write(file)
+
+
+def write_split(
+    out: Path, split: str, num: int, seed: int, size_px: int, pool: multiprocessing.pool.Pool
+) -> Counter[str]:
+    """All pictures of a split, and what COCO and VOC list of them; the number of objects a class."""
+    (out / split).mkdir()
+    images, annotations = [], []
+    write = partial(write_picture, out=out, split=split, seed=seed, size_px=size_px)
+    for index, (width, height, objects) in enumerate(pool.imap(write, range(num), chunksize=8)):
+        images.append({"id": index + 1, "file_name": f"{split}_{index:05}.jpg", "width": width, "height": height})
+        for thing in objects:
+            left, top, right, bottom = thing.box()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": list(CLASSES).index(thing.name) + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": int(thing.seen.sum()),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
+    listed = {"images": images, "annotations": annotations, "categories": categories}
+    (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(listed))
+    for sets in ("Main", "Segmentation"):
+        text = "".join(f"{split}_{index:05}\n" for index in range(num))
+        (out / "voc" / "ImageSets" / sets / f"{split}.txt").write_text(text)
+    return Counter(list(CLASSES)[a["category_id"] - 1] for a in annotations)
+
+
+def main(out: Path, num_train: int, num_val: int, seed: int, size_px: int) -> None:
+    """Write everything and say what it is."""
+    if not STAMPS.is_dir():
+        sys.exit(f"{STAMPS}: no such folder; install it by apt-get install tuxpaint-stamps-default")
+    if out.exists():
+        if any(out.iterdir()) and not (out / "voc" / "SegmentationClass").is_dir():
+            sys.exit(f"{out}: holds something else than this example writes; give a folder of its own")
+        shutil.rmtree(out)
+    for folder in ("annotations", "voc/Annotations", "voc/JPEGImages", "voc/SegmentationClass"):
+        (out / folder).mkdir(parents=True)
+    for sets in ("Main", "Segmentation"):
+        (out / "voc" / "ImageSets" / sets).mkdir(parents=True)
+    (out / "voc" / "classes.txt").write_text("\n".join(["background", *CLASSES]) + "\n")
+    with multiprocessing.Pool() as pool:
+        objects = {
+            split: write_split(out, split, num, seed, size_px, pool)
+            for split, num in (("train", num_train), ("val", num_val))
+        }
+    print(f"{'class':<14}  stamps train / val  objects train / val")
+    for name in CLASSES:
+        files = stamps()
+        print(
+            f"{name:<14}  {len(files['train'][name]):>12} / {len(files['val'][name]):<3}"
+            f"  {objects['train'][name]:>13} / {objects['val'][name]:<3}"
+        )
+    print(f"\nBoxes: {out}\nMasks: {out / 'voc'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="replaced if this example wrote it")
+    parser.add_argument("--num-train", type=int, default=3000)
+    parser.add_argument("--num-val", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size-px", type=int, default=320, help="least long side of a picture; the most is half more")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,271 @@
+"""Segmentation: the class of every pixel, by DeepLabv3 (paper, section 4.2.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mobilevit.data.annotations import (
+    check_annotations,
+    find_masks,
+    find_masks_to_evaluate,
+    masks_held_out_name,
+)
+from mobilevit.data.dense import MaskAugmentation, MaskEvaluation, stack_masks, warp
+from mobilevit.data.labels import IGNORE, MaskFile
+from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.sources import Source
+from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
+from mobilevit.models.weights import Weights, backbone_tensors
+from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.recipes import Recipe
+from mobilevit.tasks.classification import Gather, alone
+from mobilevit.tasks.html import FIGURE_PX, Painted, confusion_html, figures_html, masks_html
+
+OUTPUT_STRIDE = 16  # of a new network, as published
+AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, where there is one (as the later release has it)
+MAX_ENLARGED = 1 << 26  # logits at the size of the picture, a quarter of a gigabyte
+NUM_SHOWN = 6  # best and worst pictures of a report, each
+
+
+class Seen(NamedTuple):
+    """A picture to show in a report: its mean IoU (0..1), its number, what was found (h, w), made small."""
+
+    share: float
+    number: int
+    found: np.ndarray
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What a network made of the pixels of pictures; `mobilevit.tasks.Results` for segmentation.
+
+    `counts` (C, C) are pixels of the pictures as they were annotated, a row for the true class and a column for the
+    predicted one; what is to be ignored is not in them.
+    """
+
+    counts: np.ndarray
+    num_pictures: int
+    worst: tuple[Seen, ...]  # worst first
+    best: tuple[Seen, ...]  # best first
+    main_metric = "miou"
+
+    def metrics(self) -> dict[str, float]:
+        """Mean IoU over the classes and right pixels, both in per cent, and the number of pictures.
+
+        IoU is of all pictures together. A class that is neither annotated nor found anywhere is left out of its mean.
+        """
+        ious = _ious(self.counts)
+        return {
+            "miou": 100 * float(np.nanmean(ious)),
+            "pixel_accuracy": 100 * int(np.trace(self.counts)) / int(self.counts.sum()),
+            "num_pictures": self.num_pictures,
+        }
+
+    def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Annotated pixels of every class and its IoU in per cent, None where it is neither annotated nor found."""
+        ious = _ious(self.counts)
+        return [
+            {
+                "class": class_name,
+                "num_pixels": int(self.counts[i].sum()),
+                "iou": None if math.isnan(ious[i]) else 100 * float(ious[i]),
+            }
+            for i, class_name in enumerate(class_names)
+        ]
+
+    def sections(self, source: Source[MaskFile]) -> list[tuple[str, str]]:
+        """Classes, which is taken for which, and the pictures that came out best and worst."""
+        names = source.class_names
+        columns = {"num_pixels": "pixels", "iou": "IoU, %"}
+        classes = figures_html(self.per_class(names), columns, "The class with the lowest IoU comes first.")
+        worst, best = (_painted(source, seen) for seen in (self.worst, self.best))
+        none = "<p>No pictures to show.</p>"
+        return [
+            ("Classes", classes),
+            ("Confusion", confusion_html(self.counts, names, unit="pixels")),
+            ("Worst pictures", masks_html(worst, names) if worst else none),
+            ("Best pictures", masks_html(best, names) if best else none),
+        ]
+
+
+class Segmentation:
+    """See `mobilevit.tasks.Task` for what the methods do."""
+
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+        train, val = find_masks(data, recipe.data.val_fraction)
+        check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
+        augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
+        evaluation = MaskEvaluation(warp(recipe.data.size_px))
+        return (
+            PictureDataset(train, augmentation, stack_masks, train.notes),
+            PictureDataset(val, evaluation, list, val.notes),
+        )
+
+    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
+        if not weights.class_names:
+            raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
+        source = find_masks_to_evaluate(data, weights.class_names)
+        # Whatever the weights are used with, the whole picture is looked at: its margins count like its middle.
+        whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
+        return PictureDataset(source, MaskEvaluation(whole), list, source.notes)
+
+    def held_out_name(self, data: str | Path) -> str | None:
+        return masks_held_out_name(data)
+
+    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
+        class_names = train_set.source.class_names
+        preprocessing = warp(recipe.data.size_px)
+        output_stride, head = OUTPUT_STRIDE, DeepLabHead()
+        if pretrained is None:
+            model = DeepLabV3(recipe.architecture, len(class_names), output_stride, head)
+        else:
+            if pretrained.task == "segment":
+                assert pretrained.head is not None
+                output_stride, head = pretrained.output_stride, pretrained.head
+                model = pretrained.build(DeepLabV3)
+                if pretrained.class_names != class_names:
+                    model.reset_classes(len(class_names))
+            else:
+                model = DeepLabV3(pretrained.architecture, len(class_names), output_stride, head)
+                model.backbone.load_state_dict(backbone_tensors(pretrained))
+            # Their first convolution has learnt what its input is scaled to.
+            preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
+        return Weights(
+            architecture=model.architecture,
+            tensors=model.state_dict(),
+            preprocessing=preprocessing,
+            class_names=class_names,
+            output_stride=output_stride,
+            task="segment",
+            head=head,
+        )
+
+    def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
+        return torch.zeros(batch_size, size_px, size_px, dtype=torch.uint8)
+
+    def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
+        labels, smoothing = batch.labels.long(), recipe.label_smoothing
+        # Whatever the loop has wrapped it in.
+        network = next(module for module in model.modules() if isinstance(module, DeepLabV3))
+        if not network.head.auxiliary_channels:
+            return pixel_loss(model(batch.pixels), labels, smoothing)
+        # Through the wrappers all the same: they share the gradients, and compile.
+        vars(network)["forward"] = network.with_auxiliary
+        try:
+            logits, auxiliary = model(batch.pixels)
+        finally:
+            del vars(network)["forward"]
+        return pixel_loss(logits, labels, smoothing) + AUXILIARY_WEIGHT * pixel_loss(auxiliary, labels, smoothing)
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Segmented:
+        counts: np.ndarray | int = 0
+        num_pictures = 0
+        worst: list[Seen] = []
+        best: list[Seen] = []
+        for batch in batches:
+            if not batch.numbers:  # none of it could be read
+                continue
+            logits = model(batch.pixels)
+            for number, mask, of_picture in zip(batch.numbers, batch.labels, logits, strict=True):
+                found = at_size(of_picture, *mask.shape)
+                of_pixels = confusion(torch.from_numpy(mask).to(found.device), found, logits.shape[1])
+                counts += of_pixels
+                num_pictures += 1
+                if not of_pixels.any():  # all of it is to be ignored
+                    continue
+                seen = Seen(float(np.nanmean(_ious(of_pixels))), number, _small(found))
+                worst, best = _sorted([*worst, seen]), _sorted([*best, seen], best=True)
+        everything = [one for one in gather((counts, num_pictures, worst, best)) if one[1]]
+        if not everything:
+            raise PictureError("none of the pictures to evaluate on can be read")
+        all_counts = np.sum([one[0] for one in everything], 0)
+        if not all_counts.sum():
+            raise ValueError("the masks to evaluate on say of every pixel that it is to be ignored (255); mend them")
+        return Segmented(
+            all_counts,
+            sum(one[1] for one in everything),
+            worst=tuple(_sorted([seen for one in everything for seen in one[2]])),
+            best=tuple(_sorted([seen for one in everything for seen in one[3]], best=True)),
+        )
+
+
+def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean cross entropy of the pixels that are not to be ignored, a scalar of float32; 0 where all are.
+
+    `logits` (B, C, H, W), `labels` (B, H, W) int64, 255 where they are to be ignored.
+    """
+    total = F.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def at_size(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits (C, H, W) of the warped picture -> the likeliest classes of the picture itself, (height, width) int64."""
+    best = classes = None
+    # Some classes at a time: all of them, enlarged to a large photograph, are gigabytes.
+    at_once = max(1, MAX_ENLARGED // (height * width))
+    for first in range(0, len(logits), at_once):
+        part = logits[None, first : first + at_once].float()
+        values, these = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0].max(0)
+        if best is None or classes is None:
+            best, classes = values, these
+        else:
+            classes = torch.where(values > best, these + first, classes)
+            best = torch.maximum(values, best)
+    assert classes is not None
+    return classes
+
+
+def confusion(truth: Tensor, found: Tensor, num_classes: int) -> np.ndarray:
+    """Pixels by true class (rows) and found class (columns), (C, C) int64; pixels that are 255 in `truth` are left out.
+
+    `truth` (H, W) uint8 and `found` (H, W) int64, on one device.
+    """
+    counts_here = truth != IGNORE
+    pairs = truth[counts_here].long() * num_classes + found[counts_here]
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).cpu().numpy()
+
+
+def _ious(counts: np.ndarray) -> np.ndarray:
+    """Intersection over union by class, NaN where both are empty."""
+    both = np.diag(counts)
+    either = counts.sum(0) + counts.sum(1) - both
+    return np.divide(both, either, out=np.full(len(counts), np.nan), where=either > 0)
+
+
+def _sorted(seen: Iterable[Seen], *, best: bool = False) -> list[Seen]:
+    """The first that a report shows; the same ones however the pictures were dealt out."""
+    return sorted(seen, key=lambda one: (-one.share if best else one.share, one.number))[:NUM_SHOWN]
+
+
+def _small(found: Tensor) -> np.ndarray:
+    mask = Image.fromarray(found.to(torch.uint8).cpu().numpy())
+    if (shrink := max(mask.size) / FIGURE_PX) > 1:
+        size = (max(1, round(mask.width / shrink)), max(1, round(mask.height / shrink)))
+        mask = mask.resize(size, Image.Resampling.NEAREST)
+    return np.asarray(mask)
+
+
+def _painted(source: Source[MaskFile], seen: Iterable[Seen]) -> list[Painted]:
+    painted = []
+    for share, number, found in seen:
+        sample = source[number]
+        try:
+            picture = read_picture(sample.picture, sample.name)
+            truth = sample.label.read(*picture.size)
+        except PictureError:  # gone since it was evaluated
+            continue
+        painted.append(Painted(picture, sample.name, truth, found, share))
+    return painted

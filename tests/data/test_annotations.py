@@ -1,0 +1,547 @@
+"""Boxes and masks of every format from tiny files, compared with what was written and with pycocotools."""
+
+import contextlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mobilevit.data.annotations import (
+    Annotated,
+    Boxes,
+    MaskFile,
+    boxes_held_out_name,
+    check_annotations,
+    find_boxes,
+    find_boxes_to_evaluate,
+    find_masks,
+    find_masks_to_evaluate,
+    masks_held_out_name,
+)
+from mobilevit.data.sources import fingerprint
+from mobilevit.pictures import PictureError, read_picture
+
+WIDTH, HEIGHT = 40, 31
+CATEGORIES = [{"id": 7, "name": "tree"}, {"id": 2, "name": "cat"}, {"id": 90, "name": "dog"}]
+
+
+def picture(file: Path, size: tuple[int, int] = (WIDTH, HEIGHT), orientation: int | None = None) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.new("RGB", size, "gray").save(file, exif=exif)
+
+
+def annotation(image: int, category: int, bbox: Sequence[float], **more: Any) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": bbox, "area": 50.0, "iscrowd": 0} | more
+
+
+ANNOTATIONS = [
+    annotation(11, 90, [1, 2, 30, 4.5]),
+    annotation(11, 2, [0, 0, 40, 31], iscrowd=1, area=321.5),
+    annotation(5, 2, [10.25, 3.5, 7.5, 9]),
+]
+NAMES = {11: "b.jpg", 5: "a/c.jpg", 8: "empty.jpg"}
+
+
+def coco(file: Path, pictures: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) -> None:
+    """A COCO file and its pictures; ids have holes and are in no order; one picture is empty."""
+    for name in NAMES.values():
+        picture(pictures / name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT} for i, name in NAMES.items()],
+        "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations)],
+        "categories": CATEGORIES,
+    }
+    file.write_text(json.dumps(content | lists))
+
+
+def coco2017(root: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) -> Path:
+    for split in ("train", "val"):
+        coco(root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017", annotations, **lists)
+    return root
+
+
+def by_name(source: Annotated) -> dict[str, Any]:
+    return {file.name: label for file, label in zip(source.files, source.labels, strict=True)}
+
+
+# --- COCO -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["2017", "below images/", "roboflow", "train.json", "cvat"])
+def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
+    reference = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    places = {
+        "2017": ("annotations/instances_{}2017.json", "{}2017"),
+        "below images/": ("annotations/instances_{}2017.json", "images/{}2017"),
+        "roboflow": ("{}/_annotations.coco.json", "{}"),
+        "train.json": ("{}.json", "images"),
+        "cvat": ("annotations/instances_default.json", "images/default"),
+    }
+    splits = ("all",) if layout == "cvat" else ("train", "valid" if layout == "roboflow" else "val")
+    files = [tmp_path / places[layout][0].format(split) for split in splits]
+    for file, split in zip(files, splits, strict=True):
+        coco(file, tmp_path / places[layout][1].format(split))
+    sources = (find_boxes_to_evaluate(tmp_path, ("cat", "tree", "dog")),)
+    assert boxes_held_out_name(tmp_path) == (None if layout == "cvat" else "val")
+    if layout != "cvat":
+        sources = find_boxes(tmp_path, 0.5)
+    for file, source in zip(files, sources, strict=True):
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs = reference.COCO(str(file))
+        assert source.class_names == tuple(theirs.cats[i]["name"] for i in sorted(theirs.cats))
+        assert len(source) == len(theirs.imgs)
+        for i in range(len(source)):
+            sample = source[i]
+            image = next(image for image in theirs.imgs.values() if sample.name.endswith(image["file_name"]))
+            assert read_picture(sample.picture).size == sample.label.size == (image["width"], image["height"])
+            expected = theirs.loadAnns(theirs.getAnnIds(image["id"]))
+            x, y, width, height = np.array([a["bbox"] for a in expected], float).reshape(-1, 4).T
+            assert np.array_equal(sample.label.corners, np.stack([x, y, x + width, y + height], 1))
+            names = [source.class_names[label] for label in sample.label.labels]
+            assert names == [theirs.cats[a["category_id"]]["name"] for a in expected]
+            assert sample.label.crowd.tolist() == [bool(a["iscrowd"]) for a in expected]
+            assert sample.label.areas.tolist() == [a["area"] for a in expected]
+            assert [a.dtype for a in (sample.label.corners, sample.label.labels)] == [np.float32, np.int64]
+    assert check_annotations(*sources) == []
+
+
+def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
+    boxes = [
+        annotation(5, 2, [-3, -4, 10, 10]),
+        annotation(5, 2, [35, 30, 100, 100]),
+        *(annotation(8, 2, box) for box in ([5, 5, 0, 3], [5, 5, 3, -1], [5, 5, float("nan"), 2], [41, 0, 9, 9])),
+        annotation(11, 2, [1, 1, 2, 3], area=None),
+    ]
+    train, _ = find_boxes(coco2017(tmp_path, boxes), 0.5)
+    found = by_name(train)
+    assert found["c.jpg"].corners.tolist() == [[0, 0, 7, 6], [35, 30, 40, 31]]
+    assert len(found["empty.jpg"].corners) == 0
+    assert found["b.jpg"].areas.tolist() == [6]
+    assert any("4 boxes without area" in note and "empty.jpg" in note for note in train.notes)
+    assert any("'tree', 'dog'" in note for note in train.notes)  # which no box is of
+
+
+def test_sizes_of_pictures_are_read_where_the_annotation_has_none(tmp_path: Path):
+    images = [{"id": i, "file_name": name} for i, name in NAMES.items()]
+    coco2017(tmp_path, [annotation(5, 2, [30, 20, 50, 50])], images=images)
+    train, val = find_boxes(tmp_path, 0.5)
+    assert by_name(train)["c.jpg"].corners.tolist() == [[30, 20, WIDTH, HEIGHT]]
+    assert check_annotations(train, val) == []
+
+
+@pytest.mark.parametrize(
+    ("annotations", "lists", "message"),
+    [
+        ([annotation(99, 2, [0, 0, 1, 1])], {}, "annotation 0 has the unknown image_id 99"),
+        ([annotation(5, 1, [0, 0, 1, 1])], {}, "annotation 0 has the unknown category_id 1;"),
+        ([annotation(5, 2, [0, 0, 1])], {}, r"annotation 0 has the bbox \[0, 0, 1\]"),
+        ([annotation(5, 2, [0, 0, 1, 1], area="big")], {}, "and the area big; expected"),
+        ([{"image_id": 5, "bbox": [0, 0, 1, 1]}], {}, r"annotations\[0\] has no category_id"),
+        (
+            [annotation(5, 2, [0, 0, 1, 1], image_id=[5])],
+            {},
+            r"annotations\[0\] has the ids 0, \[5\], 2; expected whole",
+        ),
+        (ANNOTATIONS, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"category 7 \('tree'\) is listed twice"),
+        (ANNOTATIONS, {"categories": {}}, "expected the lists images, annotations and categories"),
+        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "gone.jpg"}]}, "train2017/gone.jpg: no such file"),
+        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "../b.jpg"}]}, r"image 1 \(../b.jpg\) is not below"),
+        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "/etc/b.jpg"}]}, r"image 1 \(/etc/b.jpg\) is not below"),
+        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "b.jpg"}] * 2}, r"image 1 \(b.jpg\) is listed twice"),
+        ([], {"images": []}, "holds no pictures"),
+        ([], {}, "no boxes in the pictures to train on"),
+        ([annotation(5, 2, [0, 0, 9, 9], iscrowd=1)], {}, "no boxes in the pictures to train on"),
+    ],
+)
+def test_bad_coco(tmp_path: Path, annotations: list[dict], lists: dict, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        find_boxes(coco2017(tmp_path, annotations, **lists), 0.2)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_coco_that_is_no_json_or_of_one_split_twice(tmp_path: Path):
+    coco2017(tmp_path)
+    coco(tmp_path / "annotations" / "instances_train2014.json", tmp_path / "train2014")
+    with pytest.raises(ValueError, match=r"instances_train2014.json, .*train2017.json are of the same split"):
+        find_boxes(tmp_path, 0.2)
+    (tmp_path / "annotations" / "instances_train2014.json").unlink()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(ValueError, match=r"instances_train2017.json: not JSON"):
+        find_boxes(tmp_path, 0.2)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path):
+    coco2017(tmp_path)
+    for class_names in (("dog", "cat"), ("x", "cat", "dog", "tree")):  # nothing in it is a tree
+        source = find_boxes_to_evaluate(tmp_path, class_names)
+        assert source.class_names == class_names
+        assert [class_names[label] for label in by_name(source)["b.jpg"].labels] == ["dog", "cat"]
+    with pytest.raises(ValueError, match=r"class 'dog' is not among the 1 classes known \(cat\)"):
+        find_boxes_to_evaluate(tmp_path, ("cat",))
+
+
+def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
+    coco2017(tmp_path)
+    folder = tmp_path / "train2017"
+    picture(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
+    sources = find_boxes(tmp_path, 0.5)
+    assert read_picture(folder / "b.jpg").size == (WIDTH, HEIGHT)
+    assert check_annotations(*sources) == []
+    picture(folder / "b.jpg", orientation=8)
+    picture(folder / "empty.jpg", (WIDTH, 8))
+    with pytest.raises(PictureError) as caught:
+        check_annotations(*sources)
+    assert f"{folder / 'b.jpg'}: 31 x 40 px, but annotated as 40 x 31; remove its EXIF" in str(caught.value)
+    assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
+    picture(folder / "b.jpg")
+    (folder / "empty.jpg").write_text("no picture")
+    with pytest.raises(PictureError, match=r"empty.jpg: not pictures; mend or remove them$"):
+        check_annotations(*sources)
+    assert check_annotations(*sources, max_unreadable=1) == [str(folder / "empty.jpg")]
+
+
+def test_held_out_by_name_alone(tmp_path: Path):
+    def found(root: Path, num: int) -> tuple[set[str], set[str]]:
+        for i in range(num):
+            picture(root / "images" / f"{i}.jpg", (4, 4))
+        images = [{"id": i, "file_name": f"{i}.jpg", "width": 4, "height": 4} for i in range(num)]
+        boxes = [{"id": i, **annotation(i, 2, [0, 0, 2, 2])} for i in range(num)]
+        lists = {"images": images, "annotations": boxes, "categories": CATEGORIES}
+        (root / "all.json").write_text(json.dumps(lists))
+        train, val = find_boxes(root, 0.25)
+        assert len(train) + len(val) == num
+        return set(by_name(train)), set(by_name(val))
+
+    train, val = found(tmp_path / "here", 120)
+    more_train, more_val = found(tmp_path / "there", 150)
+    assert train <= more_train
+    assert val <= more_val
+    assert not train & val
+    assert abs(len(val) - 30) < 4 * (120 * 0.25 * 0.75) ** 0.5
+    assert [len(x) for x in found(tmp_path / "two", 2)] == [1, 1]
+    with pytest.raises(ValueError, match="one picture is too few"):
+        found(tmp_path / "one", 1)
+    with pytest.raises(ValueError, match=r"^val_fraction is 0"):
+        find_boxes(tmp_path / "here", 0)
+
+
+def test_fingerprint_tells_boxes_apart(tmp_path: Path):
+    prints = []
+    for i, box in enumerate(([0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 8])):
+        prints.append(fingerprint(find_boxes(coco2017(tmp_path / str(i), [annotation(5, 2, box)]), 0.5)[0]))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_nothing_or_several_things(tmp_path: Path):
+    for find, what in ((find_boxes, r"boxes; expected COCO .* or VOC"), (find_masks, r"masks; expected VOC .*images/")):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: found no {what}"):
+            find(tmp_path, 0.2)
+        with pytest.raises(ValueError, match=r"missing: no such folder$"):
+            find(tmp_path / "missing", 0.2)
+    voc(coco2017(tmp_path))
+    with pytest.raises(ValueError, match="holds COCO and VOC; leave one"):
+        find_boxes(tmp_path, 0.2)
+
+
+# --- VOC --------------------------------------------------------------------------------------------------------------
+
+THING = (
+    "<object><name>{}</name><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax>"
+    "</bndbox></part><difficult>{}</difficult>"
+    "<bndbox><xmax>{}</xmax><xmin>{}</xmin><ymax>{}</ymax><ymin>{}</ymin></bndbox></object>"
+)
+
+
+def voc(root: Path, sets: dict[str, str] | None = None, xml: str | None = None) -> Path:
+    """Three pictures: one with two things, one with a crowd, one empty."""
+    sets = {"train": "1\n3\n", "val": "2\n", "trainval": "1\n2\n3\n"} if sets is None else sets
+    for folder in ("Annotations", "ImageSets/Main", "ImageSets/Segmentation", "SegmentationClass"):
+        (root / folder).mkdir(parents=True)
+    things = {
+        "1": THING.format("dog", 0, 20, 11, 31, 1) + THING.format("cat", 0, "40.0", "39.0", 5, 5),
+        "2": THING.format("dog", 1, 40, 1, 31, 1),
+        "3": "",
+    }
+    for stem, objects in things.items():
+        picture(root / "JPEGImages" / f"{stem}.jpg")
+        text = f"<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{objects}</annotation>"
+        (root / "Annotations" / f"{stem}.xml").write_text(xml if xml is not None and stem == "1" else text)
+    for name, text in sets.items():
+        for folder in ("Main", "Segmentation"):
+            (root / "ImageSets" / folder / f"{name}.txt").write_text(text)
+    (root / "ImageSets" / "Main" / "dog_train.txt").write_text("1 1\n3 -1\n")
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2007"])
+def test_voc_boxes(tmp_path: Path, below: str):
+    voc(tmp_path / below)
+    train, val = find_boxes(tmp_path, 0.5)
+    assert train.class_names == val.class_names == ("cat", "dog")
+    assert [file.stem for file in train.files] == ["1", "3"]
+    # Pixels 11 to 20 and 1 to 31 of the picture, counted from 1: marked in an array, they are these.
+    pixels = np.zeros((HEIGHT, WIDTH), bool)
+    for x in range(11, 21):
+        for y in range(1, 32):
+            pixels[y - 1, x - 1] = True
+    x1, y1, x2, y2 = train.labels[0].corners[0].astype(int)
+    assert pixels[y1:y2, x1:x2].all()
+    assert pixels.sum() == (x2 - x1) * (y2 - y1) == train.labels[0].areas[0]
+    assert train.labels[0].corners[1].tolist() == [38, 4, 40, 5]
+    assert train.labels[0].labels.tolist() == [1, 0]
+    assert len(train.labels[1].labels) == 0
+    assert (train.labels[0].crowd.tolist(), val.labels[0].crowd.tolist()) == ([False, False], [True])
+    assert check_annotations(train, val) == []
+    assert find_boxes_to_evaluate(tmp_path, ("dog", "cat")).labels[0].labels.tolist() == [0]
+
+
+def test_voc_without_lists_or_val(tmp_path: Path):
+    for i, sets in enumerate(({}, {"trainval": "1\n2\n3\n"})):
+        source = find_boxes_to_evaluate(voc(tmp_path / str(i), sets), ("cat", "dog"))
+        assert sorted(file.stem for file in source.files) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "xml", "message"),
+    [
+        (None, "<annotation>", "Annotations/1.xml: not XML"),
+        (None, "<a>" + THING.format("dog", 0, 1, "x", 1, 1) + "</a>", r"1.xml: object 1 \(dog\) has the corners \['x'"),
+        (None, "<a>" + THING.format(" ", 0, 1, 1, 1, 1) + "</a>", "1.xml: object 1 has no name"),
+        ({"train": "1\n4\n", "val": "2\n"}, None, "JPEGImages/4.jpg: no such file"),
+        ({"train": "3\n", "val": "2\n"}, None, "class 'dog' is not among the 0 classes"),
+        ({"val": "2\n"}, None, "has only the split val; expected one to train on"),
+    ],
+)
+def test_bad_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        find_boxes(voc(tmp_path, sets, xml), 0.2)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_voc_annotation_missing_and_several_years(tmp_path: Path):
+    voc(tmp_path / "VOCdevkit" / "VOC2007")
+    (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "3.xml").unlink()
+    with pytest.raises(ValueError, match=r"3.xml: not XML \(.*No such file"):
+        find_boxes(tmp_path, 0.2)
+    voc(tmp_path / "VOCdevkit" / "VOC2012")
+    with pytest.raises(ValueError, match="holds VOC2007, VOC2012; name one of them"):
+        find_boxes(tmp_path, 0.2)
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def values(num_classes: int) -> np.ndarray:
+    """Every class somewhere, and 255."""
+    found = np.random.default_rng(num_classes).integers(0, num_classes, (HEIGHT, WIDTH)).astype(np.uint8)
+    found[3:5, 7:9] = 255
+    return found
+
+
+def palette_png(file: Path, pixels: np.ndarray) -> None:
+    image = Image.fromarray(pixels)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def test_voc_masks(tmp_path: Path):
+    voc(tmp_path)
+    for stem in "123":
+        palette_png(tmp_path / "SegmentationClass" / f"{stem}.png", values(21))
+    train, val = find_masks(tmp_path, 0.5)
+    assert len(train.class_names) == 21
+    assert [train.class_names[i] for i in (0, 1, 12, 15, 20)] == [
+        *("background", "aeroplane", "dog", "person", "tvmonitor")  # as VOC2012's development kit numbers them
+    ]
+    for source in (train, val):
+        for i in range(len(source)):
+            assert np.array_equal(source[i].label.read(WIDTH, HEIGHT), values(21))
+    assert check_annotations(train, val) == []
+    palette_png(tmp_path / "SegmentationClass" / "1.png", values(22))
+    with pytest.raises(PictureError, match=r"1.png: value 21 at x \d+, y \d+ is no class; expected 0 to 20, and 255"):
+        train[0].label.read(WIDTH, HEIGHT)
+    (tmp_path / "classes.txt").write_text("sky\nroad\n" + "\n".join(f"c{i}" for i in range(20)))
+    train, _ = find_masks(tmp_path, 0.5)
+    assert train.class_names[:3] == ("sky", "road", "c0")
+    assert np.array_equal(train[0].label.read(WIDTH, HEIGHT), values(22))
+    (tmp_path / "SegmentationClass" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"1.png: no such mask; add it or remove its picture"):
+        find_masks(tmp_path, 0.5)
+
+
+COLORS = {"road": (128, 64, 128), "sky": (70, 130, 180), "tree": (0, 0, 0)}
+
+
+@pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}", "{kind}"])
+@pytest.mark.parametrize("coding", ["L", "P", "RGB", "RGBA"])
+def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
+    ignored = (255, 255, 254)
+    colored = coding.startswith("RGB")
+    lines = [f"{name} #{bytes(rgb).hex()}" if colored else name for name, rgb in COLORS.items()]
+    # Wherever it is listed, it is no class of its own.
+    (tmp_path / "classes.txt").write_text(
+        "\n".join([lines[0], f"ignore #{bytes(ignored).hex()}"] * colored + lines[colored:])
+    )
+    for split in ("train", "validation"):
+        images, masks = (tmp_path / layout.format(split=split, kind=kind) for kind in ("images", "masks"))
+        picture(images / "deep" / f"{split}.jpeg")
+        mask = masks / "deep" / f"{split}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        if coding == "P":
+            palette_png(mask, values(3))
+        elif coding == "L":
+            Image.fromarray(values(3)).save(mask)
+        else:
+            table = np.full((256, 3), ignored, np.uint8)
+            table[:3] = list(COLORS.values())
+            Image.fromarray(table[values(3)]).convert(coding).save(mask)
+    sources = find_masks(tmp_path, 0.5)
+    assert masks_held_out_name(tmp_path) == (None if layout == "{kind}" else "val")
+    assert {file.stem for source in sources for file in source.files} == {"train", "validation"}
+    assert check_annotations(*sources) == []
+    for source in sources:
+        assert source.class_names == tuple(COLORS)
+        read = source[0].label.read(WIDTH, HEIGHT)
+        assert read.dtype == np.uint8
+        assert np.array_equal(read, values(3))
+    source = find_masks_to_evaluate(tmp_path, ("x", "tree", "road", "sky"))
+    expected = np.array([2, 3, 1] + [255] * 253, np.uint8)[values(3)]
+    assert np.array_equal(source[0].label.read(WIDTH, HEIGHT), expected)
+    with pytest.raises(ValueError, match="class 'sky' is not among the 2 classes known"):
+        find_masks_to_evaluate(tmp_path, ("road", "tree"))
+
+
+def masks(root: Path, classes: str | None = "a\nb\n") -> tuple[Path, Path]:
+    picture(root / "images" / "1.jpg")
+    picture(root / "images" / "2.jpg")
+    for stem in "12":
+        palette_png(root / "masks" / f"{stem}.png", values(2))
+    if classes is not None:
+        (root / "classes.txt").write_text(classes)
+    return root / "images" / "1.jpg", root / "masks" / "1.png"
+
+
+def one_mask(root: Path) -> MaskFile:
+    return by_name(find_masks_to_evaluate(root, ("a", "b")))["1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (None, "classes.txt: no such file; name the classes in it, line 1 for the value 0"),
+        ("a", "classes.txt: 1 classes; expected 2 to 254"),
+        ("a\na", "'a' is in line 1 and in line 2"),
+        ("a #ff0000\nb", "b: no colour, while others have one"),
+        ("a #ff0000\nb #FF0000", "a colour comes twice"),
+        ("a #ff0000\na #ff0001", "a name comes twice"),
+    ],
+)
+def test_bad_names_of_classes(tmp_path: Path, classes: str | None, message: str):
+    masks(tmp_path, classes)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/.*{message}"):
+        find_masks(tmp_path, 0.5)
+
+
+def test_bad_masks(tmp_path: Path):
+    image, mask = masks(tmp_path)
+    sources = find_masks(tmp_path, 0.5)
+
+    def refused(message: str, at_once: bool = True) -> None:
+        for call in [lambda: one_mask(tmp_path).read(WIDTH, HEIGHT)] + [lambda: check_annotations(*sources)] * at_once:
+            with pytest.raises(PictureError, match=f"^{mask}: {message}") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+
+    palette_png(mask, values(3))
+    refused("value 2 at x", at_once=False)
+    palette_png(mask, values(2)[1:])
+    refused("40 x 30 px, but its picture is 40 x 31; they must be of one size")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(mask)
+    refused("a mask of kind RGB, while the classes have no colours")
+    mask.write_bytes(b"no picture")
+    refused("mask cannot be read")
+    mask.unlink()
+    with pytest.raises(ValueError, match=r"1.png: no such mask"):
+        one_mask(tmp_path)
+    with pytest.raises(PictureError, match=r"1.png: mask cannot be read \(no such file or directory\)"):
+        MaskFile(mask, sources[0].labels[0].classes).read(WIDTH, HEIGHT)
+    image.unlink()
+    (tmp_path / "classes.txt").write_text("a #000000\nb #0000ff\n")
+    Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 254)).save(tmp_path / "masks" / "2.png")
+    source = find_masks_to_evaluate(tmp_path, ("a", "b"))
+    with pytest.raises(PictureError, match=r"2.png: colour #0000fe at x 0, y 0 is no class; expected those of the 2"):
+        source[0].label.read(WIDTH, HEIGHT)
+
+
+def test_masks_cut_short_and_masks_without_picture(tmp_path: Path):
+    image, mask = masks(tmp_path)
+    whole = mask.read_bytes()
+    mask.write_bytes(whole[: len(whole) - 60])
+    with pytest.raises(PictureError, match=f"^{mask}: mask cannot be read"):
+        one_mask(tmp_path).read(WIDTH, HEIGHT)
+    image.unlink()
+    picture(tmp_path / "images" / "3.jpg")
+    palette_png(tmp_path / "masks" / "3.png", values(2))
+    train, val = find_masks(tmp_path, 0.5)
+    assert [("masks without a picture" in note, "1.png" in note) for note in train.notes] == [(True, True)]
+    assert val.notes == ()
+
+
+def test_masks_of_turned_pictures_are_those_of_upright_ones(tmp_path: Path):
+    image, _ = masks(tmp_path)
+    picture(image, (HEIGHT, WIDTH), orientation=6)
+    assert check_annotations(*find_masks(tmp_path, 0.5)) == []
+    assert one_mask(tmp_path).read(*read_picture(image).size).shape == (HEIGHT, WIDTH)
+
+
+def test_fingerprint_tells_masks_apart(tmp_path: Path):
+    prints = []
+    for i, classes in enumerate(("a\nb", "a\nb", "a\nc", "a #000000\nb #ffffff")):
+        masks(tmp_path / str(i), classes)
+        prints.append(fingerprint(find_masks(tmp_path / str(i), 0.5)[0]))
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_headers_alone_are_read(tmp_path: Path):
+    """A PNG whose pixels are missing: its header still tells a size, and what is wrong is found when it is read."""
+    image, _ = masks(tmp_path)
+    image.unlink()
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0)
+    image.with_suffix(".png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    sources = find_masks(tmp_path, 0.5)
+    assert check_annotations(*sources) == []
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_every_number_of_a_box_counts_in_its_digest():
+    corners, labels, crowd, areas = np.zeros((1, 4), np.float32), np.zeros(1, int), np.zeros(1, bool), np.ones(1)
+    others = [
+        Boxes(corners + 1, labels, crowd, areas),
+        Boxes(corners, labels + 1, crowd, areas),
+        Boxes(corners, labels, ~crowd, areas),
+        Boxes(corners, labels, crowd, areas + 1),
+    ]
+    digests = {
+        Boxes(corners, labels, crowd, areas).digest(),
+        Boxes(corners.copy(), labels.copy(), crowd, areas).digest(),
+    }
+    assert len(digests) == 1
+    assert len(digests | {other.digest() for other in others}) == 5

@@ -1,0 +1,342 @@
+"""Segmentation: its loss against formulas, its metrics against scikit-learn's, what its weights start from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from torch import Tensor, nn
+
+from mobilevit.data.labels import Coding, MaskFile
+from mobilevit.data.loader import Batch, PictureDataset, load
+from mobilevit.data.sample import Sample
+from mobilevit.data.sampler import Pick, eval_batches
+from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
+from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.weights import Weights
+from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.recipes import Data, Recipe
+from mobilevit.tasks import segmentation
+from mobilevit.tasks.segmentation import Segmentation, at_size, confusion, pixel_loss
+
+TASK = Segmentation()
+RECIPE = Recipe(
+    task="segment", architecture="xxs", label_smoothing=0, data=Data(size_px=64, flip=False, val_fraction=0.5)
+)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_loss_against_the_formula(smoothing: float, size: tuple[int, int]):
+    logits, labels = 3 * torch.randn(2, 4, *size), torch.randint(4, (2, *size))
+    labels[0, :2] = 255
+    x = logits.double().numpy().transpose(0, 2, 3, 1)
+    log_p = x - np.log(np.exp(x).sum(3, keepdims=True))
+    counts = labels.numpy() != 255
+    target = smoothing / 4 + (1 - smoothing) * np.eye(4)[np.where(counts, labels, 0)]
+    loss = pixel_loss(logits, labels, smoothing)
+    assert loss.item() == pytest.approx(-(target * log_p).sum(3)[counts].mean(), rel=1e-6)
+
+
+def test_loss_where_everything_is_to_be_ignored():
+    logits = torch.randn(2, 4, 5, 7, requires_grad=True)
+    loss = pixel_loss(logits, torch.full((2, 5, 7), 255))
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("head", [DeepLabHead(channels=16), DeepLabHead(channels=16, auxiliary_channels=8)])
+def test_loss_of_the_network_reaches_every_parameter(head: DeepLabHead):
+    model = DeepLabV3("xxs", 3, head=replace(head, dropout=0)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0
+    pixels, labels = torch.rand(2, 3, 64, 64), torch.randint(3, (2, 64, 64)).to(torch.uint8)
+    loss = TASK.loss(RECIPE, model, Batch(pixels, labels))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    expected = F.cross_entropy(model(pixels), labels.long())
+    if head.auxiliary_channels:
+        expected = expected + 0.4 * F.cross_entropy(model.with_auxiliary(pixels)[1], labels.long())
+    # The transformers drop what they like: equal only where no chance is left.
+    torch.testing.assert_close(loss, expected, rtol=0.2, atol=0)
+    model.eval()
+    for _ in range(2):
+        assert torch.equal(model(pixels), model(pixels))
+        assert model(pixels).shape == (2, 3, 64, 64)
+    blank = TASK.blank_labels(2, 64)
+    assert blank.shape == labels.shape
+    assert blank.dtype == labels.dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TASK.loss(RECIPE, model, Batch(pixels, blank)).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@pytest.mark.parametrize(("height", "width", "num_classes"), [(30, 41, 3), (64, 64, 21)])
+def test_enlarged_some_classes_at_a_time(height: int, width: int, num_classes: int, monkeypatch: pytest.MonkeyPatch):
+    logits = torch.randn(num_classes, 17, 16)
+    expected = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
+    for at_once in (1, 2, 5, 100):
+        monkeypatch.setattr(segmentation, "MAX_ENLARGED", at_once * height * width)
+        assert torch.equal(at_size(logits, height, width), expected)
+
+
+class Prepared(DeepLabV3):
+    """Gives the prepared logits of the picture whose number is its value, 0 to 255."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__("xxs", logits.shape[1], head=DeepLabHead(channels=8))
+        self.prepared = logits
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        assert pictures.dtype == torch.float32
+        return self.prepared[(255 * pictures[:, 0, 0, 0]).round().long()]
+
+
+def scene(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, list[np.ndarray]]:
+    """Logits (num, C, 16, 16), and masks of several sizes that are like them, with some pixels to be ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    random = np.random.default_rng(seed)
+    logits = F.interpolate(torch.randn(num, num_classes, 4, 4, generator=generator), (16, 16), mode="bicubic")
+    masks = []
+    for i in range(num):
+        height, width = 20 + 3 * i, 50 - 2 * i
+        mask = at_size(logits[i], height, width).numpy().astype(np.uint8)
+        other = random.random(mask.shape) < 0.3
+        mask[other] = random.integers(num_classes - 1, size=int(other.sum()))  # the last class is often missing
+        mask[random.random(mask.shape) < 0.1] = 255
+        masks.append(mask)
+    return logits, masks
+
+
+def batches(masks: Sequence[np.ndarray], *sizes: int) -> list[Batch]:
+    numbers = torch.arange(len(masks))
+    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 16, 16)
+    return [
+        Batch(part, [masks[i] for i in these], tuple(these))
+        for part, these in zip(pixels.split(sizes), (n.tolist() for n in numbers.split(sizes)), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 21])
+def test_metrics_against_scikit_learns(num_classes: int):
+    logits, masks = scene(9, num_classes)
+    results = TASK.evaluate(Prepared(logits).eval(), batches(masks, 5, 3, 1))
+    truth, found = [], []
+    for mask, of_picture in zip(masks, logits, strict=True):
+        enlarged = F.interpolate(of_picture[None], mask.shape, mode="bilinear", align_corners=False)
+        truth.append(mask[mask != 255])
+        found.append(enlarged[0].argmax(0).numpy()[mask != 255])
+    truth, found = np.concatenate(truth), np.concatenate(found)
+    seen = np.union1d(truth, found)
+    metrics = results.metrics()
+    assert metrics == {
+        "miou": pytest.approx(100 * jaccard_score(truth, found, average="macro")),
+        "pixel_accuracy": pytest.approx(100 * accuracy_score(truth, found)),
+        "num_pictures": 9,
+    }
+    np.testing.assert_array_equal(results.counts, confusion_matrix(truth, found, labels=np.arange(num_classes)))
+    rows = results.per_class([str(i) for i in range(num_classes)])
+    assert [row["num_pixels"] for row in rows] == np.bincount(truth, minlength=num_classes).tolist()
+    for i, row in enumerate(rows):
+        if i in seen:
+            assert row["iou"] == pytest.approx(100 * jaccard_score(truth == i, found == i))
+        else:
+            assert row["iou"] is None
+
+
+def test_confusion_leaves_out_what_is_ignored():
+    truth = torch.tensor([[0, 1, 255], [2, 2, 0]], dtype=torch.uint8)
+    found = torch.tensor([[0, 2, 1], [2, 0, 0]])
+    assert confusion(truth, found, 3).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 1]]
+
+
+def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
+    logits, masks = scene(20, 4)
+    model = Prepared(logits).eval()
+    whole = TASK.evaluate(model, batches(masks, 20))
+    shares = [seen.share for seen in whole.worst]
+    assert shares == sorted(shares)
+    assert len(shares) == len(whole.best) == 6
+    assert whole.best[0].share > whole.best[-1].share > shares[-1]
+    empty = Batch(torch.empty(0, 3, 16, 16), [], (), ("unreadable.png",))
+    in_turn = batches(masks, 3, 7, 1, 9)
+    halves: list[Any] = []
+
+    def note(value: Any) -> list[Any]:
+        halves.append(value)
+        return [value]
+
+    TASK.evaluate(model, in_turn[1::2], note)
+    for others in (
+        TASK.evaluate(model, batches(masks, *[1] * 20)),
+        TASK.evaluate(model, [*in_turn[::-1], empty]),
+        TASK.evaluate(model, in_turn[::2], lambda mine: [mine, *halves]),
+        TASK.evaluate(model, in_turn[::2], lambda mine: [(0, 0, [], []), *halves, mine]),  # one had no picture
+    ):
+        assert others.metrics() == whole.metrics()
+        np.testing.assert_array_equal(others.counts, whole.counts)
+        for ours, theirs in ((whole.worst, others.worst), (whole.best, others.best)):
+            assert [seen[:2] for seen in ours] == [seen[:2] for seen in theirs]
+            for a, b in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(a.found, b.found)
+    with pytest.raises(PictureError, match="none of the pictures"):
+        TASK.evaluate(model, [empty])
+    with pytest.raises(ValueError, match="to be ignored"):
+        TASK.evaluate(model, batches([np.full((5, 6), 255, np.uint8)], 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and weights
+
+CLASS_NAMES = ("background", "red", "green")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight pictures with a red and a green shape each, their masks, and classes.txt."""
+    random = np.random.default_rng(0)
+    for i in range(8):
+        width, height = 60 + 3 * i, 66 - 2 * i
+        pixels = random.integers(0, 60, (height, width, 3), np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        y, x = np.mgrid[:height, :width]
+        for number, (left, radius) in enumerate(((width // 4, 11 + i % 3), (3 * width // 4, 12)), start=1):
+            where = np.hypot(x - left, y - height // 2) < radius
+            pixels[where] = (250, 20, 20) if number == 1 else (20, 250, 20)
+            mask[where] = number
+        for name, array in (("images", pixels), ("masks", mask)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASS_NAMES))
+    return tmp_path
+
+
+def weights(class_names: tuple[str, ...] = CLASS_NAMES, head: DeepLabHead | None = None) -> Weights:
+    head = head or DeepLabHead(channels=16, rates=(1, 2, 3))
+    model = DeepLabV3("xxs", len(class_names), 8, head)
+    preprocessing = Preprocessing(resize_px=(64, 64), crop_px=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    return Weights(
+        model.architecture, model.state_dict(), preprocessing, class_names, output_stride=8, task="segment", head=head
+    )
+
+
+def test_datasets_and_evaluation(folder: Path):
+    train, val = TASK.datasets(RECIPE, folder)
+    assert train.source.class_names == val.source.class_names == CLASS_NAMES
+    assert len(train) + len(val) == 8
+    assert TASK.held_out_name(folder) is None
+    dataset = TASK.evaluation_set(weights(), folder, Preprocessing(resize_px=72, crop_px=64))
+    (batch,) = load(dataset, eval_batches(8, batch_size=8, size_px=64), num_workers=0, device="cpu")
+    assert batch.pixels.shape == (8, 3, 64, 64)
+    assert [mask.shape for mask in batch.labels] == [(66 - 2 * i, 60 + 3 * i) for i in range(8)]
+    with pytest.raises(ValueError, match="name no classes"):
+        TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing)
+    out, mask = train.prepare(train.source[0], Pick(0, 0, 64))
+    assert out.shape[:2] == mask.shape == (64, 64)
+
+
+def same(built: Weights, before: Weights) -> set[str]:
+    return {
+        name
+        for name in built.tensors
+        if name in before.tensors and torch.equal(built.tensors[name], before.tensors[name])
+    }
+
+
+def test_build_from_nothing(folder: Path):
+    train, _ = TASK.datasets(RECIPE, folder)
+    built = TASK.build(RECIPE, train, None)
+    assert (built.task, built.architecture.name, built.num_classes) == ("segment", "xxs", 3)
+    assert (built.output_stride, built.head, built.class_names) == (16, DeepLabHead(), CLASS_NAMES)
+    assert built.preprocessing == Preprocessing(resize_px=(64, 64), crop_px=64)
+    assert isinstance(built.build(), DeepLabV3)
+
+
+@pytest.mark.parametrize("class_names", [CLASS_NAMES, CLASS_NAMES[::-1], ("a", "b"), ()])
+@pytest.mark.parametrize("auxiliary_channels", [0, 8])
+def test_build_from_segmentation_weights(folder: Path, class_names: tuple[str, ...], auxiliary_channels: int):
+    head = replace(LATER_HEAD, channels=16, auxiliary_channels=auxiliary_channels)
+    pretrained = replace(weights(class_names or ("x", "y"), head), class_names=class_names)
+    train, _ = TASK.datasets(RECIPE, folder)
+    built = TASK.build(replace(RECIPE, architecture="s"), train, pretrained)
+    assert (built.architecture.name, built.num_classes, built.class_names) == ("xxs", 3, CLASS_NAMES)
+    assert (built.output_stride, built.head) == (8, head)
+    assert (built.preprocessing.mean, built.preprocessing.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    changed = set(built.tensors) - same(built, pretrained)
+    if class_names == CLASS_NAMES:
+        assert not changed
+    else:
+        assert all("classifier" in name for name in changed)
+        assert {"classifier.weight"} | ({"auxiliary.classifier.weight"} if auxiliary_channels else set()) <= changed
+
+
+def test_build_from_classification_weights(folder: Path):
+    classifier = MobileViT("xs", num_classes=5)
+    preprocessing = Preprocessing(resize_px=36, crop_px=32, mean=(0.5, 0.4, 0.3))
+    pretrained = Weights(classifier.architecture, classifier.state_dict(), preprocessing)
+    train, _ = TASK.datasets(RECIPE, folder)
+    built = TASK.build(RECIPE, train, pretrained)
+    assert (built.architecture.name, built.output_stride) == ("xs", 16)
+    assert built.preprocessing == Preprocessing(resize_px=(64, 64), crop_px=64, mean=(0.5, 0.4, 0.3))
+    assert {name for name in pretrained.tensors if name.startswith("backbone.")} <= same(built, pretrained)
+
+
+def test_sections_stand_on_their_own(tmp_path: Path):
+    logits, masks = scene(9, 4)
+
+    class Source:
+        class_names = ("background", "<b>a & b</b>", "c", "d")
+
+        def __getitem__(self, index: int) -> Sample:
+            Image.fromarray(masks[index]).save(tmp_path / f"{index}.png")
+            file = MaskFile(tmp_path / f"{index}.png", Coding(tuple(range(4))))
+            return Sample(np.zeros((*masks[index].shape, 3), np.uint8), file, f"<i>{index}</i>.png")
+
+    source: Any = Source()
+    sections = TASK.evaluate(Prepared(logits).eval(), batches(masks, 9)).sections(source)
+    assert [title for title, _ in sections] == ["Classes", "Confusion", "Worst pictures", "Best pictures"]
+    html = "".join(html for _, html in sections)
+    assert "a & b" not in html
+    assert "<i>" not in html
+    assert dict(sections)["Worst pictures"].count("<figure>") == 6
+    assert dict(sections)["Worst pictures"].count("<img") == 18
+
+
+def test_eight_pictures_are_learnt(folder: Path):
+    """From random weights, without augmentation."""
+    initial = TASK.build(RECIPE, TASK.datasets(RECIPE, folder)[0], None)
+    all_of_it = TASK.evaluation_set(initial, folder, initial.preprocessing)
+    (batch,) = load(
+        PictureDataset(all_of_it.source, all_of_it.prepare, list),
+        eval_batches(8, batch_size=8, size_px=64),
+        num_workers=0,
+        device="cpu",
+        preprocessing=initial.preprocessing,
+    )
+    labels = torch.from_numpy(
+        np.stack(
+            [np.asarray(Image.fromarray(mask).resize((64, 64), Image.Resampling.NEAREST)) for mask in batch.labels]
+        )
+    )
+    model = initial.build().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=120)
+    for _ in range(120):
+        loss = TASK.loss(RECIPE, model, Batch(batch.pixels, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert TASK.evaluate(model.eval(), [batch]).metrics()["miou"] > 95
