@@ -1,6 +1,9 @@
-"""The example with the digits, on a few of them."""
+"""The examples, on a few pictures."""
 
+import json
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import mobilevit
+from mobilevit.data.annotations import check_annotations, find_boxes, find_masks
 
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DIGITS, STAMPS = EXAMPLES / "digits.py", EXAMPLES / "stamps.py"
+TUXPAINT = Path("/usr/share/tuxpaint/stamps")
 
 
 @pytest.fixture
@@ -75,3 +81,101 @@ def test_a_folder_with_anything_else_is_not_replaced(example, tmp_path: Path):
     with pytest.raises(SystemExit, match="holds something else"):
         example["main"](tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+# --- Stamps -----------------------------------------------------------------------------------------------------------
+
+with_stamps = pytest.mark.skipif(not TUXPAINT.is_dir(), reason="tuxpaint-stamps-default is not installed")
+
+
+def write_stamps(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    arguments = ("--num-train", "30", "--num-val", "5", *arguments)
+    command = [sys.executable, str(STAMPS), str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stamps") / "out"
+    done = write_stamps(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@with_stamps
+def test_boxes_of_stamps_are_the_same_as_coco_and_as_voc(stamps: Path):
+    ours, theirs = find_boxes(stamps, 0.5), find_boxes(stamps / "voc", 0.5)
+    assert [len(source) for source in (*ours, *theirs)] == [30, 5, 30, 5]
+    assert check_annotations(*ours, *theirs) == []
+    for coco, voc in zip(ours, theirs, strict=True):
+        for i in range(len(coco)):
+            assert coco.files[i].read_bytes() == voc.files[i].read_bytes()
+            a, b = coco.labels[i], voc.labels[i]
+            assert np.array_equal(a.corners, b.corners)
+            names = [[source.class_names[n] for n in x.labels] for source, x in ((coco, a), (voc, b))]
+            assert names[0] == names[1]
+            assert (a.areas <= b.areas).all()
+            assert (a.areas > 0).all()
+
+
+@with_stamps
+def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
+    boxes, masks = find_boxes(stamps / "voc", 0.5), find_masks(stamps / "voc", 0.5)
+    assert check_annotations(*masks) == []
+    for of_boxes, of_masks in zip(boxes, masks, strict=True):
+        for i in range(len(of_boxes)):
+            with Image.open(of_masks.files[i]) as picture:
+                mask = of_masks.labels[i].read(*picture.size)
+            outside = mask.copy()
+            box_classes = {of_boxes.class_names[n] for n in of_boxes.labels[i].labels}
+            for x1, y1, x2, y2 in of_boxes.labels[i].corners.astype(int):
+                outside[y1:y2, x1:x2] = 0
+            assert set(np.unique(outside)) <= {0, 255}
+            # A rim may be all there is of a small thing; a class without a box there is none.
+            assert {of_masks.class_names[n] for n in np.unique(mask) if n not in (0, 255)} <= box_classes
+
+
+@with_stamps
+def test_stamps_of_train_and_val_are_others_and_no_drawing_is_among_them():
+    found = runpy.run_path(str(STAMPS))["stamps"]()
+    train, val = ({file for files in found[split].values() for file in files} for split in ("train", "val"))
+    assert not train & val
+    assert len({file.read_bytes() for file in train | val}) == len(train | val)
+    for name in found["train"]:
+        assert len(found["train"][name]) + len(found["val"][name]) >= 12
+        assert len(found["val"][name]) >= 3
+    assert not any(part in ("cartoon", "toys") or "mirror" in part for file in train | val for part in file.parts)
+    for file in train | val:
+        with Image.open(file) as stamp:
+            assert np.asarray(stamp.convert("RGBA"))[..., 3].min() < 128, file
+
+
+@with_stamps
+def test_the_same_seed_writes_the_same_bytes(stamps: Path, tmp_path: Path):
+    def contents(root: Path) -> dict[str, bytes]:
+        return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+    for _ in range(2):  # the second time over the first
+        assert write_stamps(tmp_path / "again").returncode == 0
+    assert contents(tmp_path / "again") == contents(stamps)
+    assert write_stamps(tmp_path / "other", "--seed", "1", "--size-px", "160").returncode == 0
+    other = json.loads((tmp_path / "other" / "annotations" / "instances_train.json").read_text())
+    assert all(160 <= max(image["width"], image["height"]) <= 240 for image in other["images"])
+    assert contents(tmp_path / "other").keys() == contents(stamps).keys()
+
+
+@with_stamps
+def test_stamps_do_not_replace_anything_else(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    done = write_stamps(tmp_path)
+    assert done.returncode == 1
+    assert "holds something else" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_without_stamps_their_package_is_named(tmp_path: Path):
+    names = runpy.run_path(str(STAMPS))["main"].__globals__
+    names["STAMPS"] = tmp_path / "missing"
+    with pytest.raises(SystemExit, match=r"missing: no such folder; .* tuxpaint-stamps-default$"):
+        names["main"](tmp_path / "out", 1, 1, 0, 320)
+    assert not (tmp_path / "out").exists()
