@@ -1,4 +1,7 @@
-"""Predictions against a softmax worked out by hand; saving, loading and finding pictures as a user does it."""
+"""Predictions against a softmax worked out by hand; boxes and masks of pictures in which all is known.
+
+Saving, loading and finding pictures as a user does it.
+"""
 
 import os
 from dataclasses import replace
@@ -7,13 +10,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
+import mobilevit
 from conftest import randomise
+from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import XXS, MobileViT
-from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError
+from mobilevit.models.ssdlite import MapHead, SSDLite
+from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
+from mobilevit.models.weights import PREPROCESSING as ASSUMED
 from mobilevit.pictures import PictureError, Preprocessing
-from mobilevit.predict import Classifier, Prediction, find_pictures, load, load_backbone, predict_pictures, save
+from mobilevit.predict import (
+    Classifier,
+    Detector,
+    Prediction,
+    Segmenter,
+    classifier,
+    detect_pictures,
+    find_pictures,
+    load,
+    load_backbone,
+    load_detector,
+    load_segmenter,
+    predict_pictures,
+    save,
+    segment_pictures,
+)
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -123,6 +147,208 @@ def test_refused(model: Classifier, pictures: list[Path]):
         Classifier("xxs", num_classes=0).eval().predict(pictures[0])
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         Classifier("xxs", num_classes=7).train().predict(pictures[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detect and segment
+
+WARP = Preprocessing(resize_px=(96, 96), crop_px=96)
+# How a camera that was held so stores an upright picture (EXIF orientation).
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[:, ::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[::-1].transpose(1, 0, 2),
+}
+# The squares in the middle of the picture that are the first two anchors of the last map (SSD, section 2.2).
+SIDE = 0.1 + 0.95 * 5 / 6
+SIDES = (SIDE, (SIDE * 1.05) ** 0.5)
+
+
+def write(path: Path, pixels: np.ndarray, orientation: int = 1) -> Path:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(STORED[orientation](pixels)).save(path, exif=exif)
+    return path
+
+
+def location(x1: float, y1: float, x2: float, y2: float, side: float = SIDE) -> list[float]:
+    """What moves the square anchor to this box, in units of the picture (SSD, equation 2)."""
+    moved = [((x1 + x2) / 2 - 0.5) / side / 0.1, ((y1 + y2) / 2 - 0.5) / side / 0.1]
+    return [*moved, float(np.log((x2 - x1) / side)) / 0.2, float(np.log((y2 - y1) / side)) / 0.2]
+
+
+def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Detector:
+    """A detector that finds up to two things, whatever it is shown: (box in units of the picture, class, score)."""
+    model = Detector("xxs", num_classes=3).eval()
+    model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
+    for head in model.heads:
+        assert isinstance(head, MapHead)
+        assert head.out.bias is not None
+        head.out.weight.data.zero_()
+        rows = head.out.bias.data.zero_().unflatten(0, (-1, 8))
+        rows[:, 4] = 30.0  # nothing there
+        if head is model.heads[-1]:
+            for row, side, (box, label, score) in zip(rows, SIDES, found, strict=False):
+                row[:4] = torch.tensor(location(*box, side))
+                row[4:] = torch.tensor([(1 - score) / 3] * 4).log()
+                row[5 + label] = float(np.log(score))
+    return model
+
+
+def test_boxes_in_pixels_of_the_picture():
+    model = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6), ((0.0, 0.1, 0.9, 1.0), 0, 0.7))
+    first, second = model.predict(np.zeros((61, 200, 3), np.uint8))
+    assert (first.class_name, first.class_index, second.class_name, second.class_index) == ("ant", 0, "cat", 2)
+    assert first.box == pytest.approx((0, 6.1, 180, 61), abs=1e-3)
+    assert second.box == pytest.approx((50, 30.5, 100, 45.75), abs=1e-3)
+    assert (first.score, second.score) == pytest.approx((0.7, 0.6), abs=1e-6)
+    portrait, landscape = model.predict([np.zeros((80, 40), np.uint8), np.zeros((40, 80), np.uint8)])
+    assert portrait[1].box == pytest.approx((10, 40, 20, 60), abs=1e-3)
+    assert landscape[1].box == pytest.approx((20, 20, 40, 30), abs=1e-3)
+
+
+def test_boxes_end_with_the_picture():
+    model = finding(((-0.5, 0.5, 0.5, 1.5), 1, 0.9), ((1.1, 0.1, 1.4, 0.9), 1, 0.8))
+    (one,) = model.predict(np.zeros((50, 30, 3), np.uint8))  # the other lies beside the picture
+    assert one.box[0] == 0.0
+    assert one.box[3] == 50.0
+    assert one.box[1:3] == pytest.approx((25, 15), abs=1e-3)
+
+
+def test_what_is_shown_of_detections():
+    model = finding(((0.1, 0.1, 0.3, 0.3), 1, 0.9), ((0.6, 0.6, 0.9, 0.9), 0, 0.31))
+    picture = np.zeros((50, 30, 3), np.uint8)
+    assert [d.class_name for d in model.predict(picture)] == ["bee", "ant"]
+    assert [d.class_name for d in model.predict(picture, score_threshold=0.32)] == ["bee"]
+    assert [d.class_name for d in model.predict(picture, max_per_picture=1)] == ["bee"]
+    assert model.predict(picture, score_threshold=0.95) == []
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="score_threshold is"):
+            model.predict(picture, score_threshold=wrong)
+    with pytest.raises(ValueError, match="max_per_picture is 0"):
+        model.predict(picture, max_per_picture=0)
+
+
+class SeesWhite(Detector):
+    """Finds what is white, by looking at the pixels it is given."""
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        A = len(self.anchors(*pictures.shape[-2:]))
+        logits, locations = torch.zeros(len(pictures), A, 4), torch.zeros(len(pictures), A, 4)
+        logits[..., 0] = 30
+        for i, picture in enumerate(pictures):
+            rows, columns = (picture.amax(0) > 0.5).nonzero(as_tuple=True)
+            S = picture.shape[-1]
+            sides = [int(columns.min()) / S, int(rows.min()) / S, int(columns.max() + 1) / S, int(rows.max() + 1) / S]
+            locations[i, -4] = torch.tensor(location(*sides))
+            logits[i, -4, 1] = 60
+        return logits, locations
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_box_is_where_a_person_sees_it(tmp_path: Path, orientation: int):
+    pixels = np.zeros((72, 240, 3), np.uint8)
+    pixels[18:48, 30:75] = 255
+    model = SeesWhite("xxs", num_classes=3).eval()
+    model.preprocessing = WARP
+    path = write(tmp_path / "white.png", pixels, orientation)
+    (one,) = model.predict(path)
+    assert one.box == pytest.approx((30, 18, 75, 48), abs=1.5)
+    assert one.class_name == "class 0"
+    assert list(detect_pictures(model, [path])) == [(path, [one])]
+
+
+class SeesColours(Segmenter):
+    """Takes red, green and blue for classes 0, 1 and 2."""
+
+    def coarse(self, pictures: Tensor) -> Tensor:
+        return F.avg_pool2d(pictures, 8)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_mask_is_as_a_person_sees_the_picture(tmp_path: Path, orientation: int):
+    truth = np.zeros((67, 205), np.uint8)
+    truth[:40, 90:] = 1
+    truth[40:, 60:150] = 2
+    model = SeesColours("xxs", num_classes=3).eval()
+    model.preprocessing = WARP
+    path = write(tmp_path / "colours.png", np.eye(3, dtype=np.uint8)[truth] * 255, orientation)
+    mask = model.predict(path)
+    assert mask.dtype == np.uint8
+    assert mask.shape == truth.shape
+    # A border may lie half of a coarse pixel, of 17 x 6 px of the picture, beside.
+    near = np.zeros_like(truth, dtype=bool)
+    near[34:46] = near[:, 81:99] = near[:, 51:69] = near[:, 141:159] = True
+    assert np.array_equal(mask[~near], truth[~near])
+    ((_, again),) = segment_pictures(model, [path])
+    assert isinstance(again, np.ndarray)
+    assert np.array_equal(again, mask)
+
+
+@pytest.mark.parametrize("head", [PAPER_HEAD, LATER_HEAD], ids=["paper", "later"])
+def test_masks_are_the_highest_logits(head: DeepLabHead):
+    model = randomise(Segmenter("xxs", num_classes=9, head=replace(head, channels=16)))
+    model.preprocessing = WARP
+    random = np.random.default_rng(0)
+    pictures = [
+        random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((150, 101), (33, 32), (96, 96), (7, 300))
+    ]
+    masks = model.predict(pictures)
+    with torch.no_grad():
+        logits = model(model.preprocess(pictures))
+    for picture, mask, one in zip(pictures, masks, logits, strict=True):
+        assert mask.shape == picture.shape[:2]
+        enlarged = F.interpolate(one[None].double(), picture.shape[:2], mode="bilinear")[0]
+        # Where two logits are the same but for rounding, either is right.
+        chosen = enlarged.gather(0, torch.from_numpy(mask)[None].long())[0]
+        assert (enlarged.amax(0) - chosen).max() < 1e-5
+        assert len(np.unique(mask)) > 1
+
+
+def test_many_pictures_of_the_other_tasks(pictures: list[Path]):
+    detector = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6))
+    segmenter = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
+    segmenter.preprocessing = WARP
+    found = list(detect_pictures(detector, pictures, batch_size=3))
+    masks = list(segment_pictures(segmenter, pictures, batch_size=3))
+    for results in (found, masks):
+        assert [path for path, _ in results] == pictures
+        assert [path for path, result in results if isinstance(result, PictureError)] == [pictures[3]]
+    (one,) = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6)).predict(pictures[0])
+    for (path, boxes), (_, mask) in zip(found, masks, strict=True):
+        if path != pictures[3]:
+            assert isinstance(boxes, list)
+            assert isinstance(mask, np.ndarray)
+            assert [box.box for box in boxes] == [one.box]
+            assert (mask != segmenter.predict(path)).mean() < 0.01  # a batch rounds otherwise than a single picture
+    assert list(detect_pictures(detector, [], score_threshold=0.5)) == []
+
+
+def test_refused_by_the_other_tasks(pictures: list[Path]):
+    crops = Preprocessing(resize_px=288, crop_px=256)
+    for model in (Detector("xxs", num_classes=3), Segmenter("xxs", num_classes=3)):
+        with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+            model.train().predict(pictures[0])
+        model.eval().preprocessing = crops
+        with pytest.raises(ValueError, match=r"resize_px is 288 and crop_px 256.*resize_px=\(256, 256\)"):
+            model.predict(pictures[0])
+    with pytest.raises(ValueError, match="257 classes; a mask of bytes holds at most 256"):
+        Segmenter("xxs", num_classes=257, head=DeepLabHead(channels=16)).eval().predict(pictures[0])
+    with pytest.raises(ValueError, match="no pictures"):
+        finding().predict([])
+
+
+def test_new_classes_of_the_other_tasks_have_no_old_names():
+    for model in (finding(), Segmenter("xxs", num_classes=3)):
+        model.class_names = ("ant", "bee", "cat")
+        model.reset_classes(2)
+        assert model.class_names == ()
+        assert model.class_name(1) == "class 1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,3 +493,57 @@ def test_pretrained_backbone(model: Classifier, tmp_path: Path):
     assert (
         at_8.strides["stage5"] == load(tmp_path / "whole.safetensors", output_stride=8).backbone.strides["stage5"] == 8
     )
+
+
+def test_there_and_back_of_the_other_tasks(pictures: list[Path], tmp_path: Path):
+    detector = randomise(Detector("xxs", num_classes=3))
+    segmenter = randomise(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
+    for model, load_again in ((detector, load_detector), (segmenter, load_segmenter)):
+        model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
+        save(model, tmp_path / "a.safetensors")
+        again = load_again(tmp_path / "a.safetensors", num_classes=3)
+        assert type(again) is type(model)
+        assert not again.training
+        assert (again.preprocessing, again.class_names) == (WARP, model.class_names)
+        assert all(again.state_dict()[key].equal(value) for key, value in model.state_dict().items())
+        with pytest.raises(WeightsError, match="3 classes, expected 5"):
+            load_again(tmp_path / "a.safetensors", num_classes=5)
+    assert load_segmenter(tmp_path / "a.safetensors").backbone.output_stride == 8
+    assert load_segmenter(tmp_path / "a.safetensors", output_stride=16).backbone.output_stride == 16
+
+
+def test_plain_networks_of_the_other_tasks(tmp_path: Path):
+    for task, model in (("detect", SSDLite("xxs", 2)), ("segment", DeepLabV3("xxs", 2, head=DeepLabHead(channels=16)))):
+        save(model, tmp_path / "plain.safetensors")
+        weights = read(tmp_path / "plain.safetensors")
+        assert (weights.task, weights.num_classes, weights.class_names) == (task, 2, ())
+        assert weights.preprocessing == ASSUMED[weights.task]
+
+
+def test_the_function_for_the_task(model: Classifier, tmp_path: Path):
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("load", "load_detector", "load_segmenter")}
+    save(model, files["load"])
+    save(SSDLite("xxs", 2), files["load_detector"])
+    save(DeepLabV3("xxs", 2, head=DeepLabHead(channels=16)), files["load_segmenter"])
+    for right, file in files.items():
+        for name in files:
+            if name == right:
+                assert getattr(mobilevit, name)(file).num_classes in (7, 2)
+                continue
+            with pytest.raises(WeightsError) as caught:
+                getattr(mobilevit, name)(file)
+            assert str(caught.value).startswith(f"{file}: weights to ")
+            assert str(caught.value).endswith(f"load them with mobilevit.{right}")
+    with pytest.raises(WeightsError, match="make a SSDLite"):
+        classifier(read(files["load_detector"]))
+
+
+def test_backbones_of_all_tasks(tmp_path: Path):
+    x = torch.rand(1, 3, 70, 64)
+    for model in (SSDLite("xxs", 2), DeepLabV3("xxs", 2, head=replace(LATER_HEAD, channels=16))):
+        randomise(model)
+        save(model, tmp_path / "whole.safetensors")
+        backbone = load_backbone(tmp_path / "whole.safetensors", out_stages="stage5")
+        assert backbone.output_stride == model.backbone.output_stride
+        with torch.no_grad():
+            assert backbone(x)["stage5"].equal(model.backbone(x)["stage5"])

@@ -10,7 +10,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
     from mobilevit.pictures import Preprocessing
-    from mobilevit.predict import Classifier, Prediction, load, load_backbone, save
+    from mobilevit.predict import (
+        Classifier,
+        Detection,
+        Detector,
+        Prediction,
+        Segmenter,
+        load,
+        load_backbone,
+        load_detector,
+        load_segmenter,
+        save,
+    )
     from mobilevit.recipes import RECIPES, Recipe
     from mobilevit.training.loop import train
 
@@ -24,9 +35,14 @@ _MODULES = {
     "XXS": "models.mobilevit",
     "Preprocessing": "pictures",
     "Classifier": "predict",
+    "Detection": "predict",
+    "Detector": "predict",
     "Prediction": "predict",
+    "Segmenter": "predict",
     "load": "predict",
     "load_backbone": "predict",
+    "load_detector": "predict",
+    "load_segmenter": "predict",
     "save": "predict",
     "RECIPES": "recipes",
     "Recipe": "recipes",
@@ -40,13 +56,18 @@ __all__ = [
     "Architecture",
     "Backbone",
     "Classifier",
+    "Detection",
+    "Detector",
     "MobileViT",
     "Prediction",
     "Preprocessing",
     "Recipe",
     "S",
+    "Segmenter",
     "load",
     "load_backbone",
+    "load_detector",
+    "load_segmenter",
     "save",
     "train",
 ]

@@ -1,23 +1,45 @@
-"""Pictures in, class names out: a network together with what it needs to read a picture and to name what it sees."""
+"""Pictures in, class names, boxes or masks out: networks that can read a picture and name what they see.
+
+Three kinds of weights, three classes: `Classifier` says what a picture shows, `Detector` where each thing is,
+`Segmenter` what every pixel belongs to. Where things are is told in pixels of the picture as a person sees it, upright
+and of its own size, whatever the network was shown.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard, cast, overload
+from typing import TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
-from mobilevit.models.weights import PAPER_PREPROCESSING, Format, Weights, read, write
-from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files
+from mobilevit.models.ssdlite import SSDLite, detect
+from mobilevit.models.weights import (
+    NETWORKS,
+    PREPROCESSING,
+    Format,
+    TaskName,
+    Weights,
+    WeightsError,
+    backbone_tensors,
+    read,
+    write,
+)
+from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files, read_picture
+
+# (width, height) of a picture in pixels.
+Size = tuple[int, int]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -29,19 +51,25 @@ class Prediction:
     class_index: int
 
 
-class Classifier(MobileViT):
-    """A `MobileViT` that knows its preprocessing and its class names; `load` makes one.
+@dataclass(frozen=True)
+class Detection:
+    """One thing found: its class, the probability (0 to 1) that the network gives it, and where it is.
 
-    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes).
+    `box` is (x1, y1, x2, y2) in pixels of the upright picture: (0, 0) is its upper left corner, (width, height) its
+    lower right one, and the box lies within.
     """
 
-    preprocessing: Preprocessing = PAPER_PREPROCESSING
-    class_names: tuple[str, ...] = ()
+    class_name: str
+    score: float
+    class_index: int
+    box: tuple[float, float, float, float]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a newly initialised classifier in place; its classes have no names until `class_names` is set."""
-        super().reset_classifier(num_classes)
-        self.class_names = ()
+
+class Predictor(nn.Module):
+    """What `Classifier`, `Detector` and `Segmenter` have in common: they can read pictures, and know their classes."""
+
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """One picture or several (paths, PIL images, uint8 arrays) -> (B, 3, crop_px, crop_px) on the model's device.
@@ -50,10 +78,53 @@ class Classifier(MobileViT):
             PictureError: a picture that cannot be read, by name.
             ValueError: no pictures.
         """
+        return self._read_all(pictures)[0]
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or "class 7" where nobody named the classes."""
+        return self.class_names[index] if self.class_names else f"class {index}"
+
+    def _read_all(self, pictures: Picture | Sequence[Picture]) -> tuple[Tensor, list[Size]]:
         several = [pictures] if _is_one(pictures) else cast(Sequence[Picture], pictures)
         if not len(several):
             raise ValueError("no pictures are given; preprocess takes one or several")
-        return torch.stack([self.preprocessing(picture) for picture in several]).to(next(self.parameters()))
+        return self._batch([self._read(picture) for picture in several])
+
+    def _read(self, picture: Picture) -> tuple[Tensor, Size]:
+        """What the network is to see of a picture (3, crop_px, crop_px), and the size of the picture itself."""
+        image = read_picture(picture)
+        return self.preprocessing(image), image.size
+
+    def _batch(self, read: Sequence[tuple[Tensor, Size]]) -> tuple[Tensor, list[Size]]:
+        pixels, sizes = zip(*read, strict=True)
+        return torch.stack(pixels).to(next(self.parameters())), list(sizes)
+
+    def _check_mode(self) -> None:
+        if self.training:
+            raise RuntimeError("the model is in training mode; call model.eval() before predicting")
+
+    def _check_warp(self) -> None:
+        """What is found in the whole picture, warped to a square, can be told in its own pixels by two factors."""
+        p = self.preprocessing
+        if p.resize_px != (p.crop_px, p.crop_px):
+            raise ValueError(
+                f"resize_px is {p.resize_px} and crop_px {p.crop_px}; this network has to see whole pictures: set "
+                f"preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
+            )
+
+
+class Classifier(Predictor, MobileViT):
+    """A `MobileViT` that knows its preprocessing and its class names; `load` makes one.
+
+    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes).
+    """
+
+    preprocessing: Preprocessing = PREPROCESSING["classify"]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a newly initialised classifier in place; its classes have no names until `class_names` is set."""
+        super().reset_classifier(num_classes)
+        self.class_names = ()
 
     @overload
     def predict(self, pictures: Picture, top_k: int = 5) -> list[Prediction]: ...
@@ -73,8 +144,7 @@ class Classifier(MobileViT):
             raise ValueError("this network has no classifier, so it can name nothing; give it one and train it")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be 1 or more")
-        if self.training:
-            raise RuntimeError("the model is in training mode; call model.eval() before predicting")
+        self._check_mode()
         probabilities = self(pixels).float().softmax(dim=-1)
         values, indices = probabilities.topk(min(top_k, self.num_classes))
         return [
@@ -82,9 +152,136 @@ class Classifier(MobileViT):
             for row_values, row_indices in zip(values.tolist(), indices.tolist(), strict=True)
         ]
 
-    def class_name(self, index: int) -> str:
-        """The name of a class, or "class 7" where nobody named the classes."""
-        return self.class_names[index] if self.class_names else f"class {index}"
+
+class Detector(Predictor, SSDLite):
+    """An `SSDLite` that knows its preprocessing and its class names; `load_detector` makes one.
+
+    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> class logits and locations of all anchors. The
+    background, class 0 of the logits, is no class here.
+    """
+
+    preprocessing: Preprocessing = PREPROCESSING["detect"]
+
+    def reset_classes(self, num_classes: int) -> None:
+        """Make room for new classes; they have no names until `class_names` is set."""
+        super().reset_classes(num_classes)
+        self.class_names = ()
+
+    @overload
+    def predict(
+        self, pictures: Picture, score_threshold: float = 0.3, max_per_picture: int = 100
+    ) -> list[Detection]: ...
+    @overload
+    def predict(
+        self, pictures: Sequence[Picture], score_threshold: float = 0.3, max_per_picture: int = 100
+    ) -> list[list[Detection]]: ...
+    def predict(
+        self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.3, max_per_picture: int = 100
+    ) -> list[Detection] | list[list[Detection]]:
+        """What is in one picture and where, best first, or in each of several pictures.
+
+        Shown is what has a score above `score_threshold` (0 to 1), at most `max_per_picture` of it.
+        """
+        found = self.predict_pixels(*self._read_all(pictures), score_threshold, max_per_picture)
+        return found[0] if _is_one(pictures) else found
+
+    @torch.inference_mode()
+    def predict_pixels(
+        self, pixels: Tensor, sizes: Sequence[Size], score_threshold: float = 0.3, max_per_picture: int = 100
+    ) -> list[list[Detection]]:
+        """What is in each of a batch of preprocessed pictures (B, 3, H, W); boxes are in pixels of `sizes`.
+
+        `sizes` are the (width, height) that the upright pictures had before they were preprocessed.
+        """
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; it must be from 0 to 1")
+        if max_per_picture < 1:
+            raise ValueError(f"max_per_picture is {max_per_picture}; it must be 1 or more")
+        self._check_mode()
+        self._check_warp()
+        class_logits, locations = self(pixels)
+        height, width = pixels.shape[-2:]
+        found = detect(
+            class_logits,
+            locations,
+            self.anchors(height, width),
+            score_threshold=score_threshold,
+            max_per_picture=max_per_picture,
+        )
+        return [
+            [
+                Detection(self.class_name(label), score, label, box)
+                for label, score, box in zip(
+                    one.labels.tolist(), one.scores.tolist(), _in_pixels(one.boxes, size), strict=True
+                )
+                if box[0] < box[2] and box[1] < box[3]  # beside the picture there is nothing to show
+            ]
+            for one, size in zip(found, sizes, strict=True)
+        ]
+
+
+class Segmenter(Predictor, DeepLabV3):
+    """A `DeepLabV3` that knows its preprocessing and its class names; `load_segmenter` makes one.
+
+    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
+    """
+
+    preprocessing: Preprocessing = PREPROCESSING["segment"]
+
+    def reset_classes(self, num_classes: int) -> None:
+        """Put newly initialised classifiers in place; their classes have no names until `class_names` is set."""
+        super().reset_classes(num_classes)
+        self.class_names = ()
+
+    @overload
+    def predict(self, pictures: Picture) -> np.ndarray: ...
+    @overload
+    def predict(self, pictures: Sequence[Picture]) -> list[np.ndarray]: ...
+    def predict(self, pictures: Picture | Sequence[Picture]) -> np.ndarray | list[np.ndarray]:
+        """The class number of every pixel of one picture, uint8 (H, W) of its own size, or of each of several."""
+        masks = self.predict_pixels(*self._read_all(pictures))
+        return masks[0] if _is_one(pictures) else masks
+
+    @torch.inference_mode()
+    def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size]) -> list[np.ndarray]:
+        """The classes, uint8 (height, width), of each of a batch of preprocessed pictures (B, 3, H, W).
+
+        `sizes` are the (width, height) that the upright pictures had before they were preprocessed.
+        """
+        if self.num_classes > 256:
+            raise ValueError(f"this network knows {self.num_classes} classes; a mask of bytes holds at most 256")
+        self._check_mode()
+        self._check_warp()
+        masks = []
+        for coarse, size in zip(self.coarse(pixels).float(), sizes, strict=True):
+            # A class that another one beats in every pixel is beaten between them too: few are left to be enlarged.
+            flat = coarse.flatten(1)
+            classes = [c for c, logits in enumerate(flat) if not (flat > logits).all(dim=1).any()]
+            places = _highest(self._resize(coarse[None, classes], pixels)[0], size)
+            masks.append(np.array(classes, np.uint8)[places.cpu().numpy()])
+        return masks
+
+
+def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, float]]:
+    """Boxes (found, 4) in units of the picture -> in pixels, clipped to the picture."""
+    clipped = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in clipped.tolist()]
+
+
+def _highest(maps_CHW: Tensor, size: Size) -> Tensor:
+    """Which of these maps, enlarged to `size`, is highest in every pixel, uint8 (height, width)."""
+
+    # Map by map: 21 of them enlarged to a picture of 12 megapixels would be a gigabyte.
+    def enlarge(c: int) -> Tensor:
+        return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
+
+    best = enlarge(0)
+    places = torch.zeros_like(best, dtype=torch.uint8)
+    for c in range(1, len(maps_CHW)):
+        one = enlarge(c)
+        places[one > best] = c
+        best = torch.maximum(best, one)
+    return places
 
 
 def _is_one(pictures: Picture | Sequence[Picture]) -> TypeGuard[Picture]:
@@ -95,6 +292,10 @@ def _is_one(pictures: Picture | Sequence[Picture]) -> TypeGuard[Picture]:
     raise TypeError(
         f"found {type(pictures).__name__}; a picture is a path, a PIL image or a uint8 array, several a list"
     )
+
+
+PREDICTORS: dict[TaskName, type[Predictor]] = {"classify": Classifier, "detect": Detector, "segment": Segmenter}
+LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
 
 
 def load(
@@ -109,15 +310,45 @@ def load(
 
     See `mobilevit.models.weights.read` for what `source` can be and what is raised. `num_classes` is a check: weights
     with another number are an error (`reset_classifier` puts a new classifier in place). `output_stride` replaces the
-    one that the weights were trained with.
+    one that the weights were trained with. Weights of another task are an error that names the function for them.
 
     >>> model = mobilevit.load("apple/mobilevit-small", download=True)
     >>> model.predict("cat.jpg")[0].class_name
     """
-    weights = read(source, download=download, num_classes=num_classes)
+    weights = _read_for("classify", source, download, num_classes)
     if output_stride is not None:
         weights = replace(weights, output_stride=output_stride)
     return classifier(weights).to(device)
+
+
+def load_detector(
+    source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
+) -> Detector:
+    """A detector in eval mode; arguments and errors as of `load`.
+
+    >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
+    >>> model.predict("street.jpg")[0].box
+    """
+    return detector(_read_for("detect", source, download, num_classes)).to(device)
+
+
+def load_segmenter(
+    source: str | os.PathLike[str],
+    *,
+    download: bool = False,
+    num_classes: int | None = None,
+    output_stride: int | None = None,
+    device: str = "cpu",
+) -> Segmenter:
+    """A segmentation network in eval mode; arguments and errors as of `load`.
+
+    >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
+    >>> model.predict("street.jpg").shape
+    """
+    weights = _read_for("segment", source, download, num_classes)
+    if output_stride is not None:
+        weights = replace(weights, output_stride=output_stride)
+    return segmenter(weights).to(device)
 
 
 def load_backbone(
@@ -127,38 +358,68 @@ def load_backbone(
     output_stride: int | None = None,
     download: bool = False,
 ) -> Backbone:
-    """A pretrained `Backbone` in eval mode, for a head of your own; `source` as in `load`, else as in `Backbone`."""
+    """A pretrained `Backbone` in eval mode, for a head of your own.
+
+    `source` as in `load`, but of any task, else as in `Backbone`.
+    """
     weights = read(source, download=download)
     backbone = Backbone(
         weights.architecture, out_stages=out_stages, output_stride=output_stride or weights.output_stride
     )
-    tensors = {key.removeprefix("backbone."): tensor for key, tensor in weights.tensors.items()}
+    tensors = backbone_tensors(weights)
     backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
     return backbone.eval()
 
 
 def classifier(weights: Weights) -> Classifier:
     """A classifier in eval mode with these weights."""
-    model = weights.build(Classifier)
-    assert isinstance(model, Classifier)
-    model.preprocessing = weights.preprocessing
-    model.class_names = weights.class_names
+    return _described(weights.build(Classifier), weights)
+
+
+def detector(weights: Weights) -> Detector:
+    """A detector in eval mode with these weights."""
+    return _described(weights.build(Detector), weights)
+
+
+def segmenter(weights: Weights) -> Segmenter:
+    """A segmentation network in eval mode with these weights."""
+    return _described(weights.build(Segmenter), weights)
+
+
+Described = TypeVar("Described", bound=Predictor)
+
+
+def _described(model: Described, weights: Weights) -> Described:
+    model.preprocessing, model.class_names = weights.preprocessing, weights.class_names
     return model
 
 
-def save(model: MobileViT, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
-    """Write a network in one of the four formats, with the preprocessing and class names of a `Classifier`.
+def _read_for(task: TaskName, source: str | os.PathLike[str], download: bool, num_classes: int | None) -> Weights:
+    weights = read(source, download=download, num_classes=num_classes)
+    if weights.task != task:
+        raise WeightsError(
+            f"{os.fspath(source)}: weights to {weights.task}, not to {task}; load them with "
+            f"mobilevit.{LOADERS[weights.task]}"
+        )
+    return weights
+
+
+def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
+    """Write a network in one of the four formats, with its preprocessing and class names where it is a `Predictor`.
 
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
+    task: TaskName = next(task for task, network in NETWORKS.items() if isinstance(model, network))
     write(
         Weights(
             architecture=model.architecture,
             tensors=model.state_dict(),
-            preprocessing=model.preprocessing if isinstance(model, Classifier) else PAPER_PREPROCESSING,
-            class_names=model.class_names if isinstance(model, Classifier) else (),
+            preprocessing=model.preprocessing if isinstance(model, Predictor) else PREPROCESSING[task],
+            class_names=model.class_names if isinstance(model, Predictor) else (),
             output_stride=model.backbone.output_stride,
+            task=task,
+            head=model.head if isinstance(model, DeepLabV3) else None,
         ),
         path,
         format,
@@ -192,26 +453,59 @@ def predict_pictures(
     model: Classifier, paths: Sequence[Path], *, top_k: int = 5, batch_size: int = 16
 ) -> Iterator[tuple[Path, list[Prediction] | PictureError]]:
     """Predictions of many pictures in their order; a picture that cannot be read gives its error instead."""
+    return _of_many(model, paths, batch_size, lambda pixels, sizes: model.predict_pixels(pixels, top_k))
+
+
+def detect_pictures(
+    model: Detector,
+    paths: Sequence[Path],
+    *,
+    score_threshold: float = 0.3,
+    max_per_picture: int = 100,
+    batch_size: int = 16,
+) -> Iterator[tuple[Path, list[Detection] | PictureError]]:
+    """What is found in many pictures, in their order; a picture that cannot be read gives its error instead."""
+    return _of_many(
+        model,
+        paths,
+        batch_size,
+        lambda pixels, sizes: model.predict_pixels(pixels, sizes, score_threshold, max_per_picture),
+    )
+
+
+def segment_pictures(
+    model: Segmenter, paths: Sequence[Path], *, batch_size: int = 16
+) -> Iterator[tuple[Path, np.ndarray | PictureError]]:
+    """Masks of many pictures in their order; a picture that cannot be read gives its error instead."""
+    return _of_many(model, paths, batch_size, model.predict_pixels)
+
+
+def _of_many(
+    model: Predictor,
+    paths: Sequence[Path],
+    batch_size: int,
+    predict: Callable[[Tensor, list[Size]], list[Result]],
+) -> Iterator[tuple[Path, Result | PictureError]]:
+    """What `predict` makes of pictures read ahead; it is given pixels (B, 3, H, W) and the pictures' own sizes."""
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
 
-    def read_one(path: Path) -> Tensor | PictureError:
+    def read_one(path: Path) -> tuple[Tensor, Size] | PictureError:
         try:
-            return model.preprocessing(path)
+            return model._read(path)
         except PictureError as error:
             return error
 
     starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor() as pool:
         # One batch is read while the one before is predicted; a million pictures need no more memory than two batches.
-        def submit(start: int) -> list[Future[Tensor | PictureError]]:
+        def submit(start: int) -> list[Future[tuple[Tensor, Size] | PictureError]]:
             return [pool.submit(read_one, path) for path in paths[start : start + batch_size]]
 
         ahead = submit(0)
         for start in starts:
             pictures, ahead = [future.result() for future in ahead], submit(start + batch_size)
-            pixels = [one for one in pictures if isinstance(one, Tensor)]
-            on_device = torch.stack(pixels).to(next(model.parameters())) if pixels else None
-            predicted = iter(model.predict_pixels(on_device, top_k) if on_device is not None else ())
+            whole = [one for one in pictures if not isinstance(one, PictureError)]
+            predicted = iter(predict(*model._batch(whole)) if whole else ())
             for path, one in zip(paths[start : start + batch_size], pictures, strict=True):
                 yield path, one if isinstance(one, PictureError) else next(predicted)

@@ -521,5 +521,9 @@ def test_four_pictures_are_learnt(folder: Path):
         loss.backward()
         optimizer.step()
         schedule.step()
-    metrics = TASK.evaluate(model.eval(), [batch]).metrics()
+    model.eval()
+    for module in model.modules():  # of so few pictures and steps, running statistics are not yet what a step sees
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    metrics = TASK.evaluate(model, [batch]).metrics()
     assert metrics["ap50"] == pytest.approx(100)

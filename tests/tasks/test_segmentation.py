@@ -315,28 +315,34 @@ def test_sections_stand_on_their_own(tmp_path: Path):
 
 
 def test_eight_pictures_are_learnt(folder: Path):
-    """From random weights, without augmentation."""
-    initial = TASK.build(RECIPE, TASK.datasets(RECIPE, folder)[0], None)
+    """From random weights, without augmentation, with a map of 12 x 12: the edges of what is seen are as fine as it."""
+    head = DeepLabHead(channels=64, rates=(1, 2, 3))
+    recipe = replace(RECIPE, data=replace(RECIPE.data, size_px=96))
+    initial = TASK.build(recipe, TASK.datasets(recipe, folder)[0], weights(head=head))
     all_of_it = TASK.evaluation_set(initial, folder, initial.preprocessing)
     (batch,) = load(
         PictureDataset(all_of_it.source, all_of_it.prepare, list),
-        eval_batches(8, batch_size=8, size_px=64),
+        eval_batches(8, batch_size=8, size_px=96),
         num_workers=0,
         device="cpu",
         preprocessing=initial.preprocessing,
     )
     labels = torch.from_numpy(
         np.stack(
-            [np.asarray(Image.fromarray(mask).resize((64, 64), Image.Resampling.NEAREST)) for mask in batch.labels]
+            [np.asarray(Image.fromarray(mask).resize((96, 96), Image.Resampling.NEAREST)) for mask in batch.labels]
         )
     )
     model = initial.build().train()
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=120)
-    for _ in range(120):
-        loss = TASK.loss(RECIPE, model, Batch(batch.pixels, labels))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=80)
+    for _ in range(80):
+        loss = TASK.loss(recipe, model, Batch(batch.pixels, labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert TASK.evaluate(model.eval(), [batch]).metrics()["miou"] > 95
+    model.eval()
+    for module in model.modules():  # of so few pictures and steps, running statistics are not yet what a step sees
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    assert TASK.evaluate(model, [batch]).metrics()["miou"] > 95
