@@ -6,7 +6,8 @@ that a score there is one for unseen things. The same arguments write the same b
 
     python examples/stamps.py FOLDER [--num-train 3000 --num-val 500 --seed 0 --size-px 320]
 
-FOLDER becomes a data set as COCO's (annotations/, train/, val/), and FOLDER/voc the same pictures as VOC's, with masks.
+FOLDER becomes a data set as COCO's (annotations/, train/, val/), FOLDER/voc the same pictures as VOC's, with masks, and
+FOLDER/crops the objects, each cut out of its picture, in a folder for each class.
 Needs Debian's package tuxpaint-stamps-default.
 """
 
@@ -29,26 +30,30 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-# Class -> where its photographs are; folders stand for what lies directly in them.
+# Class -> its kinds -> where their photographs are; folders stand for what lies directly in them.
 CLASSES = {
-    "bird": ["animals/birds"],
-    "coin": ["symbols/money/us/coins", "symbols/money/euro/coins", "symbols/money/canadian/coins"],
-    "crawler": ["animals/insects", "animals/lizards", "animals/amphibians"],
-    "flower": ["plants/flowers"],
-    "furry animal": [
-        *("animals/mammals/cats", "animals/mammals/dogs", "animals/mammals/bears", "animals/mammals/rodents"),
-        *("animals/marsupials", "animals/mammals/badger.png", "animals/mammals/ferret.png"),
-        *("animals/mammals/rabbit_little.png", "animals/mammals/aquatic/otter.png"),
+    "animal": [
+        ["animals/birds"],
+        ["animals/insects", "animals/lizards", "animals/amphibians"],
+        [
+            *("animals/mammals/cats", "animals/mammals/dogs", "animals/mammals/bears", "animals/mammals/rodents"),
+            *("animals/marsupials", "animals/mammals/badger.png", "animals/mammals/ferret.png"),
+            *("animals/mammals/rabbit_little.png", "animals/mammals/aquatic/otter.png"),
+        ],
+        ["animals/mammals/bovines", "animals/mammals/deer", "animals/mammals/equines"],
+        ["animals/fish", "animals/mammals/aquatic"],
     ],
-    "hoofed animal": ["animals/mammals/bovines", "animals/mammals/deer", "animals/mammals/equines"],
-    "planet": ["space/planets", "space/moon"],
-    "produce": ["food/fruit", "food/vegetables"],
-    "sea animal": ["animals/fish", "animals/mammals/aquatic"],
-    "sign": ["town/roadsigns"],
-    "tool": ["household/tools", "household/dishes/utensils", "household/arttools/scissors_small_open.png"],
+    "coin": [["symbols/money/us/coins", "symbols/money/euro/coins", "symbols/money/canadian/coins"]],
+    "flower": [["plants/flowers"]],
+    "food": [["food/fruit", "food/vegetables"]],
+    "planet": [["space/planets", "space/moon"]],
+    "sign": [["town/roadsigns"]],
+    "tool": [["household/tools", "household/dishes/utensils", "household/arttools/scissors_small_open.png"]],
     "vehicle": [
-        *("vehicles", "vehicles/auto", "vehicles/construction", "vehicles/emergency", "vehicles/masstransit"),
-        *("vehicles/race", "vehicles/ship", "military/vehicles"),
+        [
+            *("vehicles", "vehicles/auto", "vehicles/construction", "vehicles/emergency", "vehicles/masstransit"),
+            *("vehicles/race", "vehicles/ship", "military/vehicles"),
+        ]
     ],
 }
 # Drawings, mirror images of another stamp, what is to be coloured in, and what does not belong to the class.
@@ -73,14 +78,15 @@ STAMP_PX = 400  # others are 2,000 and would only fill the memory
 
 @cache
 def stamps() -> dict[str, dict[str, list[Path]]]:
-    """Files by "train" or "val" and class: every fourth stamp of a class is for validation."""
-    found: dict[str, dict[str, list[Path]]] = {"train": {}, "val": {}}
-    for name, places in CLASSES.items():
-        paths = [STAMPS / place for place in places]
-        files = sorted(file for path in paths for file in (path.glob("*.png") if path.is_dir() else [path]))
-        files = [file for file in files if file.stem not in LEFT_OUT or file in paths]
-        found["train"][name] = [file for i, file in enumerate(files) if i % 4 != 2]
-        found["val"][name] = files[2::4]
+    """Files by "train" or "val" and class: every fourth stamp of a kind is for validation."""
+    found: dict[str, dict[str, list[Path]]] = {split: {name: [] for name in CLASSES} for split in ("train", "val")}
+    for name, kinds in CLASSES.items():
+        for places in kinds:
+            paths = [STAMPS / place for place in places]
+            files = sorted(file for path in paths for file in (path.glob("*.png") if path.is_dir() else [path]))
+            files = [file for file in files if file.stem not in LEFT_OUT or file in paths]
+            for i, file in enumerate(files):
+                found["val" if i % 4 == 2 else "train"][name].append(file)
     return found
 
 
@@ -222,7 +228,19 @@ def write_picture(index: int, out: Path, split: str, seed: int, size_px: int) ->
     labels.putpalette(palette())
     labels.save(out / "voc" / "SegmentationClass" / f"{stem}.png")
     write_xml(out / "voc" / "Annotations" / f"{stem}.xml", picture.size, objects)
+    for i, thing in enumerate(objects):
+        crop(picture, thing.box()).save(out / "crops" / split / thing.name / f"{stem}_{i}.jpg", quality=90)
     return *picture.size, objects
+
+
+def crop(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The square around a box with a tenth of its longer side beyond each end, as far as the picture goes."""
+    left, top, right, bottom = box
+    half = 0.6 * max(right - left, bottom - top)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    width, height = picture.size
+    square = (max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half))
+    return picture.crop(tuple(round(edge) for edge in square))
 
 
 def palette() -> list[int]:
@@ -296,6 +314,9 @@ def main(out: Path, num_train: int, num_val: int, seed: int, size_px: int) -> No
         (out / folder).mkdir(parents=True)
     for sets in ("Main", "Segmentation"):
         (out / "voc" / "ImageSets" / sets).mkdir(parents=True)
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (out / "crops" / split / name).mkdir(parents=True)
     (out / "voc" / "classes.txt").write_text("\n".join(["background", *CLASSES]) + "\n")
     with multiprocessing.Pool() as pool:
         objects = {
@@ -309,7 +330,7 @@ def main(out: Path, num_train: int, num_val: int, seed: int, size_px: int) -> No
             f"{name:<14}  {len(files['train'][name]):>12} / {len(files['val'][name]):<3}"
             f"  {objects['train'][name]:>13} / {objects['val'][name]:<3}"
         )
-    print(f"\nBoxes: {out}\nMasks: {out / 'voc'}")
+    print(f"\nBoxes: {out}\nMasks: {out / 'voc'}\nClasses: {out / 'crops'}")
 
 
 if __name__ == "__main__":
