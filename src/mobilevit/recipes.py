@@ -278,7 +278,7 @@ def detect() -> Recipe:
     """Boxes around things in your own photographs: XXS at 320 px, 60 epochs.
 
     Command: mobilevit train detect --data photos/ (COCO's or VOC's layout; docs/dense.md)
-    Better from a trained backbone: --backbone, and a name or file as for predict.
+    Better: from a trained backbone, --backbone and a name or file as for predict.
     Time and score: DETECT_SCORE
     """
     return Recipe(
@@ -296,7 +296,7 @@ def segment() -> Recipe:
     """The class of every pixel of your own photographs: XXS at 256 px, 60 epochs.
 
     Command: mobilevit train segment --data photos/ (VOC's layout, or images/ and masks/; docs/dense.md)
-    Better from a trained backbone: --backbone, and a name or file as for predict; add --optimizer.backbone-lr-scale 0.1
+    Better: from a trained backbone, --backbone and a name or file as for predict.
     Time and score: SEGMENT_SCORE
     """
     return Recipe(
