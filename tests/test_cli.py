@@ -19,9 +19,10 @@ from PIL import Image
 import mobilevit
 from conftest import randomise
 from mobilevit.cli import main
+from mobilevit.models.deeplabv3 import DeepLabHead
 from mobilevit.models.weights import read
 from mobilevit.pictures import Preprocessing
-from mobilevit.predict import Classifier, load, save
+from mobilevit.predict import Classifier, Detector, Segmenter, load, load_detector, load_segmenter, save
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
 
@@ -37,6 +38,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     randomise(model)
     model.class_names, model.preprocessing = NAMES, Preprocessing(resize_px=36, crop_px=32)
     path = tmp_path_factory.mktemp("weights") / "three.safetensors"
+    save(model, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights that find much of each class in every picture, at scores between 0.3 and 0.9."""
+    model = randomise(Detector("xxs", num_classes=3))
+    model.class_names, model.preprocessing = NAMES, Preprocessing(resize_px=(64, 64), crop_px=64)
+    path = tmp_path_factory.mktemp("weights") / "detector.safetensors"
+    save(model, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
+    model.class_names = ("background", *NAMES)
+    model.preprocessing = Preprocessing(resize_px=(64, 64), crop_px=64)
+    path = tmp_path_factory.mktemp("weights") / "segmenter.safetensors"
     save(model, path)
     return str(path)
 
@@ -113,10 +134,12 @@ TRAIN_OPTIONS = {
     "--data",
     "--out",
     "--weights",
+    "--backbone",  # the same
     "--download",
     "--device",
     "--checkpoint-minutes",
     "--tensorboard",
+    "--task",
     "--architecture",
     "--epochs",
     "--batch-size",
@@ -212,6 +235,162 @@ def test_the_bar_takes_nothing_from_the_output(
     out, err = capsys.readouterr()
     assert len([json.loads(line) for line in out.splitlines()]) == 41
     assert "predicting" in err
+
+
+def test_detect(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
+    (here / "photos/d.jpg").rename(here / "photos/0012.jpg")
+    before = names(here)
+    assert run("predict", detector, "photos", "--score-threshold", "0.6") == 1
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"mobilevit: photos/c\.png: damaged picture .+\n", err)
+    assert out.endswith("\npredictions: detections.json, and the pictures with their boxes\n")
+    drawn = {f"predictions/{stem}_boxes.jpg" for stem in ("a", "b", "0012")}
+    assert names(here) - before == drawn | {"predictions/detections.json"}
+    model = load_detector(detector)
+    rows, results = [], []
+    for name, image_id in (("photos/0012.jpg", 12), ("photos/[old]/b.png", "b"), ("photos/a.png", "a")):
+        found = model.predict(here / name, score_threshold=0.6)
+        for i, d in enumerate(found):
+            x1, y1, x2, y2 = d.box
+            box = ", ".join(f"{side:.0f}" for side in d.box)
+            rows.append([*([] if i else [name]), *d.class_name.split(), f"{d.score:.2f}", *box.split()])
+            results.append((image_id, d.class_index + 1, d.class_name, Path(name).name, (x1, y1, x2 - x1, y2 - y1)))
+        rows += [] if found else [[name, "nothing", "found"]]
+    assert len(results) > 3
+    assert [line.split() for line in out.splitlines()[3:-2]] == rows
+    written = json.loads((here / "predictions/detections.json").read_text())
+    keys = ("image_id", "category_id", "category_name", "file_name")
+    assert [tuple(one[key] for key in keys) for one in written] == [result[:4] for result in results]
+    assert [side for one in written for side in one["bbox"]] == pytest.approx(
+        [side for result in results for side in result[4]], abs=1e-2
+    )
+    for name in drawn:
+        with Image.open(here / name) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (33, 40))
+
+
+def test_detect_in_json(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
+    assert run("predict", detector, "photos/c.png", "photos/a.png", "--json", "--out", "new/boxes") == 1
+    out, err = capsys.readouterr()
+    bad, good = map(json.loads, out.splitlines())
+    assert bad == {"picture": "photos/c.png", "error": err.removeprefix("mobilevit: ").rstrip()}
+    assert (good["picture"], good["drawing"]) == ("photos/a.png", "new/boxes/a_boxes.jpg")
+    found = load_detector(detector).predict("photos/a.png")
+    assert len(found) > 3
+    assert [(d["class"], d["index"]) for d in good["detections"]] == [(d.class_name, d.class_index) for d in found]
+    assert [d["score"] for d in good["detections"]] == pytest.approx([d.score for d in found], abs=1e-4)
+    assert good["detections"][0]["box"] == pytest.approx(found[0].box, abs=1e-2)
+    assert names(here / "new") == {"boxes/a_boxes.jpg", "boxes/detections.json"}
+
+
+def test_detections_are_coco_results(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
+    coco = pytest.importorskip("pycocotools.coco").COCO()
+    (here / "photos/d.jpg").rename(here / "photos/000000000139.jpg")
+    assert run("predict", detector, "photos/*.jpg", "photos/a.png") == 0
+    coco.dataset = {
+        "images": [{"id": 139, "width": 33, "height": 40}, {"id": "a", "width": 33, "height": 40}],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)],
+        "annotations": [],
+    }
+    coco.createIndex()
+    loaded = coco.loadRes("predictions/detections.json")
+    found = load_detector(detector).predict([here / "photos/000000000139.jpg", here / "photos/a.png"])
+    assert [len(loaded.getAnnIds(imgIds=[image])) for image in (139, "a")] == [len(one) for one in found]
+    for annotation in loaded.dataset["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        assert min(x, y, width, height) >= 0
+        assert x + width <= 33 + 1e-4
+        assert y + height <= 40 + 1e-4
+        assert coco.cats[annotation["category_id"]]["name"] == annotation["category_name"]
+
+
+def test_segment(capsys: pytest.CaptureFixture[str], here: Path, segmenter: str):
+    before = names(here)
+    assert run("predict", segmenter, "photos", "--out", "masks") == 1
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"mobilevit: photos/c\.png: damaged picture .+\n", err)
+    assert out.endswith(
+        "\nmasks: class numbers (.png), and the pictures with the classes painted over (_overlay.jpg)\n"
+    )
+    assert names(here) - before == {f"masks/{stem}{end}" for stem in "abd" for end in (".png", "_overlay.jpg")}
+    model = load_segmenter(segmenter)
+    shares: dict[str, float] = {}
+    for stem, name in (("b", "photos/[old]/b.png"), ("a", "photos/a.png"), ("d", "photos/d.jpg")):
+        expected = model.predict(here / name)
+        with Image.open(here / f"masks/{stem}.png") as image:
+            assert (image.mode, image.size) == ("P", (33, 40))
+            mask = np.asarray(image)
+            assert np.asarray(image.convert("RGB"))[mask == 1].tolist() == [[128, 0, 0]] * int((mask == 1).sum())
+        assert (mask == expected).mean() > 0.98  # batch norms that are folded round otherwise
+        with Image.open(here / f"masks/{stem}_overlay.jpg") as image:
+            assert image.width == 33
+            assert image.height > 40  # there is a legend
+        shares |= {f"{stem} {model.class_name(c)}": (mask == c).mean() for c in np.unique(mask).tolist()}
+    printed = [line.split() for line in out.splitlines() if line.rstrip().endswith("%")]
+    assert len(printed) == len(shares) > 3
+    assert sorted(float(line[-2]) for line in printed) == pytest.approx(
+        sorted(100 * share for share in shares.values()), abs=0.051
+    )
+
+
+def test_segment_in_json(capsys: pytest.CaptureFixture[str], here: Path, segmenter: str):
+    assert run("predict", segmenter, "photos/d.jpg", "--json") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    (line,) = map(json.loads, out.splitlines())
+    assert (line["picture"], line["mask"]) == ("photos/d.jpg", "predictions/d.png")
+    assert line["overlay"] == "predictions/d_overlay.jpg"
+    mask = np.asarray(Image.open(here / line["mask"]))
+    numbers, counts = np.unique(mask, return_counts=True)
+    assert {one["index"]: one["share"] for one in line["classes"]} == dict(
+        zip(numbers.tolist(), (counts / mask.size).tolist(), strict=True)
+    )
+    assert [one["share"] for one in line["classes"]] == sorted((counts / mask.size).tolist(), reverse=True)
+    assert all(one["class"] == ("background", *NAMES)[one["index"]] for one in line["classes"])
+
+
+def test_a_picture_that_goes_before_it_is_drawn_on(
+    capsys: pytest.CaptureFixture[str], here: Path, detector: str, monkeypatch: pytest.MonkeyPatch
+):
+    predict = Detector.predict_pixels
+
+    def gone(*args: Any) -> Any:
+        (here / "photos/a.png").unlink()
+        return predict(*args)
+
+    monkeypatch.setattr(Detector, "predict_pixels", gone)
+    assert run("predict", detector, "photos/a.png", "photos/d.jpg") == 1
+    assert capsys.readouterr().err == "mobilevit: photos/a.png: no such file or directory\n"
+    assert names(here / "predictions") == {"d_boxes.jpg", "detections.json"}
+    assert {one["image_id"] for one in json.loads((here / "predictions/detections.json").read_text())} == {"d"}
+
+
+def test_results_that_would_be_lost(
+    capsys: pytest.CaptureFixture[str], here: Path, weights: str, detector: str, segmenter: str
+):
+    for name in ("photos/a.jpg", "classes/7.png", "classes/007.png"):
+        (here / name).write_bytes((here / "photos/d.jpg").read_bytes())
+    (here / "other").symlink_to("photos")
+    before = names(here)
+    for args, said in {
+        (detector, "photos"): r"photos/a\.jpg and photos/a\.png: .* both would be called a; .* --out",
+        (segmenter, "photos"): r"photos/a\.jpg and photos/a\.png: .* both would be called a; .* --out",
+        (segmenter, "classes"): r"classes/x/0\.png and classes/y/0\.png: .* both would be called 0",
+        (detector, "classes/*.png"): r"classes/007\.png and classes/7\.png: .* both would be called 7",
+        (segmenter, "photos/d.jpg", "--out", "photos"): r"photos/d\.jpg: lies in photos, where results are written",
+        (detector, "photos/d.jpg", "--out", "other"): r"photos/d\.jpg: lies in other, where results are written",
+        (detector, "photos/d.jpg", "--out", "photos/a.png"): r"photos/a\.png: is a file",
+        (detector, "photos/d.jpg", "--out", "photos/a.png/new"): r"photos/a\.png",
+        (weights, "photos", "--out", "new"): r"--out is for weights to detect or segment; .* only names classes",
+        (weights, "photos", "--score-threshold", "0.5"): "--score-threshold is for weights to detect;",
+        (segmenter, "photos", "--score-threshold", "0.5"): "--score-threshold is for weights to detect;",
+        (detector, "photos", "--top-k", "3"): "--top-k is for weights to classify; .* above a score",
+        (detector, "photos/d.jpg", "--score-threshold", "30"): "score_threshold is 30",
+        (detector, "photos/d.jpg", "--batch-size", "0"): "batch size is 0",
+    }.items():
+        assert re.search(said, mistake(capsys, "predict", *args)), args
+    assert names(here) == before
+    assert run("predict", segmenter, "classes/*.png") == 0  # masks keep their whole stems
 
 
 def test_mistakes_of_predict(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
@@ -523,7 +702,7 @@ def test_evaluate_says_what_is_wrong_before_it_begins(capsys: pytest.CaptureFixt
 
 
 def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, weights: str, monkeypatch: Any):
-    from mobilevit.tasks import classification
+    from mobilevit import tasks
 
     asked: list[Any] = []
 
@@ -531,7 +710,7 @@ def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, wei
         asked.append(data)
         raise ValueError("enough")
 
-    monkeypatch.setattr(classification, "evaluate_weights", note)
+    monkeypatch.setattr(tasks, "evaluate_weights", note)
     assert "enough" in mistake(capsys, "evaluate", weights, "--data", "hf:owner/flowers")
     assert asked == ["hf:owner/flowers"]
 
