@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
 
 # In two processes: the runtimes of export bring threads and memory of their own, and are not made to live with all others.
-RUNTIME_TESTS := tests/benchmark tests/demo tests/export
+RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNTIME_TESTS))
