@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import io
@@ -27,13 +28,18 @@ import pytest
 from PIL import Image
 from PIL import __version__ as pillow_version
 from rich.console import Console
+from sklearn.datasets import load_sample_image
 
 import mobilevit
+from conftest import randomise
 from mobilevit.cli import parse
 from mobilevit.demo import DRAWINGS, STATIC, Server, drawing_for, runtime, write_page
+from mobilevit.draw import OPACITY, colour_of
+from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabV3
+from mobilevit.models.ssdlite import SSDLite
 from mobilevit.models.weights import Weights, read
 from mobilevit.pictures import FILTERS, Preprocessing
-from mobilevit.predict import Classifier
+from mobilevit.predict import Classifier, detector, segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 
@@ -344,6 +350,255 @@ class _Plain(SimpleHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Boxes and masks in the browser
+
+WHOLE = Preprocessing((96, 96), 96)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+@pytest.fixture(scope="module")
+def boxes_weights() -> Weights:
+    """Random, with so much background that a few boxes are above the page's first score and many below."""
+    model = randomise(SSDLite("xxs", 4), 2)
+    tensors = model.state_dict()
+    for i in range(6):
+        tensors[f"heads.{i}.out.bias"].unflatten(0, (-1, 9))[:, 4] += 3.0
+    return Weights(model.architecture, tensors, WHOLE, ("roof", "tree", "wall", "<b>sky"), task="detect")
+
+
+@pytest.fixture(scope="module")
+def mask_weights() -> Weights:
+    model = randomise(DeepLabV3("xxs", 5, 16, PAPER_HEAD), 2)
+    names = ("background", "roof", "tree", "wall", "sky")
+    options: dict[str, Any] = {"task": "segment", "head": PAPER_HEAD, "output_stride": 16}
+    return Weights(model.architecture, model.state_dict(), WHOLE, names, **options)
+
+
+@contextmanager
+def of_weights(browser: Browser, weights: Weights, ort: Path, folder: Path) -> Iterator[Page]:
+    pytest.importorskip("onnxruntime", reason="the page's network is exported by mobilevit[onnx]")
+    write_page(weights, folder, ort=ort)
+    size = {"width": 1280, "height": 900}
+    with running(Server(folder)) as url, opened(browser, url, permissions=["camera"], viewport=size) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def boxes_page(
+    browser: Browser, boxes_weights: Weights, ort: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Page]:
+    with of_weights(browser, boxes_weights, ort, tmp_path_factory.mktemp("boxes")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def mask_page(
+    browser: Browser, mask_weights: Weights, ort: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Page]:
+    with of_weights(browser, mask_weights, ort, tmp_path_factory.mktemp("mask")) as page:
+        yield page
+
+
+def as_file(picture: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {"name": "photo.png", "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+def rows(page: Page) -> list[dict[str, str]]:
+    """What the list says, and what lies behind it."""
+    script = "all => all.map(row => ({ ...row.dataset, text: row.innerText }))"
+    return page.locator("#bars li").evaluate_all(script)
+
+
+def marks(page: Page) -> np.ndarray:
+    """What is drawn over the picture, RGBA (H, W, 4)."""
+    url = page.locator("canvas.marks").evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))
+
+
+def slide(page: Page, *keys: str) -> str:
+    """What the slider says after these keys."""
+    page.focus("#slider")
+    for key in keys:
+        page.keyboard.press(key)
+    return page.locator(".setting output").inner_text()
+
+
+def share_drawn(page: Page, places: np.ndarray, colours: np.ndarray) -> float:
+    """The share of places (N, 2), x and y in shares of the picture, that have nearly the colour (N, 3) in the marks."""
+    drawn = marks(page)
+    x, y = (places * drawn.shape[1::-1]).astype(int).T
+    found = drawn[y, x]
+    return float(((np.abs(found[:, :3].astype(int) - colours).max(axis=1) < 8) & (found[:, 3] > 250)).mean())
+
+
+def test_boxes_are_those_of_torch(boxes_page: Page, boxes_weights: Weights, photo: Image.Image):
+    page, model = boxes_page, detector(boxes_weights)
+    give(page, as_file(photo))
+    assert slide(page) == "30 %"
+    numbers = []
+    for keys, score in (((), 0.3), (("ArrowRight",) * 5, 0.35), (("Home",), 0.01), (("End",), 0.99)):
+        assert slide(page, *keys) == f"{100 * score:.0f} %"
+        shown, expected = rows(page), model.predict(photo, score)
+        numbers.append(len(shown))
+        assert [row["text"].split("\n")[0] for row in shown] == [one.class_name for one in expected]
+        scores = [float(row["score"]) for row in shown]
+        np.testing.assert_allclose(scores, [one.score for one in expected], atol=1e-3)
+        found = np.array([row["box"].split() for row in shown], float).reshape(-1, 4)
+        np.testing.assert_allclose(found, np.array([one.box for one in expected]).reshape(-1, 4), atol=0.5)
+        thumb = page.locator("#thumbs button").last
+        assert thumb.inner_text() == (f"{len(shown)} found" if shown else "nothing")
+    assert numbers[2] > numbers[0] > numbers[1] > numbers[3] == 0
+    assert numbers[0] > 2
+    assert page.locator("#best-class").inner_text() == "Nothing above 99 %"
+
+
+def test_boxes_are_drawn_where_they_are(boxes_page: Page, boxes_weights: Weights, photo: Image.Image):
+    page = boxes_page
+    give(page, as_file(photo))
+    slide(page, "Home", *("ArrowRight",) * 29)
+    best = detector(boxes_weights).predict(photo)[0]
+    x1, y1, x2, y2 = best.box
+    drawn = marks(page)
+    scale = drawn.shape[1] / photo.width
+    assert drawn.shape[0] == pytest.approx(scale * photo.height, abs=1)  # of the picture's own ratio
+    sides = [(x1 * scale + 1.5, y) for y in np.linspace(y1, y2, 40)[2:-2] * scale]
+    sides += [(x2 * scale - 1.5, y) for y in np.linspace(y1, y2, 40)[2:-2] * scale]
+    colours = np.tile(colour_of(best.class_index), (len(sides), 1))
+    # Labels of others may lie on it.
+    assert share_drawn(page, np.array(sides) / drawn.shape[1::-1], colours) > 0.6
+    page.wait_for_function("() => document.getElementById('live').textContent.includes('found, ')")
+    assert f"{best.class_name} {100 * best.score:.0f} percent" in (page.locator("#live").text_content() or "")
+
+
+def test_many_boxes_are_a_list_that_keys_scroll(boxes_page: Page, photo: Image.Image):
+    page = boxes_page
+    give(page, as_file(photo))
+    slide(page, "Home")
+    heights = page.locator("#bars li").evaluate_all("all => all.map(row => row.offsetHeight)")
+    assert len(heights) > 30
+    assert min(heights) > 24
+    assert page.evaluate("document.getElementById('bars').offsetHeight") < 500
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "bars"
+    page.keyboard.press("End")
+    page.wait_for_function("() => document.getElementById('bars').scrollTop > 100")
+    slide(page, "End")
+    assert not page.locator("#bars[tabindex]").count()
+
+
+def test_masks_are_those_of_torch(mask_page: Page, mask_weights: Weights, photo: Image.Image):
+    page, model = mask_page, segmenter(mask_weights)
+    square = photo.crop((100, 100, 196, 196))
+    for picture, tolerance in ((square, 3 / 96**2), (photo, 0.01)):  # at the network's size there is nothing to scale
+        give(page, as_file(picture))
+        mask = model.predict(picture)
+        shares = np.bincount(mask.ravel(), minlength=5) / mask.size
+        assert (shares > 0.01).sum() >= 3
+        shown = rows(page)
+        listed = {int(row["index"]): float(row["share"]) for row in shown}
+        np.testing.assert_allclose([listed.get(c, 0) for c in range(5)], shares, atol=tolerance)
+        assert list(listed.values()) == sorted(listed.values(), reverse=True)
+        names = [mask_weights.class_names[index] for index in listed]
+        assert [row["text"].split("\n")[0] for row in shown] == names
+        assert slide(page, "End") == "100 %"
+        # Away from edges, where a pixel has one class to all sides.
+        side = 7
+        y, x = (a.ravel() for a in np.mgrid[side : mask.shape[0] - side : 3, side : mask.shape[1] - side : 3])
+        around = np.stack([mask[y + i, x + j] for i in (-side, 0, side) for j in (-side, 0, side)])
+        clear = (around == around[0]).all(axis=0)
+        painted = clear & (around[4] != 0)
+        assert painted.sum() > 30
+        places = (np.stack([x, y], 1) + 0.5) / picture.size
+        colours = np.array([colour_of(int(c)) for c in around[4]])
+        assert share_drawn(page, places[painted], colours[painted]) > 0.8  # names stand on the rest
+
+
+def test_masks_are_as_opaque_as_the_slider_says(mask_page: Page, photo: Image.Image):
+    page = mask_page
+    give(page, as_file(photo))
+    assert slide(page, "Home") == "0 %"
+    assert not marks(page)[..., 3].any()
+    assert slide(page, *("ArrowRight",) * round(100 * OPACITY)) == f"{100 * OPACITY:.0f} %"
+    opacities, counts = np.unique(marks(page)[..., 3], return_counts=True)
+    assert opacities[counts[1:].argmax() + 1] == pytest.approx(255 * OPACITY, abs=2)
+    said = page.locator("#live").text_content() or ""
+    assert "tree" in said
+    assert "percent" in said
+
+
+@pytest.mark.parametrize("name", ["boxes_page", "mask_page"])
+def test_pages_of_boxes_and_masks_fit_and_are_operable(name: str, request: pytest.FixtureRequest, photo: Image.Image):
+    page: Page = request.getfixturevalue(name)
+    give(page, as_file(photo))
+    assert not page.is_visible("#tab-draw")
+    for selector in ("button:visible", "input", "select", "video", "#bars"):
+        for one in page.locator(selector).all():
+            script = "e => e.labels?.[0]?.textContent || e.textContent || e.getAttribute('aria-label')"
+            assert one.evaluate(script).strip(), selector
+    page.focus("#tab-files")
+    seen = set()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id"))
+    assert {"files", "slider", "runs-on"} <= seen
+    assert page.locator("#slider").get_attribute("aria-valuetext", timeout=1000).endswith(" percent")  # pyright: ignore
+    size = page.viewport_size
+    assert size is not None
+    try:
+        for width, beside in ((1280, True), (390, False), (320, False)):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.wait_for_timeout(200)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            stage, answer = (page.locator(s).bounding_box() for s in ("#drop", ".answer"))
+            assert stage
+            assert answer
+            assert (answer["y"] < stage["y"] + stage["height"]) == beside
+            ratio = marks(page).shape[1] / marks(page).shape[0]
+            assert ratio == pytest.approx(photo.width / photo.height, rel=0.02)
+            assert stage["width"] / stage["height"] == pytest.approx(ratio, rel=0.05)
+    finally:
+        page.set_viewport_size(size)
+
+
+@pytest.mark.parametrize("name", ["boxes_page", "mask_page"])
+def test_boxes_and_masks_follow_the_camera(name: str, request: pytest.FixtureRequest, photo: Image.Image):
+    page: Page = request.getfixturevalue(name)
+    give(page, as_file(photo))
+    listed = rows(page)
+    page.click("#tab-camera")
+    assert rows(page) == []
+    assert page.locator("canvas.marks").count() == 0
+    before = num_answers(page)
+    page.click("#camera-switch")
+    wait_for_answer(page, before + 2)
+    assert (marks(page)[..., 3] == 255).all()  # the frame that the answer is of lies below it
+    page.click("#tab-files")
+    assert rows(page) == listed
+    page.wait_for_timeout(500)
+    assert rows(page) == listed  # what was on its way for the camera is not shown
+    assert page.locator("#drop canvas.marks").count() == 1
+
+
+def test_pages_of_boxes_and_masks_show_whole_pictures_and_no_pad(
+    boxes_weights: Weights, mask_weights: Weights, tmp_path: Path
+):
+    for weights in (boxes_weights, mask_weights):
+        with pytest.raises(ValueError, match=f"for classifiers; these are weights to {weights.task}"):
+            write_page(weights, tmp_path, drawing="mnist")
+        part = replace(weights, preprocessing=Preprocessing(110, 96))
+        with pytest.raises(ValueError, match="resize_px is 110 and crop_px 96; where things are"):
+            write_page(part, tmp_path)
+        assert drawing_for(replace(weights, class_names=tuple("01234"))) is None
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Scaling
 
 
@@ -472,10 +727,12 @@ def test_the_command_writes_a_page(
 
     monkeypatch.setattr("mobilevit.demo.write_page", write)
     arguments = [str(folder / "model.safetensors"), "--export", str(tmp_path / "page"), "--drawing", "mnist"]
+    arguments += ["--pictures", str(folder / "data" / "test" / "3")]
     assert parse(["demo", *arguments]).run() == 0
     assert "page of" in capsys.readouterr().out
     assert seen["source"] == "model.safetensors"  # without the folders that it lies in
     assert seen["drawing"] == "mnist"
+    assert len(seen["pictures"]) == len(list((folder / "data" / "test" / "3").iterdir()))
     assert seen["ort"] is None
 
 

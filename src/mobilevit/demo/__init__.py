@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mobilevit.demo import runtime
+from mobilevit.draw import OPACITY, PALETTE
 from mobilevit.export import export
-from mobilevit.models.weights import Weights
+from mobilevit.models.weights import TaskName, Weights
+from mobilevit.pictures import Picture
+from mobilevit.tasks.detection import SHOWN_SCORE
 
 STATIC = Path(__file__).parent / "static"
 MODEL = "model.onnx"
@@ -38,6 +41,13 @@ TYPES = {
     ".wasm": "application/wasm",
     ".onnx": "application/octet-stream",
     ".txt": "text/plain; charset=utf-8",
+}
+
+# What training says of the weights, by task, and how the page calls it; in per cent.
+VALIDATION: Mapping[TaskName, tuple[str, str]] = {
+    "classify": ("val_top1", "right"),
+    "detect": ("val_ap", "average precision"),
+    "segment": ("val_miou", "mean IoU"),
 }
 
 DrawingName = Literal["optdigits", "mnist"]
@@ -67,7 +77,7 @@ DRAWING_NAMES: tuple[DrawingName, ...] = get_args(DrawingName)
 def drawing_for(weights: Weights) -> DrawingName | None:
     """What a drawing should look like to these weights; None where their classes are no single digits and letters."""
     names = weights.class_names
-    if not names or not all(len(name) == 1 and name.isalnum() for name in names):
+    if weights.task != "classify" or not names or not all(len(name) == 1 and name.isalnum() for name in names):
         return None
     # Weights do not say how large the files were. Networks for 32 px and less are trained on the smallest.
     return "optdigits" if weights.preprocessing.crop_px <= 32 else "mnist"
@@ -79,27 +89,39 @@ def write_page(
     *,
     source: str = "",
     drawing: DrawingName | None = None,
+    pictures: Sequence[Picture] = (),
     ort: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Write the page with its network and the runtime into `out`, for any host of static files.
 
     Args:
-        weights: with a classifier.
+        weights: of any task.
         out: a folder; files there that have the same names are replaced.
         source: where the weights come from, for the ONNX file's metadata. It is published with the page.
-        drawing: how drawings are brought to the network, see `DRAWINGS`; what `drawing_for` says, unless given.
+        drawing: how drawings are brought to a classifier, see `DRAWINGS`; what `drawing_for` says, unless given.
+        pictures: to compare the exported network with torch on, see `mobilevit.export.export`; else drawn ones.
         ort: a folder with ONNX Runtime Web, see `mobilevit.demo.runtime.find`.
         say: told what takes long.
 
     Raises:
-        ValueError: no classifier, no ONNX installed, no ONNX Runtime Web.
+        ValueError: no classifier, no ONNX installed, no ONNX Runtime Web; `drawing` for a network that does not
+            classify, a network for boxes or masks that sees only a part of the picture.
     """
     out = Path(out)
+    dense = weights.task != "classify"
+    p = weights.preprocessing
+    if dense and drawing:
+        raise ValueError(f"a pad to draw on is for classifiers; these are weights to {weights.task}")
+    if dense and p.resize_px != (p.crop_px, p.crop_px):
+        raise ValueError(
+            f"resize_px is {p.resize_px} and crop_px {p.crop_px}; where things are can be shown for networks that see "
+            f"whole pictures: set preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
+        )
     ort = runtime.find(ort, say)  # first: it fails sooner than the export
     with tempfile.TemporaryDirectory() as aside:
         say("exporting to ONNX ...")
-        (artifact,) = export(weights, ["onnx"], aside, source=source)
+        (artifact,) = export(weights, ["onnx"], aside, answers=dense, pictures=pictures, source=source)
         (out / "ort").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path, out / MODEL)
     for file in STATIC.iterdir():
@@ -112,20 +134,31 @@ def write_page(
     lines = [f"  {name}: {value}" for name, value in HEADERS.items() if name.startswith("Cross-Origin")]
     (out / "_headers").write_text("\n".join(["/*", *lines, ""]))
     drawing = drawing or drawing_for(weights)
-    metrics = weights.training.get("metrics")
     network = {
+        "task": weights.task,
         "name": f"MobileViT-{weights.architecture.name.upper()}",
         "model": MODEL,
         "class_names": weights.class_names,
         "num_classes": weights.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in weights.build().parameters()),
         "num_bytes": artifact.num_bytes,
-        "preprocessing": weights.preprocessing.to_dict(),
-        "val_top1": metrics.get("val_top1") if isinstance(metrics, dict) else None,
+        "preprocessing": p.to_dict(),
+        "validation": _validation(weights),
         "drawing": asdict(DRAWINGS[drawing]) if drawing else None,
+        "palette": PALETTE if dense else None,
+        # Of the page's slider at the start: the least score, or how much a mask hides.
+        "shown": {"detect": SHOWN_SCORE, "segment": OPACITY}.get(weights.task),
         "mobilevit": version("mobilevit"),
     }
     (out / "network.json").write_text(json.dumps(network, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _validation(weights: Weights) -> dict[str, Any] | None:
+    """What the weights were worth when they were trained; None where nobody said."""
+    name, meaning = VALIDATION[weights.task]
+    metrics = weights.training.get("metrics")
+    value = metrics.get(name) if isinstance(metrics, Mapping) else None
+    return None if value is None else {"per_cent": value, "meaning": meaning}
 
 
 class Server(ThreadingHTTPServer):

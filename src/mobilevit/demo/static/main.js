@@ -1,15 +1,13 @@
 // The page: where pictures come from, what is asked of the worker, how the answers are shown.
 
+import { Bars, Boxes, Mask } from "./answers.js";
 import { Pad } from "./pad.js";
 
-const TOP = 5;
 const $ = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const round = (ms) => ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0);
 
 const network = await (await fetch("network.json")).json();
 const names = network.class_names;
-const className = (index) => names[index] ?? `class ${index}`;
 const glyphs = Boolean(network.drawing);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +61,7 @@ function start(provider) {
     };
   });
   const url = new URL(network.model, import.meta.url).href;
-  one.postMessage({ start: provider, url, preprocessing: network.preprocessing });
+  one.postMessage({ start: provider, url, task: network.task, preprocessing: network.preprocessing });
   return ready;
 }
 
@@ -92,17 +90,20 @@ async function startOn(provider) {
 }
 
 /** Picture {data, width, height} -> the worker's answer. */
-async function ask(picture) {
+async function ask({ data, width, height }) {
   await ready;
   const id = ++asked;
   return new Promise((resolve, reject) => {
     waiting.set(id, { resolve, reject });
-    worker.postMessage({ id, picture }, [picture.data.buffer]);
+    worker.postMessage({ id, picture: { data, width, height } }, [data.buffer]);
   });
 }
 
-/** Of a live source: one picture at a time, and after it the newest; `take` makes the picture when its turn has come. */
-function follower(take) {
+/**
+ * Of the live source of a tab: one picture at a time, and after it the newest; `take` makes the picture when its turn
+ * has come.
+ */
+function follower(tab, take) {
   let busy = false;
   let again = false;
   return async function follow() {
@@ -113,7 +114,8 @@ function follower(take) {
       while (again) {
         again = false;
         const picture = take();
-        if (picture) show(await ask(picture));
+        const result = picture && (await ask(picture));
+        if (result && tab === chosenTab()) show(result, picture);
       }
     } catch (error) {
       if (document.body.dataset.state === "ready") trouble(error.message);
@@ -126,34 +128,18 @@ function follower(take) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The answer
 
-const bars = Array.from({ length: Math.min(TOP, network.num_classes) }, () => {
-  const bar = document.createElement("li");
-  bar.className = "bar";
-  bar.innerHTML = "<i></i><span class=name></span><span class=share></span>";
-  $("bars").append(bar);
-  return bar;
+const view = new { classify: Bars, detect: Boxes, segment: Mask }[network.task](network, () => {
+  say(view.spoken, true);
+  for (const picture of pictures) label(picture);
 });
 const trace = []; // milliseconds of the last pictures
 
-function best(probabilities) {
-  const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
-  return order.slice(0, bars.length).map((index) => ({ index, name: className(index), share: probabilities[index] }));
-}
+const chosenTab = () => document.querySelector("[role=tab][aria-selected=true]").id;
 
-function show(result) {
-  const answers = best(result.probabilities);
+/** `picture` is what the worker's `result` is of: its width and height, and its canvas if it passes by. */
+function show(result, picture) {
   document.body.classList.remove("waiting");
-  $("best-class").textContent = answers[0].name;
-  $("best-share").textContent = percent(answers[0].share);
-  answers.forEach(({ index, name, share }, i) => {
-    const bar = bars[i];
-    bar.dataset.index = index;
-    bar.dataset.probability = share;
-    bar.style.setProperty("--share", share);
-    bar.title = name;
-    bar.querySelector(".name").textContent = name;
-    bar.querySelector(".share").textContent = percent(share);
-  });
+  view.show(result, picture, document.querySelector(".panel:not([hidden]) .stage"));
   const side = network.preprocessing.crop_px;
   const canvas = $("seen");
   canvas.width = canvas.height = side;
@@ -161,7 +147,7 @@ function show(result) {
   canvas.getContext("2d").putImageData(new ImageData(result.seen, side, side), 0, 0);
   measure(result);
   $("bars").dataset.answers = Number($("bars").dataset.answers ?? 0) + 1;
-  say(`${answers[0].name}, ${Math.round(100 * answers[0].share)} percent`, true);
+  say(view.spoken, true);
 }
 
 function showNothing() {
@@ -171,16 +157,7 @@ function showNothing() {
     "tab-files": "Choose a picture.",
     "tab-camera": "Start the camera.",
   };
-  $("best-class").textContent = invitations[document.querySelector("[role=tab][aria-selected=true]").id];
-  $("best-share").textContent = "";
-  for (const bar of bars) {
-    bar.style.setProperty("--share", 0);
-    delete bar.dataset.index;
-    delete bar.dataset.probability;
-    bar.title = "";
-    bar.querySelector(".name").textContent = "\u00a0";
-    bar.querySelector(".share").textContent = "";
-  }
+  view.clear(invitations[chosenTab()]);
   $("seen").width = $("seen").width; // empties it
 }
 
@@ -212,7 +189,7 @@ function choose(tab, focus = false) {
   if (focus) tab.focus();
   if (tab.id !== "tab-camera") stopCamera();
   if (tab.id === "tab-draw" && pad && !pad.isEmpty) readPad();
-  else if (tab.id === "tab-files" && chosen?.result) show(chosen.result);
+  else if (tab.id === "tab-files" && chosen) show(chosen.result, chosen);
   else showNothing();
 }
 
@@ -230,7 +207,7 @@ for (const [i, tab] of tabs.entries()) {
 // Drawing
 
 let pad = null;
-const readPad = follower(() => {
+const readPad = follower("tab-draw", () => {
   if (pad.isEmpty) {
     showNothing();
     return null;
@@ -246,6 +223,7 @@ if (glyphs) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Picture files
 
+const pictures = [];
 let chosen = null;
 
 /** The pixels of a picture, of a file or a video, upright and on white, without a colour profile's changes. */
@@ -257,7 +235,7 @@ function pixelsOf(source, width, height) {
   context.fillStyle = "white";
   context.fillRect(0, 0, width, height);
   context.drawImage(source, 0, 0, width, height);
-  return { data: context.getImageData(0, 0, width, height).data, width, height };
+  return { data: context.getImageData(0, 0, width, height).data, width, height, canvas };
 }
 
 async function read(file) {
@@ -299,33 +277,38 @@ async function addFiles(files) {
 }
 
 function addThumb(picture) {
-  const [{ name, share }] = best(picture.result.probabilities);
   const button = document.createElement("button");
   const image = new Image();
-  const label = document.createElement("span");
   image.src = picture.url;
   image.alt = "";
   image.classList.toggle("tiny", picture.width < 100);
-  label.textContent = name;
-  button.append(image, label);
+  button.append(image, document.createElement("span"));
   button.title = picture.name;
-  button.setAttribute("aria-label", `${picture.name}: ${name}, ${percent(share)}`);
-  button.addEventListener("click", () => select(picture, button));
+  button.addEventListener("click", () => select(picture));
   const item = document.createElement("li");
   item.append(button);
   $("thumbs").append(item);
-  select(picture, button);
+  pictures.push(picture);
+  picture.button = button;
+  label(picture);
+  select(picture);
 }
 
-function select(picture, button) {
+function label({ name, button, result }) {
+  const [short, long] = view.summary(result);
+  button.lastChild.textContent = short;
+  button.setAttribute("aria-label", `${name}: ${long}`);
+}
+
+function select(picture) {
   chosen = picture;
-  for (const one of $("thumbs").querySelectorAll("button")) one.setAttribute("aria-pressed", one === button);
-  button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  for (const { button } of pictures) button.setAttribute("aria-pressed", button === picture.button);
+  picture.button.scrollIntoView({ block: "nearest", inline: "nearest" });
   $("shown").src = picture.url;
   $("shown").alt = picture.name;
   $("shown").hidden = false;
   $("shown").classList.toggle("tiny", picture.width < 100);
-  show(picture.result);
+  show(picture.result, picture);
 }
 
 $("files").addEventListener("change", async (event) => {
@@ -351,7 +334,7 @@ const video = $("video");
 let facing = "environment";
 let starting = 0;
 
-const readCamera = follower(() => {
+const readCamera = follower("tab-camera", () => {
   if (!video.srcObject || !video.videoWidth) return null;
   return pixelsOf(video, video.videoWidth, video.videoHeight);
 });
@@ -414,10 +397,15 @@ addEventListener("pagehide", stopCamera);
 // ---------------------------------------------------------------------------------------------------------------------
 // What the page is about
 
+const validation = ({ per_cent: value, meaning }) => `${value.toFixed(1)} % ${meaning}`;
+
 function describe() {
   const digits = names.length > 0 && names.every((name) => /^\d$/.test(name));
   if (glyphs) $("title").textContent = digits ? "Which digit is it?" : "Which letter is it?";
+  else if (view.places) $("title").textContent = "What is in the picture, and where?";
   document.body.classList.toggle("glyphs", glyphs);
+  document.body.classList.toggle("places", view.places);
+  if (view.places) $("camera-hint").textContent = "The network sees the whole picture.";
   document.title = `${$("title").textContent.replace("?", "")} \u00b7 ${network.name}`;
   const side = network.preprocessing.crop_px;
   $("lead").textContent =
@@ -427,7 +415,7 @@ function describe() {
     Network: [network.name, `${(network.num_parameters / 1e6).toFixed(2)} M parameters`],
     Classes: [String(network.num_classes), names.length ? some : "not named"],
     Input: [`${side} \u00d7 ${side} px`, `${(network.num_bytes / 1e6).toFixed(1)} MB of weights`],
-    ...(network.val_top1 ? { Validation: [`${network.val_top1.toFixed(1)} % right`, "when it was trained"] } : {}),
+    ...(network.validation && { Validation: [validation(network.validation), "when it was trained"] }),
   };
   for (const [term, [text, more]] of Object.entries(facts)) {
     const item = document.createElement("div");
@@ -469,6 +457,6 @@ if (await hasGraphicsCard()) {
 runsOn.value = provider;
 runsOn.addEventListener("change", async () => {
   await startOn(runsOn.value);
-  if (!pad?.isEmpty && $("tab-draw").getAttribute("aria-selected") === "true") readPad();
+  if (!pad?.isEmpty && chosenTab() === "tab-draw") readPad();
 });
 await startOn(provider);

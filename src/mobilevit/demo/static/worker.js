@@ -2,6 +2,7 @@
 
 import { prepare, softmax } from "./pixels.js";
 
+let task;
 let preprocessing;
 let session;
 let Tensor;
@@ -22,27 +23,32 @@ async function start(provider, url) {
 async function run(input) {
   const { crop_px: side } = preprocessing;
   const started = performance.now();
-  const { logits } = await session.run({ pictures: new Tensor("float32", input, [1, 3, side, side]) });
-  return { logits: await logits.getData(), milliseconds: performance.now() - started };
+  const tensors = await session.run({ pictures: new Tensor("float32", input, [1, 3, side, side]) });
+  const outputs = {};
+  for (const [name, tensor] of Object.entries(tensors)) outputs[name] = await tensor.getData();
+  return { outputs, milliseconds: performance.now() - started };
 }
 
 async function answer(picture) {
   const started = performance.now();
   const { seen, input } = prepare(picture, preprocessing);
   const prepared = performance.now() - started;
-  const { logits, milliseconds } = await run(input);
-  if (!logits.every(Number.isFinite)) throw new Error("the network answered with something that is no number");
-  return { probabilities: softmax(logits), seen, prepared, milliseconds };
+  const { outputs, milliseconds } = await run(input);
+  if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
+    throw new Error("the network answered with something that is no number");
+  }
+  const answer = task === "classify" ? { probabilities: softmax(outputs.logits) } : outputs;
+  return { ...answer, seen, prepared, milliseconds };
 }
 
 self.onmessage = async ({ data }) => {
   try {
     if (data.start) {
-      ({ preprocessing } = data);
+      ({ task, preprocessing } = data);
       self.postMessage({ started: data.start, threads: await start(data.start, data.url) });
     } else {
       const result = await answer(data.picture);
-      self.postMessage({ id: data.id, result }, [result.seen.buffer, result.probabilities.buffer]);
+      self.postMessage({ id: data.id, result }, [result.seen.buffer]);
     }
   } catch (error) {
     self.postMessage({ id: data.id, failed: data.start, error: error?.message ?? String(error) });
