@@ -1,6 +1,10 @@
 """Every runtime that is installed, against the same network by timm and transformers, and against MobileNetv2.
 
     python benchmarks/runtimes.py --out benchmarks/runtimes_<hardware>_<yyyymm>
+    python benchmarks/runtimes.py --models s:detect xs:detect xxs:detect --size 320 --against self \
+        torchvision:ssdlite320_mobilenet_v3_large --out benchmarks/runtimes_detect_<hardware>_<yyyymm>
+    python benchmarks/runtimes.py --models s:segment xs:segment xxs:segment --size 512 --against self \
+        torchvision:deeplabv3_mobilenet_v3_large torchvision:lraspp_mobilenet_v3_large --out ...
 
 Each pair of a network and a runtime is timed by `mobilevit benchmark` in a process of its own, so that the threads of
 one runtime take nothing from another; within it all sides are interleaved, see `mobilevit.benchmark.latency`. The
@@ -80,7 +84,7 @@ def main(
     """Time our network in every runtime, beside those of other libraries.
 
     Args:
-        models: the published sizes to time.
+        models: the published sizes to time, as classifiers, or with :detect or :segment behind them.
         runtimes: all that are installed, unless given.
         against: what to compare with, see mobilevit benchmark --help; self is the control.
         eager_batches: pictures in a batch in torch eager; 1 everywhere else.

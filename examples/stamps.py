@@ -239,8 +239,8 @@ def crop(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     half = 0.6 * max(right - left, bottom - top)
     x, y = (left + right) / 2, (top + bottom) / 2
     width, height = picture.size
-    square = (max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half))
-    return picture.crop(tuple(round(edge) for edge in square))
+    left, top, right, bottom = max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half)
+    return picture.crop((round(left), round(top), round(right), round(bottom)))
 
 
 def palette() -> list[int]:

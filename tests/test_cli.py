@@ -26,7 +26,7 @@ from mobilevit.predict import Classifier, Detector, Segmenter, load, load_detect
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
 
-COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo"]
+COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo", "compare"]
 # Names that look like the markup of a terminal library.
 NAMES = ("[bold]ant[/bold]", ":bee:", "cat [/]")
 PROGRAM = Path(sys.executable).with_name("mobilevit")
@@ -519,7 +519,7 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
     result = "runs/classes/model.safetensors"
     assert re.fullmatch(
         rf"{result}: weights of the last epoch, validation top-1 [\d.]+ %\n"
-        r"runs/classes/report.html: curves, confusion, mistakes\n"
+        r"runs/classes/report.html: curves, metrics by class, pictures\n"
         rf"try next: mobilevit predict {result} PICTURE...\n",
         out,
     )
@@ -827,6 +827,62 @@ def test_mistakes_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, w
         ("xxs", "--json", "missing/a.json"): "missing/a.json: there is no such folder",
     }.items():
         assert re.search(said, mistake(capsys, "benchmark", *args)), args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compare
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], here: Path):
+    assert run("compare", "--only", "mobilenetv3-small", "--no-time", "--out", "table") == 0
+    out, err = capsys.readouterr()
+    *shown, line = out.splitlines()
+    assert [row["name"] for row in json.loads(line)["rows"]] == [
+        "mobilenetv3-small",
+        *(f"mobilevit-{size}" for size in ("xxs", "xs", "s")),
+    ]
+    assert (here / "table/table.json").read_text() == f"{line}\n"
+    files = {"table.md", "table.csv", "table.json", "accuracy_parameters_cnn.png"}
+    assert names(here / "table") == files
+    assert {str(Path("table", file)) for file in files} == set(shown[-4:])
+    first = next(text for text in shown if text.split()[:1] == ["mobilenetv3-small"]).split()
+    assert first[1:6] == ["224", "2.54", "(2.5)", "0.057", "/"]
+    assert "mobilenetv3-small: counting ..." in err
+
+
+def test_what_compare_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from mobilevit.compare import table
+
+    asked: list[Any] = []
+
+    def note(systems: Any, **options: Any) -> None:
+        asked.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(table, "compare", note)
+    assert "enough" in mistake(capsys, "compare")
+    options = ["--runtime", "onnx", "--batch-size", "2", "1", "2", "--baseline", "mobilevit-s", "--size", "96"]
+    assert "enough" in mistake(capsys, "compare", *options, "--rounds", "3", "--num-threads", "1")
+    defaults, given = asked
+    assert (defaults["runtimes"], defaults["batch_sizes"], defaults["size_px"]) == (("torch", "onnx"), (1,), None)
+    assert (given["runtimes"], given["batch_sizes"], given["size_px"]) == (("onnx",), (2, 1), 96)
+    assert (given["baseline"], given["num_rounds"], given["num_threads"]) == ("mobilevit-s", 3, 1)
+
+
+def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
+    for args, said in {
+        ("--only", "mobilnetv2"): "no system 'mobilnetv2'; near are mobilenetv2-.*; there are mobilenetv1-0.75, ",
+        ("--only", "deit-tiny", "--size", "100"): "size_px is 100; deit-tiny takes multiples of 32",
+        ("--rounds", "0"): "rounds is 0; it must be 1 or more",
+        ("--num-threads", "0"): "num threads is 0",
+        ("--batch-size", "1", "0"): "batch size is 0",
+        ("--no-time", "--runtime", "torch"): "--no-time times nothing; leave out --runtime",
+        ("--runtime", "abacus"): "'abacus'",
+        ("--baseline", "resnet"): "'resnet'",
+        ("--device", "abacus"): "device 'abacus' cannot be used here",
+        ("--out", "photos/a.png"): "photos/a.png",
+    }.items():
+        assert re.search(said, mistake(capsys, "compare", *args)), args
 
 
 # ---------------------------------------------------------------------------------------------------------------------

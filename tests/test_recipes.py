@@ -100,6 +100,7 @@ SENSELESS = [
     ("ema_decay", 1.0),
     ("seed", -1),
     ("seed", 2**64),
+    ("task", "count"),
     ("data.size_px", 31),
     ("data.eval_resize", 0.99),
     ("data.eval_resize", math.inf),

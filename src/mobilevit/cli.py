@@ -19,9 +19,12 @@ import mobilevit
 from mobilevit.recipes import RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
+    from mobilevit.export import Artifact
     from mobilevit.models.weights import Weights
+    from mobilevit.predict import Detection, Prediction
 
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
 SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
@@ -31,13 +34,20 @@ Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, c
 
 @dataclass(frozen=True)
 class Predict:
-    """Name what is in pictures. Exit code 1 if some of them could not be read."""
+    """Name, find or outline what is in pictures, as the weights can. Exit code 1 if some of them could not be read."""
 
     weights: SomeWeights
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
     """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
-    top_k: int = 5
-    """Classes to give for each picture."""
+    top_k: int | None = None
+    """Of classifiers: classes to give for each picture; unless given, 5."""
+    score_threshold: float | None = None
+    """Of detectors: the score, 0 to 1, above which something is shown; unless given, 0.3."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder for what detection and segmentation write; unless given, predictions. Files of the same names are
+    replaced. Detection: STEM_boxes.jpg for each picture, and detections.json in COCO's results format, with the number
+    of the class + 1 for category_id and the picture's stem for image_id, as a number where it is one. Segmentation:
+    STEM.png, the class numbers in VOC's colours, and STEM_overlay.jpg."""
     json: bool = False
     """One JSON object a line instead of a table."""
     batch_size: int = 16
@@ -46,46 +56,200 @@ class Predict:
     download: Download = False
 
     def run(self) -> int:
-        """Predict and print."""
+        """Predict, print and, but for classifiers, write."""
         from rich.box import SIMPLE
         from rich.progress import Progress
         from rich.table import Column, Table
 
-        from mobilevit.export.rewrite import fold_batch_norm
         from mobilevit.models.weights import read
         from mobilevit.pictures import PictureError
-        from mobilevit.predict import classifier, find_pictures, predict_pictures
+        from mobilevit.predict import find_pictures
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
         weights = read(self.weights, download=self.download)
+        self._refuse_options(weights)
         _say_what_is_assumed(self.weights, weights)
-        model = fold_batch_norm(classifier(weights).to(_device(self.device)))
-        results = predict_pictures(model, paths, top_k=self.top_k, batch_size=self.batch_size)
+        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[weights.task](self, weights, paths)
         num_unread = 0
-        table = Table("picture", "class", Column("probability", justify="right"), box=SIMPLE)
+        table = Table("picture", "class", *(Column(name, justify="right") for name in shown.columns), box=SIMPLE)
         console = _stderr()
         quiet = len(paths) < 32 or not console.is_terminal or (self.json and sys.stdout.isatty())
         # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
         with Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress:
-            for path, result in progress.track(results, len(paths), description="predicting"):
-                if isinstance(result, PictureError):
+            for path, result in progress.track(shown.results, len(paths), description="predicting"):
+                try:
+                    if isinstance(result, PictureError):
+                        raise result
+                    line, rows = shown.show(path, result)
+                except PictureError as error:  # or the picture has gone before it could be drawn on
                     num_unread += 1
-                    _complain(str(result))
-                    if self.json:
-                        print(json.dumps({"picture": str(path), "error": str(result)}), flush=True)
-                elif self.json:
-                    classes = [
-                        {"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in result
-                    ]
-                    print(json.dumps({"picture": str(path), "predictions": classes}), flush=True)
-                else:
-                    for i, p in enumerate(result):
-                        table.add_row("" if i else str(path), p.class_name, f"{100 * p.probability:.1f} %")
+                    _complain(str(error))
+                    line, rows = {"error": str(error)}, []
+                if self.json:
+                    print(json.dumps({"picture": str(path), **line}), flush=True)
+                for i, row in enumerate(rows):
+                    table.add_row("" if i else str(path), *row)
+        said = shown.close()
         if not self.json and table.row_count:
             _stdout().print(table)
+            if said:
+                print(said)
         return 1 if num_unread else 0
+
+    def _refuse_options(self, weights: Weights) -> None:
+        """Say so of an option that these weights have no use for, instead of not minding it."""
+        does = {
+            "classify": "only names classes, and they are printed",
+            "detect": "shows all that it finds above a score",
+            "segment": "gives every pixel one class",
+        }[weights.task]
+        for option, value, tasks in (
+            ("--top-k", self.top_k, ("classify",)),
+            ("--score-threshold", self.score_threshold, ("detect",)),
+            ("--out", self.out, ("detect", "segment")),
+        ):
+            if value is not None and weights.task not in tasks:
+                raise ValueError(f"{option} is for weights to {' or '.join(tasks)}; {self.weights} {does}")
+
+
+class _Classes:
+    """What `Predict` prints of a classifier."""
+
+    columns = ("probability",)
+
+    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
+        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.predict import classifier, predict_pictures
+
+        model = fold_batch_norm(classifier(weights).to(_device(command.device)))
+        options: dict[str, Any] = {} if command.top_k is None else {"top_k": command.top_k}
+        self.results = predict_pictures(model, paths, batch_size=command.batch_size, **options)
+
+    def show(self, path: Path, found: list[Prediction]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+        """The line of JSON and the rows of the table."""
+        line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in found]
+        return {"predictions": line}, [(p.class_name, f"{100 * p.probability:.1f} %") for p in found]
+
+    def close(self) -> str:
+        """Nothing was written."""
+        return ""
+
+
+class _Boxes:
+    """What `Predict` prints and writes of a detector."""
+
+    columns = ("score", "box: x1, y1, x2, y2 in px")
+
+    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
+        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.predict import detect_pictures, detector
+
+        self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
+        model = fold_batch_norm(detector(weights).to(_device(command.device)))
+        options: dict[str, Any] = (
+            {} if command.score_threshold is None else {"score_threshold": command.score_threshold}
+        )
+        self.results = detect_pictures(model, paths, batch_size=command.batch_size, **options)
+        self.coco: list[dict[str, Any]] = []
+
+    def show(self, path: Path, found: list[Detection]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+        """The line of JSON and the rows of the table; the picture is drawn on."""
+        from mobilevit.draw import draw_boxes, write_jpeg
+        from mobilevit.pictures import read_picture
+
+        labels = [f"{d.class_name} {100 * d.score:.0f} %" for d in found]
+        drawing = self.out / f"{path.stem}_boxes.jpg"
+        picture = read_picture(path)
+        write_jpeg(draw_boxes(picture, [d.box for d in found], [d.class_index for d in found], labels), drawing)
+        for d in found:
+            x1, y1, x2, y2 = d.box
+            self.coco.append(
+                {
+                    "image_id": _image_id(path),
+                    "category_id": d.class_index + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": d.score,
+                    "file_name": path.name,
+                    "category_name": d.class_name,
+                }
+            )
+        line = [{"class": d.class_name, "index": d.class_index, "score": d.score, "box": d.box} for d in found]
+        rows = [(d.class_name, f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box)) for d in found]
+        return {"detections": line, "drawing": str(drawing)}, rows or [("nothing found", "", "")]
+
+    def close(self) -> str:
+        """Write detections.json and say what lies in the folder."""
+        from mobilevit.models.weights import write_whole
+
+        text = json.dumps(self.coco)
+        write_whole(self.out / "detections.json", lambda target: target.write_text(text, encoding="utf-8"))
+        return f"{self.out}: detections.json, and the pictures with their boxes"
+
+
+class _Masks:
+    """What `Predict` prints and writes of a segmentation network."""
+
+    columns = ("share of the pixels",)
+
+    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
+        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.predict import segment_pictures, segmenter
+
+        self.out = _folder_for(command, {path: path.stem for path in paths})
+        self.model = fold_batch_norm(segmenter(weights).to(_device(command.device)))
+        self.results = segment_pictures(self.model, paths, batch_size=command.batch_size)
+
+    def show(self, path: Path, found: np.ndarray) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+        """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
+        import numpy as np
+
+        from mobilevit.draw import draw_mask, palette_png, write_jpeg
+        from mobilevit.pictures import read_picture
+
+        counts = np.bincount(found.ravel(), minlength=256)
+        order = [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+        classes = {c: (self.model.class_name(c), int(counts[c]) / found.size) for c in order}
+        mask, overlay = self.out / f"{path.stem}.png", self.out / f"{path.stem}_overlay.jpg"
+        legend = {c: f"{name} {100 * share:.1f} %" for c, (name, share) in classes.items() if name != "background"}
+        write_jpeg(draw_mask(read_picture(path), found, legend), overlay)
+        palette_png(found, mask)
+        line = [{"class": name, "index": c, "share": share} for c, (name, share) in classes.items()]
+        rows = [(name, f"{100 * share:.1f} %") for name, share in classes.values()]
+        return {"classes": line, "mask": str(mask), "overlay": str(overlay)}, rows
+
+    def close(self) -> str:
+        """Say what lies in the folder."""
+        return f"{self.out}: class numbers (.png), and the pictures with the classes painted over (_overlay.jpg)"
+
+
+def _image_id(path: Path) -> int | str:
+    """How COCO's results name a picture: by the number that its stem is, 139 for 000000000139.jpg, else by its stem."""
+    return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else path.stem
+
+
+def _folder_for(command: Predict, names: dict[Path, str]) -> Path:
+    """The folder to write to. `names` are those that the pictures' results will go by, and have to differ.
+
+    Raises:
+        ValueError: two pictures of one name, a picture in that very folder, a file instead of it.
+    """
+    out = _expand(command.out or Path("predictions"))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder with --out")
+    seen: dict[str, Path] = {}
+    for path, name in names.items():
+        if path.absolute().parent.resolve() == out.resolve():
+            raise ValueError(f"{path}: lies in {out}, where results are written; name another folder with --out")
+        # To some file systems A.png and a.png are the same.
+        other = seen.setdefault(name.casefold(), path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path}: the results of both would be called {name}; predict one after the other, each "
+                "with its own --out"
+            )
+    return out
 
 
 @dataclass(frozen=True)
@@ -164,11 +328,16 @@ class Train:
 
     data: str
     """A folder with a folder of pictures for each class, or with train/ and val/ that hold those; idx files, tar
-    shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub."""
-    out: Path | None = None
+    shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub. To detect, COCO's or VOC's layout; to
+    segment, VOC's, or images/ and masks/."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for checkpoints, weights, metrics and report; unless given, runs/ and the name of the data."""
     weights: Annotated[
-        str | None, tyro.conf.arg(help=f"Start from these weights instead of random ones: {WEIGHTS}.")
+        str | None,
+        tyro.conf.arg(
+            aliases=["--backbone"],
+            help=f"Start from these weights instead of random ones: {WEIGHTS}. Of another task, their backbone.",
+        ),
     ] = None
     download: Download = False
     device: Device = "auto"
@@ -198,9 +367,10 @@ class Train:
             tensorboard=self.tensorboard,
         )
         if os.environ.get("RANK", "0") == "0":
+            value = run.epochs[-1][f"val_{run.main_metric}"]
             print(
-                f"{run.weights}: weights of the last epoch, validation top-1 {run.epochs[-1]['val_top1']:.2f} %\n"
-                f"{out / 'report.html'}: curves, confusion, mistakes\n"
+                f"{run.weights}: weights of the last epoch, validation {_metric(run.main_metric, value)}\n"
+                f"{out / 'report.html'}: curves, metrics by class, pictures\n"
                 f"try next: mobilevit predict {run.weights} PICTURE..."
             )
         return 0
@@ -208,7 +378,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Top-1 and top-5 of weights on pictures, for one set of weights and size or several."""
+    """What weights make of pictures: top-1 and top-5, AP of boxes, or mIoU of pixels; of several weights and sizes."""
 
     weights: Annotated[
         tuple[str, ...],
@@ -220,7 +390,7 @@ class Evaluate:
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
     """Sides of the pictures in pixels; unless given, what the weights were made for."""
     per_class: bool = False
-    """Recall and precision of every class as well."""
+    """The figures of every class as well."""
     json: bool = False
     """A JSON object a line instead of a table."""
     batch_size: int = 32
@@ -235,9 +405,8 @@ class Evaluate:
         from rich.box import SIMPLE
         from rich.table import Column, Table
 
-        from mobilevit.data.sources import held_out_name
         from mobilevit.models.weights import read
-        from mobilevit.tasks.classification import evaluate_weights
+        from mobilevit.tasks import TASKS, evaluate_weights
 
         if not self.weights:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
@@ -246,13 +415,17 @@ class Evaluate:
         # All of them first: a name that is wrong is said before the first one has been evaluated.
         named = {name: read(name, download=self.download) for given in self.weights for name in _weights_of_run(given)}
         data = _expand_data(self.data)
-        columns = [Column(name, justify="right") for name in ("px", "top-1 %", "top-5 %", "loss", "pictures")]
-        table = Table("weights", *columns, box=SIMPLE)
+        tasks = {weights.task for weights in named.values()}
+        if len(tasks) > 1:
+            raise ValueError(
+                f"these weights are to {' and to '.join(sorted(tasks))}; evaluate those of one task at once"
+            )
+        table: Table | None = None
         classes: list[tuple[str, Table]] = []
         for name, weights in named.items():
             _say_what_is_assumed(name, weights)
             for size_px in self.size or (weights.preprocessing.crop_px,):
-                answers = evaluate_weights(
+                results = evaluate_weights(
                     weights,
                     data,
                     size_px=size_px,
@@ -260,28 +433,24 @@ class Evaluate:
                     num_workers=self.num_workers,
                     device=_device(self.device),
                 )
-                metrics = answers.metrics()
-                per_class = _per_class(answers.counts(), weights.class_names)
+                metrics = results.metrics()
+                per_class = results.per_class(weights.class_names)
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, **metrics}
                     print(json.dumps(line | ({"classes": per_class} if self.per_class else {})), flush=True)
                     continue
-                table.add_row(
-                    name,
-                    str(size_px),
-                    f"{metrics['top1']:.2f}",
-                    f"{metrics['top5']:.2f}",
-                    f"{metrics['loss']:.4f}",
-                    f"{metrics['num_pictures']:,}",
-                )
+                if table is None:
+                    columns = (Column(_heading(metric), justify="right") for metric in ("px", *metrics))
+                    table = Table("weights", *columns, box=SIMPLE)
+                table.add_row(name, str(size_px), *(_number(metric, value) for metric, value in metrics.items()))
                 classes.append((f"{name} at {size_px} px", _class_table(per_class)))
-        if not self.json:
+        if table:
             console = _stdout()
             console.print(table)
             for title, one in classes if self.per_class else ():
                 console.print(title)
                 console.print(one)
-            if held_out_name(data) is None:
+            if TASKS[tasks.pop()].held_out_name(data) is None:
                 console.print("all pictures there, those it was trained on as well")
         return 0
 
@@ -310,6 +479,9 @@ class Export:
     """Leave height and width open, where the runtime can."""
     uint8: bool = False
     """Take pixels as they are, 0 to 255 and (batch, height, width, 3), and scale them inside."""
+    answers: bool = False
+    """Of a detector the boxes that it finds, with their scores and labels, after NMS; of a segmentation network the
+    class of every pixel. Refused where there is no such thing: for classifiers, and NMS outside onnx and openvino."""
     num_threads: int = 2
     """Of the runtimes while they are timed."""
     sensitivity: bool = False
@@ -330,7 +502,9 @@ class Export:
         weights = read(self.weights, download=self.download)
         _say_what_is_assumed(self.weights, weights)
         if self.sensitivity:
-            costs = sensitivity(weights, _some_pictures(self.pictures))
+            pictures = _some_pictures(self.pictures)
+            print("every part of the network alone in int8, in torch ...", file=sys.stderr, flush=True)
+            costs = sensitivity(weights, pictures)
             if self.json:
                 for cost in costs:
                     print(json.dumps(asdict(cost)), flush=True)
@@ -343,6 +517,19 @@ class Export:
             missing = [name for name in BACKENDS if name not in names]
             if missing:
                 _complain("not installed, left out: " + ", ".join(f"{x} (mobilevit[{x}])" for x in missing))
+            if not names:
+                raise ValueError("no runtime is installed to export for; pip install 'mobilevit[onnx]', say")
+        if _expand(self.out).exists() and not _expand(self.out).is_dir():
+            raise ValueError(f"{self.out}: is a file; name a folder to write to")
+        # What takes minutes says so; what is written is told at once, lest an interruption takes it along.
+        more = ", calibrating, and timing it against fp32" if self.precision == "int8" else ""
+
+        def tell(a: Artifact) -> None:
+            if self.json:
+                print(json.dumps(a.to_dict(), ensure_ascii=False), flush=True)
+            else:
+                print(f"{a.backend}: wrote {a.path}", file=sys.stderr, flush=True)
+
         artifacts = export(
             weights,
             names,
@@ -353,15 +540,14 @@ class Export:
             dynamic_batch=self.dynamic_batch,
             dynamic_size=self.dynamic_size,
             uint8=self.uint8,
+            answers=self.answers,
             pictures=_some_pictures(self.pictures),
             source=self.weights,
             num_threads=self.num_threads,
-            on_start=lambda name: print(f"{name}: converting ...", file=sys.stderr, flush=True),
+            on_start=lambda name: print(f"{name}: converting{more} ...", file=sys.stderr, flush=True),
+            on_written=tell,
         )
-        if self.json:
-            for a in artifacts:
-                print(json.dumps(a.to_dict(), ensure_ascii=False), flush=True)
-        else:
+        if not self.json:
             _stdout().print(_artifact_table(artifacts))
             real = "of yours" if self.pictures else "drawn by program; give --pictures to compare on real ones"
             num_pictures = max((a.agreement.num_pictures for a in artifacts if a.agreement), default=0)
@@ -380,7 +566,10 @@ class Benchmark:
     targets: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="TARGET...", help=f"Artifacts (.onnx, .pte, .xml, .tflite), xxs, xs, s, or {WEIGHTS}."),
+        tyro.conf.arg(
+            metavar="TARGET...",
+            help=f"Artifacts (.onnx, .pte, .xml, .tflite), xxs, xs, s, xxs:detect, xxs:segment ..., or {WEIGHTS}.",
+        ),
     ]
     runtime: tuple[Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert"], ...] = ()
     """What to export weights for first; torch unless given. An artifact has its own."""
@@ -397,9 +586,9 @@ class Benchmark:
     """Every side is timed once a round."""
     num_threads: int = 2
     """Of every runtime."""
-    json: Path | None = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the JSON object here as well."""
-    figure: Path | None = None
+    figure: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw the times here, as .png, .svg or .pdf."""
     download: Download = False
 
@@ -409,7 +598,7 @@ class Benchmark:
 
         from mobilevit.benchmark import latency, others
         from mobilevit.models.mobilevit import ARCHITECTURES
-        from mobilevit.models.weights import read
+        from mobilevit.models.weights import NETWORKS, read
 
         if not self.targets:
             raise ValueError("nothing is named; give artifacts, weights, or xxs, xs, s")
@@ -433,10 +622,13 @@ class Benchmark:
             "on_start": lambda what: print(what, file=sys.stderr, flush=True),
             "on_problem": _complain,
         }
+        drawn: dict[str, tuple[str, Any]] = {f"{x}:{task}": (x, task) for x in ARCHITECTURES for task in NETWORKS}
+        drawn |= {name: drawn[f"{name}:classify"] for name in ARCHITECTURES}
         weights = {}  # all of them first: a name that is wrong is said before minutes of work
         for name in dict.fromkeys(self.targets):
-            if name.lower() in ARCHITECTURES:
-                weights[name] = others.random_weights(name.lower())
+            if name.lower() in drawn:
+                architecture, task = drawn[name.lower()]
+                weights[name] = others.random_weights(architecture, task=task)
             elif name not in artifacts:
                 weights[name] = read(name, download=self.download)
         sides = []
@@ -472,18 +664,22 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Demo:
-    """Try a network in the browser: on picture files, the camera, or drawings. Or write the page for a website."""
+    """Try a network in the browser, on picture files, the camera, or drawings: it shows classes, boxes or masks, as the
+    weights can. Or write the page for a website."""
 
     weights: SomeWeights
     port: int = 0
     """Of the page on this machine, which alone can see it; 0 is any that is free."""
     open: bool = True
-    """Open the page in the browser."""
+    """Whether to open the page in the browser too; its URL is printed either way."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write the page and all it needs into this folder, for any host of static files, instead of serving it."""
     drawing: Literal["optdigits", "mnist"] | None = None
     """Draw digits and letters like scikit-learn's (8 px) or MNIST's and EMNIST's (28 px); unless given, the former for
-    networks of up to 32 px. Other networks get no pad to draw on unless this is given."""
+    networks of up to 32 px. Other classifiers get no pad to draw on unless this is given."""
+    pictures: tuple[str, ...] = ()
+    """Real pictures to compare the exported network with torch on: files, folders, patterns, or data as for train.
+    Unless given, drawn ones are compared."""
     ort: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder with ONNX Runtime Web's files; unless given, those of the wheel, or fetched through npm and kept."""
     download: Download = False
@@ -508,6 +704,7 @@ class Demo:
                     out,
                     source=source,
                     drawing=self.drawing,
+                    pictures=_some_pictures(self.pictures),
                     ort=_expand(self.ort) if self.ort else None,
                     say=lambda text: print(text, file=sys.stderr, flush=True),
                 )
@@ -515,12 +712,75 @@ class Demo:
                     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
                     print(f"{out}: a page of {num_bytes / 1e6:.0f} MB; put it on any host of static files, with https")
                     return 0
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder aside stays behind
                 print(f"{server.url} (Ctrl-C stops it)", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):
                     if self.open:
                         webbrowser.open(server.url)
                     server.serve_forever()
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """MobileViT beside every system that its paper compares it with: size, accuracy, time. The last line is JSON."""
+
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Systems to show beside MobileViT's three sizes; all unless given, which takes half an hour with the times."""
+    time: bool = True
+    """Whether to time them here and now; without, it takes a minute."""
+    runtime: tuple[Literal["torch", "onnx"], ...] = ()
+    """What to time in, always in float32; both unless given, on an accelerator torch."""
+    baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
+    """What the others' times are divided by; nearest is the MobileViT with the most similar number of parameters."""
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
+    """Pictures in an input, one number or several; 1 unless given."""
+    size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
+    """Side of the pictures in pixels; unless given, what each system was published with."""
+    rounds: int = 40
+    """Every system is timed once a round."""
+    num_threads: int = 2
+    """Of every runtime."""
+    device: Annotated[str, tyro.conf.arg(help="Where torch computes: cpu, cuda, cuda:1.")] = "cpu"
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write table.md, table.csv, table.json and the figures here."""
+
+    def run(self) -> int:
+        """Count, time, print and, if asked to, write."""
+        from mobilevit.benchmark.latency import check_figure
+        from mobilevit.compare import show, table
+
+        counts = [("batch size", size) for size in self.batch_size]
+        for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if self.runtime and not self.time:
+            raise ValueError("--no-time times nothing; leave out --runtime")
+        systems = table.choose(self.only)
+        out = _expand(self.out) if self.out else None
+        if out:  # said now, and not when everything has been measured
+            check_figure(out / "figure.png")
+            out.mkdir(parents=True, exist_ok=True)
+        device = _device(self.device)
+        runtimes = tuple(dict.fromkeys(self.runtime)) or (table.RUNTIMES if device == "cpu" else ("torch",))
+        report = table.compare(
+            systems,
+            runtimes=runtimes if self.time else (),
+            batch_sizes=tuple(dict.fromkeys(self.batch_size)) or (1,),
+            size_px=self.size,
+            device=device,
+            baseline=self.baseline,
+            num_rounds=self.rounds,
+            num_threads=self.num_threads,
+            on_start=lambda what: print(what, file=sys.stderr, flush=True),
+            on_problem=_complain,
+        )
+        _stdout().print(show.table(report))
+        for line in show.findings(report):
+            print(line)
+        if out:
+            for file in show.write(report, out):
+                print(file)
+        print(json.dumps(report, ensure_ascii=False))
         return 0
 
 
@@ -533,7 +793,7 @@ def _artifact_table(artifacts: Any) -> Any:
     for a in artifacts:
         found = a.agreement
         measured = (
-            (f"{found.error:.1e}", f"{100 * found.top1:.1f} %", f"{found.latency_ms:.2f}")
+            (f"{found.error:.1e}", f"{100 * found.same:.1f} % of {found.kind}", f"{found.latency_ms:.2f}")
             if found
             else ("converted, not run", "-", "-")
         )
@@ -549,7 +809,7 @@ def _sensitivity_table(costs: Any) -> Any:
     names = ("layers", "weights", "error", "same answer")
     table = Table("in int8, alone", *(Column(name, justify="right") for name in names), box=SIMPLE)
     for c in costs:
-        table.add_row(c.part, str(c.num_layers), f"{c.num_weights:,}", f"{c.error:.4f}", f"{100 * c.top1:.1f} %")
+        table.add_row(c.part, str(c.num_layers), f"{c.num_weights:,}", f"{c.error:.4f}", f"{100 * c.same:.1f} %")
     return table
 
 
@@ -566,7 +826,12 @@ def _some_pictures(names: tuple[str, ...], number: int = 256) -> list[Any]:
         except ValueError:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise
-        source = find_splits(data, val_fraction=0.1)[0]
+        try:
+            source = find_splits(data, val_fraction=0.1)[0]
+        except ValueError as error:
+            if Path(data).is_dir() and not any(Path(data).iterdir()):
+                raise ValueError(f"{names[0]}: no pictures in this folder") from None
+            raise error
         number = min(number, len(source))
         samples = [source[i * len(source) // number] for i in range(number)]
         return [read_picture(sample.picture, sample.name) for sample in samples]
@@ -584,29 +849,44 @@ def _weights_of_run(name: str) -> list[str]:
     return found
 
 
-def _per_class(counts: Any, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Recall and precision in per cent of every class, from `counts` of (right class, answer); None where undefined."""
-    return [
-        {
-            "class": class_name,
-            "num_pictures": int(counts[i].sum()),
-            "recall": 100 * int(counts[i, i]) / int(counts[i].sum()) if counts[i].sum() else None,
-            "precision": 100 * int(counts[i, i]) / int(counts[:, i].sum()) if counts[:, i].sum() else None,
-        }
-        for i, class_name in enumerate(class_names)
-    ]
+# The figures of evaluations: what they are called, and with how many decimals they are given. Others are counts.
+FIGURES = {
+    "loss": ("loss", 4),
+    **{
+        name: (f"{said} %", 2)
+        for name, said in {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "iou": "IoU"}.items()
+    },
+    **{name: (f"{name} %", 2) for name in ("recall", "precision", "pixel_accuracy")},
+    **{
+        name: (f"{name.replace('ap', 'AP')} %", 2)
+        for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    },
+}
+
+
+def _heading(name: str) -> str:
+    return FIGURES[name][0].replace("_", " ") if name in FIGURES else name.removeprefix("num_")
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{FIGURES[name][1]}f}" if name in FIGURES else f"{value:,}"
+
+
+def _metric(name: str, value: float) -> str:
+    heading, is_share, _ = _heading(name).partition(" %")
+    return f"{heading} {_number(name, value)}{is_share}"
 
 
 def _class_table(rows: list[dict[str, Any]]) -> Any:
     from rich.box import SIMPLE
     from rich.table import Column, Table
 
-    table = Table(
-        "class", *(Column(name, justify="right") for name in ("pictures", "recall %", "precision %")), box=SIMPLE
-    )
+    figures = [name for name in rows[0] if name != "class"]
+    table = Table("class", *(Column(_heading(name), justify="right") for name in figures), box=SIMPLE)
     for row in rows:
-        shares = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("recall", "precision"))
-        table.add_row(row["class"], f"{row['num_pictures']:,}", *shares)
+        table.add_row(row["class"], *(_number(name, row[name]) for name in figures))
     return table
 
 
@@ -619,11 +899,14 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "benchmark": Benchmark,
     "demo": Demo,
+    "compare": Compare,
 }
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    # Told to end, leave nothing half-written behind: as after Ctrl-C. (Training has its own way.)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(_run(sys.argv[1:] if args is None else args))
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
@@ -640,6 +923,16 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
             _complain(str(interrupt) or "interrupted")
         sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    signal_number = signal.SIGTERM
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated("terminated")
 
 
 def _run(args: list[str]) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mobilevit.benchmark import latency, others
 from mobilevit.benchmark.latency import Side, Signature
 from mobilevit.benchmark.profile import profile
-from mobilevit.export import Target
-from mobilevit.models.weights import Weights
+from mobilevit.export import Target, export
+from mobilevit.models.weights import TaskName, Weights
 
 TINY = Target("fp32", 32, 48)
 
@@ -178,11 +178,12 @@ def test_int8_is_compared_with_fp32_of_the_same(tmp_path: Path, no_processes: No
 def test_wrong_answers_are_not_timed(tmp_path: Path, tiny: nn.Module, no_processes: None):
     side = latency.write_side("tiny", tiny, "torch", TINY, tmp_path)
     assert side.expected is not None
-    wrong = replace(side, expected=side.expected + 0.01 * side.expected.std())
-    with pytest.raises(ValueError, match=r"tiny torch fp32 answers otherwise than torch: a logit differs by 0\.01"):
+    (expected,) = side.expected
+    wrong = replace(side, expected=(expected + 0.01 * expected.std(),))
+    with pytest.raises(ValueError, match=r"tiny torch fp32 answers otherwise than torch: an output differs by 0\.01"):
         latency.benchmark([wrong], num_rounds=1, num_threads=1)
     with pytest.raises(ValueError, match="differs by nan"):
-        latency.benchmark([replace(side, expected=side.expected * float("nan"))], num_rounds=1, num_threads=1)
+        latency.benchmark([replace(side, expected=(expected * float("nan"),))], num_rounds=1, num_threads=1)
     latency.benchmark([replace(wrong, precision="int8")], num_rounds=1, num_threads=1)
 
 
@@ -228,9 +229,48 @@ def test_sides_of_weights(tmp_path: Path):
         pictures = latency.example(side)
         assert pictures.shape == side.shape == (side.shape[0], 3, 32, 64)
         assert side.expected is not None
-        error = np.abs(latency.load(side, 1)(pictures) - side.expected).max() / side.expected.std()
-        assert error < 1e-4
+        ((found,), (expected,)) = latency.load(side, 1)(pictures), side.expected
+        assert np.abs(found - expected).max() / expected.std() < 1e-4
     assert sides[2].expected is sides[0].expected  # timm's is held to our answers
+
+
+@pytest.mark.parametrize(
+    ("task", "against", "shapes"),
+    [
+        ("detect", "torchvision:ssdlite320_mobilenet_v3_large", [8, 4]),
+        ("segment", "torchvision:lraspp_mobilenet_v3_large", [(7, 64, 96)]),
+    ],
+)
+def test_dense_sides(task: TaskName, against: str, shapes: list, tmp_path: Path, no_processes: None):
+    weights = others.random_weights("xxs", task=task, num_classes=7)
+    problems: list[str] = []
+    sides = latency.sides_of_weights(
+        f"xxs:{task}", weights, tmp_path, size=(64, 96), against=[against, "self"], on_problem=problems.append
+    )
+    assert problems == []
+    assert [side.name for side in sides] == [f"xxs:{task}", against, "self"]
+    cost = profile(weights.build(), (64, 96))
+    assert sides[0].num_macs == cost.num_macs + cost.num_attention_macs
+    for side in sides:
+        assert side.expected is not None
+        tails = [y.shape[1:] if task == "segment" else y.shape[-1] for y in side.expected]
+        assert tails == shapes
+    report = latency.benchmark(sides, num_rounds=2, num_threads=1)
+    assert [row["error"] < 1e-4 for row in report["rows"]] == [True] * 3
+    assert report["rows"][1]["ratio"]["median"] > 0
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense_artifact(task: TaskName, tmp_path: Path):
+    weights = others.random_weights("xxs", task=task, num_classes=7)
+    [artifact] = export(weights, ["onnx"], tmp_path, size=(64, 96), answers=True, num_threads=1)
+    (made := tmp_path / "made").mkdir()
+    against = {"detect": "ssdlite320_mobilenet_v3_large", "segment": "torchvision:lraspp_mobilenet_v3_large"}[task]
+    ours, theirs = latency.sides_of_artifact(artifact.path, made, against=[against])
+    cost = profile(weights.build(), (64, 96))
+    assert ours.num_macs == cost.num_macs + cost.num_attention_macs
+    assert (ours.precision, ours.network) == ("fp32", f"mobilevit_xxs_{task}_64x96_answers")
+    assert (theirs.name, theirs.against) == (against, ours.label)
 
 
 def test_a_network_that_cannot_be_converted_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models.detection.image_list import ImageList
 
 from mobilevit.benchmark import others
 from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.models.weights import TaskName
 from mobilevit.pictures import Preprocessing
 
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
@@ -44,6 +47,55 @@ def test_another_network_keeps_its_scale(name: str, pictures: torch.Tensor):
     assert logits.shape == (2, 1000)
     others.check_scale(name, logits)
     assert all(parameter.abs().max() < 100 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("detect", "torchvision:ssdlite320_mobilenet_v3_large"),
+        ("segment", "torchvision:deeplabv3_mobilenet_v3_large"),
+        ("segment", "lraspp_mobilenet_v3_large"),
+    ],
+)
+def test_dense_networks_of_torchvision(task: TaskName, name: str, pictures: torch.Tensor):
+    weights = others.random_weights("xxs", task=task, num_classes=5)
+    network = others.build(name, weights)
+    with torch.inference_mode():
+        found, expected = network(pictures), weights.build()(pictures)
+    if task == "segment":
+        assert found.shape == expected.shape == (2, 5, 64, 96)
+        others.check_scale(name, found)
+        return
+    assert [x.shape[-1] for x in found] == [x.shape[-1] for x in expected] == [6, 4]
+    for output in found:
+        others.check_scale(name, output)
+    # What torchvision itself makes of these outputs: it is given the numbers that its own head has put out.
+    theirs = torchvision.models.get_model(name.partition(":")[2], weights_backbone=None, num_classes=6).eval()
+    theirs.load_state_dict(network.state_dict(), strict=True)
+    seen = {}
+    theirs.get_submodule("head").register_forward_hook(lambda module, given, outputs: seen.update(outputs))
+    theirs.transform = Untouched()
+    theirs(list(pictures))
+    assert torch.equal(seen["cls_logits"], found[0])
+    assert torch.equal(seen["bbox_regression"], found[1])
+
+
+class Untouched(nn.Module):
+    """In place of what torchvision does before and after its network: no resizing, no scaling."""
+
+    def forward(self, pictures: list, targets: None) -> tuple:
+        return ImageList(torch.stack(pictures), [(64, 96)] * len(pictures)), targets
+
+    def postprocess(self, found: list, *sizes: list) -> list:
+        return found
+
+
+def test_transformers_segments_as_ours_does(pictures: torch.Tensor):
+    weights = others.random_weights("xxs", task="segment")
+    ours, theirs = weights.build(), others.build("transformers", weights)
+    with torch.inference_mode():
+        expected = ours(pictures)
+        torch.testing.assert_close(theirs(pictures), expected, rtol=0, atol=1e-3 * float(expected.std()))
 
 
 def test_keep_silu_keeps_what_it_does():
@@ -86,6 +138,19 @@ def test_random_weights_are_always_the_same():
 def test_names_that_are_none(name: str, said: str):
     with pytest.raises(ValueError, match=said):
         others.build(name, others.random_weights("xxs"))
+
+
+def test_networks_for_another_task():
+    detector = others.random_weights("xxs", task="detect", num_classes=5)
+    for name, said in (
+        ("timm", "timm has no MobileViT for the task 'detect'; name a network as torchvision:NAME"),
+        ("transformers", "transformers has no MobileViT for the task 'detect'"),
+        ("torchvision:mobilenet_v2", r"no network 'mobilenet_v2'; .*list_models\(torchvision.models.detection\) lists"),
+        ("torchvision:fcos_resnet50_fpn", "fcos_resnet50_fpn is no SSD"),
+        ("mobilenet_v2", "there is no network 'mobilenet_v2' to compare with"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            others.build(name, detector)
 
 
 def test_library_that_is_missing(monkeypatch: pytest.MonkeyPatch):

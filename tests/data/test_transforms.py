@@ -120,7 +120,7 @@ def test_resized_as_by_pillow(photograph: Image.Image, size_px: int):
 
 def test_the_part_fills_the_square():
     pixels = noise(51, 51)
-    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))[0]  # of a square at 1: all of it
+    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))[0]  # at 1: all of it
     assert np.array_equal(out, resize(pixels, 40))
 
 

@@ -67,7 +67,7 @@ def test_what_the_artifact_says_of_itself(fp32: Artifact):
 
 def test_one_answer_outlives_the_next(fp32: Artifact):
     run = load_artifact(fp32.path)
-    first = run(np.zeros((1, 3, 64, 64), np.float32))
+    (first,) = run(np.zeros((1, 3, 64, 64), np.float32))
     kept = first.copy()
     run(np.ones((1, 3, 64, 64), np.float32))
     np.testing.assert_array_equal(first, kept)

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import randomise
-from mobilevit.export import BACKENDS, Deployed, Operators, Target, export, installed, load_artifact
+from mobilevit.export import BACKENDS, Operators, Target, export, installed, load_artifact
+from mobilevit.export.deployed import Deployed
 from mobilevit.export.verify import compare, drawn_pictures
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
@@ -37,6 +38,7 @@ class Fake(ModuleType):
 
     PRECISIONS = ("fp32", "fp16", "int8")
     DYNAMIC = ("batch",)
+    ANSWERS = ()
 
     def __init__(self) -> None:
         super().__init__("mobilevit.export.fake")
@@ -50,15 +52,18 @@ class Fake(ModuleType):
         path.write_text(f"{target}")
 
     def load(self, path: Path, num_threads: int):
-        def run(pictures: np.ndarray) -> np.ndarray:
+        def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
             self.seen.append(pictures.shape)
             with torch.no_grad():
-                return self.change(self.network(torch.from_numpy(pictures)).numpy())
+                return (self.change(self.network(torch.from_numpy(pictures)).numpy()),)
 
         return run
 
     def operators(self, path: Path) -> Operators:
         return Operators(1, ())
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        return {}
 
 
 @pytest.fixture
@@ -83,7 +88,7 @@ def test_a_batch_is_filled_and_what_was_added_not_counted(weights: Weights, fake
     [artifact] = export(weights, ["fake"], tmp_path, batch_size=4, pictures=drawn_pictures(6, (64, 64)))
     assert set(fake.seen) == {(4, 3, 64, 64)}
     assert artifact.agreement is not None
-    assert (artifact.agreement.num_pictures, artifact.agreement.top1) == (6, 1.0)
+    assert (artifact.agreement.answers, artifact.agreement.kind, artifact.agreement.same) == (6, "pictures", 1.0)
     assert artifact.agreement.error < 1e-5
 
 
@@ -98,9 +103,13 @@ def test_what_was_left_open_is_tried_at_another_value(weights: Weights, fake: Fa
 @pytest.mark.parametrize(
     ("precision", "change", "message"),
     [
-        ("fp32", lambda x: x + 0.01, r"a logit differs by 0\.\d+ of the logits' standard deviation, allowed are 0.001"),
-        ("fp32", lambda x: x * np.nan, r"a logit differs by nan"),
-        ("int8", lambda x: -x, r"torch's answer on only \d+ % of 32 pictures, 90 % are asked for"),
+        (
+            "fp32",
+            lambda x: x + 0.01,
+            r"\(logits\) differs by 0\.\d+ of their standard deviation, allowed are 0.001",
+        ),
+        ("fp32", lambda x: x * np.nan, r"differs by (nan|inf)"),
+        ("int8", lambda x: -x, r"torch's answer on only [\d.]+ % of 32 pictures, 90 % are asked for"),
     ],
 )
 def test_what_does_not_agree_is_not_written(weights: Weights, fake: Fake, tmp_path: Path, precision, change, message):
@@ -150,6 +159,7 @@ def test_calibration_is_spread_over_the_pictures(weights: Weights, fake: Fake, t
             "size is 64 x 64 px; a picture has at least 65 px, where",
         ),
         (["fake"], {"size": (16, 64)}, "size is 16 x 64 px; a picture has at least 32 px"),
+        (["fake"], {"answers": True}, "with the task 'classify' the logits are all there is; leave out --answers"),
         (["fake"], {"batch_size": 0}, "batch size is 0; it must be 1 or more"),
         (["fake"], {"precision": "int8"}, "int8 is calibrated on real pictures"),
     ],
@@ -179,6 +189,14 @@ def test_what_is_not_installed_is_named_with_its_extra(weights: Weights, monkeyp
         export(weights, ["onnx"], tmp_path)
 
 
+def test_litert_that_is_not_installed_is_told_of_its_own_environment(weights: Weights, monkeypatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.delitem(sys.modules, "mobilevit.export.litert", raising=False)
+    with pytest.raises(ValueError, match=r"litert needs .* an environment of its own: python3 -m venv .venv-litert &&"):
+        export(weights, ["litert"], tmp_path)
+
+
 def test_int8_is_timed_against_fp32(weights: Weights, fake: Fake, tmp_path: Path):
     written, wait = [], {"int8": 0.004, "fp32": 0.012}
 
@@ -190,10 +208,10 @@ def test_int8_is_timed_against_fp32(weights: Weights, fake: Fake, tmp_path: Path
     def load(path: Path, num_threads: int):
         precision = path.read_text()
 
-        def run(pictures: np.ndarray) -> np.ndarray:
+        def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
             time.sleep(wait[precision])
             with torch.no_grad():
-                return fake.network(torch.from_numpy(pictures)).numpy()
+                return (fake.network(torch.from_numpy(pictures)).numpy(),)
 
         return run
 
@@ -229,9 +247,9 @@ def test_deployed_scales_as_the_preprocessing_does():
 def test_error_is_in_deviations_of_the_logits():
     network = torch.nn.Flatten()
     inputs = [torch.tensor([[[[0.0, 2.0, 4.0]]]]), torch.tensor([[[[4.0, 2.0, 0.0]]]])]
-    found = compare(network, lambda x: x.reshape(len(x), -1) + np.array([0, 3, 0]), inputs, batch_size=1)
+    found = compare(network, lambda x: (x.reshape(len(x), -1) + np.array([0, 3, 0]),), inputs, Target("fp32", 1, 3))
     assert found.error == pytest.approx(3 / np.std([0, 2, 4, 4, 2, 0]))
-    assert found.top1 == 0
+    assert found.same == 0
 
 
 def test_drawn_pictures_differ_and_come_back_the_same():

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from conftest import randomise
+from mobilevit.benchmark import others
 from mobilevit.cli import main
-from mobilevit.export import Deployed, Target, export, load_artifact
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export import Target, export, load_artifact
+from mobilevit.export.deployed import Deployed, deployed
+from mobilevit.export.verify import as_arrays, drawn_pictures
 from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-from mobilevit.models.weights import Weights, write
+from mobilevit.models.weights import TaskName, Weights, write
 from mobilevit.pictures import Preprocessing
 
 NAME = "mobilevit.export.litert"
@@ -84,7 +86,7 @@ def test_fp32(litert: ModuleType, weights: Weights, tmp_path: Path, capfd: pytes
     assert "ü" in metadata["class_names"]
     (source,) = litert._interpreter(artifact.path, 1).get_signature_list().values()
     assert source == {"inputs": ["pictures"], "outputs": ["logits"]}
-    logits = load_artifact(artifact.path)(np.zeros((1, 3, 64, 64), np.float32))
+    (logits,) = load_artifact(artifact.path)(np.zeros((1, 3, 64, 64), np.float32))
     assert logits.shape == (1, 7)
     _assert_aligned(litert, artifact.path)
 
@@ -93,7 +95,7 @@ def test_uint8_batch_and_odd_size(litert: ModuleType, weights: Weights, tmp_path
     (artifact,) = export(weights, ["litert"], tmp_path, size=(75, 98), batch_size=2, uint8=True, num_threads=1)
     assert artifact.agreement is not None
     assert artifact.agreement.error < 1e-4
-    logits = load_artifact(artifact.path)(np.zeros((2, 75, 98, 3), np.uint8))
+    (logits,) = load_artifact(artifact.path)(np.zeros((2, 75, 98, 3), np.uint8))
     assert logits.shape == (2, 7)
 
 
@@ -114,7 +116,7 @@ def test_int8(litert: ModuleType, weights: Weights, tmp_path: Path, capfd: pytes
     run = litert.load(path, num_threads=1)
     assert litert.operators(path).outside == ()
     assert capfd.readouterr() == ("", "")
-    found = np.concatenate([run(x.numpy()) for x in inputs])
+    found = np.concatenate([run(x.numpy())[0] for x in inputs])
     with torch.inference_mode():
         expected = torch.cat([network(x) for x in inputs]).numpy()
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9
@@ -138,6 +140,33 @@ def test_what_is_no_model_is_refused(litert: ModuleType, tmp_path: Path) -> None
     path.write_bytes(b"no model at all, but some bytes of text")
     with pytest.raises(ValueError, match=r"model.tflite: LiteRT does not take it"):
         litert.operators(path)
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense(litert: ModuleType, task: TaskName, tmp_path: Path) -> None:
+    dense = others.random_weights("xxs", task=task, num_classes=5)
+    for size, answers in (((64, 64), False), ((75, 98), task == "segment")):
+        (artifact,) = export(dense, ["litert"], tmp_path, size=size, answers=answers, num_threads=1)
+        assert artifact.agreement is not None
+        assert artifact.agreement.error < 1e-3
+        assert answers or artifact.operators.outside == ()
+        (names,) = litert._interpreter(artifact.path, 1).get_signature_list().values()
+        assert set(names["outputs"]) == set(artifact.target.outputs)
+    if task == "detect":
+        with pytest.raises(ValueError, match="litert has no NMS"):
+            export(dense, ["litert"], tmp_path, answers=True)
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense_int8(litert: ModuleType, task: TaskName, tmp_path: Path) -> None:
+    dense = others.random_weights("xxs", task=task, num_classes=5)
+    target = Target("int8", 64, 64, task=task)
+    network, path = deployed(dense, target), tmp_path / "model.tflite"
+    inputs = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in drawn_pictures(24, (64, 64), seed=1)]
+    litert.write(network, target, path, {}, inputs)
+    assert litert.operators(path).outside == ()
+    for found, expected in zip(litert.load(path, 1)(inputs[0].numpy()), as_arrays(network(inputs[0])), strict=True):
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8
 
 
 def _num_bytes_of_weights(weights: Weights) -> int:

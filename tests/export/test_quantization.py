@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import randomise
-from mobilevit.export import Deployed, sensitivity
+from mobilevit.benchmark import others
+from mobilevit.export import sensitivity
+from mobilevit.export.deployed import Deployed
 from mobilevit.export.quantization import EVERYTHING, Cost, costs_of_int8, part_of
 from mobilevit.export.verify import drawn_pictures
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights
+from mobilevit.models.weights import TaskName, Weights
 from mobilevit.pictures import Preprocessing
 
 
@@ -83,8 +87,23 @@ def test_parts_by_name():
     assert part_of("network.backbone.stage3.1.layers.0.ffn_in") == "stage3 ffn"
     assert part_of("backbone.stage5.0.expand.0") == "stage5 convolutions"
     assert part_of("classifier") == "classifier"
+    assert part_of("network.heads.3.locations") == "heads"
+    assert part_of("network.extra_layers.0.pointwise") == "extra layers"
+    assert part_of("network.pyramid.project_pooled") == "pyramid"
     with pytest.raises(AssertionError, match="is in no part"):
         part_of("somewhere.else")
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense_networks(task: TaskName):
+    weights = replace(others.random_weights("xxs", task=task, num_classes=5), preprocessing=Preprocessing((64, 64), 64))
+    costs = {cost.part: cost for cost in sensitivity(weights, drawn_pictures(2, (64, 64)))}
+    heads = {"detect": {"heads", "extra layers", "pooled"}, "segment": {"pyramid", "classifier"}}[task]
+    assert heads <= set(costs)
+    everything = costs.pop(EVERYTHING)
+    assert sum(cost.num_layers for cost in costs.values()) == everything.num_layers
+    assert 0 < max(cost.error for cost in costs.values()) < everything.error * 1.5
+    assert all(0 < cost.same <= 1 for cost in costs.values())
 
 
 def test_pictures_are_asked_for(model: MobileViT):

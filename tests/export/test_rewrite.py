@@ -11,16 +11,23 @@ from torch import Tensor, nn
 
 from conftest import randomise
 from mobilevit.export.rewrite import (
+    FlatBlock,
     Formulation,
+    Half,
     RootMeanSquare,
+    _shrink_residuals,
     centre,
     fast,
     flatten_tokens,
     fold_attention,
     fold_batch_norm,
     fold_norm_affine,
+    split_heads,
+    spread_late,
 )
+from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabV3, Pyramid
 from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, TransformerLayer
+from mobilevit.models.ssdlite import SSDLite
 
 SIZES = [(64, 96), (75, 130)]
 
@@ -95,6 +102,60 @@ def test_every_formulation(model: MobileViT, formulation: Formulation) -> None:
 def test_other_architectures_and_strides(output_stride: int) -> None:
     model = randomise(MobileViT("xs", num_classes=3, output_stride=output_stride)).double()
     assert difference(model, fast(model), (96, 70)) < 1e-9
+
+
+DENSE = {
+    "detect": lambda: SSDLite("xxs", 5),
+    "segment": lambda: DeepLabV3("xxs", 5),
+    "segment at stride 8": lambda: DeepLabV3("xxs", 5, 8, LATER_HEAD),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_networks(name: str) -> None:
+    model = randomise(DENSE[name]()).double()
+    chosen = FORMULATIONS[::3]  # the blocks are the same as above
+    for formulation, size in zip(chosen, SIZES * len(chosen), strict=False):
+        assert dense_difference(model, fast(model, formulation), size) < 1e-9, f"{formulation}"
+    for size in SIZES:
+        for step in (spread_late, split_heads):
+            assert dense_difference(model, step(fold_batch_norm(model)), size) < 1e-9
+        # As it stands in an artifact, one level down
+        assert dense_difference(model, fast(nn.Sequential(model).eval()), size) < 1e-9
+    rewritten = fast(model)
+    assert not rewritten.training
+    assert dense_difference(model, fast(rewritten), SIZES[1]) < 1e-9  # twice does no harm
+    assert not of_type(rewritten, nn.BatchNorm2d, nn.LayerNorm, MobileViTBlock, SSDLite, Pyramid)
+    assert not any("auxiliary" in key for key in rewritten.state_dict())
+
+
+def dense_difference(model: nn.Module, other: nn.Module, size: tuple[int, int]) -> float:
+    x = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(x), other(x)
+    pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+    assert all(x.shape == y.shape for x, y in pairs)
+    return max(float((x - y).abs().max() / y.std()) for x, y in pairs)
+
+
+def test_half_precision_keeps_a_large_residual_stream() -> None:
+    model = randomise(MobileViT("xxs", num_classes=7))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        # Squares beyond 65,504
+        model.backbone.stage5[1].to_tokens.weight *= 300  # pyright: ignore
+        expected = model(x)
+        found = Half(fast(model, Formulation(norm="linear")))(x)
+    assert isinstance(found, Tensor)
+    assert float((found - expected).abs().max() / expected.std()) < 0.05
+
+
+def test_a_smaller_residual_stream_is_the_same_function(model: MobileViT) -> None:
+    rewritten = fast(model, Formulation(norm="linear"))
+    for block in of_type(rewritten, FlatBlock):
+        assert isinstance(block, FlatBlock)
+        _shrink_residuals(block)
+    assert difference(model, rewritten, SIZES[1]) < 1e-9
 
 
 def test_nothing_is_left_of_the_slow_graph(model: MobileViT) -> None:

@@ -3,7 +3,7 @@
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ from mobilevit.models.weights import Weights
 from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import classifier
 from mobilevit.recipes import Data, Recipe
-from mobilevit.tasks import classification
-from mobilevit.tasks import evaluate_weights
+from mobilevit.tasks import classification, evaluate_weights
 from mobilevit.tasks.classification import Answers, Classification
 
 TASK = Classification()
@@ -169,10 +168,13 @@ def test_evaluation_at_another_size(folder: Path):
     w = weights()  # for 32 px, cut from 36
     larger = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
     expected = [larger.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
-    answers = evaluate_weights(w, folder, size_px=64)
+    answers, as_before, with_workers = (
+        cast(Answers, evaluate_weights(w, folder, **options))
+        for options in ({"size_px": 64}, {}, {"size_px": 64, "num_workers": 2})
+    )
     assert ["abc"[answer] for answer in answers.answers[:, 0]] == expected
-    assert not np.array_equal(answers.losses, evaluate_weights(w, folder).losses)
-    np.testing.assert_array_equal(answers.losses, evaluate_weights(w, folder, size_px=64, num_workers=2).losses)
+    assert not np.array_equal(answers.losses, as_before.losses)
+    np.testing.assert_array_equal(answers.losses, with_workers.losses)
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])

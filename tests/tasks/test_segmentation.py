@@ -334,8 +334,8 @@ def test_eight_pictures_are_learnt(folder: Path):
     )
     model = initial.build().train()
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=80)
-    for _ in range(80):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=60)
+    for _ in range(60):
         loss = TASK.loss(recipe, model, Batch(batch.pixels, labels))
         optimizer.zero_grad()
         loss.backward()

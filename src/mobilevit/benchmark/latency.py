@@ -33,11 +33,14 @@ from torch import Tensor, nn
 
 from mobilevit.benchmark import others
 from mobilevit.benchmark.profile import profile
-from mobilevit.export import BACKENDS, PRECISIONS, TOLERANCE, Precision, Run, Target, find_backend, load_artifact
+from mobilevit.export import BACKENDS, PRECISIONS, TOLERANCE, find_backend, load_artifact, read_metadata
+from mobilevit.export.deployed import Precision, Target
 from mobilevit.export.rewrite import fast
-from mobilevit.export.verify import drawn_pictures
-from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-from mobilevit.models.weights import Weights
+from mobilevit.export.verify import Run, as_arrays, drawn_pictures
+from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
+from mobilevit.models.mobilevit import ARCHITECTURES
+from mobilevit.models.weights import TaskName, Weights
+from mobilevit.pictures import first_line
 
 TORCH = ("torch", "compiled")  # eager, and torch.compile with frozen weights
 RUNTIMES = (*TORCH, *BACKENDS)
@@ -49,7 +52,10 @@ LIBRARIES = (
     *("mobilevit", "torch", "torchvision", "timm", "transformers", "onnxruntime", "executorch", "openvino"),
     *("ai-edge-litert", "numpy"),
 )
-_ARTIFACT = re.compile(rf"(mobilevit_({'|'.join(ARCHITECTURES)})_\d+x\d+)_({'|'.join(PRECISIONS)})(?:_uint8)?")
+_ARTIFACT = re.compile(
+    rf"(mobilevit_({'|'.join(ARCHITECTURES)})(?:_(detect|segment))?_\d+x\d+)_({'|'.join(PRECISIONS)})"
+    r"(?:_uint8)?(_answers)?"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Side:
     """Something to time: the file `path`, which `runtime` reads, for an input of `shape`.
 
     `network` is the same for files that compute the same function, `num_macs` is for one picture, and `expected` are
-    the logits that the network has in torch for `example(side)`. `against` is the label of the side that this one is
+    the outputs that the network has in torch for `example(side)`. `against` is the label of the side that this one is
     compared with.
     """
 
@@ -69,7 +75,7 @@ class Side:
     shape: tuple[int, ...]
     uint8: bool = False
     num_macs: int | None = None
-    expected: np.ndarray | None = None
+    expected: tuple[np.ndarray, ...] | None = None
     against: str | None = None
 
     @property
@@ -92,7 +98,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Signature:
-    """The input of an artifact, None where an axis is open, and how many logits it gives for a picture."""
+    """The input of an artifact, None where an axis is open, and how many logits it gives for a picture.
+
+    `num_classes` is only that of classifiers.
+    """
 
     shape: tuple[int | None, ...]
     uint8: bool
@@ -128,7 +137,11 @@ def sides_of_weights(
         raise ValueError(f"{name}: these weights have no classifier, so there are no answers to compare")
     model = weights.build().requires_grad_(False)
     height, width = size or (weights.preprocessing.crop_px,) * 2
-    targets = [(r, Target(p, height, width, b)) for r in runtimes for p in precisions for b in batch_sizes]
+    # What stands behind the network in an artifact, boxes and scores of what it says, is no part of it: what another
+    # library does there is not compared.
+    targets = [
+        (r, Target(p, height, width, b, task=weights.task)) for r in runtimes for p in precisions for b in batch_sizes
+    ]
     for runtime, target in targets:  # all of them first: what is impossible is said before minutes of work
         _check(runtime, target)
     foreign = _Foreign(weights, against)
@@ -171,18 +184,15 @@ def sides_of_artifact(
             f"{path}: its name does not tell which network it holds, so it is not known what to compare it with; name "
             "it as mobilevit export does, or give the weights instead"
         )
-    weights = others.random_weights(named[2]) if named else None
-    if weights and found.num_classes != weights.num_classes:
-        model = MobileViT(weights.architecture, num_classes=found.num_classes)
-        weights = Weights(weights.architecture, others.randomise(model, 0).state_dict())
+    weights = _weights_like(path, named, found) if named else None
     foreign = _Foreign(cast(Weights, weights), against)
     sides = []
     for batch_size in batch_sizes or (found.shape[0] or 1,):
         side = Side(
             name=str(path),
-            network=named[1] if named else str(path),
+            network=named[1] + (named[5] or "") if named else str(path),
             runtime=runtime,
-            precision=named[3] if named else "-",
+            precision=named[4] if named else "-",
             path=path,
             shape=_shape(path, found, batch_size, size),
             uint8=found.uint8,
@@ -190,9 +200,25 @@ def sides_of_artifact(
         if weights:
             cost = profile(weights.build(), side.size)
             side = replace(side, num_macs=cost.num_macs + cost.num_attention_macs)
-        target = Target(cast(Precision, side.precision), *side.size, batch_size)
+        task = weights.task if weights else "classify"
+        target = Target(cast(Precision, side.precision), *side.size, batch_size, task=task)
         sides += [side, *foreign.sides(side, target, folder, on_start, on_problem)]
     return sides
+
+
+def _weights_like(path: Path, named: re.Match[str], found: Signature) -> Weights:
+    """Random weights of the network that an artifact holds."""
+    if named[3] is None:
+        return others.random_weights(named[2], num_classes=found.num_classes)
+    said = read_metadata(path)
+    head: dict[str, Any] = json.loads(said["head"]) if "head" in said else {}
+    return others.random_weights(
+        named[2],
+        task=cast(TaskName, named[3]),
+        num_classes=int(said["num_classes"]),
+        output_stride=int(said["output_stride"]),
+        head=DeepLabHead(**{**head, "rates": tuple(head["rates"])}) if head else PAPER_HEAD,
+    )
 
 
 def write_side(name: str, network: nn.Module, runtime: str, target: Target, folder: Path) -> Side:
@@ -203,7 +229,7 @@ def write_side(name: str, network: nn.Module, runtime: str, target: Target, fold
     side = Side(name, name, runtime, target.precision, path, shape)
     pictures = torch.from_numpy(example(side))
     with torch.inference_mode():
-        expected = network(pictures).float().numpy()
+        expected = as_arrays(network(pictures))
     if runtime in TORCH:
         torch.save(_faster_layout(fast(network), pictures), path)
     else:
@@ -271,7 +297,8 @@ class _Foreign:
                 if ours.expected is not None:
                     side = replace(side, expected=ours.expected)
             else:
-                others.check_scale(name, torch.from_numpy(side.expected))
+                for output in side.expected:
+                    others.check_scale(name, torch.from_numpy(output))
             sides.append(replace(side, against=ours.label))
         return sides
 
@@ -312,8 +339,20 @@ def _shape(path: Path, found: Signature, batch_size: int, size: tuple[int, int] 
 
 
 def signature(path: Path) -> Signature:
-    """The input and output of an artifact, from its file."""
-    shape, uint8, num_classes = _SIGNATURES[cast(str, runtime_of(path))](path)
+    """The input and output of an artifact, from its file.
+
+    Raises:
+        ValueError: a file that its runtime cannot read, or whose input is no batch of pictures.
+    """
+    runtime = cast(str, runtime_of(path))
+    try:
+        shape, uint8, num_classes = _SIGNATURES[runtime](path)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # each runtime has its own for a damaged file
+        raise ValueError(f"{path}: {runtime} cannot read it ({first_line(error)}); copy or export it again") from None
+    if len(shape) != 4:
+        raise ValueError(f"{path}: its input is {tuple(shape)}; that of pictures is (batch, 3, height, width)")
     return Signature(tuple(shape), uint8, num_classes)
 
 
@@ -344,7 +383,8 @@ def _of_openvino(path: Path) -> tuple[Sequence[int | None], bool, int]:
     given, answer = model.input(0), model.output(0)
     shape = [None if axis.is_dynamic else axis.get_length() for axis in given.get_partial_shape()]
     uint8 = given.get_element_type() == openvino.Type.u8
-    return shape, uint8, answer.get_partial_shape()[-1].get_length()
+    last = answer.get_partial_shape()[-1]
+    return shape, uint8, 0 if last.is_dynamic else last.get_length()
 
 
 def _of_litert(path: Path) -> tuple[Sequence[int | None], bool, int]:
@@ -363,7 +403,7 @@ _SIGNATURES = {"onnx": _of_onnx, "executorch": _of_executorch, "openvino": _of_o
 
 
 def load(side: Side, num_threads: int) -> Run:
-    """`side` in its runtime, from inputs to logits."""
+    """`side` in its runtime, from inputs to outputs."""
     if side.runtime not in TORCH:
         return load_artifact(side.path, num_threads)
     torch.set_num_threads(num_threads)
@@ -371,9 +411,9 @@ def load(side: Side, num_threads: int) -> Run:
     if side.runtime == "compiled":
         network = torch.compile(network, dynamic=False, options={"freezing": True})
 
-    def run(pictures: np.ndarray) -> np.ndarray:
+    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.no_grad() if side.runtime == "compiled" else torch.inference_mode():
-            return network(torch.from_numpy(pictures)).numpy()
+            return as_arrays(network(torch.from_numpy(pictures)))
 
     return run
 
@@ -408,7 +448,7 @@ def benchmark(
     """Time `sides`, those of the same batch size interleaved; everything found as plain JSON values.
 
     Raises:
-        ValueError: an artifact that cannot be run, or whose fp32 logits are not torch's.
+        ValueError: an artifact that cannot be run, or whose fp32 outputs are not torch's.
     """
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -427,7 +467,8 @@ def benchmark(
         for side in together:
             on_start(f"{side.label}: in a process of its own, batches of {batch_size} ...")
             alone.append(run_alone(side, num_threads))
-        on_start(f"{len(together)} sides in turns, batches of {batch_size}, {num_rounds} rounds ...")
+        who = f"{len(together)} sides in turns" if len(together) > 1 else together[0].label
+        on_start(f"{who}, batches of {batch_size}, {num_rounds} rounds ...")
         rows, peak_gflops = _rows(together, alone, num_rounds, num_threads)
         report["rows"] += rows
         report["peak_gflops"][str(batch_size)] = peak_gflops
@@ -516,16 +557,17 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _error(side: Side, logits: np.ndarray) -> float | None:
-    """The largest difference of a logit from torch's, in standard deviations of torch's."""
+def _error(side: Side, outputs: Sequence[np.ndarray]) -> float | None:
+    """The largest difference of a number from torch's, in standard deviations of torch's in the same output."""
     if side.expected is None:
         return None
-    error = float(np.abs(logits.astype(np.float32) - side.expected).max() / side.expected.std())
+    pairs = zip(outputs, side.expected, strict=True)
+    error = float(np.max([np.abs(x.astype(np.float32) - expected).max() / expected.std() for x, expected in pairs]))
     allowed = TOLERANCE["fp32"] if side.precision == "fp32" else math.inf  # random weights tell nothing of the others
     if not error <= allowed:
         raise ValueError(
-            f"{side.label} answers otherwise than torch: a logit differs by {error:.2g} of the logits' standard "
-            f"deviation, allowed are {allowed:g}; its times would mean nothing"
+            f"{side.label} answers otherwise than torch: an output differs by {error:.2g} of its standard deviation, "
+            f"allowed are {allowed:g}; its times would mean nothing"
         )
     return error
 

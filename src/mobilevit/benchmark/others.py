@@ -14,28 +14,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-from mobilevit.models.weights import PAPER_PREPROCESSING, Weights, write
+from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
+from mobilevit.models.mobilevit import ARCHITECTURES
+from mobilevit.models.weights import (
+    NETWORKS,
+    PAPER_PREPROCESSING,
+    PREPROCESSING,
+    PUBLISHED_STRIDES,
+    TaskName,
+    Weights,
+    write,
+)
 
 Network = TypeVar("Network", bound=nn.Module)
 LIBRARIES = ("timm", "transformers", "torchvision")
+TORCHVISION: dict[TaskName, str] = {"detect": "detection", "segment": "segmentation"}  # its parts for the tasks
 SAME = ("timm", "transformers")  # names that mean the MobileViT itself, as that library has it
 
 
-def random_weights(name: str, seed: int = 0) -> Weights:
-    """Weights of the published size `name` that are good for timing, see `randomise`."""
-    model = MobileViT(name)
-    randomise(model, seed)
-    return Weights(ARCHITECTURES[name], model.state_dict())
+def random_weights(
+    name: str,
+    seed: int = 0,
+    *,
+    task: TaskName = "classify",
+    num_classes: int | None = None,
+    output_stride: int | None = None,
+    head: DeepLabHead = PAPER_HEAD,
+) -> Weights:
+    """Weights of the published size `name` that are good for timing, see `randomise`; for a task as published."""
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    stride = output_stride or (PUBLISHED_STRIDES.get(head, 16) if task == "segment" else 32)
+    if task != "detect":
+        options["output_stride"] = stride
+    if task == "segment":
+        options["head"] = head
+    model = randomise(NETWORKS[task](name, **options), seed)
+    return Weights(
+        ARCHITECTURES[name],
+        model.state_dict(),
+        PREPROCESSING[task],
+        output_stride=stride,
+        task=task,
+        head=head if task == "segment" else None,
+    )
 
 
 def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 0) -> nn.Module:
-    """The network `name` of another library, in eval mode: RGB pictures (B, 3, H, W) in [0, 1] -> logits.
+    """The network `name` of another library for the same task, in eval mode, with outputs of the kind of ours.
 
     Args:
         name: "timm" or "transformers" for their MobileViT with these very `weights`; "timm:NAME", "torchvision:NAME" or
-            a name alone, which is looked for in timm first, for another network with random weights.
-        weights: of our network.
+            a name alone, which is looked for in timm first, for another network with random weights. For segmentation
+            timm has nothing, for detection torchvision alone has, and of that the SSD networks are taken.
+        weights: of our network; another one for detection and segmentation gets as many classes.
         exportable: as timm wants it for conversion; other libraries know no difference.
         seed: of the random weights.
 
@@ -43,6 +74,9 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
         ValueError: a library that is not installed, a network it does not have, weights it cannot express.
     """
     library, _, network = name.partition(":")
+    task = weights.task
+    if (name in SAME or library == "timm") and task != "classify" and (name, task) != ("transformers", "segment"):
+        raise ValueError(f"{library} has no MobileViT for the task {task!r}; name a network as torchvision:NAME")
     if name == "timm":
         module = _mobilevit_of_timm(weights, exportable)
     elif name == "transformers":
@@ -50,11 +84,11 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
     elif library == "transformers" and network:
         raise ValueError(f"of transformers only its MobileViT can be timed; say transformers instead of {name}")
     elif library in LIBRARIES and network:
-        module = randomise(_create(library, network, exportable), seed)
-    elif not network and _has("timm", name):
-        module = randomise(_create("timm", name, exportable), seed)
-    elif not network and _has("torchvision", name):
-        module = randomise(_create("torchvision", name, exportable), seed)
+        module = randomise(_create(library, network, weights, exportable), seed)
+    elif not network and task == "classify" and _has("timm", name, task):
+        module = randomise(_create("timm", name, weights, exportable), seed)
+    elif not network and _has("torchvision", name, task):
+        module = randomise(_create("torchvision", name, weights, exportable), seed)
     else:
         raise ValueError(
             f"there is no network {name!r} to compare with; there are self, timm, transformers, timm:NAME, "
@@ -125,14 +159,40 @@ def check_scale(name: str, logits: Tensor) -> None:
 
 
 class _Logits(nn.Module):
-    """The answers of transformers' network alone."""
+    """The answers of transformers' network alone; of a map of them, at the size of the picture."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.network(pictures, return_dict=False)[0]
+        logits = self.network(pictures, return_dict=False)[0]
+        if logits.ndim == 2:
+            return logits
+        return F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class _Detector(nn.Module):
+    """What torchvision's SSD networks compute before Python makes boxes of it: class logits and locations."""
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.backbone, self.head = network.backbone, network.head
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.head(list(self.backbone(pictures).values()))
+        return outputs["cls_logits"], outputs["bbox_regression"]
+
+
+class _Segmentation(nn.Module):
+    """The logits of torchvision's segmentation networks, at the size of the picture as they come."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures)["out"]
 
 
 def _mobilevit_of_timm(weights: Weights, exportable: bool) -> nn.Module:
@@ -155,28 +215,42 @@ def _mobilevit_of_transformers(weights: Weights) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         # Timed is the network and not its preprocessing, of which it can express only the published one.
         write(replace(weights, preprocessing=PAPER_PREPROCESSING), folder, "transformers")
-        network = transformers.MobileViTForImageClassification.from_pretrained(folder)
+        kind = "ImageClassification" if weights.task == "classify" else "SemanticSegmentation"
+        network = getattr(transformers, f"MobileViTFor{kind}").from_pretrained(folder)
     stem = network.mobilevit.conv_stem.convolution
     stem.weight.data = stem.weight.data.flip(1).contiguous()  # it wants BGR; so it takes the same input as all
     return _Logits(network)
 
 
-def _create(library: str, network: str, exportable: bool) -> nn.Module:
-    if not _has(library, network):
-        raise ValueError(f"{library} has no network {network!r}; {_listing(library)} lists those it has")
+def _create(library: str, network: str, weights: Weights, exportable: bool) -> nn.Module:
+    task = weights.task
+    if not _has(library, network, task):
+        raise ValueError(f"{library} has no network {network!r}; {_listing(library, task)} lists those it has")
     if library == "timm":
         return _import("timm").create_model(network, exportable=exportable)
-    return _import("torchvision").models.get_model(network)
+    models = _import("torchvision").models
+    if task == "classify":
+        return models.get_model(network)
+    num_classes = weights.num_classes + (task == "detect")  # theirs counts the background
+    created = models.get_model(network, weights_backbone=None, num_classes=num_classes)
+    if task == "segment":
+        return _Segmentation(created)
+    if not isinstance(created, models.detection.ssd.SSD):
+        raise ValueError(f"{network} is no SSD; of torchvision's detectors only those are timed, as ours is one")
+    return _Detector(created)
 
 
-def _has(library: str, network: str) -> bool:
+def _has(library: str, network: str, task: TaskName) -> bool:
     if library == "timm":
         return _import("timm").is_model(network)
-    return network in _import("torchvision").models.list_models(_import("torchvision").models)
+    models = _import("torchvision").models
+    return network in models.list_models(getattr(models, TORCHVISION[task]) if task in TORCHVISION else models)
 
 
-def _listing(library: str) -> str:
-    return "timm.list_models()" if library == "timm" else "torchvision.models.list_models()"
+def _listing(library: str, task: TaskName) -> str:
+    if library == "timm":
+        return "timm.list_models()"
+    return f"torchvision.models.list_models({'torchvision.models.' + TORCHVISION[task] if task in TORCHVISION else ''})"
 
 
 def _import(library: str) -> Any:

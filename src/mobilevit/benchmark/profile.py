@@ -22,7 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Attention, MobileViT
+from mobilevit.models.ssdlite import SSDLite
 
 MIB = 2**20
 
@@ -76,7 +78,7 @@ class Profile:
         return sum(row.num_attention_macs for row in self.rows)
 
 
-def profile(model: MobileViT, size: tuple[int, int]) -> Profile:
+def profile(model: MobileViT | SSDLite | DeepLabV3, size: tuple[int, int]) -> Profile:
     """The cost of `model` for one picture of `size` (height, width) in pixels, from 32 up.
 
     The model stays as it is, may be on any device, "meta" too, and in any mode.
@@ -137,13 +139,14 @@ def _gmacs(cost: Row | Profile, digits: int) -> str:
     return f"{(cost.num_macs + cost.num_attention_macs) / 1e9:.{digits}f} / {cost.num_macs / 1e9:.{digits}f}"
 
 
-def _parts(model: MobileViT) -> dict[str, nn.Module]:
-    """The rows of the table, in the order of the forward pass."""
-    parts = dict(model.backbone.named_children()) | {"head": model.head}
-    return parts | {"classifier": model.classifier} if model.num_classes else parts
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The rows of the table, in the order of the forward pass: what has weights, but for what serves training alone."""
+    parts = dict(model.named_children())
+    parts = dict(parts.pop("backbone").named_children()) | parts
+    return {name: part for name, part in parts.items() if name != "auxiliary" and any(True for _ in part.parameters())}
 
 
-def _infer(model: MobileViT, size: tuple[int, int]) -> tuple[dict[str, torch.Size], Counter[str], Counter[str], int]:
+def _infer(model: nn.Module, size: tuple[int, int]) -> tuple[dict[str, torch.Size], Counter[str], Counter[str], int]:
     """One eval forward: by part its output without the batch, MACs and attention MACs; and the peak of memory."""
     outputs: dict[str, torch.Size] = {}
     num_macs: Counter[str] = Counter()
@@ -167,7 +170,7 @@ def _infer(model: MobileViT, size: tuple[int, int]) -> tuple[dict[str, torch.Siz
     return outputs, num_macs, num_attention_macs, memory.peak_bytes
 
 
-def _saved_bytes(model: MobileViT, size: tuple[int, int]) -> int:
+def _saved_bytes(model: nn.Module, size: tuple[int, int]) -> int:
     """What autograd keeps of a train forward, per picture.
 
     Half of what it keeps of two pictures: with one, batch norm refuses a map that has become a single pixel.

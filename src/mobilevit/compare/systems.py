@@ -76,11 +76,19 @@ class System:
             ValueError: a library that is not installed, a size or class count that cannot be.
         """
         size_px = self.size_px if size_px is None else size_px
-        if size_px < 1 or size_px % self.size_multiple_px:
-            raise ValueError(f"size_px is {size_px}; {self.name} takes multiples of {self.size_multiple_px}")
+        self.check_size(size_px)
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be 1 or more")
         return self.builder(num_classes, size_px)
+
+    def check_size(self, size_px: int) -> None:
+        """Refuse a side of the pictures that the network cannot be built for.
+
+        Raises:
+            ValueError: `size_px` is none that it takes.
+        """
+        if size_px < 1 or size_px % self.size_multiple_px:
+            raise ValueError(f"size_px is {size_px}; {self.name} takes multiples of {self.size_multiple_px}")
 
 
 class _Logits(nn.Module):

@@ -18,45 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mobilevit.export.deployed import (
+    ANSWERS,
+    IOU_THRESHOLD,
+    MAX_PER_PICTURE,
+    SCORE_THRESHOLD,
+    Precision,
+    Target,
+    deployed,
+)
 from mobilevit.export.quantization import Cost, costs_of_int8
 from mobilevit.export.verify import Agreement, Run, compare, drawn_pictures, speed_ratio
-from mobilevit.models.weights import Weights
+from mobilevit.models.weights import TaskName, Weights
 from mobilevit.pictures import Picture, Preprocessing, read_picture
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# The largest difference of a logit from torch's, in standard deviations of the logits, that an artifact may have. What
-# int8 does to the logits says little; there the answers count.
+# The largest difference of a number from torch's, in standard deviations of torch's, that an artifact may have, see
+# `Agreement`. What int8 does to the numbers says little; there the answers count.
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5, "int8": math.inf}
 LEAST_AGREEMENT = 0.9  # of the answers, whatever the precision
 CALIBRATION_PICTURES = 256
+LITERT_ENVIRONMENT = "python3 -m venv .venv-litert && .venv-litert/bin/pip install 'mobilevit[litert]'"
 VERIFY_PICTURES = 32
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an artifact is to be: its numbers and its input.
-
-    The input is float32 (batch, 3, height, width), scaled as the preprocessing says; with `uint8` it is (batch, height,
-    width, 3), 0 to 255, as cameras and picture files have it. Channels are R, G, B either way.
-    """
-
-    precision: Precision
-    height: int
-    width: int
-    batch_size: int = 1
-    dynamic_batch: bool = False
-    dynamic_size: bool = False
-    uint8: bool = False
-
-    def example(self) -> Tensor:
-        """An input of the right shape and type."""
-        # Of one picture torch.export would conclude, without a word, that there is always one.
-        batch_size = max(2, self.batch_size) if self.dynamic_batch else self.batch_size
-        shape = (batch_size, 3, self.height, self.width)
-        if self.uint8:
-            return torch.zeros(shape, dtype=torch.uint8).permute(0, 2, 3, 1).contiguous()
-        return torch.zeros(shape)
 
 
 @dataclass(frozen=True)
@@ -72,22 +55,28 @@ class Backend(Protocol):
 
     PRECISIONS: tuple[Precision, ...]
     DYNAMIC: tuple[Literal["batch", "size"], ...]  # what need not be fixed
+    ANSWERS: tuple[TaskName, ...]  # the tasks whose answers it can give, see `Target.answers`
 
     def write(
         self, network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
     ) -> None:
         """Write `network`, which is not rewritten yet and takes what `target` says, as the artifact `path`.
 
-        `calibration` are inputs (1, ...) as the artifact will get them, real ones, for int8.
+        `network` is a `Deployed`, or one alone that gives as many outputs as `target` names. `calibration` are inputs
+        (1, ...) as the artifact will get them, real ones, for int8.
         """
         ...
 
     def load(self, path: Path, num_threads: int) -> Run | None:
-        """The artifact in its runtime, from inputs to logits; None where this machine cannot run it."""
+        """The artifact in its runtime, from inputs to outputs; None where this machine cannot run it."""
         ...
 
     def operators(self, path: Path) -> Operators:
         """What the artifact consists of. Raises ValueError where the runtime would not take it."""
+        ...
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """What `write` was given as metadata, and what the backend added."""
         ...
 
 
@@ -121,30 +110,6 @@ class Artifact:
         return asdict(self) | {"path": str(self.path), "verified": self.agreement is not None}
 
 
-class Deployed(nn.Module):
-    """The network with what stands before it in an artifact: pictures as `Target` says -> logits."""
-
-    scale: Tensor
-    shift: Tensor | None
-
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, uint8: bool):
-        super().__init__()
-        self.network = network
-        self.uint8 = uint8
-        scale = torch.tensor([255 * std for std in preprocessing.std])[:, None, None]
-        shift = torch.tensor(preprocessing.mean)[:, None, None] / torch.tensor(preprocessing.std)[:, None, None]
-        self.register_buffer("scale", 1 / scale)
-        self.register_buffer("shift", shift if any(preprocessing.mean) else None)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        if self.uint8:
-            pictures = pictures.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale
-            if self.shift is not None:
-                pictures = pictures - self.shift
-        return self.network(pictures)
-
-
 def export(
     weights: Weights,
     to: Sequence[str],
@@ -156,10 +121,12 @@ def export(
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
     uint8: bool = False,
+    answers: bool = False,
     pictures: Sequence[Picture] = (),
     source: str = "",
     num_threads: int = 2,
     on_start: Callable[[str], None] = lambda backend: None,
+    on_written: Callable[[Artifact], None] = lambda artifact: None,
 ) -> list[Artifact]:
     """Write one artifact a backend into the folder `out`, each run and compared with torch on `pictures` first.
 
@@ -173,10 +140,12 @@ def export(
         dynamic_batch: leave the batch open, where the runtime can; `dynamic_size` likewise.
         dynamic_size: leave height and width open, from 65 px up.
         uint8: bake the scaling of pixels in, see `Target`.
+        answers: of a detector what it has found, after NMS, and of a segmentation network the class of every pixel.
         pictures: real ones to compare on, and to calibrate with; drawn ones take their place.
         source: where the weights come from, for the artifact's metadata.
         num_threads: of the runtimes while they are timed.
         on_start: told the name of every backend before its turn.
+        on_written: given every artifact when it is in its place.
 
     Raises:
         ValueError: a backend that is unknown or not installed, what it cannot do, an artifact that does not agree with
@@ -194,13 +163,13 @@ def export(
         raise ValueError("these weights have no classifier, so there are no answers to compare")
     if not to:
         raise ValueError(f"no backend is named; there are {', '.join(BACKENDS)}")
-    target = Target(precision, height, width, batch_size, dynamic_batch, dynamic_size, uint8)
+    target = Target(precision, height, width, batch_size, dynamic_batch, dynamic_size, uint8, weights.task, answers)
     # All of them first: what is missing or impossible is said before minutes of work.
     backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
     if precision == "int8" and not pictures:
         raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
 
-    network = Deployed(weights.build(), p, uint8).eval().requires_grad_(False)
+    network = deployed(weights, target)
     wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
     chosen = _spread(pictures, wanted) or drawn_pictures(VERIFY_PICTURES, (height, width))
     inputs = [_input(picture, p, target) for picture in chosen]
@@ -209,20 +178,20 @@ def export(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     artifacts = []
+    stem = file_stem(weights.architecture.name, target)
     for name, backend in backends.items():
         on_start(name)
-        stem = f"mobilevit_{weights.architecture.name}_{height}x{width}_{precision}{'_uint8' if uint8 else ''}"
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as aside:
             path = Path(aside) / f"{stem}{BACKENDS[name]}"
             backend.write(network, target, path, metadata, inputs if precision == "int8" else ())
             operators = backend.operators(path)
             run = backend.load(path, num_threads)
-            agreement = run and compare(network, run, checks, target.batch_size)
+            agreement = run and compare(network, run, checks, target)
             if run and agreement:
                 _check(name, target, agreement)
                 for other in _others(target):  # what was left open is tried at another value
                     few = [_input(picture, p, other) for picture in chosen[:4]]
-                    _check(name, other, compare(network, run, few, other.batch_size))
+                    _check(name, other, compare(network, run, few, other))
             ratio = None
             if run and precision == "int8":  # not faster everywhere, and better said here than found out later
                 with tempfile.TemporaryDirectory() as folder:
@@ -235,6 +204,7 @@ def export(
             for file in Path(aside).iterdir():  # one, but for OpenVINO, whose weights lie in a second file
                 _replace(file, out / file.name)
         artifacts.append(Artifact(name, out / path.name, num_bytes, target, operators, agreement, ratio))
+        on_written(artifacts[-1])
     return artifacts
 
 
@@ -247,26 +217,39 @@ def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
     if not pictures:
         raise ValueError("what int8 costs is measured on real pictures; name some (--pictures)")
     p = weights.preprocessing
-    target = Target("int8", p.crop_px, p.crop_px)
+    target = Target("int8", p.crop_px, p.crop_px, task=weights.task)
     inputs = [_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
-    return costs_of_int8(Deployed(weights.build(), p, uint8=False).eval().requires_grad_(False), inputs)
+    return costs_of_int8(deployed(weights, target), inputs, target.outputs)
 
 
 def load_artifact(path: str | Path, num_threads: int = 2) -> Run:
-    """An artifact in its runtime, whichever it is by its ending: inputs as a numpy array -> logits.
+    """An artifact in its runtime, whichever it is by its ending: inputs as a numpy array -> a tuple of outputs.
 
     Raises:
         ValueError: an unknown ending, a runtime that is not installed or does not run on this machine.
     """
     path = Path(path)
+    run = _backend_of(path).load(path, num_threads)
+    if run is None:
+        raise ValueError(f"{path}: its runtime does not run on this machine")
+    return run
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What an artifact says of itself, whichever it is by its ending.
+
+    Raises:
+        ValueError: an unknown ending, a runtime that is not installed.
+    """
+    return _backend_of(Path(path)).read_metadata(Path(path))
+
+
+def _backend_of(path: Path) -> Backend:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     for name, ending in BACKENDS.items():
         if path.suffix == ending:
-            run = _import(name).load(path, num_threads)
-            if run is None:
-                raise ValueError(f"{path}: its runtime does not run on this machine")
-            return run
+            return _import(name)
     raise ValueError(f"{path}: not an artifact; their endings are {', '.join(BACKENDS.values())}")
 
 
@@ -284,7 +267,10 @@ def _import(name: str) -> Backend:
         module: ModuleType = importlib.import_module(f"mobilevit.export.{name}")
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
-        raise ValueError(f"{name} needs {package}, which is not installed: pip install 'mobilevit[{name}]'") from None
+        how = f"pip install 'mobilevit[{name}]'"
+        if name == "litert":
+            how = f"its converter wants an environment of its own: {LITERT_ENVIRONMENT}"
+        raise ValueError(f"{name} needs {package}, which is not installed: {how}") from None
     return cast(Backend, module)
 
 
@@ -298,7 +284,21 @@ def find_backend(name: str, target: Target) -> Backend:
     for wanted, what in ((target.dynamic_batch, "batch"), (target.dynamic_size, "size")):
         if wanted and what not in backend.DYNAMIC:
             raise ValueError(f"{name} is exported for one {what}; leave out --dynamic-{what}")
+    if target.task == "detect" and target.dynamic_size:
+        raise ValueError("the anchors of a detector belong to one size; leave out --dynamic-size")
+    if target.answers and target.task not in ANSWERS:
+        raise ValueError(f"with the task {target.task!r} the logits are all there is; leave out --answers")
+    if target.answers and target.task not in backend.ANSWERS:
+        raise ValueError(f"{name} has no NMS; leave out --answers, see docs/export.md for what to do then")
     return backend
+
+
+def file_stem(architecture: str, target: Target) -> str:
+    """The name of an artifact, without its ending."""
+    task = [] if target.task == "classify" else [target.task]
+    options = [name for name, wanted in (("uint8", target.uint8), ("answers", target.answers)) if wanted]
+    parts = ["mobilevit", architecture, *task, f"{target.height}x{target.width}", target.precision, *options]
+    return "_".join(parts)
 
 
 def _others(target: Target) -> list[Target]:
@@ -333,9 +333,20 @@ def _input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Te
 def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
     layout = "uint8 (batch, height, width, 3), RGB" if target.uint8 else "float32 (batch, 3, height, width), RGB"
     preprocessing = weights.preprocessing.to_dict() | {"scaled_inside": target.uint8}
+    nms = {
+        "score_threshold": SCORE_THRESHOLD,
+        "iou_threshold": IOU_THRESHOLD,
+        "max_per_picture": MAX_PER_PICTURE,
+    }
     return {
         "mobilevit": version("mobilevit"),
         "architecture": weights.architecture.name,
+        "task": weights.task,
+        "num_classes": str(weights.num_classes),
+        "output_stride": str(weights.output_stride),
+        **({"head": json.dumps(asdict(weights.head))} if weights.head else {}),
+        "outputs": " ".join(target.outputs),
+        **({"nms": json.dumps(nms)} if weights.task == "detect" and target.answers else {}),
         "precision": target.precision,
         "input": layout,
         "preprocessing": json.dumps(preprocessing),
@@ -348,13 +359,14 @@ def _check(name: str, target: Target, agreement: Agreement) -> None:
     tolerance = TOLERANCE[target.precision]
     if not agreement.error <= tolerance:  # not a number included
         raise ValueError(
-            f"{name} in {target.precision} answers otherwise than torch: a logit differs by {agreement.error:.2g} of "
-            f"the logits' standard deviation, allowed are {tolerance:g}; nothing was written"
+            f"{name} in {target.precision} answers otherwise than torch: a number of the outputs "
+            f"({', '.join(target.outputs)}) differs by {agreement.error:.2g} of their standard deviation, allowed are "
+            f"{tolerance:g}; nothing was written"
         )
-    if agreement.top1 < LEAST_AGREEMENT:
+    if agreement.same < LEAST_AGREEMENT:
         raise ValueError(
-            f"{name} in {target.precision} gives torch's answer on only {100 * agreement.top1:.0f} % of "
-            f"{agreement.num_pictures} pictures, {100 * LEAST_AGREEMENT:.0f} % are asked for; nothing was written"
+            f"{name} in {target.precision} gives torch's answer on only {100 * agreement.same:.3g} % of "
+            f"{agreement.answers:,} {agreement.kind}, {100 * LEAST_AGREEMENT:.0f} % are asked for; nothing was written"
         )
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +12,32 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mobilevit.export.deployed import Deployed
+from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, fast
 from mobilevit.pictures import first_line
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the converter says about itself and about versions of others."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-with _quiet():
+with quiet():
     import coremltools as ct
     import coremltools.optimize.coreml as cto
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ()
+ANSWERS = ("segment",)
 # A sum of squares may exceed what fp16 holds; the runtime's own layer norm sees to that.
 FORMULATION = Formulation(attention="rank4", norm="layer")
 MAX_RANK = 5
+TYPES = {"classes": np.int32}  # of outputs that are not float32
+AXES = {"logits": (2, 4), "boxes": (3,), "scores": (3,), "classes": (3,)}  # how many an output may have
 # What a converted network consists of. Another operator would be a sign that the converter has spelt something in a
 # roundabout way, which nobody would notice where the program cannot be run.
 KNOWN = {
     *("const", "constexpr_affine_dequantize", "cast"),
-    *("conv", "linear", "matmul", "add", "mul", "silu", "softmax", "layer_norm", "reduce_mean"),
+    *("conv", "linear", "matmul", "add", "sub", "mul", "silu", "relu", "exp", "clip", "softmax", "layer_norm"),
+    *("reduce_mean", "reduce_argmax"),
     *("reshape", "transpose", "concat", "stack", "slice_by_index", "upsample_bilinear"),
 }
 
@@ -66,41 +54,40 @@ def write(
     Raises:
         ValueError: several images at once.
     """
-    from mobilevit.export import Deployed
-
-    assert isinstance(network, Deployed)
     shape = (target.batch_size, 3, target.height, target.width)
     if not target.uint8:
-        model, pictures = fast(network, FORMULATION), ct.TensorType("pictures", shape, dtype=np.float32)
+        model = fast(network, FORMULATION)
+        pictures = ct.TensorType("pictures", shape, dtype=np.float32)
     elif target.batch_size > 1:
         raise ValueError(f"coreml takes images (uint8) one at a time, not {target.batch_size} of them")
     else:
+        assert isinstance(network, Deployed)
         # An image type has one scale for all channels: what is left of theirs goes into the network.
         scale = network.scale
         rest = scale / scale[0]
         bias = [0.0] * 3 if network.shift is None else (-network.shift / rest).flatten().tolist()
-        model = fast(network.network, FORMULATION)
-        if not torch.equal(rest, torch.ones_like(rest)):
-            model = nn.Sequential(_Scale(rest), model)
+        before = () if torch.equal(rest, torch.ones_like(rest)) else (_Scale(rest),)
+        model = nn.Sequential(*before, fast(network.network, FORMULATION), network.finish)
         color = ct.colorlayout.RGB
         pictures = ct.ImageType("pictures", shape, scale=scale[0].item(), bias=bias, color_layout=color)
     precision = ct.precision.FLOAT32 if target.precision == "fp32" else ct.precision.FLOAT16
-    # The converter's progress bars go to stderr.
-    with _quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         program = torch.export.export(model, (torch.zeros(shape),)).run_decompositions({})
         converted: Any = ct.convert(
             program,
             convert_to="mlprogram",
             inputs=[pictures],
-            outputs=[ct.TensorType("logits", dtype=np.float32)],
+            outputs=[ct.TensorType(name, dtype=TYPES.get(name, np.float32)) for name in target.outputs],
             minimum_deployment_target=ct.target.iOS16,
             compute_precision=precision,
             skip_model_load=True,
         )
         if target.precision == "int8":
             config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
-            converted = cto.linear_quantize_weights(converted, cto.OptimizationConfig(global_config=config))
-        converted.short_description = "MobileViT: RGB pictures to logits of classes"
+            # Not what boxes are computed with: 8 bits would move them by a hundredth of the picture.
+            left: Any = {"add": None, "mul": None}
+            converted = cto.linear_quantize_weights(converted, cto.OptimizationConfig(config, op_type_configs=left))
+        converted.short_description = f"MobileViT: RGB pictures to {', '.join(target.outputs)}"
         for key, value in metadata.items():
             converted.user_defined_metadata[key] = value
         converted.save(str(path))
@@ -111,11 +98,14 @@ def load(path: Path, num_threads: int) -> Run | None:
     if sys.platform != "darwin":
         return None
     model = ct.models.MLModel(str(path))
-    takes_image = model.get_spec().description.input[0].type.HasField("imageType")
+    description = model.get_spec().description
+    takes_image = description.input[0].type.HasField("imageType")
+    names = [output.name for output in description.output]
 
-    def run(pictures: np.ndarray) -> np.ndarray:
+    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
         value = Image.fromarray(pictures[0]) if takes_image else pictures
-        return np.asarray(model.predict({"pictures": value})["logits"])
+        outputs = model.predict({"pictures": value})
+        return tuple(np.asarray(outputs[name]) for name in names)
 
     return run
 
@@ -125,18 +115,23 @@ def operators(path: Path) -> Operators:
     from mobilevit.export import Operators
 
     spec = _read(path)
-    found = [(x.name, x.type) for x in (*spec.description.input, *spec.description.output)]
-    if [name for name, _ in found] != ["pictures", "logits"]:
-        raise ValueError(f"{path}: has {', '.join(name for name, _ in found)}; wanted are pictures and logits")
-    pictures, logits = (type for _, type in found)
+    wanted = ["pictures", *read_metadata(path).get("outputs", "logits").split()]
+    found = {x.name: x.type for x in (*spec.description.input, *spec.description.output)}
+    if list(found) != wanted:
+        raise ValueError(f"{path}: has {', '.join(found)}; wanted are {', '.join(wanted)}")
+    pictures = found.pop("pictures")
     if pictures.HasField("imageType"):
         is_picture = pictures.imageType.colorSpace == pictures.imageType.RGB
     else:
         shape = tuple(pictures.multiArrayType.shape)
-        is_picture = len(shape) == 4 and shape[1] == 3 and _is_float32(pictures)
-    if not is_picture or len(logits.multiArrayType.shape) != 2 or not _is_float32(logits):
-        kinds = " and ".join(" ".join(str(type).split()) for type in (pictures, logits))
-        raise ValueError(f"{path}: takes and gives {kinds}; wanted are RGB pictures, float32 or an image, and logits")
+        is_picture = len(shape) == 4 and shape[1] == 3 and _is(np.float32, pictures)
+    as_wanted = [
+        len(type.multiArrayType.shape) in AXES[name] and _is(TYPES.get(name, np.float32), type)
+        for name, type in found.items()
+    ]
+    if not is_picture or not all(as_wanted):
+        kinds = " and ".join(" ".join(str(type).split()) for type in (pictures, *found.values()))
+        raise ValueError(f"{path}: takes and gives {kinds}; wanted are RGB pictures, float32 or an image, and outputs")
 
     operations = [
         x for block in spec.mlProgram.functions["main"].block_specializations.values() for x in block.operations
@@ -177,5 +172,6 @@ def _read(path: Path) -> Any:
     return spec
 
 
-def _is_float32(type: Any) -> bool:
-    return type.multiArrayType.dataType == type.multiArrayType.FLOAT32
+def _is(kind: type, type: Any) -> bool:
+    array = type.multiArrayType
+    return array.dataType == (array.INT32 if kind is np.int32 else array.FLOAT32)

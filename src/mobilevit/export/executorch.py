@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Formulation, Half, fast
+from mobilevit.export.deployed import Deployed, in_half
+from mobilevit.export.quiet import quiet
+from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.verify import filled_batches
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "int8")
 # With a batch left open its reshapes fall out of the delegate, which breaks into more than twenty.
 DYNAMIC = ()
+ANSWERS = ("segment",)
 # What the delegate takes as a whole: it knows products of rank 3 and no mean over the last axis.
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
 
@@ -33,17 +32,17 @@ def write(
     network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
     """See `Backend.write`. In fp16 input and output stay float32; int8 is static, with a scale per output channel."""
-    with _quiet():
+    with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
         # The delegate lays weights out itself and refuses those that lie channels-last already.
         model: nn.Module = fast(network, FORMULATION).to(memory_format=torch.contiguous_format)
         if target.precision == "fp16":
-            model = Half(model)
+            model = in_half(model)
         example = (target.example(),)
         if target.precision == "int8":
-            model = _quantized(model, example, _batches(calibration, target.batch_size))
+            model = _quantized(model, example, filled_batches(calibration, target.batch_size))
         program = to_edge_transform_and_lower(
             torch.export.export(model, example),
             partitioner=[XnnpackPartitioner()],
@@ -58,19 +57,19 @@ def load(path: Path, num_threads: int) -> Run:
 
     Change it only when nothing that was loaded with another one will run again: the runtime's threads are replaced.
     """
-    with _quiet():
+    with quiet():
         from executorch.extension.pybindings import portable_lib
 
         if portable_lib._threadpool_get_thread_count() != num_threads:
             portable_lib._unsafe_reset_threadpool(num_threads)  # whatever was loaded before must not run again
         forward = _method(path, "forward")
 
-    def run(pictures: np.ndarray) -> np.ndarray:
+    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
-            (logits,) = forward.execute([torch.from_numpy(np.ascontiguousarray(pictures))])
+            outputs = forward.execute([torch.from_numpy(np.ascontiguousarray(pictures))])
         except RuntimeError as error:
             raise ValueError(f"{path}: ExecuTorch cannot take {pictures.dtype} {pictures.shape} ({error})") from None
-        return logits.numpy().copy()  # the next run writes to the same place
+        return tuple(output.numpy().copy() for output in outputs)  # the next run writes to the same place
 
     return run
 
@@ -79,7 +78,7 @@ def operators(path: Path) -> Operators:
     """See `Backend.operators`. A delegate counts as one operator, whatever it holds."""
     from mobilevit.export import Operators
 
-    with _quiet():
+    with quiet():
         from executorch.exir._serialize import _deserialize_pte_binary
         from executorch.exir.schema import DelegateCall, KernelCall
 
@@ -93,7 +92,7 @@ def operators(path: Path) -> Operators:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write` was given to say about the artifact."""
-    with _quiet():
+    with quiet():
         (text,) = _method(path, "metadata").execute([])
     return json.loads(text)
 
@@ -110,41 +109,19 @@ def _method(path: Path, name: str) -> Any:
     return method
 
 
-def _batches(inputs: Sequence[Tensor], size: int) -> list[Tensor]:
-    """All of `inputs` in batches of one size, filled up from the start."""
-    return [
-        torch.cat([inputs[(start + i) % len(inputs)] for i in range(size)]) for start in range(0, len(inputs), size)
-    ]
-
-
-def _quantized(model: nn.Module, example: tuple[Tensor], calibration: Sequence[Tensor]) -> nn.Module:
+def _quantized(model: nn.Module, example: tuple[Tensor], calibration: Iterable[Tensor]) -> nn.Module:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    finish = nn.Identity()
+    if isinstance(model, Deployed):
+        finish, model.finish = model.finish, nn.Identity()
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
     with torch.no_grad():
         for batch in calibration:
             prepared(batch)
-    return convert_pt2e(prepared)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to themselves what the libraries say to their own developers."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
-            warnings.simplefilter("ignore")
-            os.dup2(nowhere.fileno(), 2)  # the runtime is not written in Python, and writes there by itself
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        logging.disable(disabled)
+    return nn.Sequential(convert_pt2e(prepared), finish)

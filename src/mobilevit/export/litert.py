@@ -5,15 +5,10 @@ Its converter wants a torch older than the rest of the package and so an environ
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +21,16 @@ from ai_edge_litert.tools import flatbuffer_utils  # pyright: ignore[reportMissi
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.verify import filled_batches
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ()
+ANSWERS = ("segment",)
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
 FIRST_TORCH_TOO_NEW = "2.15"
 METADATA = "mobilevit"  # the name of the buffer
@@ -52,24 +50,24 @@ def write(
         ValueError: the converter is not installed, or torch is too new for it.
     """
     _check_converter()
-    with _quiet():
+    with quiet():
         import litert_torch  # pyright: ignore[reportMissingImports]
 
         model = litert_torch.convert(fast(network, FORMULATION), (target.example(),)).model_content()
         if target.precision != "fp32":
             model = _quantized(model, target, calibration)
-    path.write_bytes(_finished(model, metadata))
+    path.write_bytes(_finished(model, target.outputs, metadata))
 
 
 def load(path: Path, num_threads: int) -> Run:
     """See `Backend.load`."""
     interpreter = _interpreter(path, num_threads)
-    (source,), (sink,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (source,), sinks = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(pictures: np.ndarray) -> np.ndarray:
+    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
         interpreter.set_tensor(source["index"], pictures)
         interpreter.invoke()
-        return interpreter.get_tensor(sink["index"])
+        return tuple(interpreter.get_tensor(sink["index"]) for sink in sinks)
 
     return run
 
@@ -108,6 +106,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _check_converter() -> None:
+    from mobilevit.export import LITERT_ENVIRONMENT
+
     if TorchVersion(torch.__version__) >= TorchVersion(FIRST_TORCH_TOO_NEW):
         found = f"this is {torch.__version__}"
     elif importlib.util.find_spec("litert_torch") is None:
@@ -116,14 +116,13 @@ def _check_converter() -> None:
         return
     raise ValueError(
         f"litert is converted by litert_torch, with torch below {FIRST_TORCH_TOO_NEW}, and {found}; "
-        "make it an environment of its own and export from there: "
-        "python3 -m venv .venv-litert && .venv-litert/bin/pip install 'mobilevit[litert]'"
+        f"make it an environment of its own and export from there: {LITERT_ENVIRONMENT}"
     )
 
 
 def _interpreter(path: Path, num_threads: int) -> Any:
     try:
-        with _quiet():
+        with quiet():
             # By its content: a file that is mapped into memory cannot be moved or replaced everywhere.
             interpreter = Interpreter(model_content=path.read_bytes(), num_threads=num_threads)
             interpreter.allocate_tensors()
@@ -157,10 +156,13 @@ def _quantized(model: bytes, target: Target, calibration: Sequence[Tensor]) -> b
     (name,) = names["inputs"]
     number = min(CALIBRATION_PICTURES, len(calibration))
     chosen = [calibration[i * len(calibration) // number] for i in range(number)]
-    chosen += chosen[: -number % target.batch_size]
-    batches = [torch.cat(chosen[i : i + target.batch_size]) for i in range(0, number, target.batch_size)]
+    batches = filled_batches(chosen, target.batch_size)
     ranges = recipe.calibrate({signature: [{name: batch.numpy()} for batch in batches]})
     return bytes(recipe.quantize(ranges, enable_progress_report=False).quantized_model)
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
 
 
 class _Buffer:
@@ -183,45 +185,25 @@ class _Buffer:
         return schema.BufferEnd(builder)
 
 
-def _finished(model: bytes, metadata: Mapping[str, str]) -> bytes:
-    """`model` with `metadata`, names for input and output, and none for the tensors between."""
+def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    """`model` with `metadata`, names for input and outputs, and none for the tensors between."""
     tree = flatbuffer_utils.read_model_from_bytearray(bytearray(model))
     (graph,), (signature,) = tree.subgraphs, tree.signatureDefs
     # The converter makes up long names from where in the program an operator came from: an eighth of an int8 file.
     for tensor in graph.tensors:
         tensor.name = None
-    for (tensor,), (name,), text in (
-        (graph.inputs, signature.inputs, "pictures"),
-        (graph.outputs, signature.outputs, "logits"),
+    # In the signature the outputs may stand in another order; the converter has numbered them in the network's.
+    signature.outputs.sort(key=lambda output: int(re.sub(r"\D", "", _text(output.name)) or 0))
+    graph.outputs = [output.tensorIndex for output in signature.outputs]
+    for tensors, values, names in (
+        (graph.inputs, signature.inputs, ("pictures",)),
+        (graph.outputs, signature.outputs, outputs),
     ):
-        graph.tensors[tensor].name = name.name = text
+        for tensor, value, name in zip(tensors, values, names, strict=True):
+            graph.tensors[tensor].name = value.name = name
     said = json.dumps(dict(metadata), ensure_ascii=False).encode()
     tree.metadata = [*(tree.metadata or []), schema.MetadataT(name=METADATA, buffer=len(tree.buffers))]
     tree.buffers = [*(_Buffer(buffer.data) for buffer in tree.buffers), _Buffer(np.frombuffer(said, np.uint8))]
     builder = flatbuffers.Builder(len(model) + len(said))
     builder.Finish(tree.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to themselves what converter and runtime say about their own progress, in C++ and past Python as well."""
-    disabled = logging.root.manager.disable
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        logging.disable(logging.WARNING)
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)

@@ -2,65 +2,101 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnx.compose
+import onnx.parser
 import onnxruntime
 import onnxscript  # noqa: F401 - torch.onnx wants it, and would say so late
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Formulation, Half, fast
+from mobilevit.export.deployed import (
+    IOU_THRESHOLD,
+    MAX_PER_PICTURE,
+    NOTHING,
+    OUTPUTS,
+    SCORE_THRESHOLD,
+    before_nms,
+    in_half,
+)
+from mobilevit.export.quiet import quiet
+from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.verify import filled_batches
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ("batch", "size")
+ANSWERS = ("detect", "segment")
 FORMULATION = Formulation(attention="onnx", norm="layer")
 OPSET = 23  # the first that has attention as an operator
 CALIBRATION_BATCH = 16
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # the rest costs accuracy and, between float neighbours, time
+# What NMS leaves of every class, put where its score was among zeros, then the best of all. So any number of pictures
+# goes through at once, and what comes out has always the same shape: a score of 0 and a label of -1 are no box.
+NMS = f"""
+<ir_version: IR_VERSION, opset_import: ["": {OPSET}]>
+nms (float[B, A, 4] all_boxes, float[B, A, K] all_scores)
+    => (float[B, {MAX_PER_PICTURE}, 4] boxes, float[B, {MAX_PER_PICTURE}] scores, int32[B, {MAX_PER_PICTURE}] labels)
+<int64[1] nms_number = {{{MAX_PER_PICTURE}}}, float[1] nms_iou = {{{IOU_THRESHOLD}}},
+ float[1] nms_threshold = {{{SCORE_THRESHOLD}}}, float nms_zero = {{0}}, int32 nms_nothing = {{{NOTHING}}},
+ int64[4] nms_pads = {{0, 0, 0, {MAX_PER_PICTURE}}}, int64[1] nms_last = {{-1}}>
+{{
+    nms_by_class = Transpose <perm = [0, 2, 1]> (all_scores)
+    nms_kept = NonMaxSuppression (all_boxes, nms_by_class, nms_number, nms_iou, nms_threshold)
+    nms_shape = Shape (nms_by_class)
+    nms_zeros = ConstantOfShape (nms_shape)
+    nms_values = GatherND (nms_by_class, nms_kept)
+    nms_scores = ScatterND (nms_zeros, nms_kept, nms_values)
+    nms_row = Flatten <axis = 1> (nms_scores)
+    nms_long_row = Pad (nms_row, nms_pads)
+    scores, nms_places = TopK <axis = 1> (nms_long_row, nms_number)
+    nms_anchors = Shape <start = 2> (nms_by_class)
+    nms_classes = Div (nms_places, nms_anchors)
+    nms_labels = Cast <to = 6> (nms_classes)
+    nms_is_box = Greater (scores, nms_zero)
+    labels = Where (nms_is_box, nms_labels, nms_nothing)
+    nms_of_anchors = Mod (nms_places, nms_anchors)
+    nms_indices = Unsqueeze (nms_of_anchors, nms_last)
+    nms_boxes = GatherND <batch_dims = 1> (all_boxes, nms_indices)
+    nms_are_boxes = Unsqueeze (nms_is_box, nms_last)
+    boxes = Where (nms_are_boxes, nms_boxes, nms_zero)
+}}
+"""
 
 
 def write(
     network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
     """See `Backend.write`. In fp16 input and output stay float32; int8 is static, QDQ, a scale per output channel."""
-    model: nn.Module = fast(network, FORMULATION)
+    model, nms = before_nms(fast(network, FORMULATION))
     if target.precision == "fp16":
-        model = Half(model)
-    dynamic: dict[int, object] = {}
-    if target.dynamic_batch:
-        dynamic[0] = torch.export.Dim("batch", min=1)
-    if target.dynamic_size:
-        first = 1 if target.uint8 else 2
-        dynamic |= {first: torch.export.Dim("height", min=65), first + 1: torch.export.Dim("width", min=65)}
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        model = in_half(model)
+    with quiet():
         program = torch.onnx.export(
             model,
             (target.example(),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pictures"],
-            output_names=["logits"],
-            dynamic_shapes=(dynamic,) if dynamic else None,
+            output_names=[f"all_{name}" for name in OUTPUTS["detect"]] if nms else target.outputs,
+            dynamic_shapes=target.dynamic_shapes(),
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
     if target.precision == "int8":
         proto = _quantized(proto, calibration)
+    if nms:
+        proto = _with_nms(proto)
     # What the tools leave of themselves: notes on every node, where in the source it came from, and unused domains.
     for node in proto.graph.node:
         del node.metadata_props[:]
@@ -82,10 +118,8 @@ def load(path: Path, num_threads: int) -> Run:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def run(pictures: np.ndarray) -> np.ndarray:
-        (logits,) = session.run(None, {name: pictures})
-        assert isinstance(logits, np.ndarray)
-        return logits
+    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(output) for output in session.run(None, {name: pictures}))
 
     return run
 
@@ -118,11 +152,8 @@ class _Calibration(CalibrationDataReader):
 def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.ModelProto:
     (shape,) = (value.type.tensor_type.shape.dim for value in proto.graph.input)
     size = shape[0].dim_value or CALIBRATION_BATCH  # 0 where the batch is dynamic
-    batches = (
-        torch.cat([*calibration[i : i + size], *calibration[: max(0, i + size - len(calibration))]])
-        for i in range(0, len(calibration), size)
-    )
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    batches = filled_batches(calibration, size)
+    with tempfile.TemporaryDirectory() as folder, quiet():
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(proto, source)
         quantize_static(
@@ -140,6 +171,14 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
     return quantized
 
 
+def _with_nms(proto: onnx.ModelProto) -> onnx.ModelProto:
+    nms = onnx.parser.parse_model(NMS.replace("IR_VERSION", str(proto.ir_version)))
+    del proto.opset_import[:]
+    proto.opset_import.add(domain="", version=OPSET)
+    names = [f"all_{name}" for name in OUTPUTS["detect"]]
+    return onnx.compose.merge_models(proto, nms, [(name, name) for name in names])
+
+
 def _shorten_names(graph: onnx.GraphProto) -> None:
     """Number what the quantizer has named: of a small network in int8 the names are a tenth."""
     kept = {value.name for value in (*graph.input, *graph.output)} | {""}  # "" is an input left out
@@ -155,15 +194,3 @@ def _shorten_names(graph: onnx.GraphProto) -> None:
         node.name = ""
         node.input[:] = [short(name) for name in node.input]
         node.output[:] = [short(name) for name in node.output]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice on models of any kind to itself."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)

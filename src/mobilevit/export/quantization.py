@@ -11,29 +11,36 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mobilevit.export.rewrite import fast
+from mobilevit.export.verify import Tally, as_arrays
 
 EVERYTHING = "everything"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What happens when `part` alone is in int8: `error` is the root mean square difference of the logits, in their
-    standard deviations, `top1` the share of pictures with the same answer.
+    """What happens when `part` alone is in int8: `error` is the root mean square difference of an output, in its
+    standard deviations, `same` the share of answers that are the same; see `mobilevit.export.verify.Agreement`.
     """
 
     part: str
     num_layers: int
     num_weights: int
     error: float
-    top1: float
+    same: float
 
 
-def costs_of_int8(network: nn.Module, inputs: Sequence[Tensor], batch_size: int = 16) -> list[Cost]:
-    """The cost of every part of `network` and of everything, on `inputs`, (1, ...) each, which also calibrate."""
+def costs_of_int8(
+    network: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[str] = ("logits",), batch_size: int = 16
+) -> list[Cost]:
+    """The cost of every part of `network` and of everything, on `inputs`, (1, ...) each, which also calibrate.
+
+    `outputs` are names as `Target.outputs` has them.
+    """
     model = fast(network)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Conv2d | nn.Linear)}
     batches = [torch.cat(list(inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
@@ -49,8 +56,8 @@ def costs_of_int8(network: nn.Module, inputs: Sequence[Tensor], batch_size: int 
 
         return hook
 
-    def answers() -> Tensor:
-        return torch.cat([model(batch) for batch in batches])
+    def answers() -> list[tuple[np.ndarray, ...]]:
+        return [as_arrays(model(batch)) for batch in batches]
 
     with torch.inference_mode():
         hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
@@ -66,7 +73,9 @@ def costs_of_int8(network: nn.Module, inputs: Sequence[Tensor], batch_size: int 
             hooks = [layers[name].register_forward_pre_hook(_rounder(*ranges[name])) for name in names]
             for name in names:
                 layers[name].weight.data = _rounded_weight(weights[name])
-            found = answers()
+            tally = Tally(outputs)
+            for theirs, ours in zip(expected, answers(), strict=True):
+                tally.add(theirs, ours, len(ours[0]))
             for name, hook in zip(names, hooks, strict=True):
                 layers[name].weight.data = weights[name]
                 hook.remove()
@@ -75,8 +84,8 @@ def costs_of_int8(network: nn.Module, inputs: Sequence[Tensor], batch_size: int 
                     part,
                     len(names),
                     sum(weight.numel() for weight in weights.values()),
-                    float((found - expected).square().mean().sqrt() / expected.std()),
-                    float((found.argmax(1) == expected.argmax(1)).float().mean()),
+                    tally.mean_error,
+                    tally.num_same / tally.num_answers,
                 )
             )
     return costs
@@ -84,11 +93,11 @@ def costs_of_int8(network: nn.Module, inputs: Sequence[Tensor], batch_size: int 
 
 def part_of(name: str) -> str:
     """The part that the layer of this name belongs to: "stem", "stage3 convolutions", "stage3 ffn", "classifier"."""
-    found = re.search(r"(stem|stage\d|head|classifier)(.*)", name)
+    found = re.search(r"(stem|stage\d|extra_layers|pooled|heads?|pyramid|classifier)(.*)", name)
     assert found, f"{name} is in no part of the network"
     part, rest = found.groups()
     if not part.startswith("stage"):
-        return part
+        return part.replace("_", " ")
     if ".attention." in rest:
         return f"{part} attention"
     if ".ffn_" in rest:

@@ -12,7 +12,10 @@ What may be moved without changing the function:
 - the value's bias: the rows of attention add up to 1, so it passes through into the bias of the projection;
 - the subtraction of the mean in a layer norm: only norms read the residual stream, so whatever writes to it can be
   centred over the channels once and for all, in its weights. What is left is a root mean square (RMSNorm).
-- 1x1 convolutions across unfold and fold, which move pixels and leave channels alone.
+- 1x1 convolutions across unfold and fold, which move pixels and leave channels alone;
+- in the segmentation head, the mean of the map, through the 1x1 convolution behind it before it is spread over the map:
+  what it adds to every pixel alike is computed once;
+- in the detection heads, the last convolution, in two for classes and for locations: nothing is cut apart later.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.onnx.ops import attention
 
+from mobilevit.models.deeplabv3 import DeepLabV3, Pyramid
 from mobilevit.models.mobilevit import Attention, ConvNorm, MobileViTBlock, TransformerLayer, resize_map
+from mobilevit.models.ssdlite import MapHead, SSDLite
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -56,7 +61,8 @@ EAGER = Formulation(joint_qkv=True)
 
 def fast(model: Network, formulation: Formulation = EAGER) -> Network:
     """A copy of `model` with all rewrites, in the given formulation."""
-    return flatten_tokens(centre(fold_attention(fold_norm_affine(fold_batch_norm(model)))), formulation)
+    model = flatten_tokens(centre(fold_attention(fold_norm_affine(fold_batch_norm(model)))), formulation)
+    return split_heads(spread_late(model))
 
 
 def fold_batch_norm(model: Network) -> Network:
@@ -123,6 +129,28 @@ def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
                 setattr(parent, name, FlatBlock(child, formulation))
             elif isinstance(child, nn.SiLU) and formulation.silu == "sigmoid":
                 setattr(parent, name, SigmoidSiLU())
+    return model
+
+
+def spread_late(model: Network) -> Network:
+    """A copy of `model` whose segmentation head, if any, is a `BarePyramid`, and alone. Wants folded batch norms."""
+    model = _copy(model)
+    for module in list(model.modules()):
+        if isinstance(module, DeepLabV3) and isinstance(module.pyramid, Pyramid):  # or it was done before
+            module.pyramid = cast(Pyramid, BarePyramid(module.pyramid).eval())
+            module.auxiliary = None  # serves training
+    return model
+
+
+def split_heads(model: Network) -> Network:
+    """A copy of `model` in which a detector, if any, is a `BareDetector`."""
+    model = _copy(model)
+    if isinstance(model, SSDLite):
+        return cast(Network, BareDetector(model).eval())
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, SSDLite):
+                setattr(parent, name, BareDetector(child).eval())
     return model
 
 
@@ -260,6 +288,72 @@ class FlatBlock(nn.Module):
         return self.fuse(torch.cat((x, y), dim=1))
 
 
+class BarePyramid(nn.Module):
+    """A `Pyramid` that adds what the mean of the map has to say, where that gathers it; (B, C, H, W) -> (B, out, H, W).
+
+    Each part is rectified before all are put together, since runtimes do that while they convolve.
+    """
+
+    def __init__(self, pyramid: Pyramid):
+        super().__init__()
+        self.convs = nn.ModuleList(_conv_of(conv) for conv in pyramid.convs)
+        self.pooled, project = _conv_of(pyramid.pooled), _conv_of(pyramid.project)
+        kept = project.in_channels - self.pooled.out_channels
+        self.project = _conv(project.weight[:, :kept], project.bias)
+        self.project_pooled = _conv(project.weight[:, kept:], None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of the same size."""
+        pooled = self.project_pooled(F.relu(self.pooled(x.mean(dim=(-2, -1), keepdim=True))))
+        seen = torch.cat([F.relu(conv(x)) for conv in self.convs], dim=1)
+        return F.relu(self.project(seen) + pooled)
+
+
+class BareHead(nn.Module):
+    """A `MapHead` with an end each for classes and locations; (B, C, H, W) -> (B, H * W * anchors, K), (..., 4)."""
+
+    def __init__(self, head: MapHead):
+        super().__init__()
+        self.project, self.depthwise = head.project, head.depthwise
+        rows = torch.arange(head.out.out_channels).unflatten(0, (head.num_anchors, -1))
+        assert head.out.bias is not None
+        weight, bias = head.out.weight, head.out.bias
+        self.classes, self.locations = (
+            _conv(weight[chosen.flatten()], bias[chosen.flatten()]) for chosen in (rows[:, 4:], rows[:, :4])
+        )
+        self.num_anchors = head.num_anchors
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and locations, pixel by pixel in rows and anchor by anchor in a pixel."""
+        if self.project is not None:
+            x = F.relu(self.project(x))
+        if self.depthwise is not None:
+            x = self.depthwise(x)
+        logits, locations = (
+            y.permute(0, 2, 3, 1).reshape(y.shape[0], y.shape[2] * y.shape[3] * self.num_anchors, -1)
+            for y in (self.classes(x), self.locations(x))
+        )
+        return logits, locations
+
+
+class BareDetector(nn.Module):
+    """An `SSDLite` whose classes and locations go separate ways from the last convolutions on."""
+
+    def __init__(self, model: SSDLite):
+        super().__init__()
+        self.backbone, self.extra_layers, self.pooled = model.backbone, model.extra_layers, model.pooled
+        self.heads = nn.ModuleList(BareHead(cast(MapHead, head)) for head in model.heads)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, A, classes + 1) and locations (B, A, 4), as an `SSDLite` gives them."""
+        maps = list(self.backbone(pictures).values())
+        for layer in self.extra_layers:
+            maps.append(layer(maps[-1]))
+        maps.append(F.relu(self.pooled(maps[-1].mean(dim=(-2, -1), keepdim=True))))
+        logits, locations = zip(*(head(x) for head, x in zip(self.heads, maps, strict=True)), strict=True)
+        return torch.cat(logits, dim=1), torch.cat(locations, dim=1)
+
+
 class RootMeanSquare(nn.Module):
     """x / sqrt(mean(x * x) + eps) over the last axis, (..., D) -> (..., D)."""
 
@@ -287,15 +381,19 @@ class RootMeanSquare(nn.Module):
 
 
 class Half(nn.Module):
-    """A network in half precision between float32 pictures and float32 logits."""
+    """A network in half precision between float32 pictures and float32 outputs."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
+        for block in network.modules():
+            if isinstance(block, FlatBlock) and block.norm.formulation == "linear":
+                _shrink_residuals(block)
         self.network = network.half()
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        return self.network(pictures.half() if pictures.is_floating_point() else pictures).float()
+    def forward(self, pictures: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What the network gives."""
+        outputs = self.network(pictures.half())
+        return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 
 class SigmoidSiLU(nn.Module):
@@ -322,6 +420,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear.eval()
+
+
+def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A 1x1 convolution."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return conv.eval()
 
 
 def _conv_of(module: nn.Module) -> nn.Conv2d:
@@ -352,6 +459,21 @@ def _centre(layer: nn.Linear | nn.Conv2d) -> None:
     layer.weight.data = layer.weight.data - layer.weight.data.mean(dim=0, keepdim=True)
     if layer.bias is not None:
         layer.bias.data = layer.bias.data - layer.bias.data.mean()
+
+
+def _shrink_residuals(block: FlatBlock, factor: float = 1 / 16) -> None:
+    """Make the residual stream of `block` smaller, whose squares exceed what half precision holds; exactly.
+
+    Only norms read it, and they take the factor out again.
+    """
+    layers = [cast(FlatLayer, layer) for layer in block.layers]
+    for linear in (block.to_tokens, *(x for layer in layers for x in (layer.attention.out, layer.ffn_out))):
+        linear.weight.data = linear.weight.data * factor
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data * factor
+    for norm in (block.norm, *(x for layer in layers for x in (layer.attention_norm, layer.ffn_norm))):
+        assert norm.mean.bias is not None
+        norm.mean.bias.data = norm.mean.bias.data * factor**2
 
 
 def _root_mean_square(norm: nn.LayerNorm, dtype: torch.dtype) -> nn.LayerNorm:

@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mobilevit.export.deployed import NOTHING, Target
+
 TIMED_SECONDS = 0.5
-Run = Callable[[np.ndarray], np.ndarray]
+Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+"""An artifact in its runtime: an input -> its outputs, in the order of `Target.outputs`."""
+LEAST_SCORE = 1e-4  # differences of smaller ones mean nothing
+LEAST_IOU = 0.9  # of two boxes that are the same one
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How far an artifact agrees with torch.
 
-    `error` is the largest difference of a logit, in standard deviations of torch's logits; `top1` the share of pictures
-    with the same answer; `latency_ms` the median time of a batch.
+    `error` is the largest difference of a number, in standard deviations of torch's numbers of the same output; scores
+    are compared by their logarithms. `same` is the share of answers that are the same, `answers` of them, which are
+    `kind`: of pictures; of pixels; of anchors that either side sees something in; of boxes that either side found.
+    `latency_ms` is the median time of a batch.
     """
 
     num_pictures: int
     error: float
-    top1: float
+    same: float
+    answers: int
+    kind: str
     latency_ms: float
 
 
-def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], batch_size: int) -> Agreement:
-    """Put `inputs`, (1, ...) each, through `network` and, `batch_size` at a time, through `run`."""
-    missing = -len(inputs) % batch_size
-    filled = [*inputs, *(inputs[i % len(inputs)] for i in range(missing))]
-    batches = [torch.cat(filled[i : i + batch_size]) for i in range(0, len(filled), batch_size)]
-    with torch.inference_mode():
-        expected = torch.cat([network(batch) for batch in batches]).float().numpy()
-    found = np.concatenate([run(batch.numpy()) for batch in batches]).astype(np.float32)
-    assert found.shape == expected.shape, f"the artifact answers {found.shape}, torch {expected.shape}"
+def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Target) -> Agreement:
+    """Put `inputs`, (1, ...) each, through `network` and, a batch at a time, through `run`; `target` names the outputs.
+
+    Raises:
+        ValueError: a detector that finds nothing on any of the inputs, so that there is nothing to compare.
+    """
+    batches = list(filled_batches(inputs, target.batch_size))
+    tally = Tally(target.outputs)
+    missing = len(inputs)
+    for batch in batches:
+        with torch.inference_mode():
+            expected = as_arrays(network(batch))
+        tally.add(expected, run(batch.numpy()), min(missing, len(batch)))
+        missing -= len(batch)
+    if not tally.num_answers:
+        raise ValueError(
+            f"torch finds nothing on any of the {len(inputs)} pictures, so nothing can be compared; give pictures "
+            "(--pictures) with something to detect"
+        )
     example = batches[0].numpy()
     times_ms = []
     while not times_ms or sum(times_ms) < 1e3 * TIMED_SECONDS:
@@ -45,10 +65,151 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], batch_size: 
         times_ms.append(1e3 * (time.perf_counter() - started))
     return Agreement(
         num_pictures=len(inputs),
-        error=float(np.abs(found - expected).max() / expected.std()),
-        top1=float((found.argmax(1) == expected.argmax(1))[: len(inputs)].mean()),
+        error=tally.error,
+        same=tally.num_same / tally.num_answers,
+        answers=tally.num_answers,
+        kind=tally.kind,
         latency_ms=float(np.median(times_ms)),
     )
+
+
+def as_arrays(outputs: Tensor | tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
+    """What a network gives, as an artifact would."""
+    return tuple(x.numpy() for x in ([outputs] if isinstance(outputs, Tensor) else outputs))
+
+
+def filled_batches(inputs: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """All of `inputs`, (1, ...) each, in batches of one size, the last one filled up from the start."""
+    for start in range(0, len(inputs), batch_size):
+        yield torch.cat([inputs[(start + i) % len(inputs)] for i in range(batch_size)])
+
+
+@dataclass
+class Spread:
+    """Differences of one output, and how widely its numbers are spread, gathered piece by piece."""
+
+    largest: float = 0.0
+    count: int = 0
+    total: float = 0.0
+    total_squares: float = 0.0
+    squared_error: float = 0.0
+
+    def add(self, differences: np.ndarray, numbers: np.ndarray) -> None:
+        """Some more, the differences from `numbers` among them."""
+        if differences.size:
+            # Not max(): that would forget what is not a number.
+            self.largest = float(np.maximum(self.largest, np.abs(differences).max()))
+            self.squared_error += float(np.square(differences, dtype=np.float64).sum())
+        self.count += numbers.size
+        self.total += float(numbers.sum(dtype=np.float64))
+        self.total_squares += float(np.square(numbers, dtype=np.float64).sum())
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation."""
+        mean = self.total / self.count
+        return max(0.0, self.total_squares / self.count - mean * mean) ** 0.5
+
+    @property
+    def error(self) -> float:
+        """The largest difference in standard deviations."""
+        return self.largest / (self.deviation or math.nan) if self.largest else 0.0
+
+    @property
+    def mean_error(self) -> float:
+        """The root mean square of the differences in standard deviations."""
+        return (self.squared_error / self.count) ** 0.5 / (self.deviation or math.nan) if self.largest else 0.0
+
+
+class Tally:
+    """What is gathered while outputs of the names of `Target.outputs` are compared, batch by batch."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.spreads = {name: Spread() for name in self.names}
+        self.num_same = self.num_answers = 0
+        self.kind = "boxes" if "labels" in names else "anchors" if "boxes" in names else "pixels"
+
+    @property
+    def error(self) -> float:
+        """See `Agreement`. Of classes, which are no numbers, it is the share of those that differ."""
+        if self.names == ("classes",):
+            return 1 - self.num_same / self.num_answers
+        return max((spread.error for spread in self.spreads.values() if spread.count), key=_nan_last)
+
+    @property
+    def mean_error(self) -> float:
+        """The root mean square of the differences instead of the largest; the worst of the outputs."""
+        return max((spread.mean_error for spread in self.spreads.values() if spread.count), key=_nan_last)
+
+    def add(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray], number: int) -> None:
+        """The outputs for a batch, whose first `number` pictures have not been seen yet."""
+        shapes = [x.shape for x in found], [x.shape for x in expected]
+        assert shapes[0] == shapes[1], f"the artifact answers {shapes[0]}, torch {shapes[1]}"
+        theirs, ours = (dict(zip(self.names, (x[:number] for x in side), strict=True)) for side in (expected, found))
+        if "labels" in theirs:
+            for i in range(len(theirs["labels"])):
+                self._add_found(*({name: side[name][i] for name in self.names} for side in (theirs, ours)))
+        elif "boxes" in theirs:
+            self._add_numbers("boxes", ours["boxes"], theirs["boxes"])
+            self._add_scores(ours["scores"], theirs["scores"])
+            self._add_answers(*_seen(ours["scores"], theirs["scores"]))
+        elif "classes" in theirs:
+            self._add_answers(ours["classes"], theirs["classes"])
+        else:
+            self.kind = "pictures" if theirs["logits"].ndim == 2 else "pixels"
+            self._add_numbers("logits", ours["logits"], theirs["logits"])
+            self._add_answers(ours["logits"].argmax(1), theirs["logits"].argmax(1))
+
+    def _add_found(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
+        """Of one picture the boxes that were found, matched best first."""
+        (theirs, ours), pairs = (np.flatnonzero(side["labels"] != NOTHING) for side in (expected, found)), []
+        left = list(ours)
+        for i in theirs:
+            alike = [j for j in left if found["labels"][j] == expected["labels"][i]]
+            overlaps = [_iou(found["boxes"][j], expected["boxes"][i]) for j in alike]
+            if overlaps and max(overlaps) >= LEAST_IOU:
+                pairs.append((i, alike[int(np.argmax(overlaps))]))
+                left.remove(pairs[-1][1])
+        of_theirs, of_ours = ([pair[side] for pair in pairs] for side in (0, 1))
+        self._add_numbers("boxes", found["boxes"][of_ours], expected["boxes"][of_theirs])
+        self._add_scores(found["scores"][of_ours], expected["scores"][of_theirs])
+        self.num_same += len(pairs)
+        self.num_answers += max(len(theirs), len(ours))
+
+    def _add_answers(self, found: np.ndarray, expected: np.ndarray) -> None:
+        self.num_same += int((found == expected).sum())
+        self.num_answers += expected.size
+
+    def _add_numbers(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
+        self.spreads[name].add(found.astype(np.float32) - expected, expected)
+
+    def _add_scores(self, found: np.ndarray, expected: np.ndarray) -> None:
+        # Nearly all are nearly 0, so that their deviation says nothing; their logarithms are spread as the logits are.
+        differences = np.log(found.astype(np.float32) + LEAST_SCORE) - np.log(expected + LEAST_SCORE)
+        self.spreads["scores"].add(differences, np.log(np.maximum(expected, np.finfo(np.float32).tiny)))
+
+
+def _nan_last(x: float) -> float:
+    return math.inf if math.isnan(x) else x
+
+
+def _seen(found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of the anchors in which either side sees more than background; of all, where there are none."""
+    is_object = [side.max(-1) > 1 - side.sum(-1) for side in (found, expected)]
+    seen = is_object[0] | is_object[1]
+    if not seen.any():
+        return found.argmax(-1), expected.argmax(-1)
+    classes = [
+        np.where(sees, side.argmax(-1), NOTHING) for sees, side in zip(is_object, (found, expected), strict=True)
+    ]
+    return classes[0][seen], classes[1][seen]
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    """How much of what two boxes cover together both of them cover."""
+    shared = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
+    return float(shared / max(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared, 1e-12))
 
 
 def speed_ratio(run: Run, other: Run, example: np.ndarray, num_rounds: int = 21) -> float:

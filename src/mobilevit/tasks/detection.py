@@ -107,7 +107,7 @@ class Detections:
         order = [one for share, *_, one in sorted(shares, key=lambda x: x[:3]) if not math.isnan(share)]
         worst = order[:NUM_SHOWN]
         best = sorted(order[len(worst) :], key=lambda one: (-_share_right(one), -len(one.truth.boxes.labels)))
-        none = "<p>No pictures with boxes to show.</p>"
+        none = "<p>No more pictures with boxes.</p>"
         return [
             ("Average precision", table(("Boxes that count", "%"), self._rows())),
             ("Precision and recall", curves_html(self.curves(), names)),

@@ -241,6 +241,7 @@ def _train(
     # --- Epochs ------------------------------------------------------------------------------------------------------
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
     bar_of_run = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
+    main_metric = ""
     # Where to look at the loss means to wait for the device, that is done for several steps together.
     look_every = 1 if device.type == "cpu" else 10
     with _StopOnSignal() as stop, bar_of_run as progress:
@@ -362,6 +363,7 @@ def _train(
                 say(f"cannot be read, left out of validation: {', '.join(val_unreadable)}")
             _to_training(model, recipe)
             results, raw = evaluated["average"], evaluated["raw"].metrics()
+            main_metric = results.main_metric
             metrics = results.metrics()
             averaged = average.model.state_dict().values()
             if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
@@ -410,7 +412,7 @@ def _train(
                 )
             keep()
             kept_at = time.perf_counter()
-    return Run(out / "model.safetensors", position.history, results.main_metric)
+    return Run(out / "model.safetensors", position.history, main_metric)
 
 
 @dataclass

@@ -1,0 +1,201 @@
+"""What to look at of a comparison: a table in the terminal; Markdown, CSV, JSON and figures in a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mobilevit.benchmark.profile import MIB
+from mobilevit.compare.claims import sentence
+
+Report = Mapping[str, Any]
+TITLES = {"torch": "torch", "onnx": "ONNX Runtime"}
+NOTES = (
+    "Top-1 and published parameters: the MobileViT paper's where its figure, table or text is named as the source.",
+    "Best weights: the highest top-1 of trained weights of the same network in a library.",
+    "GMACs: with / without the products of attention. Activations: the peak of inference, for one picture in float32.",
+    "Times: median (10th - 90th percentile). Ratio: the time divided by the named MobileViT's in the same round.",
+)
+
+
+def table(report: Report) -> Any:
+    """A report of `compare` to print with rich."""
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    first, *others = columns(report)
+    result = Table(
+        first[0],
+        *(Column(heading, justify="right") for heading, _ in others),
+        box=SIMPLE,
+        title=circumstances(report),
+        title_justify="left",
+        caption="\n".join(NOTES),
+        caption_justify="left",
+        caption_style="",
+    )
+    for cells in zip(*(cells for _, cells in (first, *others)), strict=True):
+        result.add_row(*cells)
+    return result
+
+
+def findings(report: Report) -> list[str]:
+    """The claims and the notes, a line each."""
+    return [*(sentence(claim) for claim in report["claims"]), *_speed_lines(report), *report["notes"]]
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write table.md, table.csv, table.json and the figures into `folder`; their paths."""
+    from mobilevit.compare.figures import accuracy_against_latency, accuracy_against_parameters
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = report["rows"]
+    figures = {
+        f"accuracy_parameters_{family}.png": accuracy_against_parameters(rows, family)
+        for family in ("cnn", "vit")
+        if any(row["family"] == family for row in rows)
+    }
+    for runtime, batch_size in _timed(report):
+        figure = accuracy_against_latency(report, runtime, batch_size)
+        figures[f"accuracy_latency_{runtime}_b{batch_size}.png"] = figure
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    (folder / "table.json").write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(markdown(report, list(figures)), encoding="utf-8")
+    flat = [_flat(row, report) for row in rows]
+    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+        writer.writeheader()
+        writer.writerows(flat)
+    return [folder / name for name in ("table.md", "table.csv", "table.json", *figures)]
+
+
+def circumstances(report: Report) -> str:
+    """When and where it was, in a line."""
+    text = f"{report['date']}, {report['processor']}"
+    if report["device"] != "cpu":
+        text += f", {report['device']}"
+    if report["num_rounds"]:
+        text += f", {report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
+        text += f", {report['num_rounds']} rounds, load average {report['load_average']}"
+    return text
+
+
+def columns(report: Report) -> list[tuple[str, list[str]]]:
+    """Headings and cells of the table."""
+    rows = report["rows"]
+    result = [
+        ("system", [row["name"] for row in rows]),
+        ("px", [str(row["size_px"]) for row in rows]),
+        (
+            "M parameters (published)",
+            [f"{row['num_parameters'] / 1e6:.2f} ({row['published_parameters'] / 1e6:.1f})" for row in rows],
+        ),
+        ("GMACs", [f"{row['num_macs'] / 1e9:.3f} / {row['num_macs_without_attention'] / 1e9:.3f}" for row in rows]),
+        ("activations MiB", [f"{row['activation_bytes'] / MIB:.1f}" for row in rows]),
+        ("top-1", [f"{row['published_top1']:.1f}" for row in rows]),
+        ("augmentation", [row["augmentation"] or "-" for row in rows]),
+        ("source", [row["source"] for row in rows]),
+        ("best weights", [f"{_best(row)['top1']:.2f}" if row["library_weights"] else "-" for row in rows]),
+    ]
+    for runtime, batch_size in _timed(report):
+        timings = [_timing(row, runtime, batch_size) for row in rows]
+        where = f"{TITLES[runtime]}, batch {batch_size}"
+        result += [
+            (f"{where}: ms", [_spread(timing["latency_ms"]) if timing else "-" for timing in timings]),
+            ("pictures/s", [f"{timing['pictures_per_second']:.1f}" if timing else "-" for timing in timings]),
+            (
+                "ratio",
+                [
+                    f"{_spread(timing['ratio'])} {timing['against'].removeprefix('mobilevit-').upper()}"
+                    if timing and timing["against"]
+                    else "-"
+                    for timing in timings
+                ],
+            ),
+        ]
+    return result
+
+
+def markdown(report: Report, figures: list[str]) -> str:
+    """Everything of a report, with the figures that lie beside it."""
+    text = ["# MobileViT and what it was compared with", circumstances(report), _grid(columns(report)), *NOTES]
+    if report["claims"]:
+        text += ["## Claims of the paper", "\n".join(f"- {sentence(claim)}" for claim in report["claims"])]
+    if report["speeds"]:
+        text += ["## Time beside the paper's", "\n".join(f"- {line}" for line in _speed_lines(report))]
+    for task, title, metric in (
+        ("detection", "Detection: COCO, SSDLite at 320 px (VGG: SSD300)", "mAP"),
+        ("segmentation", "Segmentation: PASCAL VOC, DeepLabv3", "mIoU"),
+    ):
+        rows = report["dense"][task]
+        cells = [
+            ("backbone", [row["backbone"] for row in rows]),
+            ("M parameters, published", [f"{row['published_parameters'] / 1e6:.1f}" for row in rows]),
+            ("counted", [f"{row['num_parameters'] / 1e6:.2f}" if row["num_parameters"] else "-" for row in rows]),
+            (f"{metric}, published", [f"{row['published']:.1f}" for row in rows]),
+        ]
+        text += [f"## {title}", _grid(cells)]
+    weights = [(row["name"], found) for row in report["rows"] for found in row["library_weights"]]
+    if weights:
+        cells = [
+            ("system", [name for name, _ in weights]),
+            ("weights", [found["id"] for _, found in weights]),
+            ("top-1 by the library", [f"{found['top1']:.2f}" for _, found in weights]),
+        ]
+        text += ["## Trained weights in the libraries", _grid(cells)]
+    if report["notes"]:
+        text += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
+    text += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures]
+    versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items())
+    return "\n\n".join([*text, f"Versions: {versions}."]) + "\n"
+
+
+def _grid(cells: list[tuple[str, list[str]]]) -> str:
+    lines = [[heading for heading, _ in cells], ["---"] + ["---:"] * (len(cells) - 1)]
+    lines += [list(row) for row in zip(*(column for _, column in cells), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _flat(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """A line of the CSV: the row's plain values, the best weights, and the times in columns of their own."""
+    best = _best(row) if row["library_weights"] else {"id": None, "top1": None}
+    line = {key: value for key, value in row.items() if key not in ("library_weights", "timings")}
+    line |= {"best_weights": best["id"], "best_weights_top1": best["top1"]}
+    for runtime, batch_size in _timed(report):
+        timing = _timing(row, runtime, batch_size) or {}
+        for key in ("latency_ms", "ratio"):
+            found = timing.get(key) or {}
+            line |= {f"{runtime}_b{batch_size}_{key}_{q}": found.get(q) for q in ("median", "p10", "p90")}
+        for key in ("pictures_per_second", "against"):
+            line[f"{runtime}_b{batch_size}_{key}"] = timing.get(key)
+    return line
+
+
+def _speed_lines(report: Report) -> list[str]:
+    return [
+        f"{row['other']} takes {row['published_ratio']:.2f} times as long as {row['ours']} on an iPhone 12's CPU, as "
+        f"published; here {row['ratio']:.2f} times ({TITLES[row['runtime']]}, batch {row['batch_size']})"
+        for row in report["speeds"]
+    ]
+
+
+def _timed(report: Report) -> list[tuple[str, int]]:
+    """The runtimes and batch sizes that were timed."""
+    timings = [timing for row in report["rows"] for timing in row["timings"]]
+    return list(dict.fromkeys((timing["runtime"], timing["batch_size"]) for timing in timings))
+
+
+def _timing(row: Mapping[str, Any], runtime: str, batch_size: int) -> Mapping[str, Any] | None:
+    return next((t for t in row["timings"] if (t["runtime"], t["batch_size"]) == (runtime, batch_size)), None)
+
+
+def _best(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return max(row["library_weights"], key=lambda weights: weights["top1"])
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['p10']:.2f} - {values['p90']:.2f})"

@@ -1,0 +1,308 @@
+"""Detection and segmentation through every runtime that runs here: what torch says, as outputs and as answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mobilevit.export
+from conftest import randomise
+from mobilevit.export import Artifact, Precision, Target, export, load_artifact, read_metadata
+from mobilevit.export.deployed import NOTHING, Boxes, Classes, Found, deployed
+from mobilevit.export.verify import Tally, as_arrays, compare, drawn_pictures
+from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
+from mobilevit.models.ssdlite import MAX_GROWTH, SIZE_VARIANCE, SSDLite, decode, detect
+from mobilevit.models.weights import Weights
+from mobilevit.pictures import Preprocessing
+from mobilevit.tasks.detection import MAX_PER_PICTURE, SCORE_THRESHOLD
+
+PREPROCESSING = Preprocessing((64, 64), 64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+SIZES = [(64, 64), (75, 98)]
+PICTURES = drawn_pictures(6, (80, 90))
+
+
+@pytest.fixture(scope="module")
+def detector() -> Weights:
+    model = randomise(SSDLite("xxs", 7))
+    return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcdefg"), task="detect")
+
+
+def segmentation(head: DeepLabHead = PAPER_HEAD, output_stride: int = 16) -> Weights:
+    model = randomise(DeepLabV3("xxs", 5, output_stride, head))
+    options = {"output_stride": output_stride, "task": "segment", "head": head}
+    return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcde"), **options)
+
+
+@pytest.fixture(scope="module")
+def weights(detector: Weights) -> dict[str, Weights]:
+    return {"detect": detector, "segment": segmentation()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands behind the network
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_are_those_of_decode(detector: Weights, size: tuple[int, int]):
+    network = detector.build(SSDLite).double()
+    anchors = network.anchors(*size).double()
+    x = torch.rand(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        logits, locations = network(x)
+        locations = locations * 5  # some beyond what is let grow
+        assert (SIZE_VARIANCE * locations[..., 2:] > MAX_GROWTH).any()
+        boxes, scores = Boxes(anchors)((logits, locations))
+    assert (boxes - decode(locations, anchors)).abs().max() < 1e-12
+    torch.testing.assert_close(scores, logits.softmax(-1)[..., 1:])
+
+
+def test_found_is_what_detect_finds_filled_up(detector: Weights):
+    network = detector.build(SSDLite)
+    anchors = network.anchors(64, 64)
+    with torch.no_grad():
+        logits, locations = network(torch.rand(2, 3, 64, 64))
+        logits[1, 5:, 1:] = -20  # nearly nothing in the second picture
+        boxes, scores, labels = Found(Boxes(anchors))((logits, locations))
+        options = {"score_threshold": SCORE_THRESHOLD, "max_per_picture": MAX_PER_PICTURE}
+        expected = detect(logits, locations, anchors, **options)
+    assert (boxes.shape, scores.shape, labels.shape) == ((2, 100, 4), (2, 100), (2, 100))
+    assert labels.dtype == torch.int32
+    assert 0 < len(expected[1].scores) < 100
+    for i, one in enumerate(expected):
+        n = len(one.scores)
+        torch.testing.assert_close(boxes[i, :n], one.boxes)
+        torch.testing.assert_close(scores[i, :n], one.scores)
+        assert labels[i, :n].tolist() == one.labels.tolist()
+        assert (labels[i, n:] == NOTHING).all()
+        assert not scores[i, n:].any()
+
+
+def test_the_nms_of_the_documentation(detector: Weights):
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def find(" in block]
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    network = detector.build(SSDLite)
+    anchors = network.anchors(75, 98)
+    with torch.no_grad():
+        outputs = network(torch.rand(1, 3, 75, 98))
+        boxes, scores = Boxes(anchors)(outputs)
+        class_logits, locations = outputs
+        [expected] = detect(class_logits, locations, anchors, score_threshold=0.3, max_per_picture=1000)
+    found = namespace["find"](boxes[0].tolist(), scores[0].tolist())
+    assert len(found) == len(expected.labels) > 20
+    assert [label for label, _, _ in found] == expected.labels.tolist()
+    torch.testing.assert_close(torch.tensor([box for _, _, box in found]), expected.boxes)
+
+
+def test_classes():
+    logits = torch.rand(2, 5, 8, 9)
+    classes = Classes()(logits)
+    assert (classes.shape, classes.dtype) == ((2, 8, 9), torch.int32)
+    assert torch.equal(logits.gather(1, classes.long()[:, None])[:, 0], logits.amax(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How two sides are compared
+
+
+def found(boxes: list, scores: list, labels: list) -> tuple[np.ndarray, ...]:
+    return np.array([boxes], np.float32), np.array([scores], np.float32), np.array([labels], np.int32)
+
+
+def test_boxes_are_matched_whatever_the_order_of_equals():
+    a, b, c = (0, 0, 0.5, 0.5), (0.2, 0.2, 0.9, 0.9), (0.6, 0.1, 0.8, 0.4)
+    names = ("boxes", "scores", "labels")
+    theirs = found([a, b, c, (0,) * 4], [0.9, 0.5, 0.5, 0], [1, 2, 2, NOTHING])
+    same, other, missing = Tally(names), Tally(names), Tally(names)
+    same.add(theirs, found([a, c, b, (0,) * 4], [0.9, 0.5, 0.5, 0], [1, 2, 2, NOTHING]), 1)
+    assert (same.num_same, same.num_answers, same.error, same.kind) == (3, 3, 0, "boxes")
+    other.add(theirs, found([a, b, c, (0,) * 4], [0.9, 0.5, 0.4, 0], [1, 1, 2, NOTHING]), 1)
+    assert (other.num_same, other.num_answers) == (2, 3)
+    assert other.error > 0.1  # of the score 0.4
+    missing.add(theirs, found([a, a, b, c], [0.9, 0.8, 0.5, 0.5], [1, 1, 2, 2]), 1)
+    assert (missing.num_same, missing.num_answers) == (3, 4)
+
+
+def test_nothing_found_is_nothing_compared(detector: Weights):
+    target = Target("fp32", 64, 64, task="detect", answers=True)
+    nothing = found([(0,) * 4], [0], [NOTHING])
+    network = torch.nn.Identity()
+    network.forward = lambda x: tuple(map(torch.from_numpy, nothing))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"torch finds nothing on any of the 1 pictures, .*--pictures"):
+        compare(network, lambda x: nothing, [torch.zeros(1, 3, 64, 64)], target)
+
+
+def test_anchors_are_those_that_see_something():
+    def outputs(*scores: tuple[float, float]) -> tuple[np.ndarray, ...]:
+        return np.zeros((1, len(scores), 4), np.float32) + np.arange(4), np.array([scores], np.float32)
+
+    tally = Tally(("boxes", "scores"))
+    # The same; another class; lost; found; background on both sides, which does not count
+    theirs = outputs((0.9, 0.05), (0.8, 0.1), (0.6, 0.1), (0.1, 0.1), (0.2, 0.1))
+    ours = outputs((0.8, 0.15), (0.1, 0.8), (0.3, 0.1), (0.6, 0.1), (0.1, 0.2))
+    tally.add(theirs, ours, 1)
+    assert (tally.num_same, tally.num_answers, tally.kind) == (1, 4, "anchors")
+    nothing = Tally(("boxes", "scores"))  # all of them count where none sees anything
+    nothing.add(outputs((0.1, 0.2), (0.2, 0.1)), outputs((0.1, 0.2), (0.1, 0.2)), 1)
+    assert (nothing.num_same, nothing.num_answers) == (1, 2)
+
+
+def test_classes_that_differ_are_the_error():
+    tally = Tally(("classes",))
+    expected = np.zeros((2, 10, 10), np.int32)
+    other = expected.copy()
+    other[0, 0, :3] = 1
+    tally.add([expected], [other], 2)
+    assert tally.error == pytest.approx(3 / 200)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through the runtimes
+
+
+def made(weights: Weights, backend: str, out: Path, **options) -> Artifact:
+    [artifact] = export(weights, [backend], out, pictures=PICTURES, num_threads=1, source="here", **options)
+    return artifact
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "executorch"])
+def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path: Path):
+    size = SIZES[task == "detect"]
+    uint8 = backend != "executorch"  # which turns and widens pixels outside its delegate
+    artifact = made(weights[task], backend, tmp_path, size=size, uint8=uint8)
+    assert artifact.agreement is not None
+    assert artifact.agreement.error < 1e-4
+    assert artifact.agreement.same > 0.999
+    assert artifact.agreement.answers > 500
+    assert artifact.path.stem == f"mobilevit_xxs_{task}_{size[0]}x{size[1]}_fp32{'_uint8' * uint8}"
+    assert artifact.operators.outside == ()
+    if backend == "executorch":
+        assert artifact.operators.num_operators == 1
+    metadata = read_metadata(artifact.path)
+    assert metadata["task"] == task
+    assert metadata["outputs"] == {"detect": "boxes scores", "segment": "logits"}[task]
+    assert json.loads(metadata["class_names"]) == list(weights[task].class_names)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_found_in_a_batch(weights: dict[str, Weights], backend: str, tmp_path: Path):
+    artifact = made(weights["detect"], backend, tmp_path, size=SIZES[1], answers=True, batch_size=2, dynamic_batch=True)
+    assert artifact.agreement is not None
+    assert (artifact.agreement.kind, artifact.agreement.answers) == ("boxes", 600)
+    assert artifact.agreement.error < 1e-3
+    assert artifact.agreement.same > 0.99
+    assert artifact.path.stem == "mobilevit_xxs_detect_75x98_fp32_answers"
+    run = load_artifact(artifact.path)
+    network = deployed(weights["detect"], artifact.target)
+    x = torch.rand(3, 3, *SIZES[1])
+    outputs = run(x.numpy())
+    assert [(y.shape, y.dtype.name) for y in outputs] == [
+        ((3, 100, 4), "float32"),
+        ((3, 100), "float32"),
+        ((3, 100), "int32"),
+    ]
+    assert (np.diff(outputs[1], axis=1) <= 0).all()  # best first
+    tally = Tally(artifact.target.outputs)
+    with torch.no_grad():
+        tally.add(as_arrays(network(x)), outputs, 3)
+    assert tally.num_same > 0.99 * tally.num_answers
+    assert json.loads(read_metadata(artifact.path)["nms"])["max_per_picture"] == 100
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_fewer_found_than_there_is_room_for(detector: Weights, backend: str, tmp_path: Path):
+    tensors = {key: tensor.clone() for key, tensor in detector.tensors.items()}
+    for i in range(6):
+        bias = tensors[f"heads.{i}.out.bias"]
+        bias.unflatten(0, (-1, 12))[:, 4] += 11.0  # background, nearly everywhere
+    artifact = made(replace(detector, tensors=tensors), backend, tmp_path, answers=True)
+    assert artifact.agreement is not None
+    assert 0 < artifact.agreement.answers < 590
+    assert artifact.agreement.same > 0.98
+    boxes, scores, labels = load_artifact(artifact.path)(np.zeros((1, 3, 64, 64), np.float32))
+    nothing = labels == NOTHING
+    assert nothing.any()
+    assert (scores[nothing] == 0).all()
+    assert (boxes[nothing] == 0).all()
+    assert (scores[~nothing] > SCORE_THRESHOLD).all()
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "executorch"])
+def test_class_map(weights: dict[str, Weights], backend: str, tmp_path: Path):
+    artifact = made(weights["segment"], backend, tmp_path, size=SIZES[1], answers=True)
+    assert artifact.agreement is not None
+    assert (artifact.agreement.kind, artifact.agreement.answers) == ("pixels", 6 * 75 * 98)
+    assert artifact.agreement.same > 0.999
+    [classes] = load_artifact(artifact.path)(np.zeros((1, 3, *SIZES[1]), np.float32))
+    assert (classes.shape, classes.dtype.name) == ((1, 75, 98), "int32")
+    if backend == "executorch":  # XNNPACK has no argmax
+        assert 0 < len(artifact.operators.outside) < 4
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_segmentation_of_any_size(backend: str, tmp_path: Path):
+    weights = segmentation(LATER_HEAD, output_stride=8)
+    artifact = made(weights, backend, tmp_path, size=(96, 80), dynamic_batch=True, dynamic_size=True)
+    run, network = load_artifact(artifact.path), deployed(weights, artifact.target)
+    for shape in ((1, 3, 65, 130), (2, 3, 128, 96)):
+        x = torch.rand(shape)
+        with torch.no_grad():
+            tally = Tally(artifact.target.outputs)
+            tally.add(as_arrays(network(x)), run(x.numpy()), len(x))
+        assert tally.error < 1e-3
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("onnx", "fp16"), ("onnx", "int8"), ("openvino", "bf16"), ("openvino", "int8"), ("executorch", "int8")],
+)
+def test_lower_precision(
+    weights: dict[str, Weights],
+    backend: str,
+    precision: Precision,
+    task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # The answers of random weights are too close to each other for int8; those of nine in ten pixels stay the same.
+    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.7)
+    artifact = made(weights[task], backend, tmp_path, precision=precision)
+    assert artifact.agreement is not None
+    assert 1e-5 < artifact.agreement.error < {"fp16": 0.05, "bf16": 0.5, "int8": 3}[precision]
+    if precision == "int8":
+        num_bytes = sum(4 * tensor.numel() for tensor in weights[task].tensors.values())
+        path = artifact.path.with_suffix(".bin") if backend == "openvino" else artifact.path
+        assert path.stat().st_size < 0.34 * num_bytes
+    if backend == "executorch":
+        assert artifact.operators.outside == ()
+    if (backend, precision, task) == ("executorch", "int8", "detect"):
+        # The boxes are computed in float: in 8 bits there would be no more than 256 places for them.
+        boxes, _ = load_artifact(artifact.path)(np.random.default_rng(0).random((1, 3, 64, 64), np.float32))
+        assert len(np.unique(boxes)) > 400
+
+
+def test_found_in_int8(weights: dict[str, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.3)
+    for backend in ("onnx", "openvino"):
+        artifact = made(weights["detect"], backend, tmp_path, precision="int8", answers=True)
+        assert artifact.agreement is not None
+        assert artifact.agreement.answers >= 600
+        assert artifact.speed_ratio is not None
+
+
+def test_refused(weights: dict[str, Weights], tmp_path: Path):
+    with pytest.raises(ValueError, match="the anchors of a detector belong to one size; leave out --dynamic-size"):
+        made(weights["detect"], "onnx", tmp_path, size=(96, 96), dynamic_size=True)
+    with pytest.raises(ValueError, match=r"executorch has no NMS; leave out --answers, see docs/export.md"):
+        made(weights["detect"], "executorch", tmp_path, answers=True)
+    assert not list(tmp_path.iterdir())
