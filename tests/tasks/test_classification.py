@@ -168,10 +168,8 @@ def test_evaluation_at_another_size(folder: Path):
     w = weights()  # for 32 px, cut from 36
     larger = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
     expected = [larger.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
-    answers, as_before, with_workers = (
-        cast(Answers, evaluate_weights(w, folder, **options))
-        for options in ({"size_px": 64}, {}, {"size_px": 64, "num_workers": 2})
-    )
+    options: list[dict[str, Any]] = [{"size_px": 64}, {}, {"size_px": 64, "num_workers": 2}]
+    answers, as_before, with_workers = (cast(Answers, evaluate_weights(w, folder, **some)) for some in options)
     assert ["abc"[answer] for answer in answers.answers[:, 0]] == expected
     assert not np.array_equal(answers.losses, as_before.losses)
     np.testing.assert_array_equal(answers.losses, with_workers.losses)
