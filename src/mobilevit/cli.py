@@ -664,8 +664,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Demo:
-    """Try a network in the browser, on picture files, the camera, or drawings: it shows classes, boxes or masks, as the
-    weights can. Or write the page for a website."""
+    """Try a network in the browser, on picture files, the camera or drawings, or write the page for a website."""
 
     weights: SomeWeights
     port: int = 0
@@ -725,9 +724,9 @@ class Compare:
     """MobileViT beside every system that its paper compares it with: size, accuracy, time. The last line is JSON."""
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Systems to show beside MobileViT's three sizes; all unless given, which takes half an hour with the times."""
+    """Systems to show beside MobileViT's three sizes; all unless given, which takes many minutes with the times."""
     time: bool = True
-    """Whether to time them here and now; without, it takes a minute."""
+    """Whether to time them here and now; without, it takes a minute or two."""
     runtime: tuple[Literal["torch", "onnx"], ...] = ()
     """What to time in, always in float32; both unless given, on an accelerator torch."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
