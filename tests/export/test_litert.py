@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from dense import dense_weights
 
 from conftest import randomise
-from mobilevit.benchmark import others
 from mobilevit.cli import main
 from mobilevit.export import Target, export, load_artifact
 from mobilevit.export.deployed import Deployed, deployed
@@ -142,29 +142,28 @@ def test_what_is_no_model_is_refused(litert: ModuleType, tmp_path: Path) -> None
         litert.operators(path)
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
-def test_dense(litert: ModuleType, task: TaskName, tmp_path: Path) -> None:
-    dense = others.random_weights("xxs", task=task, num_classes=5)
-    for size, answers in (((64, 64), False), ((75, 98), task == "segment")):
-        (artifact,) = export(dense, ["litert"], tmp_path, size=size, answers=answers, num_threads=1)
+def test_detector(litert: ModuleType, tmp_path: Path) -> None:
+    dense = dense_weights("detect")
+    for size in ((64, 64), (75, 98)):
+        (artifact,) = export(dense, ["litert"], tmp_path, size=size, num_threads=1)
         assert artifact.agreement is not None
         assert artifact.agreement.error < 1e-3
-        assert answers or artifact.operators.outside == ()
+        # XNNPACK puts together five tensors at most, and a detector has six maps.
+        assert set(artifact.operators.outside) == {"CONCATENATION"}
         (names,) = litert._interpreter(artifact.path, 1).get_signature_list().values()
         assert set(names["outputs"]) == set(artifact.target.outputs)
-    if task == "detect":
-        with pytest.raises(ValueError, match="litert has no NMS"):
-            export(dense, ["litert"], tmp_path, answers=True)
+    with pytest.raises(ValueError, match="litert has no NMS"):
+        export(dense, ["litert"], tmp_path, answers=True)
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_int8(litert: ModuleType, task: TaskName, tmp_path: Path) -> None:
-    dense = others.random_weights("xxs", task=task, num_classes=5)
+    dense = dense_weights(task)
     target = Target("int8", 64, 64, task=task)
     network, path = deployed(dense, target), tmp_path / "model.tflite"
     inputs = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in drawn_pictures(24, (64, 64), seed=1)]
     litert.write(network, target, path, {}, inputs)
-    assert litert.operators(path).outside == ()
+    assert set(litert.operators(path).outside) <= {"CONCATENATION"}
     for found, expected in zip(litert.load(path, 1)(inputs[0].numpy()), as_arrays(network(inputs[0])), strict=True):
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8
 
