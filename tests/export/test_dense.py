@@ -11,33 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense import detector, segmentation
 
 import mobilevit.export
-from conftest import randomise
 from mobilevit.export import Artifact, Precision, Target, export, load_artifact, read_metadata
 from mobilevit.export.deployed import NOTHING, Boxes, Classes, Found, deployed
 from mobilevit.export.verify import Tally, as_arrays, compare, drawn_pictures
-from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
+from mobilevit.models.deeplabv3 import LATER_HEAD
 from mobilevit.models.ssdlite import MAX_GROWTH, SIZE_VARIANCE, SSDLite, decode, detect
 from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
 from mobilevit.tasks.detection import MAX_PER_PICTURE, SCORE_THRESHOLD
 
-PREPROCESSING = Preprocessing((64, 64), 64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 SIZES = [(64, 64), (75, 98)]
 PICTURES = drawn_pictures(6, (80, 90))
 
 
-@pytest.fixture(scope="module")
-def detector() -> Weights:
-    model = randomise(SSDLite("xxs", 7))
-    return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcdefg"), task="detect")
-
-
-def segmentation(head: DeepLabHead = PAPER_HEAD, output_stride: int = 16) -> Weights:
-    model = randomise(DeepLabV3("xxs", 5, output_stride, head))
-    options = {"output_stride": output_stride, "task": "segment", "head": head}
-    return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcde"), **options)
+@pytest.fixture(scope="module", name="detector")
+def the_detector() -> Weights:
+    return detector()
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +116,22 @@ def test_boxes_are_matched_whatever_the_order_of_equals():
     same.add(theirs, found([a, c, b, (0,) * 4], [0.9, 0.5, 0.5, 0], [1, 2, 2, NOTHING]), 1)
     assert (same.num_same, same.num_answers, same.error, same.kind) == (3, 3, 0, "boxes")
     other.add(theirs, found([a, b, c, (0,) * 4], [0.9, 0.5, 0.4, 0], [1, 1, 2, NOTHING]), 1)
-    assert (other.num_same, other.num_answers) == (2, 3)
+    assert (other.num_same, other.num_answers) == (2, 4)  # one is missing, and one too many
     assert other.error > 0.1  # of the score 0.4
     missing.add(theirs, found([a, a, b, c], [0.9, 0.8, 0.5, 0.5], [1, 1, 2, 2]), 1)
     assert (missing.num_same, missing.num_answers) == (3, 4)
+    # What nobody would look at counts nothing, unless there is nothing else
+    for score, counted in ((0.1, (3, 3)), (0.4, (3, 4))):
+        faint = Tally(names)
+        faint.add(theirs, found([a, b, c, a], [0.9, 0.5, 0.5, score], [1, 2, 2, 1]), 1)
+        assert (faint.num_same, faint.num_answers) == counted
+    faint = Tally(names)
+    faint.add(found([a, b], [0.1, 0.1], [0, 1]), found([a, b], [0.1, 0.1], [0, 0]), 1)
+    assert (faint.num_same, faint.num_answers) == (1, 3)
+    # Another candidate around the same thing is the same answer, and no error
+    beside = Tally(names)
+    beside.add(theirs, found([(0, 0, 0.5, 0.4), b, c, (0,) * 4], [0.9, 0.5, 0.5, 0], [1, 2, 2, NOTHING]), 1)
+    assert (beside.num_same, beside.num_answers, beside.error) == (3, 3, 0)
 
 
 def test_nothing_found_is_nothing_compared(detector: Weights):
@@ -140,19 +143,23 @@ def test_nothing_found_is_nothing_compared(detector: Weights):
         compare(network, lambda x: nothing, [torch.zeros(1, 3, 64, 64)], target)
 
 
-def test_anchors_are_those_that_see_something():
+def test_outputs_of_detectors_are_compared_by_what_is_found_in_them():
     def outputs(*scores: tuple[float, float]) -> tuple[np.ndarray, ...]:
-        return np.zeros((1, len(scores), 4), np.float32) + np.arange(4), np.array([scores], np.float32)
+        places = np.arange(len(scores), dtype=np.float32)[:, None] + np.array([0, 0, 0.9, 0.9], np.float32)
+        return places[None], np.array([scores], np.float32)
 
     tally = Tally(("boxes", "scores"))
-    # The same; another class; lost; found; background on both sides, which does not count
-    theirs = outputs((0.9, 0.05), (0.8, 0.1), (0.6, 0.1), (0.1, 0.1), (0.2, 0.1))
-    ours = outputs((0.8, 0.15), (0.1, 0.8), (0.3, 0.1), (0.6, 0.1), (0.1, 0.2))
+    # The same; another class; lost; found; a weaker one that is still found; what nobody would look at
+    theirs = outputs((0.9, 0.05), (0.8, 0.1), (0.6, 0.1), (0.0, 0.1), (0.31, 0.1), (0.2, 0.1))
+    ours = outputs((0.8, 0.15), (0.0, 0.8), (0.0, 0.1), (0.6, 0.1), (0.29, 0.1), (0.0, 0.2))
     tally.add(theirs, ours, 1)
-    assert (tally.num_same, tally.num_answers, tally.kind) == (1, 4, "anchors")
-    nothing = Tally(("boxes", "scores"))  # all of them count where none sees anything
-    nothing.add(outputs((0.1, 0.2), (0.2, 0.1)), outputs((0.1, 0.2), (0.1, 0.2)), 1)
-    assert (nothing.num_same, nothing.num_answers) == (1, 2)
+    assert (tally.num_same, tally.num_answers, tally.kind) == (2, 6, "boxes")
+    # Of boxes that overlap the better one alone
+    overlapping = Tally(("boxes", "scores"))
+    theirs[0][0, 1] = theirs[0][0, 0]
+    theirs[1][0] = (0.9, 0.1), (0.8, 0.1), (0, 0), (0, 0), (0, 0), (0, 0)
+    overlapping.add(theirs, theirs, 1)
+    assert (overlapping.num_same, overlapping.num_answers, overlapping.error) == (1, 1, 0)
 
 
 def test_classes_that_differ_are_the_error():
@@ -182,7 +189,7 @@ def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path:
     assert artifact.agreement is not None
     assert artifact.agreement.error < 1e-4
     assert artifact.agreement.same > 0.999
-    assert artifact.agreement.answers > 500
+    assert artifact.agreement.answers > 100
     assert artifact.path.stem == f"mobilevit_xxs_{task}_{size[0]}x{size[1]}_fp32{'_uint8' * uint8}"
     assert artifact.operators.outside == ()
     if backend == "executorch":
@@ -197,7 +204,7 @@ def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path:
 def test_found_in_a_batch(weights: dict[str, Weights], backend: str, tmp_path: Path):
     artifact = made(weights["detect"], backend, tmp_path, size=SIZES[1], answers=True, batch_size=2, dynamic_batch=True)
     assert artifact.agreement is not None
-    assert (artifact.agreement.kind, artifact.agreement.answers) == ("boxes", 600)
+    assert artifact.agreement.kind == "boxes"
     assert artifact.agreement.error < 1e-3
     assert artifact.agreement.same > 0.99
     assert artifact.path.stem == "mobilevit_xxs_detect_75x98_fp32_answers"
@@ -242,8 +249,10 @@ def test_class_map(weights: dict[str, Weights], backend: str, tmp_path: Path):
     assert artifact.agreement is not None
     assert (artifact.agreement.kind, artifact.agreement.answers) == ("pixels", 6 * 75 * 98)
     assert artifact.agreement.same > 0.999
-    [classes] = load_artifact(artifact.path)(np.zeros((1, 3, *SIZES[1]), np.float32))
+    picture = torch.from_numpy(drawn_pictures(1, SIZES[1])[0]).permute(2, 0, 1)[None]
+    [classes] = load_artifact(artifact.path)(weights["segment"].preprocessing.scale(picture).numpy())
     assert (classes.shape, classes.dtype.name) == ((1, 75, 98), "int32")
+    assert len(np.unique(classes)) > 1
     if backend == "executorch":  # XNNPACK has no argmax
         assert 0 < len(artifact.operators.outside) < 4
 
@@ -274,8 +283,9 @@ def test_lower_precision(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    # The answers of random weights are too close to each other for int8; those of nine in ten pixels stay the same.
-    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.7)
+    # The answers of random weights are too close to each other for int8, and which of many boxes is the best one is
+    # chance: of those of a network trained for 15 epochs all stayed.
+    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.7 if task == "segment" else 0.15)
     artifact = made(weights[task], backend, tmp_path, precision=precision)
     assert artifact.agreement is not None
     assert 1e-5 < artifact.agreement.error < {"fp16": 0.05, "bf16": 0.5, "int8": 3}[precision]
@@ -292,7 +302,7 @@ def test_lower_precision(
 
 
 def test_found_in_int8(weights: dict[str, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.3)
+    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.15)
     for backend in ("onnx", "openvino"):
         artifact = made(weights["detect"], backend, tmp_path, precision="int8", answers=True)
         assert artifact.agreement is not None

@@ -85,7 +85,7 @@ def costs_of_int8(
                     len(names),
                     sum(weight.numel() for weight in weights.values()),
                     tally.mean_error,
-                    tally.num_same / tally.num_answers,
+                    tally.num_same / max(tally.num_answers, 1),
                 )
             )
     return costs

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
-from mobilevit.export.deployed import NOTHING, Target
+from mobilevit.export.deployed import ANSWERS, IOU_THRESHOLD, MAX_PER_PICTURE, NOTHING, SCORE_THRESHOLD, Target
 
 TIMED_SECONDS = 0.5
 Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 """An artifact in its runtime: an input -> its outputs, in the order of `Target.outputs`."""
 LEAST_SCORE = 1e-4  # differences of smaller ones mean nothing
-LEAST_IOU = 0.9  # of two boxes that are the same one
+LEAST_IOU = 0.5  # of two boxes around the same thing
+CLOSE_IOU = 0.9  # of two that are the same box, so that what they differ by is an error and not another candidate
+SHOWN_SCORE = 0.3  # of boxes that anybody would look at
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Agreement:
 
     `error` is the largest difference of a number, in standard deviations of torch's numbers of the same output; scores
     are compared by their logarithms. `same` is the share of answers that are the same, `answers` of them, which are
-    `kind`: of pictures; of pixels; of anchors that either side sees something in; of boxes that either side found.
+    `kind`: of pictures, of pixels, or of boxes that either side would show, or has found where nothing would be shown.
     `latency_ms` is the median time of a batch.
     """
 
@@ -42,7 +45,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
     """Put `inputs`, (1, ...) each, through `network` and, a batch at a time, through `run`; `target` names the outputs.
 
     Raises:
-        ValueError: a detector that finds nothing on any of the inputs, so that there is nothing to compare.
+        ValueError: a detector that finds nothing on any of the inputs, where nothing else could be compared.
     """
     batches = list(filled_batches(inputs, target.batch_size))
     tally = Tally(target.outputs)
@@ -52,7 +55,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
             expected = as_arrays(network(batch))
         tally.add(expected, run(batch.numpy()), min(missing, len(batch)))
         missing -= len(batch)
-    if not tally.num_answers:
+    if not tally.num_answers and (target.answers or target.precision == "int8"):  # elsewhere the numbers are enough
         raise ValueError(
             f"torch finds nothing on any of the {len(inputs)} pictures, so nothing can be compared; give pictures "
             "(--pictures) with something to detect"
@@ -66,7 +69,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
     return Agreement(
         num_pictures=len(inputs),
         error=tally.error,
-        same=tally.num_same / tally.num_answers,
+        same=tally.num_same / tally.num_answers if tally.num_answers else 1.0,
         answers=tally.num_answers,
         kind=tally.kind,
         latency_ms=float(np.median(times_ms)),
@@ -127,20 +130,34 @@ class Tally:
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.spreads = {name: Spread() for name in self.names}
-        self.num_same = self.num_answers = 0
-        self.kind = "boxes" if "labels" in names else "anchors" if "boxes" in names else "pixels"
+        self._counts = [[0, 0], [0, 0]]  # same answers and answers: those that count, and what does where none do
+        self.kind = "boxes" if "boxes" in names else "pixels"
+
+    @property
+    def num_same(self) -> int:
+        """How many answers are the same."""
+        return int(self._counted[0])
+
+    @property
+    def num_answers(self) -> int:
+        """Of how many."""
+        return int(self._counted[1])
+
+    @property
+    def _counted(self) -> list[int]:
+        return self._counts[0] if self._counts[0][1] else self._counts[1]
 
     @property
     def error(self) -> float:
         """See `Agreement`. Of classes, which are no numbers, it is the share of those that differ."""
         if self.names == ("classes",):
             return 1 - self.num_same / self.num_answers
-        return max((spread.error for spread in self.spreads.values() if spread.count), key=_nan_last)
+        return max((spread.error for spread in self.spreads.values() if spread.count), key=_nan_last, default=0.0)
 
     @property
     def mean_error(self) -> float:
         """The root mean square of the differences instead of the largest; the worst of the outputs."""
-        return max((spread.mean_error for spread in self.spreads.values() if spread.count), key=_nan_last)
+        return max((spread.mean_error for spread in self.spreads.values() if spread.count), key=_nan_last, default=0.0)
 
     def add(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray], number: int) -> None:
         """The outputs for a batch, whose first `number` pictures have not been seen yet."""
@@ -149,11 +166,17 @@ class Tally:
         theirs, ours = (dict(zip(self.names, (x[:number] for x in side), strict=True)) for side in (expected, found))
         if "labels" in theirs:
             for i in range(len(theirs["labels"])):
-                self._add_found(*({name: side[name][i] for name in self.names} for side in (theirs, ours)))
+                of_picture = [{name: side[name][i] for name in self.names} for side in (theirs, ours)]
+                pairs = self._count_found(*of_picture)
+                close = [(a, b) for a, b in pairs if _iou(theirs["boxes"][i, a], ours["boxes"][i, b]) >= CLOSE_IOU]
+                a, b = (np.array([pair[side] for pair in close], int) for side in (0, 1))
+                self._add_numbers("boxes", ours["boxes"][i, b], theirs["boxes"][i, a])
+                self._add_scores(ours["scores"][i, b], theirs["scores"][i, a])
         elif "boxes" in theirs:
             self._add_numbers("boxes", ours["boxes"], theirs["boxes"])
             self._add_scores(ours["scores"], theirs["scores"])
-            self._add_answers(*_seen(ours["scores"], theirs["scores"]))
+            for i in range(len(theirs["boxes"])):
+                self._count_found(*(_found(side["boxes"][i], side["scores"][i]) for side in (theirs, ours)))
         elif "classes" in theirs:
             self._add_answers(ours["classes"], theirs["classes"])
         else:
@@ -161,25 +184,30 @@ class Tally:
             self._add_numbers("logits", ours["logits"], theirs["logits"])
             self._add_answers(ours["logits"].argmax(1), theirs["logits"].argmax(1))
 
-    def _add_found(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
-        """Of one picture the boxes that were found, matched best first."""
-        (theirs, ours), pairs = (np.flatnonzero(side["labels"] != NOTHING) for side in (expected, found)), []
-        left = list(ours)
+    def _count_found(
+        self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+    ) -> list[tuple[int, int]]:
+        """Match the boxes that were found in one picture, best first; which belong together."""
+        theirs, ours = (np.flatnonzero(side["labels"] != NOTHING) for side in (expected, found))
+        pairs, left = [], list(ours)
         for i in theirs:
             alike = [j for j in left if found["labels"][j] == expected["labels"][i]]
             overlaps = [_iou(found["boxes"][j], expected["boxes"][i]) for j in alike]
             if overlaps and max(overlaps) >= LEAST_IOU:
                 pairs.append((i, alike[int(np.argmax(overlaps))]))
                 left.remove(pairs[-1][1])
-        of_theirs, of_ours = ([pair[side] for pair in pairs] for side in (0, 1))
-        self._add_numbers("boxes", found["boxes"][of_ours], expected["boxes"][of_theirs])
-        self._add_scores(found["scores"][of_ours], expected["scores"][of_theirs])
-        self.num_same += len(pairs)
-        self.num_answers += max(len(theirs), len(ours))
+        scores = [max(expected["scores"][i], found["scores"][j]) for i, j in pairs]
+        alone = [expected["scores"][i] for i in theirs if i not in [i for i, _ in pairs]]
+        alone += [found["scores"][j] for j in left]
+        for count, least in zip(self._counts, (SHOWN_SCORE, 0), strict=True):
+            num_same = sum(score >= least for score in scores)
+            count[0] += num_same
+            count[1] += num_same + sum(score >= least for score in alone)
+        return pairs
 
     def _add_answers(self, found: np.ndarray, expected: np.ndarray) -> None:
-        self.num_same += int((found == expected).sum())
-        self.num_answers += expected.size
+        self._counts[0][0] += int((found == expected).sum())
+        self._counts[0][1] += expected.size
 
     def _add_numbers(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
         self.spreads[name].add(found.astype(np.float32) - expected, expected)
@@ -194,16 +222,15 @@ def _nan_last(x: float) -> float:
     return math.inf if math.isnan(x) else x
 
 
-def _seen(found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the anchors in which either side sees more than background; of all, where there are none."""
-    is_object = [side.max(-1) > 1 - side.sum(-1) for side in (found, expected)]
-    seen = is_object[0] | is_object[1]
-    if not seen.any():
-        return found.argmax(-1), expected.argmax(-1)
-    classes = [
-        np.where(sees, side.argmax(-1), NOTHING) for sees, side in zip(is_object, (found, expected), strict=True)
-    ]
-    return classes[0][seen], classes[1][seen]
+def _found(boxes: np.ndarray, scores: np.ndarray) -> Mapping[str, np.ndarray]:
+    """What NMS leaves of the outputs for one picture, as an artifact with it inside would answer.
+
+    Anchors are not compared one by one: of the many that an object has, some are always about to change their mind.
+    """
+    of_anchor, labels = np.nonzero(scores > SCORE_THRESHOLD)
+    candidates = (boxes[of_anchor].astype(np.float32), scores[of_anchor, labels].astype(np.float32), labels)
+    kept = batched_nms(*map(torch.from_numpy, candidates), IOU_THRESHOLD)[:MAX_PER_PICTURE].numpy()
+    return dict(zip(ANSWERS["detect"], (values[kept] for values in candidates), strict=True))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
