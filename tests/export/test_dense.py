@@ -150,7 +150,7 @@ def test_outputs_of_detectors_are_compared_by_what_is_found_in_them():
 
     tally = Tally(("boxes", "scores"))
     # The same; another class; lost; found; a weaker one that is still found; what nobody would look at
-    theirs = outputs((0.9, 0.05), (0.8, 0.1), (0.6, 0.1), (0.0, 0.1), (0.31, 0.1), (0.2, 0.1))
+    theirs = outputs((0.9, 0.05), (0.8, 0.0), (0.6, 0.1), (0.0, 0.1), (0.31, 0.1), (0.2, 0.1))
     ours = outputs((0.8, 0.15), (0.0, 0.8), (0.0, 0.1), (0.6, 0.1), (0.29, 0.1), (0.0, 0.2))
     tally.add(theirs, ours, 1)
     assert (tally.num_same, tally.num_answers, tally.kind) == (2, 6, "boxes")

@@ -200,9 +200,9 @@ class Tally:
         alone = [expected["scores"][i] for i in theirs if i not in [i for i, _ in pairs]]
         alone += [found["scores"][j] for j in left]
         for count, least in zip(self._counts, (SHOWN_SCORE, 0), strict=True):
-            num_same = sum(score >= least for score in scores)
+            num_same = sum(bool(score >= least) for score in scores)
             count[0] += num_same
-            count[1] += num_same + sum(score >= least for score in alone)
+            count[1] += num_same + sum(bool(score >= least) for score in alone)
         return pairs
 
     def _add_answers(self, found: np.ndarray, expected: np.ndarray) -> None:
@@ -229,7 +229,8 @@ def _found(boxes: np.ndarray, scores: np.ndarray) -> Mapping[str, np.ndarray]:
     """
     of_anchor, labels = np.nonzero(scores > SCORE_THRESHOLD)
     candidates = (boxes[of_anchor].astype(np.float32), scores[of_anchor, labels].astype(np.float32), labels)
-    kept = batched_nms(*map(torch.from_numpy, candidates), IOU_THRESHOLD)[:MAX_PER_PICTURE].numpy()
+    places, values, classes = map(torch.from_numpy, candidates)
+    kept = batched_nms(places, values, classes, IOU_THRESHOLD)[:MAX_PER_PICTURE].numpy()
     return dict(zip(ANSWERS["detect"], (values[kept] for values in candidates), strict=True))
 
 
