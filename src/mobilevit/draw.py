@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from mobilevit.files import write_whole
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -63,7 +64,7 @@ def draw_boxes(
         _frame(draw, box, colour_of(index), line, picture.size)
     taken: list[Box] = []
     for box, index, label in zip(boxes, class_indices, labels, strict=True):
-        text = _shortened(label, font, picture.width - 2 * padding)
+        text = shortened(label, font, picture.width - 2 * padding)
         width, height = math.ceil(font.getlength(text)) + 2 * padding, ascent + descent + padding
         if not text or height > picture.height:
             continue
@@ -140,17 +141,8 @@ def write_jpeg(picture: Image.Image, path: Path) -> None:
 def _write(image: Image.Image, path: Path, format: str, **options: int) -> None:
     file = io.BytesIO()
     image.save(file, format, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it and then renamed: whoever looks finds the old file or the new one, never half of it.
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Python writes the file, since its errors say what is wrong, a full disk for one; Pillow's do not.
-        aside.write_bytes(file.getvalue())
-        aside.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was wanted, not the one aside
-    finally:
-        aside.unlink(missing_ok=True)
+    # Python writes the file, since its errors say what is wrong, a full disk for one; Pillow's do not.
+    write_whole(path, lambda aside: aside.write_bytes(file.getvalue()), synced=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +202,7 @@ def _metrics(font: ImageFont.FreeTypeFont) -> tuple[int, int]:
     return math.ceil(-top), math.ceil(bottom)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text in one line of letters that the font has, with … for what does not fit; "" where nothing fits."""
     text = "".join(_drawable(character) for character in " ".join(text.split()))
     if font.getlength(text) <= width:
@@ -267,7 +259,7 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) ->
     x, y = gap, picture.height + gap
     placed = []
     for colour, text in entries:
-        text = _shortened(text, font, picture.width - ascent - 3 * gap)
+        text = shortened(text, font, picture.width - ascent - 3 * gap)
         width = ascent + gap + math.ceil(font.getlength(text))
         if x > gap and x + width + gap > picture.width:
             x, y = gap, y + row

@@ -271,7 +271,8 @@ def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, flo
 def _highest(maps_CHW: Tensor, size: Size) -> Tensor:
     """Which of these maps, enlarged to `size`, is highest in every pixel, uint8 (height, width)."""
 
-    # Map by map: 21 of them enlarged to a picture of 12 megapixels would be a gigabyte.
+    # Map by map: 21 of them enlarged to a picture of 12 megapixels would be a gigabyte. By the middles of pixels, as
+    # the picture was warped, whatever the head does: `align_corners` is the network's own.
     def enlarge(c: int) -> Tensor:
         return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
 

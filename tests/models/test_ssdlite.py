@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_convert, nms
+from torchvision.ops import batched_nms, box_convert, nms
 
 from conftest import randomise
+from mobilevit.models import ssdlite
 from mobilevit.models.mobilevit import ARCHITECTURES, XXS
-from mobilevit.models.ssdlite import SSDLite, decode, detect, encode
+from mobilevit.models.ssdlite import SeparableConv, SSDLite, decode, detect, encode
 
 SIZES = [(320, 320), (97, 131), (64, 200), (33, 257)]
 
@@ -112,6 +116,33 @@ def test_detect_against_a_loop(max_per_class: int, max_per_picture: int) -> None
         assert torch.equal(one.boxes, torch.stack([boxes[i] for _, _, i in expected]))
 
 
+@pytest.mark.parametrize(("max_per_class", "max_per_picture"), [(200, 10), (3, 300), (7, 30), (200, 700)])
+def test_as_few_candidates_as_fill_the_picture(
+    max_per_class: int, max_per_picture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same boxes whether NMS begins with a few of the best or is given all; no two scores are equal."""
+    class_logits, locations = 0.1 * torch.randn(2, 500, 41), 0.3 * torch.randn(2, 500, 4)
+    anchors = torch.cat((torch.rand(500, 2), 0.1 + 0.1 * torch.rand(500, 2)), dim=1)
+    options = {"score_threshold": 0.01, "max_per_class": max_per_class, "max_per_picture": max_per_picture}
+    found, asked = [], []
+
+    def counted(boxes: Tensor, *more: Any) -> Tensor:
+        asked.append(len(boxes))
+        return batched_nms(boxes, *more)
+
+    monkeypatch.setattr(ssdlite, "batched_nms", counted)
+    for least in (16, 10**6):
+        monkeypatch.setattr(ssdlite, "MIN_CANDIDATES", least)
+        asked.clear()
+        found.append(detect(class_logits, locations, anchors, **options))
+        if max_per_picture <= 30:
+            assert (max(asked) < 2000) == (least == 16)
+    assert len(found[0][0].scores.unique()) == len(found[0][0].scores) == min(max_per_picture, 40 * max_per_class)
+    for few, whole in zip(*found, strict=True):
+        for ours, theirs in zip(few, whole, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_nothing_to_see(model: SSDLite) -> None:
     anchors = model.anchors(64, 64)
     logits = torch.zeros(1, len(anchors), 6)
@@ -141,6 +172,47 @@ def test_other_classes() -> None:
             model.reset_classes(wrong)
         with pytest.raises(ValueError, match=f"num_classes is {wrong}"):
             SSDLite("xxs", num_classes=wrong)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (3, 5)])
+def test_an_extra_layer_in_training(size: tuple[int, int]) -> None:
+    """Against its definition in float64, values and gradients; a map of one column takes another way."""
+    layer = SeparableConv(8, 12).train()
+    x = torch.randn(6, 8, *size)
+    x_double = x.double().requires_grad_()
+    weights = [parameter.detach().double().requires_grad_() for parameter in layer.parameters()]
+    depthwise, scale, shift, pointwise, scale_2, shift_2 = weights
+    y = F.conv2d(x_double, depthwise, stride=2, padding=1, groups=8)
+    y = F.batch_norm(y, None, None, scale, shift, training=True)
+    y = F.batch_norm(F.conv2d(y, pointwise), None, None, scale_2, shift_2, training=True).relu()
+    g = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x_double, *weights), g)
+    x.requires_grad_()
+    found = layer(x)
+    torch.testing.assert_close(found.double(), y, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad(found, (x, *layer.parameters()), g.float()), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
+def soil_memory() -> None:
+    """Leave NaN in the memory that is handed out next: whoever reads what nobody wrote will have it."""
+    for num in (64, 128, 256, 512, 1152, 2048, 4096, 9 * 512):
+        _ = [torch.full((num,), float("nan")) for _ in range(50)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (3, 1)])
+def test_an_extra_layer_in_bfloat16(size: tuple[int, int]) -> None:
+    """The gradients of its weights are those in float32, but for rounding, whatever lay in memory before."""
+    layer = SeparableConv(80, 16).train().to(memory_format=torch.channels_last)
+    weights = (layer.depthwise.conv.weight, layer.pointwise.conv.weight)
+    x = torch.randn(8, 80, *size).to(memory_format=torch.channels_last)
+    expected = torch.autograd.grad(layer(x).square().sum(), weights)
+    for _ in range(10):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+        soil_memory()
+        for ours, theirs in zip(torch.autograd.grad(loss, weights), expected, strict=True):
+            assert (ours - theirs).norm() < 0.2 * theirs.norm()
 
 
 def test_initial_values() -> None:

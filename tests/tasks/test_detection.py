@@ -122,9 +122,10 @@ def test_loss_does_not_depend_on_padding_or_on_who_is_beside():
     torch.testing.assert_close(ssd_loss(logits.repeat(2, 1, 1), locations.repeat(2, 1, 1), anchors, twice), loss)
 
 
-def test_loss_of_the_network_is_finite_and_reaches_every_parameter():
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (97, 33)])
+def test_loss_of_the_network_is_finite_and_reaches_every_parameter(height: int, width: int):
     model = SSDLite("xxs", 3).train()
-    pixels = torch.rand(2, 3, 64, 64)
+    pixels = torch.rand(2, 3, height, width)
     for targets in (random_batch((0, 0)), random_batch((2, 5)), TASK.blank_labels(2, 64)):
         for precision in (False, True):
             model.zero_grad()

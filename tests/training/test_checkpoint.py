@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from mobilevit.models.weights import write_whole
+from mobilevit.files import write_whole
 from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint
 
 FACTS = {"recipe": {"epochs": 3, "optimizer": {"lr": 1e-3, "freeze": "nothing"}}, "data": "1a2b", "weights": "random"}

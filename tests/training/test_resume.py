@@ -4,12 +4,14 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,65 @@ def test_two_processes_compute_what_one_does(two: dict[str, Any], data: Path, tm
             if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
                 theirs = np.frombuffer(two[name][0][key], np.float32)
                 np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def scenes(folder: Path, task: str) -> Path:
+    """Sixteen pictures to train on and six others, with a red or green rectangle each, and its box or mask."""
+    draw = np.random.default_rng(0)
+    for split, num in (("train", 16), ("val", 6)):
+        pictures, boxes = [], []
+        for i in range(num):
+            width, height = 60 + 3 * i, 70 - i
+            pixels, mask = draw.integers(0, 90, (height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+            (left, top), (w, h) = draw.integers(0, 20, 2).tolist(), draw.integers(25, 35, 2).tolist()
+            pixels[top : top + h, left : left + w, i % 2], mask[top : top + h, left : left + w] = 240, 1 + i % 2
+            pictures.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+            where = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0}
+            boxes.append({"id": i + 1, "image_id": i, "category_id": 1 + i % 2, **where})
+            for file, array in ((f"{split}/images/{i}.png", pixels), (f"{split}/masks/{i}.png", mask)):
+                if task == "segment" or array is pixels:
+                    file = folder / (file if task == "segment" else file.replace("images/", ""))
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(array).save(file)
+        if task == "detect":
+            classes = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
+            content = {"images": pictures, "annotations": boxes, "categories": classes}
+            (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+    if task == "segment":
+        (folder / "classes.txt").write_text("nothing\nred\ngreen\n")
+    return folder
+
+
+@pytest.mark.parametrize(("task", "metric"), [("detect", "ap"), ("segment", "miou")])
+def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metric: str, tmp_path: Path):
+    data = scenes(tmp_path / "data", task)
+    recipe = replace(IN_TWO, task=task, data=Data(size_px=64, num_workers=0), optimizer=Optimizer(warmup_steps=1))
+
+    def train_as(rank: int, world: int, port: int, out: Path) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in where.items()})
+        signal.alarm(100)  # where one goes wrong, the other waits for it
+        train(recipe, data, out)
+
+    found = []
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        out = tmp_path / str(world)
+        children = [start(partial(train_as, rank, world, port, out)) for rank in range(world)]
+        assert [end(child) for child in children] == [0] * world
+        found.append(left(out))
+    one, two = found
+    assert len(one["steps"]) == 4
+    for ours, theirs in zip(one["steps"] + one["epochs"], two["steps"] + two["epochs"], strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+    assert one["epochs"][-1][f"raw_{metric}"] > 0
+    assert one["epochs"][-1]["val_num_pictures"] == 6
+    for key, value in one["raw"][0].items():
+        if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
+            theirs = np.frombuffer(two["raw"][0][key], np.float32)
+            np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-3, atol=1e-5, err_msg=key)
 
 
 def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any], data: Path, tmp_path: Path):

@@ -28,6 +28,7 @@ NUM_ANCHORS = tuple(2 + 2 * len(ratios) for ratios in RATIOS)  # in a pixel: two
 MIN_SCALE, MAX_SCALE = 0.1, 1.05  # sides of the smallest square, and of the one that a seventh map would begin with
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # locations are divided by these, so that their size is about 1
 MAX_GROWTH = math.log(1000 / 16)  # of an anchor's side; keeps exp finite (torchvision's bound)
+MIN_CANDIDATES = 1000  # for NMS to begin with, all classes of a picture together
 
 
 class SeparableConv(nn.Module):
@@ -40,7 +41,14 @@ class SeparableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map of half the size, rounded up."""
-        return F.relu(self.pointwise(self.depthwise(x)))
+        if self.training and x.shape[3] == 1:
+            # Either stride leaves one column. With 2, oneDNN's gradient of the weights reads in bfloat16 memory that
+            # nobody wrote (torch 2.15).
+            conv = self.depthwise.conv
+            x = self.depthwise.norm(F.conv2d(x, conv.weight, stride=(2, 1), padding=1, groups=conv.groups))
+        else:
+            x = self.depthwise(x)
+        return F.relu(self.pointwise(x))
 
 
 class MapHead(nn.Module):
@@ -228,9 +236,17 @@ def detect(
     probabilities = class_logits.float().softmax(dim=-1)[..., 1:]
     for scores_AK, boxes_A4 in zip(probabilities, decode(locations.float(), anchors), strict=True):
         of_anchor, labels = (scores_AK > score_threshold).nonzero(as_tuple=True)
-        scores, boxes = scores_AK[of_anchor, labels], boxes_A4[of_anchor]
-        kept = batched_nms(boxes, scores, labels, iou_threshold)  # best first
-        kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_picture]
+        scores, order = scores_AK[of_anchor, labels].sort(descending=True, stable=True)
+        boxes, labels = boxes_A4[of_anchor[order]], labels[order]
+        # A box falls to better ones alone, so what stays of the best few are the first of what stays of all. An
+        # untrained network shows nearly all its anchors in every class: all of them would take a second.
+        num = max(MIN_CANDIDATES, 4 * max_per_picture)
+        while True:
+            kept = batched_nms(boxes[:num], scores[:num], labels[:num], iou_threshold)  # best first
+            kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_picture]
+            if len(kept) == max_per_picture or num >= len(scores):
+                break
+            num *= 4
         found.append(Detections(boxes[kept], scores[kept], labels[kept]))
     return found
 

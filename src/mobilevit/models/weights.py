@@ -24,7 +24,6 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mobilevit.files import write_whole
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, MobileViT, Stage, Transformer
 from mobilevit.models.ssdlite import EXTRA_CHANNELS, HEAD_CHANNELS, NUM_ANCHORS, SSDLite
@@ -44,6 +44,7 @@ Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 TaskName = Literal["classify", "detect", "segment"]
 STEM = "backbone.stem.conv.weight"
+OTHER = "mobilevit.other"  # in the metadata of a file: what it says of a network that is no MobileViT
 # A tensor whose number of rows tells the number of classes.
 CLASSIFIERS: dict[TaskName, str] = {
     "classify": "classifier.weight",
@@ -312,6 +313,9 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
     """
     path = _locate(os.fspath(source), download)
     stored, metadata = _read_tensors(path)
+    if OTHER in metadata:
+        name = _parse_json(path, metadata[OTHER]).get("network")
+        raise WeightsError(f"{path}: weights of {name}, trained to compare with; give weights of MobileViT")
     format, task = _recognise(path, stored)
     described = _describe(path, format, task, stored, metadata)
     head = described.head
@@ -823,36 +827,6 @@ def _check_published(weights: Weights, format: Format) -> None:
             f"{_FORMAT_NAMES[format]} format cannot say that the output stride is {weights.output_stride}; "
             f"write {others}"
         )
-
-
-def write_whole(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        write_to(aside)
-        # mkstemp makes files private; a model file has the permissions of any other new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        aside.chmod(0o666 & ~mask)
-        _sync(aside)
-        aside.replace(path)
-        if os.name == "posix":  # a folder can be opened, and its new entry made to last
-            _sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was wanted, not the one aside
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

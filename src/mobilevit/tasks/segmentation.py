@@ -214,6 +214,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
 def at_size(logits: Tensor, height: int, width: int) -> Tensor:
     """Logits (C, H, W) of the warped picture -> the likeliest classes of the picture itself, (height, width) int64."""
     best = classes = None
+    # Undoes the warp, which goes by the middles of pixels whatever the head does: `align_corners` is the network's own.
     # Some classes at a time: all of them, enlarged to a large photograph, are gigabytes.
     at_once = max(1, MAX_ENLARGED // (height * width))
     for first in range(0, len(logits), at_once):

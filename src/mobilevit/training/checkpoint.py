@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from mobilevit.models.weights import write_whole
+from mobilevit.files import write_whole
 from mobilevit.pictures import first_line
 
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")

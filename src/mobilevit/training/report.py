@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mobilevit.files import write_whole
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.html import NOTHING, STYLE, bar, table
 
@@ -100,14 +100,8 @@ def write_report(
     page = PAGE.format(
         title=escape(title), style=STYLE + PAGE_STYLE, summary=_summary_html(epochs, updates), links=links, body=body
     )
-    # Beside it and then renamed: whoever looks finds the old report or the new one, never half of it.
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # File names that are not UTF-8 come as lone surrogates, which UTF-8 cannot hold.
-        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # File names that are not UTF-8 come as lone surrogates, which UTF-8 cannot hold.
+    write_whole(path, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
