@@ -1,0 +1,119 @@
+"""The figure: its size, and that what is painted lies where it was attended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mobilevit
+from conftest import randomise
+from mobilevit.explain import Explanation
+from mobilevit.explain.draw import (
+    CAPTION_PX,
+    GAP_PX,
+    HEADING_PX,
+    MARGIN_PX,
+    PANEL_PX,
+    WIDTH_PX,
+    draw_figure,
+    in_decades,
+    scaled,
+)
+from mobilevit.models.weights import Weights
+from mobilevit.pictures import Preprocessing
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    model = randomise(mobilevit.MobileViT("xxs", num_classes=3))
+    return Weights(model.architecture, model.state_dict(), Preprocessing(72, 64), class_names=("ant", "bee", "c" * 90))
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def explanation(weights: Weights, photo: Image.Image) -> Explanation:
+    return mobilevit.explain_picture(weights, photo, at=(40, 60), class_name="bee")
+
+
+def test_the_figure_has_three_rows_of_the_size_that_is_seen(explanation: Explanation, photo: Image.Image):
+    figure = draw_figure(explanation)
+    assert figure.size == (WIDTH_PX, MARGIN_PX + 3 * (HEADING_PX + PANEL_PX + CAPTION_PX))
+    wide = replace(explanation, view=replace(explanation.view, box=(0, 0, 140, 70)))
+    assert draw_figure(wide).size == (WIDTH_PX, MARGIN_PX + 3 * (HEADING_PX + PANEL_PX // 2 + CAPTION_PX))
+
+
+def test_light_is_on_the_patch_that_is_attended(explanation: Explanation):
+    """A block of 4 x 4 patches with all of its attention on the one in row 3, column 0."""
+    block = explanation.blocks[0]
+    assert (block.rows, block.columns) == (4, 4)
+    keys = torch.zeros_like(block.keys)
+    keys[:, :, 12] = 1000
+    grey = Image.new("RGB", explanation.picture.size, (90, 90, 90))
+    blocks = (replace(block, queries=torch.ones_like(block.queries), keys=keys), *explanation.blocks[1:])
+    figure = draw_figure(replace(explanation, picture=grey, blocks=blocks))
+    top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
+    for column, share_lit in ((0, 1 / 16), (3, 1 / 64)):
+        left = MARGIN_PX + column * (PANEL_PX + GAP_PX)
+        panel = np.asarray(figure.crop((left, top, left + PANEL_PX, top + PANEL_PX)), float)
+        is_lit = (panel[..., 0] > 200) & (panel[..., 2] < 200)
+        rows, columns = is_lit.nonzero()
+        assert rows.min() > PANEL_PX * 0.7
+        assert columns.max() < PANEL_PX * 0.3
+        # What is smooth is lit in the middle of the patch only; the marked place, white, lies elsewhere.
+        assert is_lit.mean() == pytest.approx(share_lit, rel=0.6)
+
+
+def test_values_are_scaled_by_the_largest():
+    assert scaled(torch.tensor([-1.0, 0.0, 1.0, 4.0])).tolist() == [0, 0, 0.25, 1]
+    assert scaled(torch.zeros(2)).tolist() == [0, 0]
+    decades = in_decades(torch.tensor([0.0, 1e-30, 0.02, 2.0]))
+    assert decades.tolist() == pytest.approx([0, 0.1, 0.5, 1])
+
+
+def test_what_is_written_can_be_opened(weights: Weights, photo: Image.Image, tmp_path: Path):
+    picture = tmp_path / "photo.png"
+    photo.save(picture)
+    made = mobilevit.explain_picture(weights, picture, out=tmp_path / "new" / "figure.PNG")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.PNG"]
+    with Image.open(tmp_path / "new" / "figure.PNG") as figure:
+        figure.load()
+        assert figure.format == "PNG"
+        assert figure.size == draw_figure(made).size
+    assert made.at == (70, 45)
+    assert made.evidence[0].class_name == max(made.evidence, key=lambda e: e.probability).class_name
+    larger = mobilevit.explain_picture(weights, picture, size_px=128)
+    assert (larger.size_px, larger.blocks[0].rows) == (128, 8)
+
+
+def test_mistakes_are_said(weights: Weights, photo: Image.Image, tmp_path: Path):
+    picture = tmp_path / "photo.png"
+    photo.save(picture)
+    before = picture.read_bytes()
+    with pytest.raises(ValueError, match=r"photo.png: is the picture itself"):
+        mobilevit.explain_picture(weights, picture, out=picture)
+    with pytest.raises(ValueError, match=r"x.jpg: ends in .jpg; write a .html or a .png file"):
+        mobilevit.explain_picture(weights, picture, out=tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match=r"class is 'bea', .* near to it are bee"):
+        mobilevit.explain_picture(weights, picture, class_name="bea")
+    with pytest.raises(ValueError, match="size is 31; it must be 32 px or more"):
+        mobilevit.explain_picture(weights, picture, size_px=31)
+    with pytest.raises(
+        ValueError, match="the place is 0 0; of this picture of 140 x 90 px the network sees x from 30 to"
+    ):
+        mobilevit.explain_picture(weights, picture, at=(0, 0))
+    headless = mobilevit.MobileViT("xxs", num_classes=0)
+    nameless = Weights(headless.architecture, headless.state_dict(), Preprocessing(72, 64))
+    with pytest.raises(ValueError, match=r"class is 'ant'; .* these have none"):
+        mobilevit.explain_picture(nameless, picture, class_name="ant")
+    assert mobilevit.explain_picture(nameless, picture).evidence == ()
+    assert picture.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
