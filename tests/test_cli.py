@@ -26,7 +26,7 @@ from mobilevit.predict import Classifier, Detector, Segmenter, load, load_detect
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
 
-COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo", "compare"]
+COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo", "explain", "compare"]
 # Names that look like the markup of a terminal library.
 NAMES = ("[bold]ant[/bold]", ":bee:", "cat [/]")
 PROGRAM = Path(sys.executable).with_name("mobilevit")
@@ -365,6 +365,45 @@ def test_a_picture_that_goes_before_it_is_drawn_on(
     assert {one["image_id"] for one in json.loads((here / "predictions/detections.json").read_text())} == {"d"}
 
 
+@pytest.mark.parametrize(
+    ("number", "said", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_interrupted_detections_are_kept(
+    capsys: pytest.CaptureFixture[str],
+    here: Path,
+    detector: str,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    said: str,
+    code: int,
+):
+    predict, calls = Detector.predict_pixels, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == stop_at:
+            signal.raise_signal(number)
+        return predict(*args)
+
+    monkeypatch.setattr(Detector, "predict_pixels", interrupted)
+    pictures = ("photos/d.jpg", "photos/a.png", "photos/[[]old]/b.png")
+    stop_at = 1
+    assert run("predict", detector, *pictures, "--batch-size", "1") == code
+    assert capsys.readouterr() == ("", f"mobilevit: {said}\n")
+    assert not (here / "predictions").exists()
+    stop_at, calls = 3, []
+    assert run("predict", detector, *pictures, "--batch-size", "1") == code
+    out, err = capsys.readouterr()
+    assert "photos/d.jpg" in out
+    assert "b.png" not in out
+    assert out.endswith("\npredictions: detections.json, and the pictures with their boxes\n")
+    expected = f"{said} after 2 of 3 pictures; missing are photos/[old]/b.png and what comes after it"
+    assert err == f"mobilevit: {expected}\n"
+    assert names(here / "predictions") == {"d_boxes.jpg", "a_boxes.jpg", "detections.json"}
+    written = json.loads((here / "predictions/detections.json").read_text())
+    assert len(written) == sum(map(len, load_detector(detector).predict([here / name for name in pictures[:2]])))
+
+
 def test_results_that_would_be_lost(
     capsys: pytest.CaptureFixture[str], here: Path, weights: str, detector: str, segmenter: str
 ):
@@ -438,6 +477,17 @@ def test_info_of_weights(capsys: pytest.CaptureFixture[str], weights: str):
     assert f"classes: 3 ({', '.join(NAMES)})" in out
     assert "short side to 36 px bilinear, middle 32 px" in out
     assert "MobileViT-XXS, 32 x 32 px" in out
+
+
+def test_info_of_weights_that_see_the_whole_picture(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
+    assert run("info", detector) == 0
+    assert "input: RGB, the whole picture to 64 x 64 px bilinear, / 255" in capsys.readouterr().out
+    assert run("convert", detector, "apple.pt", "--to", "apple") == 0
+    assert run("info", "apple.pt", "--size", "64") == 0
+    assert capsys.readouterr().err == (
+        "mobilevit: apple.pt: says nothing of its input; assumed is what was published: the whole picture to 320 x 320 "
+        "px bilinear, and no class names\n"
+    )
 
 
 def test_mistakes_of_info(capsys: pytest.CaptureFixture[str]):
@@ -830,6 +880,58 @@ def test_mistakes_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, w
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Explain
+
+
+def test_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, segmenter: str):
+    before = names(here)
+    assert run("explain", weights, "photos/a.png", "--at", "10", "20", "--class", ":BEE:", "--out", "why/a.png") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert names(here) - before == {"why/a.png"}
+    first, *_ = load(weights).predict(here / "photos/a.png")
+    rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("%")]
+    assert rows[0][0] == ":bee:"  # the chosen class, then the likeliest
+    assert [*first.class_name.split(), f"{100 * first.probability:.1f}", "%"] in rows
+    assert "Stage 3: depends on 100.0 % of the pixels\n" in out
+    assert re.search(r"^why/a\.png: \d+\.\d MB$", out, re.MULTILINE)
+    assert run("explain", segmenter, "photos/d.jpg", "--size", "96") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("Stage 2: depends on ")  # no classes
+    assert names(here) - before == {"why/a.png", "explanation.html"}
+    assert '"size":96' in (here / "explanation.html").read_text(encoding="utf-8")
+
+
+def test_mistakes_of_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, detector: str):
+    before = names(here)
+    for args, said in {
+        (): "WEIGHTS .* PICTURE",
+        (weights, "missing.png"): "missing.png: no such file",
+        (weights, "photos/c.png"): r"photos/c\.png: damaged picture",
+        (weights, weights): "not a picture",
+        ("missing.safetensors", "photos/a.png"): "missing.safetensors: no such file",
+        (weights, "photos/a.png", "--out", "a.jpg"): r"a\.jpg: ends in \.jpg; write a \.html or a \.png file",
+        (weights, "photos/a.png", "--out", "photos"): "photos: ends in nothing",
+        (weights, "photos/a.png", "--out", "photos/a.png"): r"photos/a\.png: is the picture itself",
+        (weights, "photos/a.png", "--class", "bee"): r"class is 'bee', which none of the 3 .* near to it are :bee:$",
+        (detector, "photos/a.png", "--class", ":bee:"): "class is ':bee:'; .* these are weights to detect",
+        (
+            weights,
+            "photos/a.png",
+            "--at",
+            "33",
+            "0",
+        ): "the place is 33 0; of this picture of 33 x 40 px .* from 2 to 30",
+        (weights, "photos/a.png", "--at", "10"): "--at",
+        (weights, "photos/a.png", "--size", "31"): "size is 31; it must be 32 px or more",
+        (weights, "photos/a.png", "--device", "toaster"): "device 'toaster' cannot be used",
+    }.items():
+        assert re.search(said, mistake(capsys, "explain", *args).rstrip()), args
+    assert names(here) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Compare
 
 
@@ -881,6 +983,53 @@ def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
         ("--baseline", "resnet"): "'resnet'",
         ("--device", "abacus"): "device 'abacus' cannot be used here",
         ("--out", "photos/a.png"): "photos/a.png",
+    }.items():
+        assert re.search(said, mistake(capsys, "compare", *args)), args
+
+
+def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
+    args = ["compare", "--data", "classes", "--only", "deit-84-patch8", "--epochs", "1", "--seeds", "0"]
+    args += ["--batch-size", "4", "--lr", "1e-3", "--no-flip"]
+    assert run(*args, "--size", "32", "--out", "out") == 0
+    out, err = capsys.readouterr()
+    *shown, line = out.splitlines()
+    report = json.loads(line)
+    assert [row["name"] for row in report["rows"]] == ["mobilevit-xxs", "deit-84-patch8"]
+    recipe = report["recipe"]
+    assert (recipe["epochs"], recipe["batch_size"], recipe["optimizer"]["lr"]) == (1, 4, 1e-3)
+    assert (recipe["data"]["size_px"], recipe["data"]["flip"], report["seeds"]) == (32, False, [0])
+    assert (here / "out/table.json").read_text() == f"{line}\n"
+    figures = {"accuracy_parameters.png", "learning_curves.png"}
+    assert {file.name for file in (here / "out").iterdir()} == {"runs", "table.md", "table.csv", "table.json", *figures}
+    assert "deit-84-patch8, seed 0: run 2 of 2" in err
+    assert any(text.endswith("mobilevit-xxs; one seed says nothing about chance") for text in shown)
+    assert run(*args, "--size", "32", "--out", "out") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["rows"] == report["rows"]
+    assert "validation top1" not in err  # what a run says of its epochs
+    # Ours can be used like the weights of any run, those of others are refused by name.
+    assert run("predict", "out/runs/mobilevit-xxs/seed-0/model.safetensors", "photos/a.png") == 0
+    other = "out/runs/deit-84-patch8/seed-0/model.safetensors"
+    assert "weights of deit-84-patch8, trained to compare with" in mistake(capsys, "predict", other, "photos/a.png")
+    assert run(*args, "--size", "52", "--out", "odd") == 1
+    out, err = capsys.readouterr()
+    assert "size_px is 52; deit-84-patch8 takes multiples of 8" in out
+    assert "mobilevit: deit-84-patch8: cannot be built for 52 px and 2 classes" in err
+
+
+def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
+    for args, said in {
+        ("--data", "nowhere"): "nowhere: ",
+        ("--data", "classes", "--only", "deit-84"): "no system 'deit-84'; near are deit-84-patch8",
+        ("--data", "classes", "--epochs", "0"): "epochs is 0; it must be 1 or more",
+        ("--data", "classes", "--lr", "0"): r"optimizer.lr is 0\.0",
+        ("--data", "classes", "--batch-size", "8", "16"): r"batch size is \(8, 16\); with --data give one",
+        ("--data", "classes", "--seeds", "1", "1"): "seeds are 1, 1; give one or more, each of them once",
+        ("--data", "classes", "--runtime", "onnx"): "--runtime is about latencies, and with --data training alone",
+        ("--data", "classes", "--no-time"): "--no-time is about latencies",
+        ("--data", "classes", "--recipe", "abacus"): "'abacus'",
+        ("--epochs", "3"): "--epochs is about training; give --data too",
+        ("--seeds", "3"): "--seeds is about training; give --data too",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args
 

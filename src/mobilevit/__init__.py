@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mobilevit.explain import explain_picture
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
     from mobilevit.pictures import Preprocessing
     from mobilevit.predict import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Public name -> its module, imported when first asked for: `mobilevit --help` must not wait for torch.
 _MODULES = {
+    "explain_picture": "explain",
     "Architecture": "models.mobilevit",
     "Backbone": "models.mobilevit",
     "MobileViT": "models.mobilevit",
@@ -64,6 +66,7 @@ __all__ = [
     "Recipe",
     "S",
     "Segmenter",
+    "explain_picture",
     "load",
     "load_backbone",
     "load_detector",

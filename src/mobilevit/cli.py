@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mobilevit.export import Artifact
     from mobilevit.models.weights import Weights
+    from mobilevit.pictures import Preprocessing
     from mobilevit.predict import Detection, Prediction
 
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
@@ -72,30 +73,42 @@ class Predict:
         self._refuse_options(weights)
         _say_what_is_assumed(self.weights, weights)
         shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[weights.task](self, weights, paths)
-        num_unread = 0
+        num_done = num_unread = 0
+        interrupted: KeyboardInterrupt | None = None
         table = Table("picture", "class", *(Column(name, justify="right") for name in shown.columns), box=SIMPLE)
         console = _stderr()
         quiet = len(paths) < 32 or not console.is_terminal or (self.json and sys.stdout.isatty())
         # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
         with Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress:
-            for path, result in progress.track(shown.results, len(paths), description="predicting"):
-                try:
-                    if isinstance(result, PictureError):
-                        raise result
-                    line, rows = shown.show(path, result)
-                except PictureError as error:  # or the picture has gone before it could be drawn on
-                    num_unread += 1
-                    _complain(str(error))
-                    line, rows = {"error": str(error)}, []
-                if self.json:
-                    print(json.dumps({"picture": str(path), **line}), flush=True)
-                for i, row in enumerate(rows):
-                    table.add_row("" if i else str(path), *row)
+            try:
+                for path, result in progress.track(shown.results, len(paths), description="predicting"):
+                    try:
+                        if isinstance(result, PictureError):
+                            raise result
+                        line, rows = shown.show(path, result)
+                    except PictureError as error:  # or the picture has gone before it could be drawn on
+                        num_unread += 1
+                        _complain(str(error))
+                        line, rows = {"error": str(error)}, []
+                    if self.json:
+                        print(json.dumps({"picture": str(path), **line}), flush=True)
+                    for i, row in enumerate(rows):
+                        table.add_row("" if i else str(path), *row)
+                    num_done += 1
+            except KeyboardInterrupt as interrupt:
+                if not num_done:
+                    raise
+                interrupted = interrupt  # what is done by then is kept and told
         said = shown.close()
         if not self.json and table.row_count:
             _stdout().print(table)
             if said:
                 print(said)
+        if interrupted is not None and num_done < len(paths):
+            raise type(interrupted)(
+                f"{str(interrupted) or 'interrupted'} after {num_done} of {len(paths)} pictures; missing are "
+                f"{paths[num_done]} and what comes after it"
+            )
         return 1 if num_unread else 0
 
     def _refuse_options(self, weights: Weights) -> None:
@@ -163,9 +176,10 @@ class _Boxes:
         drawing = self.out / f"{path.stem}_boxes.jpg"
         picture = read_picture(path)
         write_jpeg(draw_boxes(picture, [d.box for d in found], [d.class_index for d in found], labels), drawing)
+        coco = []
         for d in found:
             x1, y1, x2, y2 = d.box
-            self.coco.append(
+            coco.append(
                 {
                     "image_id": _image_id(path),
                     "category_id": d.class_index + 1,
@@ -175,13 +189,14 @@ class _Boxes:
                     "category_name": d.class_name,
                 }
             )
+        self.coco += coco  # all of a picture, or, where it is interrupted, nothing
         line = [{"class": d.class_name, "index": d.class_index, "score": d.score, "box": d.box} for d in found]
         rows = [(d.class_name, f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box)) for d in found]
         return {"detections": line, "drawing": str(drawing)}, rows or [("nothing found", "", "")]
 
     def close(self) -> str:
         """Write detections.json and say what lies in the folder."""
-        from mobilevit.models.weights import write_whole
+        from mobilevit.files import write_whole
 
         text = json.dumps(self.coco)
         write_whole(self.out / "detections.json", lambda target: target.write_text(text, encoding="utf-8"))
@@ -282,8 +297,7 @@ class Info:
             console.print(
                 f"MobileViT-{weights.architecture.name.upper()} from {self.network}, output stride "
                 f"{weights.output_stride}\n"
-                f"input: RGB, short side to {p.resize_px} px {p.interpolation}, middle {p.crop_px} px, / 255, "
-                f"mean {p.mean}, std {p.std}\n"
+                f"input: RGB, {_resized(p)}, / 255, mean {p.mean}, std {p.std}\n"
                 f"classes: {weights.num_classes}"
                 + (f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", not named")
             )
@@ -720,38 +734,174 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Explain:
+    """Where a network looks from a place of a picture, how far it sees, and what speaks for a class."""
+
+    weights: SomeWeights
+    picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
+    """A picture file."""
+    at: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="X Y")] = None
+    """The place to ask about, in pixels of the upright picture from its upper left corner; unless given, the middle."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """Of classifiers: the class to show the evidence for; unless given, the likeliest."""
+    size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
+    """Side of what the network is given, in pixels; unless given, what the weights were made for. A larger one has
+    finer maps, and is answered by other activations than the network was trained with."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("explanation.html")
+    """A page in which the place is moved with the mouse (.html), or one picture (.png); a file of that name is
+    replaced."""
+    device: Device = "auto"
+    download: Download = False
+
+    def run(self) -> int:
+        """Compute, write, say what was found."""
+        from rich.box import SIMPLE
+        from rich.table import Column, Table
+
+        from mobilevit.explain import explain_picture
+        from mobilevit.models.weights import read
+
+        weights = read(self.weights, download=self.download)
+        _say_what_is_assumed(self.weights, weights)
+        out = _expand(self.out)
+        explanation = explain_picture(
+            weights,
+            _expand(self.picture),
+            at=self.at,
+            class_name=self.class_name,
+            size_px=self.size,
+            out=out,
+            device=_device(self.device),
+        )
+        if explanation.evidence:
+            table = Table("class", Column("probability", justify="right"), box=SIMPLE)
+            for one in explanation.evidence:
+                table.add_row(one.class_name, f"{100 * one.probability:.1f} %")
+            _stdout().print(table)
+        for layer in explanation.fields:
+            print(f"{layer.name}: depends on {100 * layer.share:.1f} % of the pixels")
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+        return 0
+
+
+@dataclass(frozen=True)
 class Compare:
-    """MobileViT beside every system that its paper compares it with: size, accuracy, time. The last line is JSON."""
+    """MobileViT beside every system that its paper compares it with: size, accuracy, time. The last line is JSON.
+
+    With --data they are trained, all alike, and what they have learnt is compared; the same command takes up what was
+    stopped.
+    """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Systems to show beside MobileViT's three sizes; all unless given, which takes many minutes with the times."""
+    """Systems to show beside MobileViT's three sizes; all unless given, which takes many minutes with the times. With
+    --data, to train beside one MobileViT or those that are named; unless given, four as large as MobileViT-XXS."""
+    data: str | None = None
+    """Train on these pictures, as for train, and report what is measured instead of what was published."""
+    recipe: Literal["small", "plain", "tiny"] | None = None
+    """With --data: what all are trained by; small unless given. `mobilevit train NAME --help` says what it is."""
+    epochs: int | None = None
+    """With --data: times that every picture is seen; the recipe's unless given."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
+    """With --data: a run of every system with each; 0 1 2 unless given."""
+    lr: float | None = None
+    """With --data: the highest learning rate, of all systems alike; the recipe's unless given."""
+    flip: bool = True
+    """With --data: whether to mirror half of the pictures, where the recipe does. Wrong for digits and letters."""
+    num_workers: int | None = None
+    """With --data: processes that read pictures; the recipe's unless given."""
     time: bool = True
     """Whether to time them here and now; without, it takes a minute or two."""
     runtime: tuple[Literal["torch", "onnx"], ...] = ()
     """What to time in, always in float32; both unless given, on an accelerator torch."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
-    """What the others' times are divided by; nearest is the MobileViT with the most similar number of parameters."""
+    """What the others are compared with; nearest is the MobileViT with the most similar number of parameters."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
-    """Pictures in an input, one number or several; 1 unless given."""
+    """Pictures in an input, one number or several; 1 unless given. With --data pictures a step, the recipe's unless
+    given."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Side of the pictures in pixels; unless given, what each system was published with."""
-    rounds: int = 40
-    """Every system is timed once a round."""
-    num_threads: int = 2
-    """Of every runtime."""
+    """Side of the pictures in pixels; unless given, what each system was published with, with --data the recipe's."""
+    rounds: int | None = None
+    """Every system is timed once a round; 40 unless given."""
+    num_threads: int | None = None
+    """Of every runtime; 2 unless given. Of training, as many as torch takes unless given."""
     device: Annotated[str, tyro.conf.arg(help="Where torch computes: cpu, cuda, cuda:1.")] = "cpu"
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write table.md, table.csv, table.json and the figures here."""
+    """Write table.md, table.csv, table.json and the figures here. With --data the runs as well; unless given,
+    runs/compare/ and the name of the data."""
 
     def run(self) -> int:
-        """Count, time, print and, if asked to, write."""
+        """Count, time or train, print and write. Exit code 1 if some system could not be trained."""
+        counts = [("batch size", size) for size in self.batch_size]
+        counts += [("rounds", self.rounds), ("num threads", self.num_threads)]
+        for name, value in counts:
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        of_timing = {"--runtime": self.runtime, "--no-time": not self.time, "--rounds": self.rounds}
+        of_training = {
+            **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds, "--lr": self.lr},
+            **{"--no-flip": not self.flip, "--num-workers": self.num_workers},
+        }
+        unused, why = (
+            (of_training, "is about training; give --data too")
+            if self.data is None
+            else (of_timing, "is about latencies, and with --data training alone is timed; leave it out")
+        )
+        for option, value in unused.items():
+            if value not in (None, (), False):
+                raise ValueError(f"{option} {why}")
+        return self._list() if self.data is None else self._train(self.data)
+
+    def _train(self, data: str) -> int:
+        from dataclasses import replace
+
+        import torch
+
+        from mobilevit.benchmark.latency import check_figure
+        from mobilevit.compare import show, training
+
+        if len(self.batch_size) > 1:
+            raise ValueError(f"batch size is {self.batch_size}; with --data give one")
+        recipe = RECIPES[self.recipe or "small"]
+        given = {"size_px": self.size, "num_workers": self.num_workers, "flip": None if self.flip else False}
+        changed = {
+            "data": replace(recipe.data, **{key: value for key, value in given.items() if value is not None}),
+            "optimizer": recipe.optimizer if self.lr is None else replace(recipe.optimizer, lr=self.lr),
+        }
+        recipe = replace(
+            recipe,
+            epochs=recipe.epochs if self.epochs is None else self.epochs,
+            batch_size=self.batch_size[0] if self.batch_size else recipe.batch_size,
+            **changed,
+        )
+        networks = training.choose(self.only, recipe, self.baseline)
+        data = _expand_data(data)
+        out = _expand(self.out or Path("runs/compare") / Path(data).resolve().name)
+        check_figure(out / "figure.png")  # said now, and not when everything has been trained
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        report = training.compare_trained(
+            networks,
+            data,
+            out,
+            recipe,
+            seeds=self.seeds or (0, 1, 2),
+            baseline=self.baseline,
+            device=_device(self.device),
+            on_start=lambda what: print(what, file=sys.stderr, flush=True),
+            on_problem=_complain,
+        )
+        _stdout().print(show.table_of_training(report))
+        for line in show.findings_of_training(report):
+            print(line)
+        for file in show.write_training(report, out):
+            print(file)
+        print(json.dumps(report, ensure_ascii=False))
+        return 1 if any(row["failures"] for row in report["rows"]) else 0
+
+    def _list(self) -> int:
         from mobilevit.benchmark.latency import check_figure
         from mobilevit.compare import show, table
 
-        counts = [("batch size", size) for size in self.batch_size]
-        for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
         if self.runtime and not self.time:
             raise ValueError("--no-time times nothing; leave out --runtime")
         systems = table.choose(self.only)
@@ -768,8 +918,8 @@ class Compare:
             size_px=self.size,
             device=device,
             baseline=self.baseline,
-            num_rounds=self.rounds,
-            num_threads=self.num_threads,
+            num_rounds=self.rounds or 40,
+            num_threads=self.num_threads or 2,
             on_start=lambda what: print(what, file=sys.stderr, flush=True),
             on_problem=_complain,
         )
@@ -898,6 +1048,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "benchmark": Benchmark,
     "demo": Demo,
+    "explain": Explain,
     "compare": Compare,
 }
 
@@ -1012,11 +1163,20 @@ def _device(name: str) -> str:
 def _say_what_is_assumed(source: str, weights: Weights) -> None:
     if not weights.described:
         p = weights.preprocessing
+        names = {"classify": "ImageNet", "detect": "COCO", "segment": "PASCAL VOC"}[weights.task]
         _complain(
-            f"{source}: says nothing of its input; assumed is what was published: short side to {p.resize_px} px "
-            f"{p.interpolation}, middle {p.crop_px} px"
-            + (", ImageNet's class names" if weights.class_names else ", and no class names")
+            f"{source}: says nothing of its input; assumed is what was published: {_resized(p)}"
+            + (f", {names}'s class names" if weights.class_names else ", and no class names")
         )
+
+
+def _resized(p: Preprocessing) -> str:
+    """How a picture becomes a square."""
+    if isinstance(p.resize_px, int):
+        return f"short side to {p.resize_px} px {p.interpolation}, middle {p.crop_px} px"
+    height, width = p.resize_px
+    warped = f"the whole picture to {width} x {height} px {p.interpolation}"
+    return warped if height == width == p.crop_px else f"{warped}, middle {p.crop_px} px"
 
 
 def _complain(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The figures of the comparison: accuracy against parameters, and against the time measured here."""
+"""The figures of the comparison: accuracy against parameters, against the time measured here, against epochs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from mobilevit.compare.systems import OWN_PAPER
 
 Row = Mapping[str, Any]
+Place = tuple[float, float]
 
 # Colours after Okabe and Ito, which stay apart for every kind of colour vision.
 INK, GREY, GRID = "#22262b", "#6b7178", "#e4e7ea"
@@ -29,6 +30,10 @@ ANGLES, RADII = (
     grid.ravel() for grid in np.meshgrid(np.linspace(0, 2 * np.pi, 16, endpoint=False), (9, 13, 20, 28, 38))
 )
 LEADER_PT = 13  # farther away a line leads to it
+# For lines that are to be told apart one by one; MobileViT's red is not among them.
+LINES = ("#0a6eb0", "#d98200", "#00845c", "#a0569b", "#3aa6dd", "#6b7178")
+DASHES = ("-", "--", ":")
+PUBLISHED = "ImageNet top-1, in per cent, as published"
 
 
 def accuracy_against_parameters(rows: Sequence[Row], family: str) -> Figure:
@@ -56,10 +61,72 @@ def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size
     return _figure(
         [row for row in report["rows"] if row["name"] in timings],
         x_of=lambda row: timings[row["name"]]["median"],
-        spread_of=lambda row: (timings[row["name"]]["p10"], timings[row["name"]]["p90"]),
+        bar_of=lambda row: (
+            (timings[row["name"]]["p10"], row["published_top1"]),
+            (timings[row["name"]]["p90"], row["published_top1"]),
+        ),
         x_label=f"ms for {'a picture' if batch_size == 1 else f'{batch_size} pictures'}, {name}, float32",
         title=f"ImageNet top-1 against time ({where}, {report['date']})",
     )
+
+
+def measured_against_parameters(report: Mapping[str, Any]) -> Figure:
+    """What was trained here; the bars are one standard deviation over the seeds to either side."""
+    policy = report["recipe"]["data"]["policy"]
+    shown = [row | {"augmentation": policy, "source": "measured"} for row in report["rows"] if row["runs"]]
+
+    def millions(row: Row) -> float:
+        return row["num_parameters"] / 1e6
+
+    num_seeds = len(report["seeds"])
+    return _figure(
+        shown,
+        x_of=millions,
+        y_of=lambda row: row["top1"],
+        bar_of=lambda row: (
+            (millions(row), row["top1"] - (row["top1_std"] or 0)),
+            (millions(row), row["top1"] + (row["top1_std"] or 0)),
+        ),
+        x_label="parameters, in millions, counted",
+        y_label=f"top-1, in per cent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}",
+        title=f"Trained here: {report['recipe']['epochs']} epochs at {report['recipe']['data']['size_px']} px",
+    )
+
+
+def learning_curves(report: Mapping[str, Any]) -> Figure:
+    """Top-1 after every epoch: the mean over the seeds, and shaded from the lowest to the highest."""
+    figure, axes = _axes(
+        f"Top-1 after every epoch, mean and range of {len(report['seeds'])} seeds"
+        if len(report["seeds"]) > 1
+        else "Top-1 after every epoch"
+    )
+    styles = iter((colour, dash) for dash in DASHES for colour in LINES)
+    for row in sorted((row for row in report["rows"] if row["runs"]), key=lambda row: -row["top1"]):
+        ours = row["family"] == "mobilevit"
+        colour, dash = (COLOURS["mobilevit"], "-") if ours else next(styles, (GREY, "-."))
+        top1 = np.array([run["top1_by_epoch"] for run in row["runs"]])
+        epochs = np.arange(1, top1.shape[1] + 1)
+        width = 2.4 if ours else 1.4
+        axes.plot(epochs, top1.mean(axis=0), dash, color=colour, linewidth=width, label=row["name"], marker=".")
+        axes.fill_between(epochs, top1.min(axis=0), top1.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch", color=INK)
+    axes.set_ylabel("top-1 of the averaged weights, in per cent", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(10, 6.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=12)
+    return figure, axes
 
 
 def _figure(
@@ -67,43 +134,42 @@ def _figure(
     x_of: Callable[[Row], float],
     x_label: str,
     title: str,
-    spread_of: Callable[[Row], tuple[float, float]] | None = None,
+    y_of: Callable[[Row], float] = lambda row: row["published_top1"],
+    y_label: str = PUBLISHED,
+    bar_of: Callable[[Row], tuple[Place, Place]] | None = None,
 ) -> Figure:
-    figure = Figure(figsize=(10, 6.4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes(title)
     axes.set_xscale("log")
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK)
-    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=12)
     axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel("ImageNet top-1, in per cent, as published", color=INK)
-    bars = [(*spread_of(row), row["published_top1"]) for row in rows] if spread_of else []
-    for (x0, x1, y), row in zip(bars, rows, strict=bool(bars)):
-        axes.plot((x0, x1), (y, y), color=COLOURS[row["family"]], alpha=0.5, linewidth=1.4)
-    for row in rows:
-        _point(axes, x_of(row), row)
-    ours = sorted((x_of(row), row["published_top1"]) for row in rows if row["family"] == "mobilevit")
-    axes.plot(*zip(*ours, strict=True), color=COLOURS["mobilevit"], linewidth=1.2, alpha=0.6, zorder=2)
-    xs = [x_of(row) for row in rows] + [x for x0, x1, _ in bars for x in (x0, x1)]
-    axes.set_xlim(min(xs) / 1.25, max(xs) * 1.35)
-    axes.xaxis.set_major_locator(FixedLocator(TICKS))
+    axes.set_ylabel(y_label, color=INK)
+    bars = [bar_of(row) for row in rows] if bar_of else []
+    for bar, row in zip(bars, rows, strict=bool(bars)):
+        axes.plot(*zip(*bar, strict=True), color=COLOURS[row["family"]], alpha=0.5, linewidth=1.4)
+    places = [(x_of(row), y_of(row)) for row in rows]
+    for place, row in zip(places, rows, strict=True):
+        _point(axes, place, row)
+    ours = sorted(place for place, row in zip(places, rows, strict=True) if row["family"] == "mobilevit")
+    if ours:
+        axes.plot(*zip(*ours, strict=True), color=COLOURS["mobilevit"], linewidth=1.2, alpha=0.6, zorder=2)
+    xs = [x for x, _ in (*places, *(end for bar in bars for end in bar))]
+    if max(xs) < 3 * min(xs):
+        axes.set_xlim(min(xs) / 1.05, max(xs) * 1.1)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    else:
+        axes.set_xlim(min(xs) / 1.25, max(xs) * 1.35)
+        axes.xaxis.set_major_locator(FixedLocator(TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(y=0.08)
     figure.legend(handles=_legend(rows), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    _label(axes, rows, bars, x_of)
+    _label(axes, rows, bars, places)
     return figure
 
 
-def _point(axes: Axes, x: float, row: Row) -> None:
+def _point(axes: Axes, place: Place, row: Row) -> None:
     colour, of_mobilevit = COLOURS[row["family"]], row["family"] == "mobilevit"
     axes.scatter(
-        x,
-        row["published_top1"],
+        *place,
         s=200 if of_mobilevit else 50,
         marker="*" if of_mobilevit else MARKERS[row["augmentation"]],
         facecolor="white" if row["source"] == OWN_PAPER else colour,
@@ -122,7 +188,10 @@ def _legend(rows: Sequence[Row]) -> list[Line2D]:
 
     others = [row for row in rows if row["family"] != "mobilevit"]
     kinds = dict.fromkeys((row["family"], row["augmentation"]) for row in others if row["source"] != OWN_PAPER)
-    handles = [handle(f"{FAMILIES['mobilevit']}, {AUGMENTATIONS['basic']}", COLOURS["mobilevit"], "*")]
+    handles = [
+        handle(f"{FAMILIES['mobilevit']}, {AUGMENTATIONS[augmentation]}", COLOURS["mobilevit"], "*")
+        for augmentation in dict.fromkeys(row["augmentation"] for row in rows if row["family"] == "mobilevit")
+    ]
     for family, augmentation in kinds:
         handles.append(
             handle(f"{FAMILIES[family]}, {AUGMENTATIONS[augmentation]}", COLOURS[family], MARKERS[augmentation])
@@ -133,7 +202,7 @@ def _legend(rows: Sequence[Row]) -> list[Line2D]:
 
 
 def _label(
-    axes: Axes, rows: Sequence[Row], bars: Sequence[tuple[float, float, float]], x_of: Callable[[Row], float]
+    axes: Axes, rows: Sequence[Row], bars: Sequence[tuple[Place, Place]], places_of_rows: Sequence[Place]
 ) -> None:
     """Write the names beside the points, each where it covers the least of points, `bars` and other names."""
     figure = axes.get_figure(root=True)
@@ -142,10 +211,10 @@ def _label(
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue] - of Agg
     pixels = figure.dpi / 72  # of a point, the unit of letters
-    places = axes.transData.transform([(x_of(row), row["published_top1"]) for row in rows])
+    places = axes.transData.transform(places_of_rows)
     taken = np.concatenate((places - 5 * pixels, places + 5 * pixels), axis=1)
-    for x0, x1, y in bars:
-        ends = axes.transData.transform([(x0, y), (x1, y)])
+    for bar in bars:
+        ends = axes.transData.transform(bar)
         taken = np.vstack((taken, [*(ends[0] - pixels), *(ends[1] + pixels)]))
     line = places[sorted(np.flatnonzero([row["family"] == "mobilevit" for row in rows]), key=lambda i: places[i][0])]
     for start, end in pairwise(line):
@@ -158,7 +227,7 @@ def _label(
         ours = rows[i]["family"] == "mobilevit"
         text = axes.annotate(
             rows[i]["name"].removesuffix("-basic"),  # which the marker says
-            (x_of(rows[i]), rows[i]["published_top1"]),
+            places_of_rows[i],
             xytext=(0, 0),
             textcoords="offset points",
             ha="center",

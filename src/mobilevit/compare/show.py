@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mobilevit.benchmark.profile import MIB
+from mobilevit.compare import statistics
 from mobilevit.compare.claims import sentence
 
 Report = Mapping[str, Any]
+Columns = list[tuple[str, list[str]]]  # headings and cells
 TITLES = {"torch": "torch", "onnx": "ONNX Runtime"}
 NOTES = (
     "Top-1 and published parameters: the MobileViT paper's where its figure, table or text is named as the source.",
@@ -19,26 +21,41 @@ NOTES = (
     "GMACs: with / without the products of attention. Activations: the peak of inference, for one picture in float32.",
     "Times: median (10th - 90th percentile). Ratio: the time divided by the named MobileViT's in the same round.",
 )
+NOTES_OF_TRAINING = (
+    "Top-1: of the averaged weights of the last epoch, none was chosen; mean +- standard deviation over seeds.",
+    "Difference: in points of top-1, with the 95 % interval of Welch's t test; p is Holm's, for all comparisons here.",
+    "Seeds change initial weights, order and augmentation. What they say nothing about: other pictures, other recipes.",
+    "Time: the median epoch, without evaluation. GMACs: with / without the products of attention.",
+)
 
 
 def table(report: Report) -> Any:
     """A report of `compare` to print with rich."""
+    return _printed(columns(report), circumstances(report), NOTES)
+
+
+def table_of_training(report: Report) -> Any:
+    """A report of `compare_trained` to print with rich."""
+    return _printed(columns_of_training(report), circumstances_of_training(report), NOTES_OF_TRAINING)
+
+
+def _printed(cells: Columns, title: str, notes: Sequence[str]) -> Any:
     from rich.box import SIMPLE
     from rich.table import Column, Table
 
-    first, *others = columns(report)
+    first, *others = cells
     result = Table(
         first[0],
         *(Column(heading, justify="right") for heading, _ in others),
         box=SIMPLE,
-        title=circumstances(report),
+        title=title,
         title_justify="left",
-        caption="\n".join(NOTES),
+        caption="\n".join(notes),
         caption_justify="left",
         caption_style="",
     )
-    for cells in zip(*(cells for _, cells in (first, *others)), strict=True):
-        result.add_row(*cells)
+    for row in zip(*(column for _, column in cells), strict=True):
+        result.add_row(*row)
     return result
 
 
@@ -47,11 +64,23 @@ def findings(report: Report) -> list[str]:
     return [*(sentence(claim) for claim in report["claims"]), *_speed_lines(report), *report["notes"]]
 
 
+def findings_of_training(report: Report) -> list[str]:
+    """What the comparisons say and what failed, a line each."""
+    failed = [f"{row['name']}, {when}: {why}" for row in report["rows"] for when, why in row["failures"].items()]
+    uncompared = [
+        f"{row['name']}: not compared, for want of all its seeds" for row in report["rows"] if _is_in_part(row)
+    ]
+    return [*(statistics.sentence(comparison) for comparison in report["comparisons"]), *failed, *uncompared]
+
+
+def _is_in_part(row: Mapping[str, Any]) -> bool:
+    return bool(row["runs"] and row["failures"])
+
+
 def write(report: Report, folder: Path) -> list[Path]:
     """Write table.md, table.csv, table.json and the figures into `folder`; their paths."""
     from mobilevit.compare.figures import accuracy_against_latency, accuracy_against_parameters
 
-    folder.mkdir(parents=True, exist_ok=True)
     rows = report["rows"]
     figures = {
         f"accuracy_parameters_{family}.png": accuracy_against_parameters(rows, family)
@@ -61,15 +90,35 @@ def write(report: Report, folder: Path) -> list[Path]:
     for runtime, batch_size in _timed(report):
         figure = accuracy_against_latency(report, runtime, batch_size)
         figures[f"accuracy_latency_{runtime}_b{batch_size}.png"] = figure
+    return _write(report, folder, markdown(report, list(figures)), [_flat(row, report) for row in rows], figures)
+
+
+def write_training(report: Report, folder: Path) -> list[Path]:
+    """Write table.md, table.csv, table.json and the figures of a report of `compare_trained`; their paths."""
+    from mobilevit.compare.figures import learning_curves, measured_against_parameters
+
+    figures = {}
+    if any(row["runs"] for row in report["rows"]):
+        figures = {
+            "accuracy_parameters.png": measured_against_parameters(report),
+            "learning_curves.png": learning_curves(report),
+        }
+    text = markdown_of_training(report, list(figures))
+    return _write(report, folder, text, [_flat_of_training(row, report) for row in report["rows"]], figures)
+
+
+def _write(
+    report: Report, folder: Path, text: str, lines: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / name)
     (folder / "table.json").write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(markdown(report, list(figures)), encoding="utf-8")
-    flat = [_flat(row, report) for row in rows]
+    (folder / "table.md").write_text(text, encoding="utf-8")
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows(lines)
     return [folder / name for name in ("table.md", "table.csv", "table.json", *figures)]
 
 
@@ -84,7 +133,59 @@ def circumstances(report: Report) -> str:
     return text
 
 
-def columns(report: Report) -> list[tuple[str, list[str]]]:
+def circumstances_of_training(report: Report) -> str:
+    """What was trained on what, when and where, in a line."""
+    recipe, seeds = report["recipe"], report["seeds"]
+    held_out = (
+        f"evaluated on the {report['num_val']:,} of its {report['held_out']}/"
+        if report["held_out"]
+        else f"evaluated on {report['num_val']:,} that were cut off by chance, since it holds none out"
+    )
+    threads = f"{report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
+    where = report["device"] if report["device"] != "cpu" else f"{report['processor']}, {threads}"
+    return (
+        f"{report['data']}: trained on {report['num_train']:,} pictures of {report['num_classes']} classes at "
+        f"{recipe['data']['size_px']} px, {held_out}; {recipe['epochs']} epochs, {recipe['data']['policy']} "
+        f"augmentation, seeds {', '.join(map(str, seeds))}; {report['date']}, {where}"
+    )
+
+
+def columns_of_training(report: Report) -> Columns:
+    """Headings and cells of the table of what was trained."""
+    rows = report["rows"]
+    compared = {comparison["name"]: comparison for comparison in report["comparisons"]}
+
+    def cells(of: Callable[[Mapping[str, Any]], str], key: str) -> list[str]:
+        return [of(row) if row[key] is not None else "-" for row in rows]
+
+    def difference(row: Mapping[str, Any]) -> str:
+        found = compared.get(row["name"])
+        if found is None:
+            return "-"
+        interval = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
+        return f"{found['difference']:+.2f}{interval} {found['against'].removeprefix('mobilevit-').upper()}"
+
+    def macs(row: Mapping[str, Any]) -> str:
+        return f"{row['num_macs'] / 1e9:.4f} / {row['num_macs_without_attention'] / 1e9:.4f}"
+
+    def top1(row: Mapping[str, Any]) -> str:
+        return f"{row['top1']:.2f}" + (f" +- {row['top1_std']:.2f}" if row["top1_std"] is not None else "")
+
+    ps = [compared[row["name"]]["p_holm"] if row["name"] in compared else None for row in rows]
+    return [
+        ("system", [row["name"] for row in rows]),
+        ("M parameters", cells(lambda row: f"{row['num_parameters'] / 1e6:.2f}", "num_parameters")),
+        ("GMACs", cells(macs, "num_macs")),
+        ("top-1", cells(top1, "top1")),
+        ("of each seed", [", ".join(f"{run['top1']:.2f}" for run in row["runs"]) or "failed" for row in rows]),
+        ("difference", [difference(row) for row in rows]),
+        ("p", ["-" if p is None else f"{p:.2g}" for p in ps]),
+        ("s an epoch", cells(lambda row: f"{row['seconds_per_epoch']:.1f}", "seconds_per_epoch")),
+        ("pictures/s", cells(lambda row: f"{row['pictures_per_second']:.0f}", "pictures_per_second")),
+    ]
+
+
+def columns(report: Report) -> Columns:
     """Headings and cells of the table."""
     rows = report["rows"]
     result = [
@@ -149,12 +250,24 @@ def markdown(report: Report, figures: list[str]) -> str:
         text += ["## Trained weights in the libraries", _grid(cells)]
     if report["notes"]:
         text += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
-    text += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures]
+    return _page(text, report, figures)
+
+
+def markdown_of_training(report: Report, figures: list[str]) -> str:
+    """Everything of a report of `compare_trained`, with the figures that lie beside it."""
+    text = ["# MobileViT and others, trained alike", circumstances_of_training(report)]
+    text += [_grid(columns_of_training(report)), "\n".join(f"- {line}" for line in findings_of_training(report))]
+    text += [*NOTES_OF_TRAINING, "## Recipe", f"```json\n{json.dumps(report['recipe'], indent=2)}\n```"]
+    return _page(text, report, figures)
+
+
+def _page(text: Sequence[str], report: Report, figures: Sequence[str]) -> str:
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures]
     versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items())
-    return "\n\n".join([*text, f"Versions: {versions}."]) + "\n"
+    return "\n\n".join([*text, *shown, f"Versions: {versions}."]) + "\n"
 
 
-def _grid(cells: list[tuple[str, list[str]]]) -> str:
+def _grid(cells: Columns) -> str:
     lines = [[heading for heading, _ in cells], ["---"] + ["---:"] * (len(cells) - 1)]
     lines += [list(row) for row in zip(*(column for _, column in cells), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -173,6 +286,16 @@ def _flat(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
         for key in ("pictures_per_second", "against"):
             line[f"{runtime}_b{batch_size}_{key}"] = timing.get(key)
     return line
+
+
+def _flat_of_training(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """A line of the CSV: the row's plain values, the top-1 of every seed, and the comparison."""
+    line = {key: value for key, value in row.items() if key not in ("runs", "failures")}
+    top1 = {run["seed"]: run["top1"] for run in row["runs"]}
+    line |= {f"top1_seed_{seed}": top1.get(seed) for seed in report["seeds"]}
+    found = next((one for one in report["comparisons"] if one["name"] == row["name"]), {})
+    line |= {key: found.get(key) for key in ("against", "difference", "low", "high", "p", "p_holm")}
+    return line | {"failures": "; ".join(f"{when}: {why}" for when, why in row["failures"].items())}
 
 
 def _speed_lines(report: Report) -> list[str]:

@@ -2,6 +2,8 @@
 
 The figures are those that the MobileViT paper (arXiv 2110.02178) prints, read from two independent conversions of its
 text, or from one where `source` says so. Top-1 is on ImageNet-1k, in per cent.
+
+`SCALED` has a few of them again, made as large as MobileViT-XXS: for training side by side, where nothing is published.
 """
 
 from __future__ import annotations
@@ -41,27 +43,19 @@ class LibraryWeights:
     top1: float
 
 
-@dataclass(frozen=True)
-class System:
-    """A row of the comparison.
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A classifier that can be built: for a number of classes, and pictures of `size_px` or another side.
 
-    `published_parameters` and `published_top1` belong together and are from `source`; where that is a figure or table,
-    it is the MobileViT paper's. `augmentation` is what that paper says of how the figure was reached: "basic" is random
-    crop and flip, "advanced" more than that, None if it says nothing. `paper` is the arXiv id of the system's own
-    paper. `size_multiple_px` divides every side that the network can be built for.
+    `paper` is the arXiv id of its own paper. `size_multiple_px` divides every side that it can be built for.
     """
 
     name: str
     family: Literal["cnn", "vit", "mobilevit"]
-    published_parameters: int
-    published_top1: float
-    augmentation: Literal["basic", "advanced"] | None
-    source: str
     size_px: int
     builder: Builder
     library: Literal["timm", "torchvision", "transformers", "ours"]
     paper: str
-    library_weights: tuple[LibraryWeights, ...] = ()
     size_multiple_px: int = 32
 
     def build(self, num_classes: int = 1000, size_px: int | None = None) -> nn.Module:
@@ -69,7 +63,7 @@ class System:
 
         Args:
             num_classes: 1 or more.
-            size_px: the side of the pictures, `size_px` of the system unless given. Convolutional networks take other
+            size_px: the side of the pictures, `size_px` of the network unless given. Convolutional networks take other
                 sizes than the one they were built for, most transformers do not.
 
         Raises:
@@ -91,6 +85,22 @@ class System:
             raise ValueError(f"size_px is {size_px}; {self.name} takes multiples of {self.size_multiple_px}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class System(Network):
+    """A row of the comparison.
+
+    `published_parameters` and `published_top1` belong together and are from `source`; where that is a figure or table,
+    it is the MobileViT paper's. `augmentation` is what that paper says of how the figure was reached: "basic" is random
+    crop and flip, "advanced" more than that, None if it says nothing.
+    """
+
+    published_parameters: int
+    published_top1: float
+    augmentation: Literal["basic", "advanced"] | None
+    source: str
+    library_weights: tuple[LibraryWeights, ...] = ()
+
+
 class _Logits(nn.Module):
     """The answers of a network of transformers alone."""
 
@@ -107,22 +117,33 @@ def _timm(name: str, *, sized: bool = False, **structure: object) -> Builder:
 
     def build(num_classes: int, size_px: int) -> nn.Module:
         size = {"img_size": size_px} if sized else {}
-        return _import("timm").create_model(name, num_classes=num_classes, **size, **structure)
+        return import_library("timm").create_model(name, num_classes=num_classes, **size, **structure)
 
     return build
 
 
-def _torchvision(name: str) -> Builder:
-    return lambda num_classes, size_px: torchvision.models.get_model(name, num_classes=num_classes)
+def _torchvision(name: str, **structure: object) -> Builder:
+    return lambda num_classes, size_px: torchvision.models.get_model(name, num_classes=num_classes, **structure)
+
+
+def _shufflenet_v2(channels: int) -> Builder:
+    """ShuffleNetv2 of any width; `channels` are those of its second stage, of the published 1.0 116."""
+    widths = [24, channels, 2 * channels, 4 * channels, 1024]
+    return lambda num_classes, size_px: torchvision.models.ShuffleNetV2([4, 8, 4], widths, num_classes=num_classes)
 
 
 def _pvt_tiny(num_classes: int, size_px: int) -> nn.Module:
-    transformers = _import("transformers")
+    transformers = import_library("transformers")
     config = transformers.PvtConfig(image_size=size_px, num_labels=num_classes)  # whose defaults are PVT-Tiny
     return _Logits(transformers.PvtForImageClassification(config))
 
 
-def _import(library: str) -> ModuleType:
+def import_library(library: str) -> ModuleType:
+    """The module of that name.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         return importlib.import_module(library)
     except ImportError:
@@ -583,3 +604,41 @@ _ROWS = (
     ),
 )
 SYSTEMS = {system.name: system for system in _ROWS}
+
+# With 10 classes MobileViT-XXS has 0.95 M parameters, and these 1.03 to 1.08 M. All of them keep their depth.
+_SCALED_ROWS = (
+    Network(
+        name="mobilenetv2-0.65",
+        family="cnn",
+        size_px=64,
+        builder=_torchvision("mobilenet_v2", width_mult=0.65),
+        library="torchvision",
+        paper="1801.04381",
+    ),
+    Network(
+        name="mobilenetv3-small-0.75",
+        family="cnn",
+        size_px=64,
+        builder=_timm("mobilenetv3_small_075"),
+        library="timm",
+        paper="1905.02244",
+    ),
+    Network(
+        name="shufflenetv2-0.9",
+        family="cnn",
+        size_px=64,
+        builder=_shufflenet_v2(104),
+        library="torchvision",
+        paper="1807.11164",
+    ),
+    Network(
+        name="deit-84-patch8",  # 84 wide, DeiT-tiny 192; of 64 px its patches of 16 would leave but 16
+        family="vit",
+        size_px=64,
+        builder=_timm("deit_tiny_patch16_224", sized=True, patch_size=8, embed_dim=84),
+        library="timm",
+        paper="2012.12877",
+        size_multiple_px=8,
+    ),
+)
+SCALED = {network.name: network for network in _SCALED_ROWS}

@@ -104,23 +104,35 @@ def compare(
                 timings = clock.time([(system, row["size_px"]) for system, row in zip(systems, rows, strict=True)])
             for row in rows:
                 if _network(row["name"]) in timings:
-                    against = _against(row, rows, baseline)
+                    other = against(row, rows, baseline)
                     timing = timings[_network(row["name"])]
-                    row["timings"].append(timing | {"against": against, "ratio": timing["ratios"].get(against)})
+                    row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
     return {
-        "date": datetime.date.today().isoformat(),
-        "processor": latency.processor(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        **circumstances(device),
         "num_threads": num_threads,
         "num_rounds": num_rounds if runtimes else 0,
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version()} | _versions(),
         "baseline": baseline,
         "rows": rows,
         "claims": check_claims(rows),
         "speeds": speeds(rows),
         "dense": dense_tables(),
         "notes": notes,
+    }
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """When, on what and with what something is measured in torch."""
+    versions = {"python": platform.python_version()}
+    for library in latency.LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": latency.processor(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "num_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": versions,
     }
 
 
@@ -152,22 +164,14 @@ def _network(name: str) -> str:
     return name.removesuffix("-basic")
 
 
-def _against(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], baseline: Baseline) -> str | None:
-    """The MobileViT that a row's times are divided by; None if that is the row itself."""
+def against(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], baseline: Baseline) -> str | None:
+    """The MobileViT among `rows` that a row is compared with; None if that is the row itself."""
     if baseline == "nearest":
         sizes = {other["name"]: other["num_parameters"] for other in rows if other["name"] in OURS}
         name = min(sizes, key=lambda name: abs(np.log(sizes[name] / row["num_parameters"])))
     else:
         name = baseline
     return None if name == row["name"] else name
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in latency.LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[library] = importlib.metadata.version(library)
-    return found
 
 
 class _Clock:

@@ -102,11 +102,11 @@ class Classification:
         train, val = find_splits(data, recipe.data.val_fraction)
         check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
-        return PictureDataset(train, augmentation), PictureDataset(val, Evaluation(_preprocessing(recipe)))
+        return PictureDataset(train, augmentation), PictureDataset(val, Evaluation(preprocessing_of(recipe)))
 
     def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
-        preprocessing = _preprocessing(recipe)
+        preprocessing = preprocessing_of(recipe)
         if pretrained is None:
             model = MobileViT(recipe.architecture, num_classes=len(class_names))
         else:
@@ -168,6 +168,7 @@ class Classification:
         return Answers(*(array[order] for array in merged), num_classes=everything[0][1])
 
 
-def _preprocessing(recipe: Recipe) -> Preprocessing:
+def preprocessing_of(recipe: Recipe) -> Preprocessing:
+    """How a network that is trained by `recipe` from random weights gets to see a picture in evaluation."""
     size_px = recipe.data.size_px
     return Preprocessing(resize_px=round(recipe.data.eval_resize * size_px), crop_px=size_px)

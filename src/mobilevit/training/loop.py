@@ -39,6 +39,7 @@ from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from mobilevit.training.other import OtherNetwork, OtherWeights, start
 from mobilevit.training.report import write_report
 
 TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
@@ -62,6 +63,18 @@ class Stopped(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
+class FinishedError(ValueError):
+    """A run that there is nothing left of to do; `epochs` are the metrics of all of them."""
+
+    def __init__(self, message: str, epochs: list[dict[str, float]]):
+        super().__init__(message)
+        self.epochs = epochs
+
+
+class DivergedError(ValueError):
+    """A loss or a network that is not finite."""
+
+
 @dataclass
 class Position:
     """Where a run stands: what is to be done next, and what has been added up in the epoch so far."""
@@ -82,6 +95,7 @@ def train(
     out: str | Path,
     *,
     pretrained: Weights | None = None,
+    other: OtherNetwork | None = None,
     device: str = "cpu",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
@@ -92,16 +106,21 @@ def train(
     Called again after the process died, it goes on where it was and ends with the same weights to the bit, given the
     same recipe, data, device and number of threads. Started by torchrun, the processes share the work. A checkpoint is
     kept every `checkpoint_minutes` and after every epoch. Progress goes to `console` (standard error unless given).
+    With `other` that classifier is trained, from random weights, instead of the recipe's MobileViT.
 
     Raises:
-        ValueError: data that cannot be trained on, a folder `out` of another run, a loss that is not finite.
+        ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
+            nothing is left to do, a loss that is not finite (`DivergedError`), a recipe that is not for `other`.
         Stopped: Ctrl-C or SIGTERM.
     """
+    assert not (pretrained and other)
     with join(device) as processes, contextlib.ExitStack() as opened:
         console = console or Console(stderr=True)
         if processes.rank > 0:
             console = Console(quiet=True)
-        return _train(recipe, data, Path(out), pretrained, processes, checkpoint_minutes, tensorboard, console, opened)
+        return _train(
+            recipe, data, Path(out), pretrained, other, processes, checkpoint_minutes, tensorboard, console, opened
+        )
 
 
 def _train(
@@ -109,6 +128,7 @@ def _train(
     data: str | Path,
     out: Path,
     pretrained: Weights | None,
+    other: OtherNetwork | None,
     processes: Processes,
     checkpoint_minutes: float,
     tensorboard: bool,
@@ -137,7 +157,8 @@ def _train(
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
-    initial = task.build(recipe, train_set, pretrained)
+    initial = start(other, recipe, train_set) if other else task.build(recipe, train_set, pretrained)
+    title = initial.name if isinstance(initial, OtherWeights) else f"MobileViT-{initial.architecture.name.upper()}"
     model = initial.build().to(device)
     precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
     with precision:
@@ -162,6 +183,8 @@ def _train(
         "data": f"{fingerprint(train_set.source)} {fingerprint(val_set.source)}",
         "weights": _fingerprint(pretrained) if pretrained else "random",
     }
+    if other:
+        facts["network"] = title
     num_bytes = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average, two moments
     folder: RunFolder | None = None
 
@@ -179,9 +202,9 @@ def _train(
             part.load_state_dict(state[name])
         del state
     if position.epoch == recipe.epochs:
-        raise ValueError(f"{out}: this run is finished; name another folder for a new one")
+        raise FinishedError(f"{out}: this run is finished; name another folder for a new one", position.history)
     say(
-        f"MobileViT-{initial.architecture.name.upper()} from {'the given' if pretrained else 'random'} weights; "
+        f"{title} from {'the given' if pretrained else 'random'} weights; "
         f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
         f"{len(val_set):,} for validation"
     )
@@ -198,7 +221,9 @@ def _train(
 
     def keep() -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError(f"the network is not finite after step {position.total_step}; try a lower --optimizer.lr")
+            raise DivergedError(
+                f"the network is not finite after step {position.total_step}; try a lower --optimizer.lr"
+            )
         if folder is not None and epoch_lines and step_lines:
             epoch_lines.sync()
             step_lines.sync()
@@ -315,7 +340,7 @@ def _train(
                 told_to_stop = False
                 for step, (loss_of_step, num_told, num_unreadable) in zip(unseen, seen, strict=True):
                     if not math.isfinite(loss_of_step):
-                        raise ValueError(_not_finite(loss_of_step, epoch, step, batches, train_set))
+                        raise DivergedError(_not_finite(loss_of_step, epoch, step, batches, train_set))
                     position.loss += loss_of_step
                     position.num_unreadable += int(num_unreadable)
                     told_to_stop |= num_told > 0
@@ -367,7 +392,7 @@ def _train(
             metrics = results.metrics()
             averaged = average.model.state_dict().values()
             if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
-                raise ValueError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
+                raise DivergedError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
             record = {
                 "epoch": epoch + 1,
                 "step": position.total_step,
@@ -402,13 +427,13 @@ def _train(
                 step_lines.sync()
                 write_report(
                     out / "report.html",
-                    title=f"MobileViT-{initial.architecture.name.upper()} on {data}",
+                    title=f"{title} on {data}",
                     recipe=recipe,
                     epochs=history,
                     steps=out / "steps.jsonl",
                     sections=results.sections(val_set.source),
                     facts=_environment(processes, at_once, recipe),
-                    commands=_commands(data, out),
+                    commands=() if other else _commands(data, out),
                 )
             keep()
             kept_at = time.perf_counter()
@@ -586,8 +611,13 @@ def _commands(data: str | Path, out: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _save(initial: Weights, model: nn.Module, recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
+def _save(
+    initial: Weights | OtherWeights, model: nn.Module, recipe: Recipe, record: Mapping[str, Any], path: Path
+) -> None:
     # Without what time it took, so that the same run leaves the same file.
     metrics = {name: value for name, value in record.items() if name not in TIMES}
     training = {"recipe": recipes.to_dict(recipe), "metrics": metrics}
-    write(replace(initial, tensors=model.state_dict(), training=training), path)
+    if isinstance(initial, OtherWeights):
+        initial.write(model.state_dict(), training, path)
+    else:
+        write(replace(initial, tensors=model.state_dict(), training=training), path)
