@@ -79,9 +79,13 @@ def test_classes_by_name():
     names = ("Tabby", "tiger cat", "tricycle")
     assert find_class("tabby", names, 3) == 0
     assert find_class("class 1", (), 3) == 1
-    with pytest.raises(ValueError, match=r"class is 'tigercat', which none of the 3 .* near to it are tiger cat$"):
-        find_class("tigercat", names, 3)
-    with pytest.raises(ValueError, match=r"the first are Tabby, tiger cat, tricycle$"):
-        find_class("zzz", names, 3)
-    with pytest.raises(ValueError, match=r"the first are class 0, class 1$"):
+    many = (*names, *(f"breed {i}" for i in range(18)))
+    with pytest.raises(ValueError, match=r"class is 'tigercat', which none of the 21 .* near to it are tiger cat$"):
+        find_class("tigercat", many, 21)
+    with pytest.raises(ValueError, match=r"the first are Tabby, tiger cat, tricycle, breed 0, breed 1$"):
+        find_class("zzz", many, 21)
+    for name in ("tigercat", "zzz"):  # all of them, where they are few
+        with pytest.raises(ValueError, match=rf"they are {', '.join(many[:20])}$"):
+            find_class(name, many[:20], 20)
+    with pytest.raises(ValueError, match=r"they are class 0, class 1$"):
         find_class("dog", (), 2)

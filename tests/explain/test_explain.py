@@ -19,10 +19,13 @@ from mobilevit.explain.draw import (
     HEADING_PX,
     MARGIN_PX,
     PANEL_PX,
+    SCALE_PX,
     WIDTH_PX,
     draw_figure,
     in_decades,
     scaled,
+    scaled_attention,
+    strength,
 )
 from mobilevit.models.weights import Weights
 from mobilevit.pictures import Preprocessing
@@ -72,8 +75,52 @@ def test_light_is_on_the_patch_that_is_attended(explanation: Explanation):
         assert is_lit.mean() == pytest.approx(share_lit, rel=0.6)
 
 
+def test_even_attention_looks_even_and_faint(explanation: Explanation):
+    block = explanation.blocks[0]
+    grey = Image.new("RGB", explanation.picture.size, (90, 90, 90))
+    keys = torch.zeros_like(block.keys)
+    keys[:, :, 12] = 1000
+    lightness = {}
+    for name, to in (("even", torch.zeros_like(keys)), ("one", keys)):
+        blocks = (replace(block, queries=torch.ones_like(block.queries), keys=to), *explanation.blocks[1:])
+        figure = draw_figure(replace(explanation, picture=grey, blocks=blocks)).convert("L")
+        top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
+        # Patch 12 of 4 x 4, in the lower left corner; the mark is far from it.
+        panel = np.asarray(figure.crop((MARGIN_PX, top, MARGIN_PX + PANEL_PX, top + PANEL_PX)), float)
+        lightness[name] = panel[-PANEL_PX // 4 :, : PANEL_PX // 4]
+    assert lightness["even"].std() == 0
+    assert lightness["even"].max() < 0.5 * lightness["one"].max()
+    assert scaled_attention(torch.full((3, 5), 1 / 15)).tolist() == [[pytest.approx(1 / 3)] * 5] * 3
+    assert scaled_attention(torch.tensor([[0.75, 0.25, 0, 0, 0]])).tolist() == [pytest.approx([1, 1 / 3, 0, 0, 0])]
+    assert [strength(times) for times in (1.0, 1.099, 1.1, 2.64)] == [
+        *["practically even"] * 2,
+        "up to 1.1 times the mean",
+        "up to 2.6 times the mean",
+    ]
+
+
+def test_every_row_says_what_its_colours_mean(explanation: Explanation):
+    """A bar beside each heading, from dark to light, and words on both sides of it, however long the heading is."""
+    figure = np.asarray(draw_figure(explanation), float)
+    for row in range(3):
+        top = MARGIN_PX // 2 + row * (HEADING_PX + PANEL_PX + CAPTION_PX)
+        band = figure[top : top + HEADING_PX - 4]
+        is_coloured = np.ptp(band, axis=-1) > 40
+        (columns,) = is_coloured.any(axis=0).nonzero()
+        first, last = columns[0], columns[-1]
+        assert SCALE_PX[0] * 0.6 < last - first < SCALE_PX[0]
+        lightness = band[is_coloured[:, last].nonzero()[0][0], first : last + 1].mean(axis=-1)
+        assert lightness[-1] > lightness[0] + 80
+        assert np.diff(lightness).min() > -2
+        darkest = band.max(axis=-1).min(axis=0)  # of every column: where there is a letter, it is not white
+        assert darkest[last + 1 :].min() < 200
+        begin = last - SCALE_PX[0]
+        assert darkest[begin - 40 : begin - 8].min() < 200
+
+
 def test_values_are_scaled_by_the_largest():
     assert scaled(torch.tensor([-1.0, 0.0, 1.0, 4.0])).tolist() == [0, 0, 0.25, 1]
+    assert scaled(torch.tensor([-1.0, 0.0, 1.0, 4.0]), bright=8).tolist() == [0, 0, 0.125, 0.5]
     assert scaled(torch.zeros(2)).tolist() == [0, 0]
     decades = in_decades(torch.tensor([0.0, 1e-30, 0.02, 2.0]))
     assert decades.tolist() == pytest.approx([0, 0.1, 0.5, 1])
@@ -89,6 +136,10 @@ def test_what_is_written_can_be_opened(weights: Weights, photo: Image.Image, tmp
         assert figure.format == "PNG"
         assert figure.size == draw_figure(made).size
     assert made.at == (70, 45)
+    # Cut to 64 of the 99 by 64 px that it is resized to: half a pixel of those further left than its middle.
+    cut = mobilevit.explain_picture(replace(weights, preprocessing=Preprocessing(64, 64)), picture)
+    assert sum(cut.view.box[::2]) / 2 < 69.5
+    assert cut.at == (70, 45)
     assert made.evidence[0].class_name == max(made.evidence, key=lambda e: e.probability).class_name
     larger = mobilevit.explain_picture(weights, picture, size_px=128)
     assert (larger.size_px, larger.blocks[0].rows) == (128, 8)
@@ -102,7 +153,7 @@ def test_mistakes_are_said(weights: Weights, photo: Image.Image, tmp_path: Path)
         mobilevit.explain_picture(weights, picture, out=picture)
     with pytest.raises(ValueError, match=r"x.jpg: ends in .jpg; write a .html or a .png file"):
         mobilevit.explain_picture(weights, picture, out=tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match=r"class is 'bea', .* near to it are bee"):
+    with pytest.raises(ValueError, match=r"class is 'bea', .* they are ant, bee, c"):
         mobilevit.explain_picture(weights, picture, class_name="bea")
     with pytest.raises(ValueError, match="size is 31; it must be 32 px or more"):
         mobilevit.explain_picture(weights, picture, size_px=31)

@@ -6,17 +6,21 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import mobilevit
 from conftest import randomise
 from mobilevit.explain import Explanation
+from mobilevit.explain.draw import BRIGHT_TIMES, OPACITY
+from mobilevit.explain.page import page_of
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.models.weights import Weights
 from mobilevit.pictures import Preprocessing
@@ -189,6 +193,57 @@ def test_evidence_and_reach(page: Page, written: tuple[Explanation, Path]):
         assert said(page).startswith(f"{field.name}: the marked place depends on ")
         # Its edges may fall into a pixel of the screen.
         assert lit(page) == pytest.approx(field.share, abs=0.02)
+
+
+def test_the_mark_is_moved_only_where_that_changes_something(page: Page):
+    hints = {}
+    for tab in ("evidence", "reach"):
+        page.click("#tab-attention")
+        before = said(page)
+        page.click(f"#tab-{tab}")
+        shown = said(page)
+        hints[tab] = page.text_content("#keys")
+        marked = page.locator("#dot").get_attribute("style")
+        page.click("#stage", position={"x": 20, "y": 20})
+        page.keyboard.press("ArrowDown")
+        assert said(page) == shown
+        assert page.locator("#dot").get_attribute("style") == marked
+        assert page.get_attribute(f"#tab-{tab}", "aria-selected") == "true"
+        page.click("#tab-attention")
+        assert said(page) == before
+        assert "Press or drag" in (page.text_content("#keys") or "")
+    assert "not of a place" in (hints["evidence"] or "")
+    assert "Computed for 301, 222 alone" in (hints["reach"] or "")
+
+
+def test_even_attention_is_called_even_and_the_colours_have_a_scale(
+    browser: Browser, written: tuple[Explanation, Path], tmp_path: Path
+):
+    explanation = written[0]
+    first, *others = explanation.blocks
+    pointed = torch.zeros_like(first.keys)
+    pointed[:, :, 3] = 1000
+    even = replace(first, queries=torch.ones_like(first.queries), keys=torch.zeros_like(first.keys))
+    blocks = (even, replace(even, keys=pointed), *others[1:])
+    path = tmp_path / "even.html"
+    path.write_text(page_of(replace(explanation, blocks=blocks)), encoding="utf-8")
+    with opened(browser, path) as page:
+        page.select_option("#drawn", "tiles")
+        assert said(page) == "From 301, 222 it looks practically evenly at all patches."
+        assert page.text_content("#scale") == "none3.0 times the mean"
+        expected = 255 * OPACITY * (1 / BRIGHT_TIMES) ** 0.6
+        alpha = "() => document.getElementById('heat').getContext('2d').getImageData(50, 50, 1, 1).data[3]"
+        assert page.evaluate(alpha) == pytest.approx(expected, abs=2)
+        page.click("#blocks button:nth-child(2)")
+        times = f"{first.rows * first.columns}.0 times the mean"
+        assert said(page).endswith(f": {times} of all patches.")
+        assert page.text_content("#scale") == f"none{times}"
+        page.click("#tab-reach")
+        assert page.text_content("#scale") == "1/4,000 and lessthe most, logarithmic"
+        page.click("#tab-evidence")
+        assert page.text_content("#scale") == "none, or against itthe most for this class"
+        page.click("#plain")
+        assert not page.is_visible("#scale")
 
 
 def test_everything_is_named_and_fits_a_phone(browser: Browser, written: tuple[Explanation, Path]):

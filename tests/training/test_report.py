@@ -1,12 +1,14 @@
 """The report: well-formed, whole in one file, its points where their numbers belong, whatever the run left behind."""
 
 import base64
+import errno
 import io
 import json
 import math
 import os
 import re
 import time
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.recipes import Data, Recipe, Sampler
+from mobilevit.recipes import RECIPES, Data, Recipe, Sampler
 from mobilevit.tasks.html import confusion_html, mistakes_html, per_class_html, thumbnail
 from mobilevit.training.report import Band, Line, chart, duration, log_ticks, tick_names, ticks, write_report
 
@@ -363,6 +365,10 @@ def test_recipe_shows_what_differs(tmp_path: Path) -> None:
     for words in ("1 epoch", "instead of 300 epochs", "64, 96 px", "instead of 0.08", "3,000 updates"):
         assert words in page.text, words
     assert not report(tmp_path).all("b", "changed")
+    page = report(tmp_path, recipe=replace(RECIPES["segment"], epochs=7))
+    assert len(page.all("b", "changed")) == 1
+    assert "instead of 60 epochs" in page.text
+    assert "other than in the recipe segment" in page.text
 
 
 @pytest.mark.parametrize(
@@ -470,7 +476,7 @@ def test_the_old_report_outlives_a_failure(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "report.html").write_text("old")
 
     def fail(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no space"):

@@ -68,9 +68,7 @@ def explain_picture(
     chosen = None if class_name is None else find_class(class_name, weights.class_names, weights.num_classes)
     upright = read_picture(picture)
     view = view_of(preprocessing, *upright.size)
-    left, top, right, bottom = view.box
-    # Of the part that is seen: where that is a crop, its middle is the picture's, but for the rounding of an odd one.
-    at = at or (int((left + right) / 2), int((top + bottom) / 2))
+    at = at or (upright.width // 2, upright.height // 2)
     place = view.share(*at)
     model = weights.build().to(device)
     model.requires_grad_(False)

@@ -25,6 +25,13 @@ NUM_COLUMNS = 4
 WIDTH_PX = 2 * MARGIN_PX + NUM_COLUMNS * PANEL_PX + (NUM_COLUMNS - 1) * GAP_PX
 OPACITY = 0.75  # of the lightest colour
 DECADES = 4  # of a gradient, from the darkest colour to the lightest
+LEAST_GRADIENT = 0.1  # how bright a trace of a gradient is, and all that is weaker
+# Attention is bright that is this many times its mean, and as much as the largest where that is more. Relative to the
+# largest alone, attention to everything alike would be as bright as attention to one thing.
+BRIGHT_TIMES = 3.0
+EVEN_TIMES = 1.1  # attention whose largest is below this many times its mean points at nothing
+SCALE_PX = (140, 12)
+SCALE_GREY = 72.0  # of a picture of middle grey, dimmed
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,41 @@ class Panel:
     window: tuple[float, float, float, float] | None = None
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What the colours of a row mean: those of `least`, 0 to 1, and those of 1, in words."""
+
+    low: str
+    high: str
+    least: float = 0.0
+
+
+ATTENTION_SCALE = Scale("none", f"the panel's most, or {BRIGHT_TIMES:g} times its mean where that is more")
+EVIDENCE_SCALE = Scale("none, or against it", "the panel's most")
+FIELD_SCALE = Scale(
+    f"1/{round(10 ** (DECADES * (1 - LEAST_GRADIENT)), -2):,.0f} and less",
+    "the panel's most; logarithmic; unpainted: exactly 0; dashed: as far as convolutions alone see",
+    LEAST_GRADIENT,
+)
+
+
 def draw_figure(explanation: Explanation) -> Image.Image:
     """Three rows: what speaks for the class or reaches the place, what it attends to, and what it depends on."""
     e = explanation
     cut = e.view.cut(e.picture, PANEL_PX)
-    rows: list[tuple[str, list[Panel]]] = [
-        (_heading(e), _evidence_panels(e.evidence) if e.evidence else _rollout_panels(e)),
-        ("Where the marked place looks: attention to every patch", _attention_panels(e)),
-        ("What the marked place depends on, layer by layer", _field_panels(e.fields, e.size_px)),
+    first = (_evidence_panels(e.evidence), EVIDENCE_SCALE) if e.evidence else (_rollout_panels(e), ATTENTION_SCALE)
+    rows: list[tuple[str, list[Panel], Scale]] = [
+        (_heading(e), *first),
+        ("Where the marked place looks: attention to every patch", _attention_panels(e), ATTENTION_SCALE),
+        ("What the marked place depends on, layer by layer", _field_panels(e.fields, e.size_px), FIELD_SCALE),
     ]
     row_px = HEADING_PX + cut.height + CAPTION_PX
     figure = Image.new("RGB", (WIDTH_PX, MARGIN_PX + len(rows) * row_px), PAPER)
     draw = ImageDraw.Draw(figure)
-    for i, (heading, panels) in enumerate(rows):
+    for i, (heading, panels, scale) in enumerate(rows):
         top = MARGIN_PX // 2 + i * row_px
-        _write(draw, MARGIN_PX, top + 34, heading, 23, INK, WIDTH_PX - 2 * MARGIN_PX)
+        scale_left = _put_scale(figure, WIDTH_PX - MARGIN_PX, top + 34, scale)
+        _write(draw, MARGIN_PX, top + 34, heading, 23, INK, scale_left - GAP_PX - MARGIN_PX)
         lefts = [MARGIN_PX + column * (PANEL_PX + GAP_PX) for column in range(NUM_COLUMNS)]
         top += HEADING_PX
         if i == 0:
@@ -73,17 +100,27 @@ def draw_figure(explanation: Explanation) -> Image.Image:
     return figure
 
 
-def scaled(values: Tensor) -> np.ndarray:
-    """Values brought to 0 to 1 by the largest, those below 0 to 0."""
+def scaled(values: Tensor, bright: float = 0.0) -> np.ndarray:
+    """Values brought to 0 to 1 by the largest, or by `bright` where that is larger; those below 0 to 0."""
     positive = values.clamp(min=0).double()
-    return (positive / positive.max().clamp(min=1e-30)).numpy()
+    return (positive / positive.max().clamp(min=max(bright, 1e-30))).numpy()
+
+
+def scaled_attention(patches: Tensor) -> np.ndarray:
+    """Attention (rows, columns), which sums to 1, as bright as it is large beside its mean."""
+    return scaled(patches, BRIGHT_TIMES / patches.numel())
+
+
+def strength(times: float) -> str:
+    """How pronounced attention is whose largest value is so many times its mean."""
+    return "practically even" if times < EVEN_TIMES else f"up to {times:.1f} times the mean"
 
 
 def in_decades(gradient: Tensor) -> np.ndarray:
     """A gradient on a logarithmic scale: 1 the largest, 0 nothing at all, and 0.1 a trace of it and more."""
     share = (gradient.double() / gradient.max().clamp(min=1e-30)).numpy()
     logarithm = np.log10(share, out=np.full_like(share, -np.inf), where=share > 0)
-    return np.where(share > 0, np.clip(1 + logarithm / DECADES, 0.1, 1), 0)
+    return np.where(share > 0, np.clip(1 + logarithm / DECADES, LEAST_GRADIENT, 1), 0)
 
 
 def _heading(e: Explanation) -> str:
@@ -111,7 +148,7 @@ def _evidence_panels(evidence: Sequence[Evidence]) -> list[Panel]:
 
 
 def _rollout_panels(e: Explanation) -> list[Panel]:
-    return [Panel(block.name, "attention rollout", scaled(block.rollout(*e.place))) for block in e.blocks]
+    return [Panel(block.name, "attention rollout", scaled_attention(block.rollout(*e.place))) for block in e.blocks]
 
 
 def _attention_panels(e: Explanation) -> list[Panel]:
@@ -120,11 +157,12 @@ def _attention_panels(e: Explanation) -> list[Panel]:
         patches = block.attended(*e.place)
         times = patches.max().item() * patches.numel()
         note = f"{block.columns} x {block.rows} patches, {block.num_layers} layers, {block.num_heads} heads, mean"
-        panels.append(Panel(f"{block.name}: up to {times:.1f} times the mean", note, scaled(patches)))
+        panels.append(Panel(f"{block.name}: {strength(times)}", note, scaled_attention(patches)))
     block = e.blocks[0]
     exact = block.fold_back(block.attended(*e.place), *e.place)
-    title = f"{block.name}, pixel by pixel of its map"
-    panels.append(Panel(title, "one position of every patch, the others not at all", scaled(exact), is_smooth=False))
+    bright = BRIGHT_TIMES / (block.rows * block.columns)  # as beside it: of the patches, not of the pixels
+    title, note = f"{block.name}, pixel by pixel of its map", "one position of every patch, the others not at all"
+    panels.append(Panel(title, note, scaled(exact, bright), is_smooth=False))
     return panels
 
 
@@ -152,11 +190,7 @@ def _painted(cut: Image.Image, panel: Panel, place: tuple[float, float]) -> Imag
     grey = np.asarray(cut.convert("L"), np.float32)[..., None] * 0.5 + 8
     filter = Image.Resampling.BICUBIC if panel.is_smooth else Image.Resampling.NEAREST
     values = Image.fromarray(panel.values.astype(np.float32)).resize(cut.size, filter)
-    v = np.clip(np.asarray(values), 0, 1)[..., None]
-    stops = np.linspace(0, 1, len(RAMP))
-    colour = np.concatenate([np.interp(v, stops, [one[c] for one in RAMP]) for c in range(3)], axis=-1)
-    opacity = OPACITY * v**0.6
-    painted = Image.fromarray((grey * (1 - opacity) + colour * opacity).clip(0, 255).astype(np.uint8))
+    painted = _coloured(grey, np.clip(np.asarray(values), 0, 1))
     draw = ImageDraw.Draw(painted)
     if panel.window:
         left, top, right, bottom = panel.window
@@ -164,6 +198,27 @@ def _painted(cut: Image.Image, panel: Panel, place: tuple[float, float]) -> Imag
     if panel.is_marked:
         _mark(draw, place[0] * cut.width, place[1] * cut.height)
     return painted
+
+
+def _coloured(grey: np.ndarray, values: np.ndarray) -> Image.Image:
+    """`grey` (h, w, 1), 0 to 255, under the colours of `values` (h, w), as opaque as those are large."""
+    v = values[..., None]
+    stops = np.linspace(0, 1, len(RAMP))
+    colour = np.concatenate([np.interp(v, stops, [one[c] for one in RAMP]) for c in range(3)], axis=-1)
+    opacity = OPACITY * v**0.6
+    return Image.fromarray((grey * (1 - opacity) + colour * opacity).clip(0, 255).astype(np.uint8))
+
+
+def _put_scale(figure: Image.Image, right: int, baseline: int, scale: Scale) -> int:
+    """A bar of the colours of a row between what they mean, up to `right`; returns where it begins."""
+    width, height = SCALE_PX
+    draw, font = ImageDraw.Draw(figure), _font(14)
+    draw.text((right, baseline), scale.high, fill=SOFT, font=font, anchor="rs")
+    left = right - round(font.getlength(scale.high)) - 8 - width
+    values = np.broadcast_to(np.linspace(scale.least, 1, width), (height, width))
+    figure.paste(_coloured(np.full((height, width, 1), SCALE_GREY), values), (left, baseline - height + 1))
+    draw.text((left - 8, baseline), scale.low, fill=SOFT, font=font, anchor="rs")
+    return left - 8 - round(font.getlength(scale.low))
 
 
 def _put_picture(figure: Image.Image, left: int, top: int, height: int, e: Explanation) -> None:

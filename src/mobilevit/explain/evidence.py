@@ -18,6 +18,7 @@ from mobilevit.explain.attention import record
 from mobilevit.models.mobilevit import MobileViT
 
 TOP_K = 5
+FEW_CLASSES = 20  # so many names are all listed for whoever asks for another
 FINE_STAGE = "stage4"
 
 
@@ -73,15 +74,15 @@ def find_class(name: str, class_names: Sequence[str], num_classes: int) -> int:
     """The number of a class by its name, in any case of letters; "class 7" where nobody named the classes.
 
     Raises:
-        ValueError: no such class; the message has the names nearest to it.
+        ValueError: no such class; the message has the names there are, or of many those nearest to it.
     """
     names = [one.casefold() for one in class_names or (f"class {i}" for i in range(num_classes))]
     if name.casefold() in names:
         return names.index(name.casefold())
     shown = class_names or tuple(names)
+    said = f"class is {name!r}, which none of the {num_classes} classes of these weights is called"
+    if num_classes <= FEW_CLASSES:
+        raise ValueError(f"{said}; they are {', '.join(shown)}")
     near = [shown[names.index(one)] for one in difflib.get_close_matches(name.casefold(), names, n=5, cutoff=0.5)]
     few = ", ".join(near or shown[:5])
-    raise ValueError(
-        f"class is {name!r}, which none of the {num_classes} classes of these weights is called; "
-        f"{'near to it are' if near else 'the first are'} {few}"
-    )
+    raise ValueError(f"{said}; {'near to it are' if near else 'the first are'} {few}")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mobilevit.explain.attention import BlockAttention
-from mobilevit.explain.draw import OPACITY, RAMP, in_decades, scaled
+from mobilevit.explain.draw import BRIGHT_TIMES, EVEN_TIMES, FIELD_SCALE, OPACITY, RAMP, SCALE_GREY, in_decades, scaled
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.receptive import Field
 
@@ -40,6 +40,10 @@ def page_of(explanation: Explanation) -> str:
         "place": e.place,
         "ramp": RAMP,
         "opacity": OPACITY,
+        "grey": SCALE_GREY,
+        "bright": BRIGHT_TIMES,
+        "even": EVEN_TIMES,
+        "trace": {"value": FIELD_SCALE.least, "text": FIELD_SCALE.low},
         "blocks": [_block(block) for block in e.blocks],
         "fields": [_field(field, e.size_px) for field in e.fields],
         "classes": [
