@@ -46,7 +46,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def detector(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Weights that find much of each class in every picture, at scores between 0.3 and 0.9."""
     model = randomise(Detector("xxs", num_classes=3))
-    model.class_names, model.preprocessing = NAMES, Preprocessing(resize_px=(64, 64), crop_px=64)
+    model.class_names, model.category_ids = NAMES, (3, 44, 90)
+    model.preprocessing = Preprocessing(resize_px=(64, 64), crop_px=64)
     path = tmp_path_factory.mktemp("weights") / "detector.safetensors"
     save(model, path)
     return str(path)
@@ -254,7 +255,8 @@ def test_detect(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
             x1, y1, x2, y2 = d.box
             box = ", ".join(f"{side:.0f}" for side in d.box)
             rows.append([*([] if i else [name]), *d.class_name.split(), f"{d.score:.2f}", *box.split()])
-            results.append((image_id, d.class_index + 1, d.class_name, Path(name).name, (x1, y1, x2 - x1, y2 - y1)))
+            category = (3, 44, 90)[d.class_index]
+            results.append((image_id, category, d.class_name, Path(name).name, (x1, y1, x2 - x1, y2 - y1)))
         rows += [] if found else [[name, "nothing", "found"]]
     assert len(results) > 3
     assert [line.split() for line in out.splitlines()[3:-2]] == rows
@@ -289,7 +291,7 @@ def test_detections_are_coco_results(capsys: pytest.CaptureFixture[str], here: P
     assert run("predict", detector, "photos/*.jpg", "photos/a.png") == 0
     coco.dataset = {
         "images": [{"id": 139, "width": 33, "height": 40}, {"id": "a", "width": 33, "height": 40}],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)],
+        "categories": [{"id": i, "name": name} for i, name in zip((3, 44, 90), NAMES, strict=True)],
         "annotations": [],
     }
     coco.createIndex()
@@ -302,6 +304,18 @@ def test_detections_are_coco_results(capsys: pytest.CaptureFixture[str], here: P
         assert x + width <= 33 + 1e-4
         assert y + height <= 40 + 1e-4
         assert coco.cats[annotation["category_id"]]["name"] == annotation["category_name"]
+
+
+def test_detections_without_category_ids(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
+    model = load_detector(detector)
+    model.category_ids = ()
+    save(model, here / "unknown.safetensors")
+    assert run("predict", "unknown.safetensors", "photos/a.png", "photos/d.jpg") == 0
+    said = "unknown.safetensors: knows no category ids; in detections.json they are the number of the class + 1"
+    assert capsys.readouterr().err == f"mobilevit: {said}\n"
+    written = json.loads((here / "predictions/detections.json").read_text())
+    assert {(one["category_id"], one["category_name"]) for one in written} <= set(enumerate(NAMES, 1))
+    assert len(written) > 3
 
 
 def test_segment(capsys: pytest.CaptureFixture[str], here: Path, segmenter: str):
@@ -369,6 +383,7 @@ def test_a_picture_that_goes_before_it_is_drawn_on(
     ("number", "said", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )
 def test_interrupted_detections_are_kept(
+    request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     here: Path,
     detector: str,
@@ -386,6 +401,8 @@ def test_interrupted_detections_are_kept(
         return predict(*args)
 
     monkeypatch.setattr(Detector, "predict_pixels", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts beside itself ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     pictures = ("photos/d.jpg", "photos/a.png", "photos/[[]old]/b.png")
     stop_at = 1
     assert run("predict", detector, *pictures, "--batch-size", "1") == code

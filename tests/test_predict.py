@@ -456,6 +456,19 @@ def test_find(folder: Path, names: list[str], expected: list[str]):
     assert absolute == [folder / name for name in expected]
 
 
+@pytest.mark.parametrize(
+    "pictures", ["images", "train/images", "images/val", "JPEGImages", "VOCdevkit/VOC2012/JPEGImages"]
+)
+def test_masks_are_no_pictures(tmp_path: Path, pictures: str):
+    masks = [pictures.replace("images", "masks").replace("JPEGImages", "SegmentationClass"), "other/masks"]
+    for name in (f"{pictures}/a.png", *(f"{folder}/a.png" for folder in masks)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    found = [tmp_path / pictures / "a.png", tmp_path / "other/masks/a.png"]  # beside which there are no images
+    assert find_pictures([str(tmp_path)]) == sorted(found)
+    assert find_pictures([str(tmp_path / masks[0])]) == [tmp_path / masks[0] / "a.png"]  # named, so meant
+
+
 @pytest.mark.parametrize("name", ["missing.png", "missing/", "*.gif", "empty", "~nobody/a.png"])
 def test_find_nothing(folder: Path, name: str):
     with pytest.raises(ValueError, match=r"no pictures in this folder|no such picture") as caught:
@@ -498,6 +511,7 @@ def test_pretrained_backbone(model: Classifier, tmp_path: Path):
 def test_there_and_back_of_the_other_tasks(pictures: list[Path], tmp_path: Path):
     detector = randomise(Detector("xxs", num_classes=3))
     segmenter = randomise(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
+    detector.category_ids = (1, 17, 90)
     for model, load_again in ((detector, load_detector), (segmenter, load_segmenter)):
         model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
         save(model, tmp_path / "a.safetensors")
@@ -508,6 +522,10 @@ def test_there_and_back_of_the_other_tasks(pictures: list[Path], tmp_path: Path)
         assert all(again.state_dict()[key].equal(value) for key, value in model.state_dict().items())
         with pytest.raises(WeightsError, match="3 classes, expected 5"):
             load_again(tmp_path / "a.safetensors", num_classes=5)
+        if isinstance(again, Detector):
+            assert again.category_ids == (1, 17, 90)
+            again.reset_classes(3)
+            assert again.category_ids == ()
     assert load_segmenter(tmp_path / "a.safetensors").backbone.output_stride == 8
     assert load_segmenter(tmp_path / "a.safetensors", output_stride=16).backbone.output_stride == 16
 

@@ -37,7 +37,15 @@ Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, c
 class Predict:
     """Name, find or outline what is in pictures, as the weights can. Exit code 1 if some of them could not be read."""
 
-    weights: SomeWeights
+    weights: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="WEIGHTS",
+            help=f"Weights: {WEIGHTS}; or the folder of a run, of which its model.safetensors is taken: the averaged "
+            "weights of the last epoch.",
+        ),
+    ]
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
     """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
     top_k: int | None = None
@@ -46,9 +54,10 @@ class Predict:
     """Of detectors: the score, 0 to 1, above which something is shown; unless given, 0.3."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for what detection and segmentation write; unless given, predictions. Files of the same names are
-    replaced. Detection: STEM_boxes.jpg for each picture, and detections.json in COCO's results format, with the number
-    of the class + 1 for category_id and the picture's stem for image_id, as a number where it is one. Segmentation:
-    STEM.png, the class numbers in VOC's colours, and STEM_overlay.jpg."""
+    replaced. Detection: STEM_boxes.jpg for each picture, and detections.json in COCO's results format, with the
+    category_id that the class had in the data (its number + 1 where the weights do not know it) and the picture's stem
+    for image_id, as a number where it is one. Segmentation: STEM.png, the class numbers in VOC's colours, and
+    STEM_overlay.jpg."""
     json: bool = False
     """One JSON object a line instead of a table."""
     batch_size: int = 16
@@ -160,6 +169,11 @@ class _Boxes:
         from mobilevit.predict import detect_pictures, detector
 
         self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
+        self.category_ids = weights.category_ids or range(1, weights.num_classes + 1)
+        if not weights.category_ids:
+            _complain(
+                f"{command.weights}: knows no category ids; in detections.json they are the number of the class + 1"
+            )
         model = fold_batch_norm(detector(weights).to(_device(command.device)))
         options: dict[str, Any] = (
             {} if command.score_threshold is None else {"score_threshold": command.score_threshold}
@@ -182,7 +196,7 @@ class _Boxes:
             coco.append(
                 {
                     "image_id": _image_id(path),
-                    "category_id": d.class_index + 1,
+                    "category_id": self.category_ids[d.class_index],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": d.score,
                     "file_name": path.name,

@@ -137,7 +137,7 @@ def _naming(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error
         if isinstance(error, OSError) and error.errno is not None:  # said by the system, not by Pillow
             raise PictureError(f"{name}: {os.strerror(error.errno).lower()}") from None
-        raise PictureError(f"{name}: damaged picture ({first_line(error)})") from error
+        raise PictureError(f"{name}: damaged picture ({first_line(error)}); mend or remove it") from error
 
 
 def picture_files(folder: Path) -> list[Path]:

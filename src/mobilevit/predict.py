@@ -161,11 +161,12 @@ class Detector(Predictor, SSDLite):
     """
 
     preprocessing: Preprocessing = PREPROCESSING["detect"]
+    category_ids: tuple[int, ...] = ()  # those of the classes in COCO's annotations, where somebody said
 
     def reset_classes(self, num_classes: int) -> None:
         """Make room for new classes; they have no names until `class_names` is set."""
         super().reset_classes(num_classes)
-        self.class_names = ()
+        self.class_names = self.category_ids = ()
 
     @overload
     def predict(
@@ -379,7 +380,9 @@ def classifier(weights: Weights) -> Classifier:
 
 def detector(weights: Weights) -> Detector:
     """A detector in eval mode with these weights."""
-    return _described(weights.build(Detector), weights)
+    model = _described(weights.build(Detector), weights)
+    model.category_ids = weights.category_ids
+    return model
 
 
 def segmenter(weights: Weights) -> Segmenter:
@@ -421,6 +424,7 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
             output_stride=model.backbone.output_stride,
             task=task,
             head=model.head if isinstance(model, DeepLabV3) else None,
+            category_ids=model.category_ids if isinstance(model, Detector) else (),
         ),
         path,
         format,
@@ -430,6 +434,8 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
 def find_pictures(names: Iterable[str]) -> list[Path]:
     """The pictures that files, folders (searched through, hidden ones aside) and globs stand for, each once, in order.
 
+    Masks below a folder, in masks/ beside images/ or as VOC keeps them, are no pictures of it.
+
     Raises:
         ValueError: a name that stands for nothing.
     """
@@ -437,7 +443,7 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
         if path.is_dir():
-            matches = picture_files(path)
+            matches = [file for file in picture_files(path) if not _is_mask(file, path)]
             if not matches:
                 raise ValueError(f"{name}: no pictures in this folder")
         elif path.exists():
@@ -445,9 +451,15 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
         else:
             matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())  # noqa: PTH207
             if not matches:
-                raise ValueError(f"{name}: no such picture, folder or pattern")
+                raise ValueError(f"{name}: no such picture, folder or pattern; check the name")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _is_mask(file: Path, data: Path) -> bool:
+    beside = {"masks": "images", "SegmentationClass": "JPEGImages", "SegmentationObject": "JPEGImages"}
+    above = file.parents[: len(file.relative_to(data).parts) - 1]
+    return any(parent.name in beside and (parent.parent / beside[parent.name]).is_dir() for parent in above)
 
 
 def predict_pictures(

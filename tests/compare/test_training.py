@@ -239,7 +239,7 @@ def test_another_recipe_or_other_data_are_refused(whole: tuple[dict[str, Any], P
     _, out = whole
     with pytest.raises(ValueError, match=r"seed-0: holds another run \(recipe.epochs is 2 there, 3 here\)"):
         compare_trained([NARROW, XXS], data, out, replace(RECIPE, epochs=3), seeds=(0,))
-    with pytest.raises(ValueError, match=r"seed-0: holds another run \(data is"):
+    with pytest.raises(ValueError, match=r"seed-0: holds another run \(other data\);"):
         compare_trained([NARROW, XXS], data / "train", out, RECIPE, seeds=(0,))
 
 

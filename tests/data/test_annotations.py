@@ -100,6 +100,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
         with contextlib.redirect_stdout(io.StringIO()):
             theirs = reference.COCO(str(file))
         assert source.class_names == tuple(theirs.cats[i]["name"] for i in sorted(theirs.cats))
+        assert source.category_ids == tuple(sorted(theirs.cats))
         assert len(source) == len(theirs.imgs)
         for i in range(len(source)):
             sample = source[i]
@@ -182,12 +183,27 @@ def test_coco_that_is_no_json_or_of_one_split_twice(tmp_path: Path):
         find_boxes(tmp_path, 0.2)
 
 
+@pytest.mark.parametrize("below", ["val2017", "images/val", "valid"])
+def test_pictures_for_validation_need_annotations(tmp_path: Path, below: str):
+    coco2017(tmp_path)
+    (tmp_path / "annotations" / "instances_val2017.json").unlink()
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    train, val = find_boxes(tmp_path, 0.5)
+    assert len(train) + len(val) == 3
+    assert [f"so {len(val)} of 3 pictures are" in note for note in train.notes if "held out" in note] == [True]
+    assert not any("held out" in note for note in val.notes)
+    picture(tmp_path / below / "x.jpg")
+    with pytest.raises(ValueError, match=f"^{tmp_path / below}: pictures for validation, but no annotations"):
+        find_boxes(tmp_path, 0.5)
+
+
 def test_classes_are_matched_by_name(tmp_path: Path):
     coco2017(tmp_path)
     for class_names in (("dog", "cat"), ("x", "cat", "dog", "tree")):  # nothing in it is a tree
         source = find_boxes_to_evaluate(tmp_path, class_names)
         assert source.class_names == class_names
         assert [class_names[label] for label in by_name(source)["b.jpg"].labels] == ["dog", "cat"]
+        assert source.category_ids == ()  # which are for the classes in another order
     with pytest.raises(ValueError, match=r"class 'dog' is not among the 1 classes known \(cat\)"):
         find_boxes_to_evaluate(tmp_path, ("cat",))
 
@@ -207,7 +223,7 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
     picture(folder / "b.jpg")
     (folder / "empty.jpg").write_text("no picture")
-    with pytest.raises(PictureError, match=r"empty.jpg: not pictures; mend or remove them$"):
+    with pytest.raises(PictureError, match=r"empty.jpg: not a picture; mend or remove it$"):
         check_annotations(*sources)
     assert check_annotations(*sources, max_unreadable=1) == [str(folder / "empty.jpg")]
 
@@ -334,7 +350,7 @@ def test_bad_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, m
 def test_voc_annotation_missing_and_several_years(tmp_path: Path):
     voc(tmp_path / "VOCdevkit" / "VOC2007")
     (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "3.xml").unlink()
-    with pytest.raises(ValueError, match=r"3.xml: not XML \(.*No such file"):
+    with pytest.raises(ValueError, match=r"3.xml: no such file; add it, or take 3 out of the lists in .*Main$"):
         find_boxes(tmp_path, 0.2)
     voc(tmp_path / "VOCdevkit" / "VOC2012")
     with pytest.raises(ValueError, match="holds VOC2007, VOC2012; name one of them"):
@@ -371,12 +387,21 @@ def test_voc_masks(tmp_path: Path):
         for i in range(len(source)):
             assert np.array_equal(source[i].label.read(WIDTH, HEIGHT), values(21))
     assert check_annotations(train, val) == []
+    assert train.notes == (f"{tmp_path}: no classes.txt: the 21 names of PASCAL VOC are assumed",)
+    assert val.notes == ()
     palette_png(tmp_path / "SegmentationClass" / "1.png", values(22))
     with pytest.raises(PictureError, match=r"1.png: value 21 at x \d+, y \d+ is no class; expected 0 to 20, and 255"):
         train[0].label.read(WIDTH, HEIGHT)
+    xml = tmp_path / "Annotations" / "3.xml"
+    xml.write_text(f"<annotation>{THING.format('tree', 0, 9, 1, 9, 1)}</annotation>")
+    with pytest.raises(
+        ValueError, match=f"^{xml}: 'tree' is no class of PASCAL VOC.*; write the classes to .*classes.txt"
+    ):
+        find_masks(tmp_path, 0.5)
     (tmp_path / "classes.txt").write_text("sky\nroad\n" + "\n".join(f"c{i}" for i in range(20)))
     train, _ = find_masks(tmp_path, 0.5)
     assert train.class_names[:3] == ("sky", "road", "c0")
+    assert train.notes == ()
     assert np.array_equal(train[0].label.read(WIDTH, HEIGHT), values(22))
     (tmp_path / "SegmentationClass" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"1.png: no such mask; add it or remove its picture"):
@@ -497,7 +522,8 @@ def test_masks_cut_short_and_masks_without_picture(tmp_path: Path):
     picture(tmp_path / "images" / "3.jpg")
     palette_png(tmp_path / "masks" / "3.png", values(2))
     train, val = find_masks(tmp_path, 0.5)
-    assert [("masks without a picture" in note, "1.png" in note) for note in train.notes] == [(True, True)]
+    assert [("masks without a picture" in note, "1.png" in note) for note in train.notes[:-1]] == [(True, True)]
+    assert "1 of 2 pictures are" in train.notes[-1]
     assert val.notes == ()
 
 

@@ -270,10 +270,16 @@ def test_segmentation_of_any_size(backend: str, tmp_path: Path):
         assert tally.error < 1e-3
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
 @pytest.mark.parametrize(
-    ("backend", "precision"),
-    [("onnx", "fp16"), ("onnx", "int8"), ("openvino", "bf16"), ("openvino", "int8"), ("executorch", "int8")],
+    ("backend", "precision", "task"),
+    [  # each runtime's int8 with either head somewhere: all ten pairs take minutes
+        ("onnx", "fp16", "segment"),
+        ("onnx", "int8", "detect"),
+        ("openvino", "bf16", "detect"),
+        ("openvino", "int8", "segment"),
+        ("executorch", "int8", "detect"),
+        ("executorch", "int8", "segment"),
+    ],
 )
 def test_lower_precision(
     weights: dict[str, Weights],
@@ -303,11 +309,10 @@ def test_lower_precision(
 
 def test_found_in_int8(weights: dict[str, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.15)
-    for backend in ("onnx", "openvino"):
-        artifact = made(weights["detect"], backend, tmp_path, precision="int8", answers=True)
-        assert artifact.agreement is not None
-        assert artifact.agreement.answers >= 600
-        assert artifact.speed_ratio is not None
+    artifact = made(weights["detect"], "openvino", tmp_path, precision="int8", answers=True)
+    assert artifact.agreement is not None
+    assert artifact.agreement.answers >= 600
+    assert artifact.speed_ratio is not None
 
 
 def test_refused(weights: dict[str, Weights], tmp_path: Path):

@@ -188,7 +188,8 @@ SMALL_HEAD = DeepLabHead(channels=24, rates=(2, 3, 5), auxiliary_channels=16, dr
 @pytest.fixture(scope="module")
 def detector() -> Weights:
     model = randomise(SSDLite("xxs", num_classes=6))
-    return Weights(XXS, model.state_dict(), Preprocessing((96, 64), 64), NAMES, task="detect")
+    ids = (1, 2, 5, 40, 80, 90)
+    return Weights(XXS, model.state_dict(), Preprocessing((96, 64), 64), NAMES, task="detect", category_ids=ids)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_any_head_in_our_format(detector: Weights, tmp_path: Path) -> None:
     for weights in (detector, segmenter):
         write(weights, tmp_path / "w.safetensors")
         again = read(tmp_path / "w.safetensors", num_classes=6)
-        for part in ("task", "head", "output_stride", "preprocessing", "class_names", "num_classes"):
+        for part in ("task", "head", "output_stride", "preprocessing", "class_names", "num_classes", "category_ids"):
             assert getattr(again, part) == getattr(weights, part)
     x = torch.rand(1, 3, 97, 64)
     with torch.no_grad():
@@ -228,7 +229,9 @@ def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
         assert read(tmp_path / "w.pt").class_names == names
         write(weights, tmp_path / "w.safetensors")
         assert read(tmp_path / "w.safetensors").class_names == ()
-    # COCO's annotation files number toothbrush 90 and tv 72, in the order of which they are the 80th and the 63rd.
+        # COCO's annotation files number toothbrush 90 and tv 72, in the order of which they are the 80th and the 63rd.
+        ids = read(tmp_path / "w.pt").category_ids
+        assert [ids[i] for i in (0, 11, 62, 79)] == [1, 13, 72, 90] if weights is found else ids == ()
     assert len(coco_class_names()) == len(set(coco_class_names())) == 80
     assert [coco_class_names()[i] for i in (0, 11, 62, 79)] == ["person", "stop sign", "tv", "toothbrush"]
     assert len(voc_class_names()) == 21
@@ -313,6 +316,8 @@ def test_impossible_descriptions(weights: Weights) -> None:
         ({"head": PAPER_HEAD}, "head is"),
         ({"task": "segment"}, "head is None"),
         ({"task": "detect", "output_stride": 16}, "output_stride is 16"),
+        ({"task": "detect", "category_ids": (1, 2)}, "category_ids are 2 for 6 class names"),
+        ({"category_ids": (1, 2, 3, 4, 5, 6)}, "category_ids are 6 for 6 class names and the task 'classify'"),
     ):
         with pytest.raises(ValueError, match=part):
             replace(weights, **changed)

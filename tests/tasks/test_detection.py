@@ -1,10 +1,13 @@
 """Detection: its loss against a slow loop, its metrics against pycocotools' own way, what its weights start from."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from mobilevit.models.weights import Weights
 from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.recipes import Data, Recipe
 from mobilevit.tasks.detection import Detection, Detections, Found, match, ssd_loss
+from mobilevit.tasks.html import Drawn, boxes_html
 
 TASK = Detection()
 RECIPE = Recipe(
@@ -440,6 +444,7 @@ def test_build_from_detection_weights(folder: Path, class_names: tuple[str, ...]
     train, _ = TASK.datasets(RECIPE, folder)
     built = TASK.build(replace(RECIPE, architecture="s"), train, pretrained)
     assert (built.architecture.name, built.num_classes, built.class_names) == ("xxs", 2, ("green", "red"))
+    assert built.category_ids == (3, 4)
     assert (built.preprocessing.mean, built.preprocessing.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
     changed = set(built.tensors) - same(built, pretrained)
     if class_names == ("green", "red"):
@@ -488,6 +493,31 @@ def test_sections_stand_on_their_own():
     drawn = dict(Detections(spread_found(), 2).sections(source))["Worst pictures"]
     assert drawn.count("<figure>") == 8
     assert drawn.count("stroke-dasharray") < drawn.count("<rect")
+
+
+@pytest.mark.parametrize(("width", "height"), [(28, 21), (21, 28), (1203, 800)])
+def test_names_of_boxes_stay_on_the_figure_and_apart(width: int, height: int):
+    """Whatever the size of the picture, letters are of one size on the page, taken to be 0.6 of that wide."""
+    boxes = [((0, 0, width, height), f"thing {i}") for i in range(9)]
+    boxes.append(
+        ((width - 1, height - 1, width, height), "a name that is much too long for a figure of this size, <so>")
+    )
+    html = boxes_html([Drawn(Image.new("RGB", (width, height)), "x", boxes, boxes)])
+    (viewed,) = re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', html)
+    left, top, side, tall = map(float, viewed)
+    assert (top, side, tall) == (0, 360, pytest.approx(360 * min(1, height / width), abs=0.1))
+    assert left + side / 2 == pytest.approx(180 * min(1, width / height), abs=0.1)
+    drawn = re.findall(r'<text x="(\S+)" y="(\S+)" style="font-size:11px;[^>]*>([^<]+)</text>', html)
+    assert len(drawn) >= 6
+    places = [(float(x), float(y), len(unescape(text))) for x, y, text in drawn]
+    for x, y, letters in places:
+        assert left <= x <= x + 6.6 * letters <= left + side + 0.1
+        assert 11 <= y <= tall
+    for (x1, y1, letters1), (x2, y2, letters2) in itertools.combinations(places, 2):
+        assert abs(y1 - y2) >= 11 or x1 + 6.6 * letters1 <= x2 + 0.1 or x2 + 6.6 * letters2 <= x1 + 0.1
+    caption = html.split("<figcaption>")[1]
+    assert caption.count("thing 0, thing 1, thing 2, thing 3, thing 4 and 5 more<") == 2
+    assert "<so>" not in html
 
 
 def test_pycocotools_missing(monkeypatch: pytest.MonkeyPatch, folder: Path):

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -23,12 +24,13 @@ from safetensors import safe_open
 from torch import nn
 
 import mobilevit
+from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, Item, PictureDataset
 from mobilevit.data.sampler import EpochBatches, Pick
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
 from mobilevit.models.weights import Weights, read
 from mobilevit.pictures import PictureError
-from mobilevit.recipes import Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
+from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
 from mobilevit.tasks import evaluate_weights
 from mobilevit.tasks.classification import Answers, Classification
 from mobilevit.training import loop
@@ -826,3 +828,12 @@ def test_without_tensorboard(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=re.escape('pip install "mobilevit[tensorboard]"')):
         run(RECIPE, data, tmp_path, tensorboard=True)
     assert len(run(replace(RECIPE), data, tmp_path).epochs) == 2  # the folder can be used all the same
+
+
+@pytest.mark.parametrize(("name", "has_transformers"), [("tiny", True), ("detect", False), ("segment", True)])
+def test_what_to_do_next_can_be_done(name: str, has_transformers: bool):
+    """Every command is one that the command line takes, and none names a format that the task has no network in."""
+    commands = [command for _, command in loop._commands(RECIPES[name], "my photos", Path("runs/x"))]
+    parsed = [parse(shlex.split(command)[1:]) for command in commands]
+    assert [type(one).__name__ for one in parsed] == ["Evaluate", "Predict", "Export", *["Convert"] * has_transformers]
+    assert parsed[2].pictures == ("my photos",)

@@ -48,10 +48,12 @@ MASKS_EXPECTED = (
 class Annotated(Folder[Label]):
     """Pictures in files, with `Boxes` or a `MaskFile` each.
 
-    `notes` say in a line each what was left out of what was found, for whoever trains on it to know.
+    `notes` say in a line each what was left out of what was found, or assumed of it, for whoever trains on it to know.
+    `category_ids` are the numbers that the annotations have for the classes, where they have any.
     """
 
     notes: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
 
 
 def find_boxes(data: str | Path, val_fraction: float) -> tuple[Annotated[Boxes], Annotated[Boxes]]:
@@ -191,7 +193,8 @@ def _splits(parts: Parts[Label], data: Path, val_fraction: float) -> tuple[Annot
     part = parts["train" if "train" in parts else "all"]()
     train = _annotated(part, data, part.class_names)
     if held_out is not None:
-        return train, _annotated(parts[held_out](), data, part.class_names)
+        val = _annotated(parts[held_out](), data, part.class_names)
+        return train, replace(val, notes=tuple(note for note in val.notes if note not in train.notes))
     if len(train) < 2:
         raise ValueError(f"{data}: one picture is too few to train on some and validate on others; add more")
     chances = [chance(key) for key in keys(train)]
@@ -199,7 +202,10 @@ def _splits(parts: Parts[Label], data: Path, val_fraction: float) -> tuple[Annot
     num_val = sum(x < val_fraction for x in chances)
     val = set(order[: min(max(1, num_val), len(train) - 1)])
     kept = [i for i in range(len(train)) if i not in val]
-    return _some(train, kept, train.notes), _some(train, sorted(val), ())
+    note = (
+        f"{data}: nothing is held out, so {len(val):,} of {len(train):,} pictures are, each by the chance of its name"
+    )
+    return _some(train, kept, (*train.notes, note)), _some(train, sorted(val), ())
 
 
 def _some(source: Annotated[Label], indices: Sequence[int], notes: tuple[str, ...]) -> Annotated[Label]:
@@ -216,8 +222,9 @@ def _annotated(part: AnnotatedPart[Any], data: Path, class_names: tuple[str, ...
     """With the numbers that `class_names` give the classes."""
     if not part.files:
         raise ValueError(f"{part.where}: holds no pictures")
-    labels = part.labels
+    labels, ids = part.labels, part.category_ids
     if part.class_names != class_names:
+        ids = ()  # numbers of other classes, or in another order
         number_of = {name: number for number, name in enumerate(class_names)}
         numbers = np.array([number_of.get(name, -1) for name in part.class_names], np.int64)
         # Classes that COCO lists and no box is of do no harm; of masks nobody knows before they are read.
@@ -230,7 +237,7 @@ def _annotated(part: AnnotatedPart[Any], data: Path, class_names: tuple[str, ...
                 f"{len(class_names)} classes known ({few(class_names)}); rename or remove"
             )
         labels = [_renumbered(label, numbers) for label in labels]
-    return Annotated(tuple(part.files), tuple(labels), class_names, data, part.notes)
+    return Annotated(tuple(part.files), tuple(labels), class_names, data, part.notes, ids)
 
 
 def _renumbered(label: Boxes | MaskFile, numbers: np.ndarray) -> Boxes | MaskFile:

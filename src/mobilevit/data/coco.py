@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def coco_parts(data: Path) -> Parts[Boxes]:
     """How to read what is found in `data`; nothing where there is nothing of the kind.
 
     Raises:
-        ValueError: two files for one split; and when a part is read, whatever is wrong with it.
+        ValueError: two files for one split, pictures for validation without one; and when a part is read, whatever is
+            wrong with it.
     """
     found: dict[str, list[tuple[Path, Path]]] = {}
     for file in sorted((data / "annotations").glob("instances_*.json")):
@@ -34,6 +36,8 @@ def coco_parts(data: Path) -> Parts[Boxes]:
         file = data / name / "_annotations.coco.json"
         if file.is_file():
             found.setdefault(split, []).append((file, file.parent))
+    if "train" in found and "val" not in found:
+        _refuse_unannotated(data)
     if not found:
         folder = data / "images" if (data / "images").is_dir() else data
         for file in sorted(data.glob("*.json")) if folder != data or _has_pictures(data) else ():
@@ -46,6 +50,18 @@ def coco_parts(data: Path) -> Parts[Boxes]:
     return {split: partial(_read_coco, *files[0]) for split, files in found.items()}
 
 
+def _refuse_unannotated(data: Path) -> None:
+    """Of pictures in val2017/ or the like: to hold out others instead is not what whoever put them there meant."""
+    for root in (data, data / "images"):
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            word = re.match("[a-z]*", folder.name.lower())
+            if word and SPLITS.get(word[0]) == "val" and _has_pictures(folder):
+                raise ValueError(
+                    f"{folder}: pictures for validation, but no annotations of them (instances_{folder.name}.json, or "
+                    "_annotations.coco.json among them); add these or move the folder elsewhere"
+                )
+
+
 def _has_pictures(folder: Path) -> bool:
     """Whether some lie in the folder itself, so that a .json beside something else is not taken for COCO's."""
     endings = Image.registered_extensions()
@@ -56,7 +72,7 @@ def _read_coco(file: Path, folder: Path) -> AnnotatedPart[Boxes]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not JSON ({first_line(error)})") from None
+        raise ValueError(f"{file}: not JSON ({first_line(error)}); export or copy it again") from None
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):
@@ -99,7 +115,8 @@ def _read_coco(file: Path, folder: Path) -> AnnotatedPart[Boxes]:
         one.labels.append(label_of[entry["category_id"]])
         one.crowd.append(bool(entry.get("iscrowd", 0)))
         one.areas.append(area)
-    return part_of_boxes(found.values(), str(file), tuple(names[number] for number in sorted(names)))
+    part = part_of_boxes(found.values(), str(file), tuple(names[number] for number in sorted(names)))
+    return replace(part, category_ids=tuple(sorted(names)))
 
 
 def _entries(file: Path, content: dict[str, Any], kind: str, needed: Sequence[str]) -> Iterator[tuple[int, dict]]:

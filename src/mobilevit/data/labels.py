@@ -135,6 +135,7 @@ class AnnotatedPart(Generic[Label]):
     labels: Sequence[Label]
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()  # of the classes, where the annotations number them
 
 
 Parts = Mapping[str, Callable[[], AnnotatedPart[Label]]]

@@ -197,7 +197,8 @@ def refuse_unreadable(names: Sequence[str], max_unreadable: int) -> None:
     """Raise PictureError, with five of the names, where there are more than `max_unreadable`."""
     if len(names) > max_unreadable:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise PictureError(f"{', '.join(names[:5])}{more}: not pictures; mend or remove them")
+        told = "not pictures; mend or remove them" if len(names) > 1 else "not a picture; mend or remove it"
+        raise PictureError(f"{', '.join(names[:5])}{more}: {told}")
 
 
 def _not_pictures(source: Source, indices: Iterable[int]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +79,12 @@ def _read_voc(root: Path, split: str, stems: Sequence[str]) -> AnnotatedPart[Box
     objects = []
     for stem in stems:
         picture = _voc_picture(root, stem)
-        objects.append((picture, *_read_xml(root / "Annotations" / f"{stem}.xml")))
+        file = root / "Annotations" / f"{stem}.xml"
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: no such file; add it, or take {stem} out of the lists in {root / 'ImageSets' / 'Main'}"
+            )
+        objects.append((picture, *_read_xml(file)))
     class_names = tuple(sorted({name for _, _, things in objects for name, _, _ in things}))
     label_of = {name: label for label, name in enumerate(class_names)}
     found = []
@@ -98,10 +104,7 @@ _Thing = tuple[str, tuple[float, float, float, float], bool]
 
 def _read_xml(file: Path) -> tuple[tuple[int, int] | None, list[_Thing]]:
     """Width and height of the picture, and name, corners and difficulty of the things in it."""
-    try:
-        root = ET.parse(file).getroot()
-    except (OSError, ET.ParseError, ValueError) as error:
-        raise ValueError(f"{file}: not XML ({first_line(error)}); mend it") from None
+    root = _parse(file)
     sides = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     size = (int(sides[0]), int(sides[1])) if all(re.fullmatch("0*[1-9][0-9]*", side) for side in sides) else None
     things: list[_Thing] = []
@@ -119,6 +122,13 @@ def _read_xml(file: Path) -> tuple[tuple[int, int] | None, list[_Thing]]:
     return size, things
 
 
+def _parse(file: Path) -> ET.Element:
+    try:
+        return ET.parse(file).getroot()
+    except (OSError, ET.ParseError, ValueError) as error:
+        raise ValueError(f"{file}: not XML ({first_line(error)}); mend it") from None
+
+
 def voc_mask_parts(data: Path) -> Parts[MaskFile]:
     """How to read the masks of what is found in `data`, as `voc_box_parts`."""
     root = _voc_root(data)
@@ -128,7 +138,23 @@ def voc_mask_parts(data: Path) -> Parts[MaskFile]:
 
     def read(split: str, stems: Sequence[str]) -> AnnotatedPart[MaskFile]:
         pairs = [(_voc_picture(root, stem), root / "SegmentationClass" / f"{stem}.png") for stem in stems]
-        named = read_coding(root, data) or (VOC_CLASSES, Coding(tuple(range(len(VOC_CLASSES)))))
-        return part_of_masks(pairs, str(root) if split == "all" else f"{root} ({split})", *named)
+        where = str(root) if split == "all" else f"{root} ({split})"
+        if named := read_coding(root, data):
+            return part_of_masks(pairs, where, *named)
+        _refuse_other_classes(root, stems)
+        part = part_of_masks(pairs, where, VOC_CLASSES, Coding(tuple(range(len(VOC_CLASSES)))))
+        return replace(part, notes=(f"{root}: no classes.txt: the 21 names of PASCAL VOC are assumed",))
 
     return {split: partial(read, split, stems) for split, stems in _voc_stems(root, "Segmentation", files).items()}
+
+
+def _refuse_other_classes(root: Path, stems: Iterable[str]) -> None:
+    """Where boxes lie beside the masks, their names tell that the masks' classes are not PASCAL's."""
+    for file in (root / "Annotations" / f"{stem}.xml" for stem in stems):
+        for thing in _parse(file).findall("object") if file.is_file() else ():
+            name = thing.findtext("name", "").strip()
+            if name not in VOC_CLASSES:
+                raise ValueError(
+                    f"{file}: {name!r} is no class of PASCAL VOC, and the masks name none; write the classes to "
+                    f"{root / 'classes.txt'}, line 1 for the value 0"
+                )

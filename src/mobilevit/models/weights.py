@@ -83,12 +83,13 @@ class Weights:
     """Tensors under our own names, stem in RGB order, and all that is needed to use them.
 
     `class_names` is empty where nobody said; the background of a detector has no name, that of a segmentation network
-    is a class like the others. `training` is free JSON about how the weights came to be. `head` describes what stands
-    on the backbone of a segmentation network, and is None for the other tasks.
+    is a class like the others. `category_ids` are the numbers that COCO's annotations of a detector's classes have,
+    which may have holes; empty where nobody said. `training` is free JSON about how the weights came to be. `head`
+    describes what stands on the backbone of a segmentation network, and is None for the other tasks.
 
     Raises:
         ValueError: an unknown task, a segmentation network without `head` or another one with it, a detector with an
-            output stride other than 32.
+            output stride other than 32, ids of anything but the named classes of a detector.
     """
 
     architecture: Architecture
@@ -100,6 +101,7 @@ class Weights:
     described: bool = True  # False where a file said nothing and the published preprocessing is assumed
     task: TaskName = "classify"
     head: DeepLabHead | None = None
+    category_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in NETWORKS:
@@ -108,6 +110,11 @@ class Weights:
             raise ValueError(f"head is {self.head} for the task {self.task!r}; it belongs to segmentation, and alone")
         if self.task == "detect" and self.output_stride != 32:
             raise ValueError(f"output_stride is {self.output_stride}; that of a detector is always 32")
+        if self.category_ids and (self.task != "detect" or len(self.category_ids) != len(self.class_names)):
+            raise ValueError(
+                f"category_ids are {len(self.category_ids)} for {len(self.class_names)} class names and the task "
+                f"{self.task!r}; give one for each named class of a detector, or none"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -331,10 +338,13 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
         described=described.source is not None,
         task=task,
         head=head,
+        category_ids=described.category_ids,
     )
     if described.class_names is None:  # published weights say nothing of their classes, but how many they are tells
         names, usual = _PUBLISHED_CLASSES[task]
-        weights = replace(weights, class_names=names() if weights.num_classes == usual else ())
+        if weights.num_classes == usual:
+            ids = coco_category_ids() if task == "detect" else ()
+            weights = replace(weights, class_names=names(), category_ids=ids)
     classifier = key_names(architecture, format, task, head)[CLASSIFIERS[task]][0]
     if num_classes is not None and num_classes != weights.num_classes:
         reset = "reset_classifier" if task == "classify" else "reset_classes"
@@ -362,10 +372,19 @@ def coco_class_names() -> tuple[str, ...]:
 
     torchvision keeps COCO's own numbers, which go up to 90 with gaps; published networks close the gaps.
     """
+    return tuple(_coco_categories().values())
+
+
+def coco_category_ids() -> tuple[int, ...]:
+    """COCO's own numbers, 1 to 90 with gaps, of the classes that `coco_class_names` names."""
+    return tuple(_coco_categories())
+
+
+def _coco_categories() -> dict[int, str]:
     from torchvision.models.detection import SSD300_VGG16_Weights
 
     names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
-    return tuple(name for name in names if name not in ("__background__", "N/A"))
+    return {number: name for number, name in enumerate(names) if name not in ("__background__", "N/A")}
 
 
 def voc_class_names() -> tuple[str, ...]:
@@ -537,6 +556,7 @@ class _Description:
     output_stride: int = 32
     training: Mapping[str, Any] = field(default_factory=dict)
     head: DeepLabHead | None = None
+    category_ids: tuple[int, ...] = ()
 
 
 def _describe(
@@ -549,6 +569,9 @@ def _describe(
             if said != task:
                 raise ValueError(f"task is {said!r}, but the keys are those of {task!r}")
             head = _head_from_dict(values["head"]) if task == "segment" else None
+            ids = tuple(values.get("category_ids", ()))  # files from before there were any have none
+            if ids and len(ids) != len(values["class_names"]):
+                raise ValueError(f"{len(ids)} category_ids for {len(values['class_names'])} class_names")
             return _Description(
                 source="metadata",
                 bgr=_is_bgr(format, head),
@@ -558,6 +581,7 @@ def _describe(
                 output_stride=values["output_stride"],
                 training=values["training"],
                 head=head,
+                category_ids=ids,
             )
     config_path = path.with_name("config.json")
     in_hub_layout = path.name in ("model.safetensors", "pytorch_model.bin") and config_path.is_file()
@@ -783,6 +807,7 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
             "training": dict(weights.training),
             "task": weights.task,
             "head": asdict(weights.head) if weights.head else None,
+            "category_ids": weights.category_ids,
         }
         metadata["mobilevit"] = json.dumps(description)
     if format == "apple":

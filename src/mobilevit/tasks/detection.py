@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from mobilevit.data.annotations import (
+    Annotated,
     boxes_held_out_name,
     check_annotations,
     find_boxes,
@@ -186,7 +187,8 @@ class Detection:
         return boxes_held_out_name(data)
 
     def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
-        class_names = train_set.source.class_names
+        source = train_set.source
+        class_names = source.class_names
         preprocessing = warp(recipe.data.size_px)
         if pretrained is None:
             model = SSDLite(recipe.architecture, len(class_names))
@@ -206,6 +208,7 @@ class Detection:
             preprocessing=preprocessing,
             class_names=class_names,
             task="detect",
+            category_ids=source.category_ids if isinstance(source, Annotated) else (),
         )
 
     def blank_labels(self, batch_size: int, size_px: int) -> BoxBatch:

@@ -25,6 +25,8 @@ MAX_ROWS = 1000  # of the table of classes, so that a report stays a file one ca
 MAX_MISTAKES = 32
 THUMBNAIL_PX = 160
 FIGURE_PX = 360  # of a picture with boxes or classes drawn on it
+LETTER_PX = 11  # height of the letters on it
+MAX_TOLD = 5  # boxes of a kind that a caption names
 NOTHING = "&ndash;"  # where there is no number
 
 STYLE = """
@@ -224,28 +226,31 @@ def boxes_html(pictures: Sequence[Drawn]) -> str:
     """A grid of pictures with their boxes: what was annotated in full lines, what was found in dashed ones."""
     cells = []
     for picture, name, truth, found in pictures:
-        width, height = picture.size
-        unit = max(width, height) / FIGURE_PX  # what a pixel of the page is, about
+        # In pixels of the page, whatever those of the picture are; one that is narrow stands in the middle.
+        scale = FIGURE_PX / max(picture.size)
+        width, height = (scale * side for side in picture.size)
+        left = (width - FIGURE_PX) / 2
         name = escape(name)
-        boxes = "".join(
-            _box_svg(corners, escape(text), unit, is_found)
-            for is_found, of_kind in ((False, truth), (True, found))
-            for corners, text in of_kind
-        )
-        told = [
-            f"{kind}: {escape(', '.join(text for _, text in these)) or 'nothing'}"
-            for kind, these in {"annotated": truth, "found": found}.items()
-        ]
+        taken: list[_Corners] = []
+        boxes, labels = "", ""
+        for is_found, of_kind in ((False, truth), (True, found)):
+            for corners, text in of_kind:
+                at_page = tuple(scale * x for x in corners)
+                boxes += _box_svg(at_page, is_found)
+                labels += _label_svg(at_page, text, (width, height), taken, is_found)
+        told = [f"{kind}: {_told(these)}" for kind, these in {"annotated": truth, "found": found}.items()]
+        frame = f"{left:.1f} 0 {FIGURE_PX} {height:.1f}"
         cells.append(
-            f'<li><figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{"; ".join(told)}">'
-            f'<image width="{width}" height="{height}" preserveAspectRatio="none" '
-            f'href="{thumbnail(picture, name, FIGURE_PX)}"/>{boxes}</svg>'
+            f'<li><figure><svg viewBox="{frame}" role="img" aria-label="{"; ".join(told)}">'
+            f'<image width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none" '
+            f'href="{thumbnail(picture, name, FIGURE_PX)}"/>{boxes}{labels}</svg>'
             f'<figcaption>{"".join(f"<span>{one}</span>" for one in told)}<span class="name">{name}</span>'
             "</figcaption></figure></li>"
         )
     return (
         '<p class="note">Full lines, their names at the upper edge: what was annotated. Dashed lines, names and scores '
-        'at the lower edge: what was found.</p>\n<ul class="mistakes drawn">\n' + "\n".join(cells) + "\n</ul>"
+        "at the lower edge: what was found. A name for which there is no room is left out.</p>\n"
+        '<ul class="mistakes drawn">\n' + "\n".join(cells) + "\n</ul>"
     )
 
 
@@ -334,19 +339,56 @@ def _figure_cell(value: float | None) -> str:
     return NOTHING if value is None else _share_cell(value / 100)
 
 
-def _box_svg(corners: Sequence[float], text: str, unit: float, is_found: bool) -> str:
+_Corners = tuple[float, float, float, float]
+
+
+def _told(boxes: Sequence[tuple[Sequence[float], str]]) -> str:
+    more = f" and {len(boxes) - MAX_TOLD} more" if len(boxes) > MAX_TOLD else ""
+    return escape(", ".join(text for _, text in boxes[:MAX_TOLD])) + more or "nothing"
+
+
+def _box_svg(corners: Sequence[float], is_found: bool) -> str:
     left, top, right, bottom = corners
     box = f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" fill="none" '
-    dashes = f' stroke-dasharray="{7 * unit:.1f} {4 * unit:.1f}"' if is_found else ""
-    colour = "#ffb000" if is_found else "#ffffff"
-    y = bottom - 4 * unit if is_found else top + 12 * unit
+    dashes = ' stroke-dasharray="7 4"' if is_found else ""
     # Black below it, so that both can be seen on any picture.
     return (
-        f'{box}stroke="#000" stroke-width="{3.5 * unit:.2f}"{dashes}/>'
-        f'{box}stroke="{colour}" stroke-width="{1.8 * unit:.2f}"{dashes}/>'
-        f'<text x="{left + 4 * unit:.1f}" y="{y:.1f}" font-size="{11 * unit:.1f}" fill="{colour}" stroke="#000" '
-        f'stroke-width="{2.5 * unit:.2f}" paint-order="stroke">{text}</text>'
+        f'{box}stroke="#000" stroke-width="3.5"{dashes}/>'
+        f'{box}stroke="{"#ffb000" if is_found else "#ffffff"}" stroke-width="1.8"{dashes}/>'
     )
+
+
+def _label_svg(
+    corners: Sequence[float], text: str, size: tuple[float, float], taken: list[_Corners], is_found: bool
+) -> str:
+    """The name of a box on a picture of `size`, where none of `taken` is, to which its place is added.
+
+    "" where there is no room. A name that is wider than the picture may use the figure's margins beside it. Its looks
+    are a style, since the page has one for the text of all figures.
+    """
+    letters = int(FIGURE_PX / (0.6 * LETTER_PX))  # about as wide as the letters of a page are
+    if len(text) > letters:
+        text = text[: letters - 1] + "…"
+    width = 0.6 * LETTER_PX * len(text)
+    right, bottom = size
+    x = min(max(corners[0] + 4, 0), right - width) if width <= right else (right - width) / 2
+    line = LETTER_PX + 1
+    first = corners[3] - 4 - line if is_found else corners[1] + 1
+    for step in range(4):  # away from the edge of the box that it belongs to
+        y = min(max(first + (-step if is_found else step) * line, 0), bottom - line)
+        place = (x, y, x + width, y + line)
+        if not any(_meet(place, other) for other in taken):
+            taken.append(place)
+            return (
+                f'<text x="{x:.1f}" y="{y + LETTER_PX:.1f}" style="font-size:{LETTER_PX}px;'
+                f'fill:{"#ffb000" if is_found else "#ffffff"};stroke:#000;stroke-width:2.5;paint-order:stroke">'
+                f"{escape(text)}</text>"
+            )
+    return ""
+
+
+def _meet(a: _Corners, b: _Corners) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _mask_at(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -29,7 +29,7 @@ from mobilevit import recipes
 from mobilevit.data.loader import Batch, Loader, PictureDataset, load, moved
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
-from mobilevit.models.weights import Weights, write
+from mobilevit.models.weights import TASK_FORMATS, Weights, write
 from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS, Results, Task
@@ -433,7 +433,7 @@ def _train(
                     steps=out / "steps.jsonl",
                     sections=results.sections(val_set.source),
                     facts=_environment(processes, at_once, recipe),
-                    commands=() if other else _commands(data, out),
+                    commands=() if other else _commands(recipe, data, out),
                 )
             keep()
             kept_at = time.perf_counter()
@@ -602,13 +602,17 @@ def _environment(processes: Processes, at_once: int, recipe: Recipe) -> dict[str
     }
 
 
-def _commands(data: str | Path, out: Path) -> list[tuple[str, str]]:
+def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, str]]:
     weights, data = shlex.quote(str(out / "model.safetensors")), shlex.quote(str(data))
-    return [
-        ("Evaluate, the average and the raw weights", f"mobilevit evaluate {shlex.quote(str(out))} --data {data}"),
+    evaluate = f"mobilevit evaluate {shlex.quote(str(out))} --data {data} --per-class"
+    commands = [
+        ("Evaluate, the average and the raw weights", evaluate),
         ("Predict", f"mobilevit predict {weights} PICTURE..."),
-        ("Write in transformers' layout", f"mobilevit convert {weights} FOLDER --to transformers"),
+        ("Export, compared with torch on these pictures", f"mobilevit export {weights} --to onnx --pictures {data}"),
     ]
+    if "transformers" in TASK_FORMATS[recipe.task]:
+        commands.append(("Write in transformers' layout", f"mobilevit convert {weights} FOLDER --to transformers"))
+    return commands
 
 
 def _save(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mobilevit.files import write_whole
-from mobilevit.recipes import Recipe
+from mobilevit.recipes import RECIPES, Recipe
 from mobilevit.tasks.html import NOTHING, STYLE, bar, table
 
 MAX_POINTS = 240  # of a line; more than one in two pixels cannot be told apart
@@ -335,7 +335,9 @@ def _unbroken(command: str) -> str:
 
 
 def _recipe_html(recipe: Recipe) -> str:
-    defaults = dict(_fields(asdict(Recipe())))
+    # A run does not know which of the named recipes it began as; that of its task is the nearest for certain.
+    base = Recipe() if recipe.task == "classify" else RECIPES[recipe.task]
+    defaults = dict(_fields(asdict(base)))
     rows = []
     for name, value in _fields(asdict(recipe)):
         unit, default = _unit(name), defaults[name]
@@ -345,7 +347,8 @@ def _recipe_html(recipe: Recipe) -> str:
         else:
             mark = f'<b class="changed"><code>{escape(name)}</code></b>'
             rows.append((mark, f"<b>{said}</b>", f"instead of {_setting(default, unit)}"))
-    caption = "Bold and marked with a dot: other than the default."
+    than = "the default" if recipe.task == "classify" else f"in the recipe {recipe.task}"
+    caption = f"Bold and marked with a dot: other than {than}."
     return table(("Field", "value", ""), rows, caption=caption, text=True)
 
 
