@@ -931,7 +931,7 @@ def test_mistakes_of_explain(capsys: pytest.CaptureFixture[str], here: Path, wei
         (weights, "photos/a.png", "--out", "a.jpg"): r"a\.jpg: ends in \.jpg; write a \.html or a \.png file",
         (weights, "photos/a.png", "--out", "photos"): "photos: ends in nothing",
         (weights, "photos/a.png", "--out", "photos/a.png"): r"photos/a\.png: is the picture itself",
-        (weights, "photos/a.png", "--class", "bee"): r"class is 'bee', which none of the 3 .* near to it are :bee:$",
+        (weights, "photos/a.png", "--class", "bee"): r"class is 'bee', which none of the 3 .* they are \[bold\]ant",
         (detector, "photos/a.png", "--class", ":bee:"): "class is ':bee:'; .* these are weights to detect",
         (
             weights,
