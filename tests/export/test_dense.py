@@ -180,8 +180,10 @@ def made(weights: Weights, backend: str, out: Path, **options) -> Artifact:
     return artifact
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
-@pytest.mark.parametrize("backend", ["onnx", "openvino", "executorch"])
+@pytest.mark.parametrize(
+    ("backend", "task"),
+    [("onnx", "detect"), ("openvino", "segment"), ("executorch", "detect"), ("executorch", "segment")],
+)
 def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path: Path):
     size = SIZES[task == "detect"]
     uint8 = backend != "executorch"  # which turns and widens pixels outside its delegate
@@ -278,7 +280,6 @@ def test_segmentation_of_any_size(backend: str, tmp_path: Path):
         ("openvino", "bf16", "detect"),
         ("openvino", "int8", "segment"),
         ("executorch", "int8", "detect"),
-        ("executorch", "int8", "segment"),
     ],
 )
 def test_lower_precision(
@@ -305,14 +306,6 @@ def test_lower_precision(
         # The boxes are computed in float: in 8 bits there would be no more than 256 places for them.
         boxes, _ = load_artifact(artifact.path)(np.random.default_rng(0).random((1, 3, 64, 64), np.float32))
         assert len(np.unique(boxes)) > 400
-
-
-def test_found_in_int8(weights: dict[str, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mobilevit.export, "LEAST_AGREEMENT", 0.15)
-    artifact = made(weights["detect"], "openvino", tmp_path, precision="int8", answers=True)
-    assert artifact.agreement is not None
-    assert artifact.agreement.answers >= 600
-    assert artifact.speed_ratio is not None
 
 
 def test_refused(weights: dict[str, Weights], tmp_path: Path):
