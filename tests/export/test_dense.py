@@ -274,7 +274,7 @@ def test_segmentation_of_any_size(backend: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("backend", "precision", "task"),
-    [  # each runtime's int8 with either head somewhere: all ten pairs take minutes
+    [  # each runtime's int8 with one head: all ten pairs take minutes
         ("onnx", "fp16", "segment"),
         ("onnx", "int8", "detect"),
         ("openvino", "bf16", "detect"),
