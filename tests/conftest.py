@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 Network = TypeVar("Network", bound=nn.Module)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+]
 
 
 def randomise(model: Network, seed: int = 0) -> Network:
@@ -31,6 +43,39 @@ def randomise(model: Network, seed: int = 0) -> Network:
             else:
                 tensor.copy_(1.3 * z / tensor[0].numel() ** 0.5)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def ready_page(
+    browser: Browser,
+    url: str,
+    *,
+    patience_ms: float = 30_000,
+    on_request: Callable[[str], Any] = lambda url: None,
+    **context: Any,
+) -> Iterator[Page]:
+    """The page once it says that it is ready; whatever the browser's console complained of fails the test."""
+    complaints: list[str] = []
+    with browser.new_context(**context) as one:
+        page = one.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: on_request(request.url))
+        page.goto(url)
+        page.wait_for_selector("body[data-state=ready]", timeout=patience_ms)
+        yield page
+    assert not complaints
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -309,7 +309,7 @@ class Info:
             model, size_px = weights.build(), weights.preprocessing.crop_px
             p, names = weights.preprocessing, weights.class_names
             console.print(
-                f"MobileViT-{weights.architecture.name.upper()} from {self.network}, output stride "
+                f"{weights.name} from {self.network}, output stride "
                 f"{weights.output_stride}\n"
                 f"input: RGB, {_resized(p)}, / 255, mean {p.mean}, std {p.std}\n"
                 f"classes: {weights.num_classes}"
@@ -342,9 +342,7 @@ class Convert:
             raise ValueError(f"{target}: exists already; choose another name or say --overwrite")
         weights = read(self.source, download=self.download)
         write(weights, target, self.to)
-        print(
-            f"{target}: MobileViT-{weights.architecture.name.upper()}, {weights.num_classes} classes, {self.to} format"
-        )
+        print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
         if self.to == "apple":
             print("Apple's format has no place for class names and preprocessing; whoever reads it assumes the paper's")
         return 0

@@ -40,6 +40,7 @@ PALETTE: tuple[Colour, ...] = (
 )
 OPACITY = 0.65  # of the colour over a region
 MAX_JPEG_PX = 65_500  # the longest side that libjpeg writes
+LOOK = Path(__file__).with_name("look.css")  # colours, letters and cards of the pages for browsers
 
 
 def colour_of(class_index: int) -> Colour:

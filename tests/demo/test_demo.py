@@ -31,7 +31,7 @@ from rich.console import Console
 from sklearn.datasets import load_sample_image
 
 import mobilevit
-from conftest import randomise
+from conftest import randomise, ready_page
 from mobilevit.cli import parse
 from mobilevit.demo import DRAWINGS, STATIC, Server, drawing_for, runtime, write_page
 from mobilevit.draw import OPACITY, colour_of
@@ -47,12 +47,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
-]
 PATIENCE_MS = 120_000
 NODE = shutil.which("node")
 # Digits as somebody may draw them, each one a list of strokes, in shares of the pad's side.
@@ -95,17 +89,6 @@ def page_folder(weights: Weights, ort: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
 @contextmanager
 def running(server: ThreadingHTTPServer) -> Iterator[str]:
     """The server's URL while it runs in a thread."""
@@ -119,18 +102,7 @@ def running(server: ThreadingHTTPServer) -> Iterator[str]:
         server.server_close()
 
 
-@contextmanager
-def opened(browser: Browser, url: str, **context: Any) -> Iterator[Page]:
-    """The page, with its network ready; whatever the browser's console complained of fails the test."""
-    complaints: list[str] = []
-    with browser.new_context(**context) as one:
-        page = one.new_page()
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(url)
-        page.wait_for_selector("body[data-state=ready]", timeout=PATIENCE_MS)
-        yield page
-    assert not complaints
+opened = partial(ready_page, patience_ms=PATIENCE_MS)  # with its network loaded
 
 
 @pytest.fixture(scope="module")

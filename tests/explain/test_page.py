@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import mobilevit
-from conftest import randomise
+from conftest import randomise, ready_page
 from mobilevit.explain import Explanation
 from mobilevit.explain.draw import BRIGHT_TIMES, OPACITY
 from mobilevit.explain.page import page_of
@@ -28,8 +27,6 @@ from mobilevit.pictures import Preprocessing
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 NAMES = ("<b>ant</b>", "bee & co", "</script><script>alert(1)</script>")
 
 
@@ -43,33 +40,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path
     return mobilevit.explain_picture(weights, photo, at=(301, 222), out=path), path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
 @contextmanager
 def opened(browser: Browser, path: Path, **context: Any) -> Iterator[Page]:
-    """The page from its file; whatever it asks for beside itself and whatever the console complains of, fails."""
-    complaints: list[str] = []
-    with browser.new_context(**context) as one:
-        page = one.new_page()
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: None if request.url.startswith(("file:", "data:")) else complaints.append(request.url),
-        )
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-state=ready]")
+    """The page from its file; that it asks for anything beside itself fails the test."""
+    asked: list[str] = []
+    with ready_page(browser, path.as_uri(), on_request=asked.append, **context) as page:
         yield page
-    assert not complaints
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
 @pytest.fixture(scope="module")

@@ -288,8 +288,10 @@ class _Foreign:
             try:
                 side = write_side(name, network, ours.runtime, target, folder)
             except Exception as error:  # whatever a converter says of a network that is not ours
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                on_problem(f"{ours.runtime} {target.precision}: left out {name}, which cannot be converted ({reason})")
+                on_problem(
+                    f"{ours.runtime} {target.precision}: left out {name}, which cannot be converted "
+                    f"({first_line(error)})"
+                )
                 continue
             assert side.expected is not None
             if name in others.SAME:
@@ -456,7 +458,7 @@ def benchmark(
         "num_threads": num_threads,
         "num_rounds": num_rounds,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "peak_gflops": {},
         "rows": [],
         "notes": [],
@@ -527,7 +529,12 @@ def _same_but_precision(side: Side) -> tuple[str | None, ...]:
 
 def ratio(times_ms: np.ndarray, ours_ms: np.ndarray) -> dict[str, float]:
     """How many times as long as ours, round by round: median, tenth and ninetieth percentile."""
-    p10, median, p90 = np.percentile(times_ms / ours_ms, (10, 50, 90))
+    return spread(times_ms / ours_ms)
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median, tenth and ninetieth percentile."""
+    p10, median, p90 = np.percentile(values, (10, 50, 90))
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
@@ -572,8 +579,9 @@ def _error(side: Side, outputs: Sequence[np.ndarray]) -> float | None:
     return error
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that are installed and have to do with speed."""
+    found = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)

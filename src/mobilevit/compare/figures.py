@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from mobilevit.compare.show import TITLES, where
 from mobilevit.compare.systems import OWN_PAPER
 
 Row = Mapping[str, Any]
@@ -55,9 +56,6 @@ def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size
         for timing in row["timings"]
         if (timing["runtime"], timing["batch_size"]) == (runtime, batch_size)
     }
-    threads = f"{report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
-    where = report["device"] if report["device"] != "cpu" else f"{report['processor']}, {threads}"
-    name = {"torch": "torch", "onnx": "ONNX Runtime"}[runtime]
     return _figure(
         [row for row in report["rows"] if row["name"] in timings],
         x_of=lambda row: timings[row["name"]]["median"],
@@ -65,8 +63,8 @@ def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size
             (timings[row["name"]]["p10"], row["published_top1"]),
             (timings[row["name"]]["p90"], row["published_top1"]),
         ),
-        x_label=f"ms for {'a picture' if batch_size == 1 else f'{batch_size} pictures'}, {name}, float32",
-        title=f"ImageNet top-1 against time ({where}, {report['date']})",
+        x_label=f"ms for {'a picture' if batch_size == 1 else f'{batch_size} pictures'}, {TITLES[runtime]}, float32",
+        title=f"ImageNet top-1 against time ({where(report)}, {report['date']})",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from mobilevit.benchmark.profile import MIB
 from mobilevit.compare import statistics
 from mobilevit.compare.claims import sentence
+from mobilevit.files import write_whole
 
 Report = Mapping[str, Any]
 Columns = list[tuple[str, list[str]]]  # headings and cells
@@ -110,15 +112,15 @@ def write_training(report: Report, folder: Path) -> list[Path]:
 def _write(
     report: Report, folder: Path, text: str, lines: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]
 ) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+    grid = io.StringIO(newline="")
+    writer = csv.DictWriter(grid, fieldnames=list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
     for name, figure in figures.items():
-        figure.savefig(folder / name)
-    (folder / "table.json").write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+        write_whole(folder / name, lambda aside, figure=figure: figure.savefig(aside, format="png"))
+    values = json.dumps(report, ensure_ascii=False) + "\n"
+    for name, content in (("table.json", values), ("table.md", text), ("table.csv", grid.getvalue())):
+        write_whole(folder / name, lambda aside, content=content: aside.write_bytes(content.encode()))
     return [folder / name for name in ("table.md", "table.csv", "table.json", *figures)]
 
 
@@ -128,8 +130,7 @@ def circumstances(report: Report) -> str:
     if report["device"] != "cpu":
         text += f", {report['device']}"
     if report["num_rounds"]:
-        text += f", {report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
-        text += f", {report['num_rounds']} rounds, load average {report['load_average']}"
+        text += f", {_threads(report)}, {report['num_rounds']} rounds, load average {report['load_average']}"
     return text
 
 
@@ -141,13 +142,20 @@ def circumstances_of_training(report: Report) -> str:
         if report["held_out"]
         else f"evaluated on {report['num_val']:,} that were cut off by chance, since it holds none out"
     )
-    threads = f"{report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
-    where = report["device"] if report["device"] != "cpu" else f"{report['processor']}, {threads}"
     return (
         f"{report['data']}: trained on {report['num_train']:,} pictures of {report['num_classes']} classes at "
         f"{recipe['data']['size_px']} px, {held_out}; {recipe['epochs']} epochs, {recipe['data']['policy']} "
-        f"augmentation, seeds {', '.join(map(str, seeds))}; {report['date']}, {where}"
+        f"augmentation, seeds {', '.join(map(str, seeds))}; {report['date']}, {where(report)}"
     )
+
+
+def where(report: Report) -> str:
+    """What torch computed on: the accelerator, or the processor and how much of it."""
+    return report["device"] if report["device"] != "cpu" else f"{report['processor']}, {_threads(report)}"
+
+
+def _threads(report: Report) -> str:
+    return f"{report['num_threads']} thread{'s' if report['num_threads'] > 1 else ''}"
 
 
 def columns_of_training(report: Report) -> Columns:

@@ -7,15 +7,12 @@ times of the same round.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import difflib
-import importlib.metadata
 import os
-import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +28,7 @@ from mobilevit.compare.counts import count
 from mobilevit.compare.systems import SYSTEMS, System
 from mobilevit.export import TOLERANCE, find_backend
 from mobilevit.export.deployed import Target
+from mobilevit.pictures import first_line
 
 Runtime = Literal["torch", "onnx"]
 Baseline = Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"]
@@ -47,15 +45,24 @@ def choose(names: Sequence[str]) -> list[System]:
     Raises:
         ValueError: names that are not in the table.
     """
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        near = [close for name in unknown for close in difflib.get_close_matches(name, SYSTEMS, n=3)]
-        hint = f"; near are {', '.join(dict.fromkeys(near))}" if near else ""
-        raise ValueError(
-            f"there is no system {', '.join(repr(name) for name in unknown)}{hint}; there are {', '.join(SYSTEMS)}"
-        )
+    check_names(names, SYSTEMS)
     wanted = {*names, *OURS} if names else set(SYSTEMS)
     return [system for name, system in SYSTEMS.items() if name in wanted]
+
+
+def check_names(names: Sequence[str], known: Collection[str]) -> None:
+    """Refuse names that are not among those known.
+
+    Raises:
+        ValueError: which they are, those that are near, and all there are.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = [close for name in unknown for close in difflib.get_close_matches(name, known, n=3)]
+        hint = f"; near are {', '.join(dict.fromkeys(near))}" if near else ""
+        raise ValueError(
+            f"there is no system {', '.join(repr(name) for name in unknown)}{hint}; there are {', '.join(known)}"
+        )
 
 
 def compare(
@@ -103,9 +110,9 @@ def compare(
                 clock = _Clock(runtime, batch_size, device, num_rounds, num_threads, Path(folder), on_start, problem)
                 timings = clock.time([(system, row["size_px"]) for system, row in zip(systems, rows, strict=True)])
             for row in rows:
-                if _network(row["name"]) in timings:
+                if network_of(row["name"]) in timings:
                     other = against(row, rows, baseline)
-                    timing = timings[_network(row["name"])]
+                    timing = timings[network_of(row["name"])]
                     row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
     return {
         **circumstances(device),
@@ -122,17 +129,13 @@ def compare(
 
 def circumstances(device: str) -> dict[str, Any]:
     """When, on what and with what something is measured in torch."""
-    versions = {"python": platform.python_version()}
-    for library in latency.LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
     return {
         "date": datetime.date.today().isoformat(),
         "processor": latency.processor(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "num_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": versions,
+        "versions": latency.versions(),
     }
 
 
@@ -159,7 +162,7 @@ def _row(system: System, size_px: int | None, on_start: Say) -> dict[str, Any]:
     }
 
 
-def _network(name: str) -> str:
+def network_of(name: str) -> str:
     """The same for systems that differ only in how they were trained."""
     return name.removesuffix("-basic")
 
@@ -200,7 +203,7 @@ class _Clock:
     def time(self, systems: Sequence[tuple[System, int]]) -> dict[str, dict[str, Any]]:
         """By network, for systems and the side of their pictures: times, and ratios to MobileViT's three."""
         torch.set_num_threads(self.num_threads)
-        sides = {_network(system.name): (system, size_px) for system, size_px in systems}
+        sides = {network_of(system.name): (system, size_px) for system, size_px in systems}
         ours = self._prepare({name: sides.pop(name) for name in OURS})
         names = list(sides)
         groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)] or [[]]
@@ -225,10 +228,10 @@ class _Clock:
                 "runtime": self.runtime,
                 "batch_size": self.batch_size,
                 **about[name],
-                "latency_ms": _spread(np.concatenate(times)),
+                "latency_ms": latency.spread(np.concatenate(times)),
                 "pictures_per_second": 1e3 * self.batch_size / float(np.median(np.concatenate(times))),
                 "ratios": {
-                    base: _spread(np.concatenate(found)) for base, found in ratios[name].items() if base != name
+                    base: latency.spread(np.concatenate(found)) for base, found in ratios[name].items() if base != name
                 },
             }
             for name, times in times_ms.items()
@@ -249,8 +252,7 @@ class _Clock:
             except Exception as error:  # whatever a converter says of a network that is not ours
                 if name in OURS:
                     raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                self.on_problem(f"{self.runtime}: left out {name}, which cannot be run ({reason})")
+                self.on_problem(f"{self.runtime}: left out {name}, which cannot be run ({first_line(error)})")
         return prepared
 
     def _in_torch(self, name: str, network: nn.Module, size_px: int) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -291,8 +293,3 @@ class _Clock:
                 f"{TOLERANCE['fp32']:g}; with random weights some networks amplify rounding"
             )
         return lambda: run(pictures), {"layout": None, "error": error}
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    p10, median, p90 = np.percentile(values, (10, 50, 90))
-    return {"median": float(median), "p10": float(p10), "p90": float(p90)}

@@ -7,7 +7,6 @@ Everything that is reported is read from the runs: one that is finished is not r
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from mobilevit import recipes
 from mobilevit.compare.counts import count
 from mobilevit.compare.statistics import check_scipy, holm, welch
 from mobilevit.compare.systems import SCALED, SYSTEMS, Network, import_library
-from mobilevit.compare.table import OURS, Baseline, against, circumstances
+from mobilevit.compare.table import OURS, Baseline, against, check_names, circumstances, network_of
 from mobilevit.pictures import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
@@ -49,17 +48,11 @@ def choose(names: Sequence[str], recipe: Recipe, baseline: Baseline = "nearest")
     Raises:
         ValueError: names that are in neither table, of two systems that are one network.
     """
-    unknown = [name for name in names if name not in NETWORKS]
-    if unknown:
-        near = [close for name in unknown for close in difflib.get_close_matches(name, NETWORKS, n=3)]
-        hint = f"; near are {', '.join(dict.fromkeys(near))}" if near else ""
-        raise ValueError(
-            f"there is no system {', '.join(repr(name) for name in unknown)}{hint}; there are {', '.join(NETWORKS)}"
-        )
+    check_names(names, NETWORKS)
     wanted = set(names or SCALED)
     for name in wanted:
-        if name.removesuffix("-basic") != name and name.removesuffix("-basic") in wanted:
-            raise ValueError(f"{name} is the same network as {name.removesuffix('-basic')}; name one of them")
+        if network_of(name) != name and network_of(name) in wanted:
+            raise ValueError(f"{name} is the same network as {network_of(name)}; name one of them")
     if baseline != "nearest":
         wanted.add(baseline)
     elif wanted.isdisjoint(OURS):

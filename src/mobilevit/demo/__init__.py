@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mobilevit.demo import runtime
-from mobilevit.draw import OPACITY, PALETTE
+from mobilevit.draw import LOOK, OPACITY, PALETTE
 from mobilevit.export import export
 from mobilevit.models.weights import TaskName, Weights
 from mobilevit.pictures import Picture
@@ -124,7 +124,7 @@ def write_page(
         (artifact,) = export(weights, ["onnx"], aside, answers=dense, pictures=pictures, source=source)
         (out / "ort").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path, out / MODEL)
-    for file in STATIC.iterdir():
+    for file in (LOOK, *STATIC.iterdir()):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
     for name in runtime.FILES:
@@ -136,7 +136,7 @@ def write_page(
     drawing = drawing or drawing_for(weights)
     network = {
         "task": weights.task,
-        "name": f"MobileViT-{weights.architecture.name.upper()}",
+        "name": weights.name,
         "model": MODEL,
         "class_names": weights.class_names,
         "num_classes": weights.num_classes,

@@ -74,7 +74,7 @@ def explain_picture(
     model.requires_grad_(False)
     pixels = preprocessing(upright)[None].to(device)
     explanation = Explanation(
-        network=f"MobileViT-{weights.architecture.name.upper()}",
+        network=weights.name,
         task=weights.task,
         picture=upright,
         view=view,

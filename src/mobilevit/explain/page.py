@@ -7,19 +7,19 @@ size, and from them it makes the attention of any place, layer and head.
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
+from mobilevit.draw import LOOK
 from mobilevit.explain.attention import BlockAttention
 from mobilevit.explain.draw import BRIGHT_TIMES, EVEN_TIMES, FIELD_SCALE, OPACITY, RAMP, SCALE_GREY, in_decades, scaled
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.receptive import Field
+from mobilevit.tasks.html import jpeg_url
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PICTURE_PX = 720  # the longer side of the picture in the page
@@ -32,7 +32,7 @@ def page_of(explanation: Explanation) -> str:
     data = {
         "network": e.network,
         "task": e.task,
-        "picture": _jpeg(e.view.cut(e.picture, PICTURE_PX)),
+        "picture": jpeg_url(e.view.cut(e.picture, PICTURE_PX), quality=82),
         "width": e.view.width,
         "height": e.view.height,
         "box": e.view.box,
@@ -58,7 +58,8 @@ def page_of(explanation: Explanation) -> str:
     }
     # In a script, "<" could begin its end tag; written like this it is the same to JSON.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+    template = TEMPLATE.read_text(encoding="utf-8").replace("{{look}}", LOOK.read_text(encoding="utf-8"))
+    return template.replace("{{data}}", text)
 
 
 def _block(block: BlockAttention) -> dict[str, Any]:
@@ -101,12 +102,6 @@ def _bytes(values: np.ndarray) -> dict[str, Any]:
     """Values from 0 to 1 (h, w) as whole numbers of 8 bits; what is above 0 stays so."""
     numbers = np.ceil(values * 255).astype(np.uint8)
     return {"rows": values.shape[0], "columns": values.shape[1], "numbers": _base64(numbers.tobytes())}
-
-
-def _jpeg(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=82, optimize=True)
-    return f"data:image/jpeg;base64,{_base64(file.getvalue())}"
 
 
 def _base64(content: bytes) -> str:

@@ -117,6 +117,11 @@ class Weights:
             )
 
     @property
+    def name(self) -> str:
+        """What the network is called, "MobileViT-XXS"."""
+        return f"MobileViT-{self.architecture.name.upper()}"
+
+    @property
     def num_classes(self) -> int:
         """How many classes there are, the background of a detector not counted; 0 without a classifier."""
         classifier = self.tensors.get(CLASSIFIERS[self.task])

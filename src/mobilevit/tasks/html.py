@@ -296,8 +296,13 @@ def thumbnail(picture: Image.Image, name: str = "picture", size_px: int = THUMBN
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     else:
         image.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
+    return jpeg_url(image, quality=80)
+
+
+def jpeg_url(image: Image.Image, quality: int) -> str:
+    """The picture as a JPEG in a data URL; `quality` as Pillow has it, 0 to 95."""
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=80, optimize=True)
+    image.save(file, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

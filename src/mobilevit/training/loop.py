@@ -158,7 +158,6 @@ def _train(
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
     initial = start(other, recipe, train_set) if other else task.build(recipe, train_set, pretrained)
-    title = initial.name if isinstance(initial, OtherWeights) else f"MobileViT-{initial.architecture.name.upper()}"
     model = initial.build().to(device)
     precision = torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
     with precision:
@@ -184,7 +183,7 @@ def _train(
         "weights": _fingerprint(pretrained) if pretrained else "random",
     }
     if other:
-        facts["network"] = title
+        facts["network"] = initial.name
     num_bytes = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average, two moments
     folder: RunFolder | None = None
 
@@ -204,7 +203,7 @@ def _train(
     if position.epoch == recipe.epochs:
         raise FinishedError(f"{out}: this run is finished; name another folder for a new one", position.history)
     say(
-        f"{title} from {'the given' if pretrained else 'random'} weights; "
+        f"{initial.name} from {'the given' if pretrained else 'random'} weights; "
         f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
         f"{len(val_set):,} for validation"
     )
@@ -427,7 +426,7 @@ def _train(
                 step_lines.sync()
                 write_report(
                     out / "report.html",
-                    title=f"{title} on {data}",
+                    title=f"{initial.name} on {data}",
                     recipe=recipe,
                     epochs=history,
                     steps=out / "steps.jsonl",
