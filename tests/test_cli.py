@@ -1007,7 +1007,7 @@ def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
 def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
     args = ["compare", "--data", "classes", "--only", "deit-84-patch8", "--epochs", "1", "--seeds", "0"]
     args += ["--batch-size", "4", "--lr", "1e-3", "--no-flip"]
-    assert run(*args, "--size", "32", "--out", "out") == 0
+    assert run(*args, "--size", "32", "--out", "out", "--runtime", "torch", "--rounds", "2") == 0
     out, err = capsys.readouterr()
     *shown, line = out.splitlines()
     report = json.loads(line)
@@ -1016,19 +1016,21 @@ def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
     assert (recipe["epochs"], recipe["batch_size"], recipe["optimizer"]["lr"]) == (1, 4, 1e-3)
     assert (recipe["data"]["size_px"], recipe["data"]["flip"], report["seeds"]) == (32, False, [0])
     assert (here / "out/table.json").read_text() == f"{line}\n"
-    figures = {"accuracy_parameters.png", "learning_curves.png"}
+    assert [timing["runtime"] for row in report["rows"] for timing in row["timings"]] == ["torch"] * 2
+    figures = {"accuracy_parameters.png", "learning_curves.png", "accuracy_latency_torch.png"}
     assert {file.name for file in (here / "out").iterdir()} == {"runs", "table.md", "table.csv", "table.json", *figures}
     assert "deit-84-patch8, seed 0: run 2 of 2" in err
     assert any(text.endswith("mobilevit-xxs; one seed says nothing about chance") for text in shown)
-    assert run(*args, "--size", "32", "--out", "out") == 0
+    assert run(*args, "--size", "32", "--out", "out", "--no-time") == 0
     out, err = capsys.readouterr()
-    assert json.loads(out.splitlines()[-1])["rows"] == report["rows"]
+    untimed = [row | {"timings": []} for row in report["rows"]]
+    assert json.loads(out.splitlines()[-1])["rows"] == untimed
     assert "validation top1" not in err  # what a run says of its epochs
     # Ours can be used like the weights of any run, those of others are refused by name.
     assert run("predict", "out/runs/mobilevit-xxs/seed-0/model.safetensors", "photos/a.png") == 0
     other = "out/runs/deit-84-patch8/seed-0/model.safetensors"
     assert "weights of deit-84-patch8, trained to compare with" in mistake(capsys, "predict", other, "photos/a.png")
-    assert run(*args, "--size", "52", "--out", "odd") == 1
+    assert run(*args, "--size", "52", "--out", "odd", "--no-time") == 1
     out, err = capsys.readouterr()
     assert "size_px is 52; deit-84-patch8 takes multiples of 8" in out
     assert "mobilevit: deit-84-patch8: cannot be built for 52 px and 2 classes" in err
@@ -1042,8 +1044,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--data", "classes", "--lr", "0"): r"optimizer.lr is 0\.0",
         ("--data", "classes", "--batch-size", "8", "16"): r"batch size is \(8, 16\); with --data give one",
         ("--data", "classes", "--seeds", "1", "1"): "seeds are 1, 1; give one or more, each of them once",
-        ("--data", "classes", "--runtime", "onnx"): "--runtime is about latencies, and with --data training alone",
-        ("--data", "classes", "--no-time"): "--no-time is about latencies",
+        ("--data", "classes", "--no-time", "--runtime", "onnx"): "--no-time times nothing; leave out --runtime",
         ("--data", "classes", "--recipe", "abacus"): "'abacus'",
         ("--epochs", "3"): "--epochs is about training; give --data too",
         ("--seeds", "3"): "--seeds is about training; give --data too",

@@ -808,7 +808,8 @@ class Compare:
     """Systems to show beside MobileViT's three sizes; all unless given, which takes many minutes with the times. With
     --data, to train beside one MobileViT or those that are named; unless given, four as large as MobileViT-XXS."""
     data: str | None = None
-    """Train on these pictures, as for train, and report what is measured instead of what was published."""
+    """Train on these pictures, as for train, and report what is measured instead of what was published; then the times
+    of the trained networks, for a picture of that size."""
     recipe: Literal["small", "plain", "tiny"] | None = None
     """With --data: what all are trained by; small unless given. `mobilevit train NAME --help` says what it is."""
     epochs: int | None = None
@@ -822,20 +823,20 @@ class Compare:
     num_workers: int | None = None
     """With --data: processes that read pictures; the recipe's unless given."""
     time: bool = True
-    """Whether to time them here and now; without, it takes a minute or two."""
+    """Whether to time them here and now; without, the table takes a minute or two."""
     runtime: tuple[Literal["torch", "onnx"], ...] = ()
     """What to time in, always in float32; both unless given, on an accelerator torch."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
     """What the others are compared with; nearest is the MobileViT with the most similar number of parameters."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
-    """Pictures in an input, one number or several; 1 unless given. With --data pictures a step, the recipe's unless
-    given."""
+    """Pictures in an input, one number or several; 1 unless given. With --data pictures a training step, the recipe's
+    unless given, and 1 in what is timed."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
     """Side of the pictures in pixels; unless given, what each system was published with, with --data the recipe's."""
     rounds: int | None = None
     """Every system is timed once a round; 40 unless given."""
     num_threads: int | None = None
-    """Of every runtime; 2 unless given. Of training, as many as torch takes unless given."""
+    """Of every runtime that is timed; 2 unless given. Of training, as many as torch takes unless given."""
     device: Annotated[str, tyro.conf.arg(help="Where torch computes: cpu, cuda, cuda:1.")] = "cpu"
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write table.md, table.csv, table.json and the figures here. With --data the runs as well; unless given,
@@ -848,19 +849,15 @@ class Compare:
         for name, value in counts:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        of_timing = {"--runtime": self.runtime, "--no-time": not self.time, "--rounds": self.rounds}
         of_training = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds, "--lr": self.lr},
             **{"--no-flip": not self.flip, "--num-workers": self.num_workers},
         }
-        unused, why = (
-            (of_training, "is about training; give --data too")
-            if self.data is None
-            else (of_timing, "is about latencies, and with --data training alone is timed; leave it out")
-        )
-        for option, value in unused.items():
-            if value not in (None, (), False):
-                raise ValueError(f"{option} {why}")
+        for option, value in of_training.items():
+            if self.data is None and value not in (None, (), False):
+                raise ValueError(f"{option} is about training; give --data too")
+        if self.runtime and not self.time:
+            raise ValueError("--no-time times nothing; leave out --runtime")
         return self._list() if self.data is None else self._train(self.data)
 
     def _train(self, data: str) -> int:
@@ -891,6 +888,7 @@ class Compare:
         check_figure(out / "figure.png")  # said now, and not when everything has been trained
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
+        device = _device(self.device)
         report = training.compare_trained(
             networks,
             data,
@@ -898,7 +896,10 @@ class Compare:
             recipe,
             seeds=self.seeds or (0, 1, 2),
             baseline=self.baseline,
-            device=_device(self.device),
+            device=device,
+            runtimes=self._runtimes(device),
+            num_rounds=self.rounds or 40,
+            num_threads=self.num_threads or 2,
             on_start=lambda what: print(what, file=sys.stderr, flush=True),
             on_problem=_complain,
         )
@@ -910,22 +911,26 @@ class Compare:
         print(json.dumps(report, ensure_ascii=False))
         return 1 if any(row["failures"] for row in report["rows"]) else 0
 
+    def _runtimes(self, device: str) -> Any:
+        from mobilevit.compare.table import RUNTIMES
+
+        if not self.time:
+            return ()
+        return tuple(dict.fromkeys(self.runtime)) or (RUNTIMES if device == "cpu" else ("torch",))
+
     def _list(self) -> int:
         from mobilevit.benchmark.latency import check_figure
         from mobilevit.compare import show, table
 
-        if self.runtime and not self.time:
-            raise ValueError("--no-time times nothing; leave out --runtime")
         systems = table.choose(self.only)
         out = _expand(self.out) if self.out else None
         if out:  # said now, and not when everything has been measured
             check_figure(out / "figure.png")
             out.mkdir(parents=True, exist_ok=True)
         device = _device(self.device)
-        runtimes = tuple(dict.fromkeys(self.runtime)) or (table.RUNTIMES if device == "cpu" else ("torch",))
         report = table.compare(
             systems,
-            runtimes=runtimes if self.time else (),
+            runtimes=self._runtimes(device),
             batch_sizes=tuple(dict.fromkeys(self.batch_size)) or (1,),
             size_px=self.size,
             device=device,

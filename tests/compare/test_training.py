@@ -22,9 +22,9 @@ from scipy.stats import ttest_ind
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mobilevit.compare import show
+from mobilevit.compare import show, table
 from mobilevit.compare.counts import count
-from mobilevit.compare.figures import learning_curves, measured_against_parameters
+from mobilevit.compare.figures import learning_curves, measured_against_latency, measured_against_parameters
 from mobilevit.compare.statistics import holm, sentence, welch
 from mobilevit.compare.systems import SCALED, SYSTEMS, Network
 from mobilevit.compare.training import choose, compare_rows, compare_trained
@@ -95,6 +95,18 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     """The report of a comparison that nothing happened to, and its folder."""
     out = tmp_path_factory.mktemp("whole")
     return compare_trained([NARROW, WIDE, XXS], data, out, RECIPE, seeds=(0, 1)), out
+
+
+@pytest.fixture(scope="module")
+def timed(whole: tuple[dict[str, Any], Path], data: Path) -> dict[str, Any]:
+    """The same runs, read and timed: in torch, and for ONNX Runtime two of them, since an export takes seconds."""
+    _, out = whole
+    options: dict[str, Any] = {"seeds": (0, 1), "num_rounds": 3, "num_threads": 1}
+    report = compare_trained([NARROW, WIDE, XXS], data, out, RECIPE, runtimes=["torch"], **options)
+    exported = compare_trained([NARROW, XXS], data, out, RECIPE, runtimes=["onnx"], **options)
+    for row in exported["rows"]:
+        next(one for one in report["rows"] if one["name"] == row["name"])["timings"].extend(row["timings"])
+    return report
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
@@ -392,12 +404,56 @@ def test_what_is_written_agrees(whole: tuple[dict[str, Any], Path], tmp_path: Pa
         assert line["name"] == shown[0] == row["name"]
         assert float(line["top1"]) == row["top1"]
         assert [float(line[f"top1_seed_{seed}"]) for seed in (0, 1)] == [run["top1"] for run in row["runs"]]
-        assert shown[3] == f"{row['top1']:.2f} +- {row['top1_std']:.2f}"
+        assert shown[4] == f"{row['top1']:.2f} +- {row['top1_std']:.2f}"
     assert [line["against"] for line in flat] == ["mobilevit-xxs", "mobilevit-xxs", ""]
     for comparison in report["comparisons"]:
         assert f"- {sentence(comparison)}\n" in text
     with Image.open(files[3]) as picture:
         assert picture.size == (1600, 1024)
+
+
+def test_times_of_what_was_trained(timed: dict[str, Any], tmp_path: Path) -> None:
+    report = timed
+    assert report["timing"] == {"num_rounds": 3, "num_threads": 1}
+    for row in report["rows"]:
+        for timing in row["timings"]:
+            assert timing["against"] == (None if row["name"] == "mobilevit-xxs" else "mobilevit-xxs")
+            assert timing["ratio"] == timing["ratios"].get("mobilevit-xxs")
+            assert (timing["batch_size"], timing["latency_ms"]["median"] > 0) == (1, True)
+        assert [timing["runtime"] for timing in row["timings"]] == ["torch", "onnx"][: 1 + (row["name"] != "wide")]
+    files = show.write_training(report, tmp_path)
+    assert [file.name for file in files[5:]] == ["accuracy_latency_torch.png", "accuracy_latency_onnx.png"]
+    cells = dict(show.columns_of_training(report))
+    narrow, wide, _ = cells["ONNX Runtime, batch 1: ms"]
+    assert wide == "-"
+    with files[1].open(newline="") as file:
+        line = next(csv.DictReader(file))
+    assert f"{float(line['onnx_b1_latency_ms_median']):.2f}" == narrow.split()[0]
+    assert show.TIMES in files[0].read_text()
+    assert "; times of a picture with 1 thread, 3 rounds" in show.circumstances_of_training(report)
+    (axes,) = measured_against_latency(report, "onnx", 1).axes
+    points = [np.asarray(points.get_offsets())[0] for points in axes.collections]
+    expected = [(row["timings"][1]["latency_ms"]["median"], row["top1"]) for row in report["rows"][::2]]
+    np.testing.assert_allclose(points, expected)
+
+
+def test_what_cannot_be_timed_is_told(
+    whole: tuple[dict[str, Any], Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After hours of training a runtime that refuses a network, ours too, must not cost the report."""
+    _, out = whole
+
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(table.latency, "write_side", refuse)
+    told: list[str] = []
+    report = compare_trained([NARROW, XXS], data, out, RECIPE, seeds=(0,), runtimes=["onnx"], on_problem=told.append)
+    assert told == [
+        f"onnx: left out {name}, which cannot be run (no such operator)" for name in ("mobilevit-xxs", "narrow")
+    ]
+    assert report["notes"] == show.findings_of_training(report)[1:] == told
+    assert [row["timings"] for row in report["rows"]] == [[], []]
 
 
 def test_figures_of_training(whole: tuple[dict[str, Any], Path]) -> None:

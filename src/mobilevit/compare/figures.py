@@ -50,12 +50,7 @@ def accuracy_against_parameters(rows: Sequence[Row], family: str) -> Figure:
 
 def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size: int) -> Figure:
     """All systems timed in `runtime` in batches of `batch_size`; the bars go from the 10th to the 90th percentile."""
-    timings = {
-        row["name"]: timing["latency_ms"]
-        for row in report["rows"]
-        for timing in row["timings"]
-        if (timing["runtime"], timing["batch_size"]) == (runtime, batch_size)
-    }
+    timings = _latencies(report, runtime, batch_size)
     return _figure(
         [row for row in report["rows"] if row["name"] in timings],
         x_of=lambda row: timings[row["name"]]["median"],
@@ -63,32 +58,52 @@ def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size
             (timings[row["name"]]["p10"], row["published_top1"]),
             (timings[row["name"]]["p90"], row["published_top1"]),
         ),
-        x_label=f"ms for {'a picture' if batch_size == 1 else f'{batch_size} pictures'}, {TITLES[runtime]}, float32",
+        x_label=_time_label(runtime, batch_size),
         title=f"ImageNet top-1 against time ({where(report)}, {report['date']})",
     )
 
 
 def measured_against_parameters(report: Mapping[str, Any]) -> Figure:
     """What was trained here; the bars are one standard deviation over the seeds to either side."""
+    return _measured(report, lambda row: row["num_parameters"] / 1e6, "parameters, in millions, counted")
+
+
+def measured_against_latency(report: Mapping[str, Any], runtime: str, batch_size: int) -> Figure:
+    """The same against the time that a picture takes, of what was timed in `runtime` in batches of `batch_size`."""
+    timings = _latencies(report, runtime, batch_size)
+    timed = {**report, "rows": [row for row in report["rows"] if row["name"] in timings]}
+    return _measured(timed, lambda row: timings[row["name"]]["median"], _time_label(runtime, batch_size))
+
+
+def _measured(report: Mapping[str, Any], x_of: Callable[[Row], float], x_label: str) -> Figure:
     policy = report["recipe"]["data"]["policy"]
-    shown = [row | {"augmentation": policy, "source": "measured"} for row in report["rows"] if row["runs"]]
-
-    def millions(row: Row) -> float:
-        return row["num_parameters"] / 1e6
-
     num_seeds = len(report["seeds"])
     return _figure(
-        shown,
-        x_of=millions,
+        [row | {"augmentation": policy, "source": "measured"} for row in report["rows"] if row["runs"]],
+        x_of=x_of,
         y_of=lambda row: row["top1"],
         bar_of=lambda row: (
-            (millions(row), row["top1"] - (row["top1_std"] or 0)),
-            (millions(row), row["top1"] + (row["top1_std"] or 0)),
+            (x_of(row), row["top1"] - (row["top1_std"] or 0)),
+            (x_of(row), row["top1"] + (row["top1_std"] or 0)),
         ),
-        x_label="parameters, in millions, counted",
+        x_label=x_label,
         y_label=f"top-1, in per cent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}",
         title=f"Trained here: {report['recipe']['epochs']} epochs at {report['recipe']['data']['size_px']} px",
     )
+
+
+def _latencies(report: Mapping[str, Any], runtime: str, batch_size: int) -> dict[str, dict[str, float]]:
+    return {
+        row["name"]: timing["latency_ms"]
+        for row in report["rows"]
+        for timing in row["timings"]
+        if (timing["runtime"], timing["batch_size"]) == (runtime, batch_size)
+    }
+
+
+def _time_label(runtime: str, batch_size: int) -> str:
+    pictures = "a picture" if batch_size == 1 else f"{batch_size} pictures"
+    return f"ms for {pictures}, {TITLES[runtime]}, float32"
 
 
 def learning_curves(report: Mapping[str, Any]) -> Figure:

@@ -17,17 +17,18 @@ from mobilevit.files import write_whole
 Report = Mapping[str, Any]
 Columns = list[tuple[str, list[str]]]  # headings and cells
 TITLES = {"torch": "torch", "onnx": "ONNX Runtime"}
+TIMES = "Times: median (10th - 90th percentile). Ratio: the time divided by the named MobileViT's in the same round."
 NOTES = (
     "Top-1 and published parameters: the MobileViT paper's where its figure, table or text is named as the source.",
     "Best weights: the highest top-1 of trained weights of the same network in a library.",
     "GMACs: with / without the products of attention. Activations: the peak of inference, for one picture in float32.",
-    "Times: median (10th - 90th percentile). Ratio: the time divided by the named MobileViT's in the same round.",
+    TIMES,
 )
 NOTES_OF_TRAINING = (
     "Top-1: of the averaged weights of the last epoch, none was chosen; mean +- standard deviation over seeds.",
     "Difference: in points of top-1, with the 95 % interval of Welch's t test; p is Holm's, for all comparisons here.",
     "Seeds change initial weights, order and augmentation. What they say nothing about: other pictures, other recipes.",
-    "Time: the median epoch, without evaluation. GMACs: with / without the products of attention.",
+    "Epoch: the median, without evaluation. GMACs: with / without the products of attention.",
 )
 
 
@@ -38,7 +39,7 @@ def table(report: Report) -> Any:
 
 def table_of_training(report: Report) -> Any:
     """A report of `compare_trained` to print with rich."""
-    return _printed(columns_of_training(report), circumstances_of_training(report), NOTES_OF_TRAINING)
+    return _printed(columns_of_training(report), circumstances_of_training(report), _notes_of_training(report))
 
 
 def _printed(cells: Columns, title: str, notes: Sequence[str]) -> Any:
@@ -72,7 +73,12 @@ def findings_of_training(report: Report) -> list[str]:
     uncompared = [
         f"{row['name']}: not compared, for want of all its seeds" for row in report["rows"] if _is_in_part(row)
     ]
-    return [*(statistics.sentence(comparison) for comparison in report["comparisons"]), *failed, *uncompared]
+    compared = [statistics.sentence(comparison) for comparison in report["comparisons"]]
+    return [*compared, *failed, *uncompared, *report["notes"]]
+
+
+def _notes_of_training(report: Report) -> list[str]:
+    return [*NOTES_OF_TRAINING, *([TIMES] if _timed(report) else [])]
 
 
 def _is_in_part(row: Mapping[str, Any]) -> bool:
@@ -97,7 +103,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 def write_training(report: Report, folder: Path) -> list[Path]:
     """Write table.md, table.csv, table.json and the figures of a report of `compare_trained`; their paths."""
-    from mobilevit.compare.figures import learning_curves, measured_against_parameters
+    from mobilevit.compare.figures import learning_curves, measured_against_latency, measured_against_parameters
 
     figures = {}
     if any(row["runs"] for row in report["rows"]):
@@ -105,6 +111,8 @@ def write_training(report: Report, folder: Path) -> list[Path]:
             "accuracy_parameters.png": measured_against_parameters(report),
             "learning_curves.png": learning_curves(report),
         }
+    for runtime, batch_size in _timed(report):
+        figures[f"accuracy_latency_{runtime}.png"] = measured_against_latency(report, runtime, batch_size)
     text = markdown_of_training(report, list(figures))
     return _write(report, folder, text, [_flat_of_training(row, report) for row in report["rows"]], figures)
 
@@ -142,10 +150,12 @@ def circumstances_of_training(report: Report) -> str:
         if report["held_out"]
         else f"evaluated on {report['num_val']:,} that were cut off by chance, since it holds none out"
     )
+    timing = report["timing"]
     return (
         f"{report['data']}: trained on {report['num_train']:,} pictures of {report['num_classes']} classes at "
         f"{recipe['data']['size_px']} px, {held_out}; {recipe['epochs']} epochs, {recipe['data']['policy']} "
         f"augmentation, seeds {', '.join(map(str, seeds))}; {report['date']}, {where(report)}"
+        + (f"; times of a picture with {_threads(timing)}, {timing['num_rounds']} rounds" if timing else "")
     )
 
 
@@ -184,19 +194,21 @@ def columns_of_training(report: Report) -> Columns:
         ("system", [row["name"] for row in rows]),
         ("M parameters", cells(lambda row: f"{row['num_parameters'] / 1e6:.2f}", "num_parameters")),
         ("GMACs", cells(macs, "num_macs")),
+        ("activations MiB", cells(lambda row: f"{row['activation_bytes'] / MIB:.2f}", "activation_bytes")),
         ("top-1", cells(top1, "top1")),
         ("of each seed", [", ".join(f"{run['top1']:.2f}" for run in row["runs"]) or "failed" for row in rows]),
         ("difference", [difference(row) for row in rows]),
         ("p", ["-" if p is None else f"{p:.2g}" for p in ps]),
         ("s an epoch", cells(lambda row: f"{row['seconds_per_epoch']:.1f}", "seconds_per_epoch")),
         ("pictures/s", cells(lambda row: f"{row['pictures_per_second']:.0f}", "pictures_per_second")),
+        *_columns_of_times(report),
     ]
 
 
 def columns(report: Report) -> Columns:
     """Headings and cells of the table."""
     rows = report["rows"]
-    result = [
+    return [
         ("system", [row["name"] for row in rows]),
         ("px", [str(row["size_px"]) for row in rows]),
         (
@@ -209,18 +221,25 @@ def columns(report: Report) -> Columns:
         ("augmentation", [row["augmentation"] or "-" for row in rows]),
         ("source", [row["source"] for row in rows]),
         ("best weights", [f"{_best(row)['top1']:.2f}" if row["library_weights"] else "-" for row in rows]),
+        *_columns_of_times(report),
     ]
+
+
+def _columns_of_times(report: Report) -> Columns:
+    result: Columns = []
     for runtime, batch_size in _timed(report):
-        timings = [_timing(row, runtime, batch_size) for row in rows]
-        where = f"{TITLES[runtime]}, batch {batch_size}"
+        timings = [_timing(row, runtime, batch_size) for row in report["rows"]]
         result += [
-            (f"{where}: ms", [_spread(timing["latency_ms"]) if timing else "-" for timing in timings]),
+            (
+                f"{TITLES[runtime]}, batch {batch_size}: ms",
+                [_spread(timing["latency_ms"]) if timing else "-" for timing in timings],
+            ),
             ("pictures/s", [f"{timing['pictures_per_second']:.1f}" if timing else "-" for timing in timings]),
             (
                 "ratio",
                 [
                     f"{_spread(timing['ratio'])} {timing['against'].removeprefix('mobilevit-').upper()}"
-                    if timing and timing["against"]
+                    if timing and timing["ratio"]
                     else "-"
                     for timing in timings
                 ],
@@ -265,7 +284,7 @@ def markdown_of_training(report: Report, figures: list[str]) -> str:
     """Everything of a report of `compare_trained`, with the figures that lie beside it."""
     text = ["# MobileViT and others, trained alike", circumstances_of_training(report)]
     text += [_grid(columns_of_training(report)), "\n".join(f"- {line}" for line in findings_of_training(report))]
-    text += [*NOTES_OF_TRAINING, "## Recipe", f"```json\n{json.dumps(report['recipe'], indent=2)}\n```"]
+    text += [*_notes_of_training(report), "## Recipe", f"```json\n{json.dumps(report['recipe'], indent=2)}\n```"]
     return _page(text, report, figures)
 
 
@@ -285,7 +304,11 @@ def _flat(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """A line of the CSV: the row's plain values, the best weights, and the times in columns of their own."""
     best = _best(row) if row["library_weights"] else {"id": None, "top1": None}
     line = {key: value for key, value in row.items() if key not in ("library_weights", "timings")}
-    line |= {"best_weights": best["id"], "best_weights_top1": best["top1"]}
+    return line | {"best_weights": best["id"], "best_weights_top1": best["top1"]} | _flat_times(row, report)
+
+
+def _flat_times(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    line: dict[str, Any] = {}
     for runtime, batch_size in _timed(report):
         timing = _timing(row, runtime, batch_size) or {}
         for key in ("latency_ms", "ratio"):
@@ -298,11 +321,12 @@ def _flat(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
 def _flat_of_training(row: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """A line of the CSV: the row's plain values, the top-1 of every seed, and the comparison."""
-    line = {key: value for key, value in row.items() if key not in ("runs", "failures")}
+    line = {key: value for key, value in row.items() if key not in ("runs", "failures", "timings")}
     top1 = {run["seed"]: run["top1"] for run in row["runs"]}
     line |= {f"top1_seed_{seed}": top1.get(seed) for seed in report["seeds"]}
     found = next((one for one in report["comparisons"] if one["name"] == row["name"]), {})
     line |= {key: found.get(key) for key in ("against", "difference", "low", "high", "p", "p_holm")}
+    line |= _flat_times(row, report)
     return line | {"failures": "; ".join(f"{when}: {why}" for when, why in row["failures"].items())}
 
 

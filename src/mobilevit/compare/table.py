@@ -13,7 +13,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from mobilevit.benchmark import latency
 from mobilevit.benchmark.others import keep_silu, randomise
 from mobilevit.compare.claims import check_claims, dense_tables, speeds
 from mobilevit.compare.counts import count
-from mobilevit.compare.systems import SYSTEMS, System
+from mobilevit.compare.systems import SYSTEMS, Network, System
 from mobilevit.export import TOLERANCE, find_backend
 from mobilevit.export.deployed import Target
 from mobilevit.pictures import first_line
@@ -89,11 +89,7 @@ def compare(
     Raises:
         ValueError: a library that is not installed, a size that a system does not take.
     """
-    for runtime in runtimes:
-        if runtime == "onnx":
-            find_backend(runtime, Target("fp32", 256, 256))  # says so if it is not installed
-            if device != "cpu":
-                raise ValueError(f"ONNX Runtime is timed on the CPU alone; with --device {device} give --runtime torch")
+    check_runtimes(runtimes, device)
     if size_px is not None:
         for system in systems:  # all of them first: what is impossible is said before minutes of work
             system.check_size(size_px)
@@ -104,16 +100,17 @@ def compare(
         notes.append(what)
         on_problem(what)
 
-    for runtime in runtimes:
-        for batch_size in batch_sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                clock = _Clock(runtime, batch_size, device, num_rounds, num_threads, Path(folder), on_start, problem)
-                timings = clock.time([(system, row["size_px"]) for system, row in zip(systems, rows, strict=True)])
-            for row in rows:
-                if network_of(row["name"]) in timings:
-                    other = against(row, rows, baseline)
-                    timing = timings[network_of(row["name"])]
-                    row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
+    add_times(
+        [(system, row["size_px"], row) for system, row in zip(systems, rows, strict=True)],
+        runtimes=runtimes,
+        batch_sizes=batch_sizes,
+        device=device,
+        baseline=baseline,
+        num_rounds=num_rounds,
+        num_threads=num_threads,
+        on_start=on_start,
+        on_problem=problem,
+    )
     return {
         **circumstances(device),
         "num_threads": num_threads,
@@ -125,6 +122,58 @@ def compare(
         "dense": dense_tables(),
         "notes": notes,
     }
+
+
+def check_runtimes(runtimes: Sequence[Runtime], device: str) -> None:
+    """Refuse what cannot be timed in.
+
+    Raises:
+        ValueError: ONNX Runtime where it is not installed, or beside a device that is not the CPU.
+    """
+    if "onnx" in runtimes:
+        find_backend("onnx", Target("fp32", 256, 256))  # says so if it is not installed
+        if device != "cpu":
+            raise ValueError(f"ONNX Runtime is timed on the CPU alone; with --device {device} give --runtime torch")
+
+
+def add_times(
+    systems: Sequence[tuple[Network, int, dict[str, Any]]],
+    *,
+    runtimes: Sequence[Runtime],
+    batch_sizes: Sequence[int],
+    device: str,
+    baseline: Baseline,
+    num_rounds: int,
+    num_threads: int,
+    num_classes: int = 1000,
+    on_start: Say,
+    on_problem: Say,
+) -> None:
+    """Time systems, given with the side of their pictures and their row, and put the times into the rows.
+
+    Each is compared with the MobileViT among them that is its `baseline`. For the arguments see `compare`.
+    """
+    rows = [row for _, _, row in systems]
+    for runtime in runtimes:
+        for batch_size in batch_sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                clock = _Clock(
+                    runtime,
+                    batch_size,
+                    num_classes,
+                    device,
+                    num_rounds,
+                    num_threads,
+                    Path(folder),
+                    on_start,
+                    on_problem,
+                )
+                timings = clock.time([(system, size_px) for system, size_px, _ in systems])
+            for row in rows:
+                if network_of(row["name"]) in timings:
+                    other = against(row, rows, baseline)
+                    timing = timings[network_of(row["name"])]
+                    row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
 
 
 def circumstances(device: str) -> dict[str, Any]:
@@ -168,43 +217,33 @@ def network_of(name: str) -> str:
 
 
 def against(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], baseline: Baseline) -> str | None:
-    """The MobileViT among `rows` that a row is compared with; None if that is the row itself."""
-    if baseline == "nearest":
-        sizes = {other["name"]: other["num_parameters"] for other in rows if other["name"] in OURS}
-        name = min(sizes, key=lambda name: abs(np.log(sizes[name] / row["num_parameters"])))
-    else:
-        name = baseline
+    """The MobileViT among `rows` that a row is compared with; None if it is not there, or is the row itself."""
+    sizes = {other["name"]: other["num_parameters"] for other in rows if other["name"] in OURS}
+    if baseline != "nearest":
+        sizes = {name: size for name, size in sizes.items() if name == baseline}
+    name = min(sizes, key=lambda name: abs(np.log(sizes[name] / row["num_parameters"])), default=None)
     return None if name == row["name"] else name
 
 
+@dataclass(frozen=True)
 class _Clock:
     """Times systems in one runtime, in batches of one size."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        batch_size: int,
-        device: str,
-        num_rounds: int,
-        num_threads: int,
-        folder: Path,
-        on_start: Say,
-        on_problem: Say,
-    ):
-        self.runtime = runtime
-        self.batch_size = batch_size
-        self.device = device
-        self.num_rounds = num_rounds
-        self.num_threads = num_threads
-        self.folder = folder
-        self.on_start = on_start
-        self.on_problem = on_problem
+    runtime: Runtime
+    batch_size: int
+    num_classes: int
+    device: str
+    num_rounds: int
+    num_threads: int
+    folder: Path
+    on_start: Say
+    on_problem: Say
 
-    def time(self, systems: Sequence[tuple[System, int]]) -> dict[str, dict[str, Any]]:
-        """By network, for systems and the side of their pictures: times, and ratios to MobileViT's three."""
+    def time(self, systems: Sequence[tuple[Network, int]]) -> dict[str, dict[str, Any]]:
+        """By network, for systems and the side of their pictures: times, and ratios to the MobileViTs among them."""
         torch.set_num_threads(self.num_threads)
         sides = {network_of(system.name): (system, size_px) for system, size_px in systems}
-        ours = self._prepare({name: sides.pop(name) for name in OURS})
+        ours = self._prepare({name: sides.pop(name) for name in OURS if name in sides})
         names = list(sides)
         groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)] or [[]]
         times_ms: dict[str, list[np.ndarray]] = {name: [] for name in (*ours, *names)}
@@ -239,19 +278,17 @@ class _Clock:
         }
 
     def _prepare(
-        self, systems: Mapping[str, tuple[System, int]]
+        self, systems: Mapping[str, tuple[Network, int]]
     ) -> dict[str, tuple[Callable[[], Any], dict[str, Any]]]:
         """What runs each network once, and what there is to say of it; without those that cannot be run."""
         prepared = {}
         for name, (system, size_px) in systems.items():
             self.on_start(f"{self.runtime}, batches of {self.batch_size}: preparing {name} ...")
             # Not the initialisation it has: see `randomise`.
-            network = randomise(system.build(size_px=size_px), seed=0).requires_grad_(False)
+            network = randomise(system.build(self.num_classes, size_px), seed=0).requires_grad_(False)
             try:
                 prepared[name] = (self._in_torch if self.runtime == "torch" else self._in_onnx)(name, network, size_px)
-            except Exception as error:  # whatever a converter says of a network that is not ours
-                if name in OURS:
-                    raise
+            except Exception as error:  # whatever a converter says of a network
                 self.on_problem(f"{self.runtime}: left out {name}, which cannot be run ({first_line(error)})")
         return prepared
 

@@ -19,7 +19,17 @@ from mobilevit import recipes
 from mobilevit.compare.counts import count
 from mobilevit.compare.statistics import check_scipy, holm, welch
 from mobilevit.compare.systems import SCALED, SYSTEMS, Network, import_library
-from mobilevit.compare.table import OURS, Baseline, against, check_names, circumstances, network_of
+from mobilevit.compare.table import (
+    OURS,
+    Baseline,
+    Runtime,
+    add_times,
+    against,
+    check_names,
+    check_runtimes,
+    circumstances,
+    network_of,
+)
 from mobilevit.pictures import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
@@ -69,6 +79,9 @@ def compare_trained(
     seeds: Sequence[int] = (0, 1, 2),
     baseline: Baseline = "nearest",
     device: str = "cpu",
+    runtimes: Sequence[Runtime] = (),
+    num_rounds: int = 40,
+    num_threads: int = 2,
     on_start: Callable[[str], None] = lambda what: None,
     on_problem: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -78,12 +91,16 @@ def compare_trained(
     or gone on with. A network that cannot be built at the recipe's size, or whose training fails, is in the report by
     name and reason, and told to `on_problem`; the others go on.
 
+    When all are trained, what is trained is timed, one picture at a time: in `runtimes`, `num_rounds` times, with
+    `num_threads` threads, which say nothing of training.
+
     Raises:
         ValueError: data that cannot be trained on, a recipe that is not for all, a run of another recipe or other data
-            in the folder, a library that is not installed, several processes.
+            in the folder, a library or runtime that is not there, several processes.
         Stopped: Ctrl-C or SIGTERM; the same call goes on from there.
     """
     check_recipe(recipe)
+    check_runtimes(runtimes, device)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {', '.join(map(str, seeds)) or 'none'}; give one or more, each of them once")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -110,9 +127,29 @@ def compare_trained(
             trained.failures[f"seed {seed}"] = first_line(error)
             on_problem(f"{name}, seed {seed}: {first_line(error)}")
     rows = [_row(trained, len(train_set)) for trained in every]
+    of_training = circumstances(device)
+    notes: list[str] = []
+
+    def problem(what: str) -> None:
+        notes.append(what)
+        on_problem(what)
+
+    add_times(
+        [(trained.network, size_px, row) for trained, row in zip(every, rows, strict=True) if trained.runs],
+        runtimes=runtimes,
+        batch_sizes=(1,),
+        device=device,
+        baseline=baseline,
+        num_rounds=num_rounds,
+        num_threads=num_threads,
+        num_classes=num_classes,
+        on_start=on_start,
+        on_problem=problem,
+    )
     shared = {name: value for name, value in recipes.to_dict(recipe).items() if name not in ("architecture", "seed")}
     return {
-        **circumstances(device),
+        **of_training,
+        "timing": {"num_rounds": num_rounds, "num_threads": num_threads} if runtimes else None,
         "data": str(data),
         "held_out": TASKS["classify"].held_out_name(data),
         "num_train": len(train_set),
@@ -123,6 +160,7 @@ def compare_trained(
         "baseline": baseline,
         "rows": rows,
         "comparisons": compare_rows(rows, len(seeds), baseline),
+        "notes": notes,
     }
 
 
@@ -175,6 +213,7 @@ def _row(trained: Trained, num_pictures: int) -> dict[str, Any]:
             for seed, epochs in trained.runs.items()
         ],
         "failures": trained.failures,
+        "timings": [],
     }
 
 
@@ -184,12 +223,10 @@ def compare_rows(rows: Sequence[dict[str, Any]], num_seeds: int, baseline: Basel
     A system some of whose runs failed is left out, on either side: the seeds that are left were not drawn by chance.
     """
     whole = [row for row in rows if len(row["runs"]) == num_seeds]
-    if baseline != "nearest" and baseline not in (row["name"] for row in whole):
-        return []
     by_name = {row["name"]: row for row in whole}
     found = []
     for row in whole:
-        other = against(row, whole, baseline) if not by_name.keys().isdisjoint(OURS) else None
+        other = against(row, whole, baseline)
         if other is not None:
             values, others = ([run["top1"] for run in one["runs"]] for one in (row, by_name[other]))
             difference = welch(values, others)
