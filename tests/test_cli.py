@@ -590,6 +590,7 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
         rf"try next: mobilevit predict {result} PICTURE...\n",
         out,
     )
+    assert "classes: nothing is held out, so 2 of 6 pictures are, some of every class" in err
     assert "MobileViT-XXS from the given weights; 4 pictures of 2 classes for training, 2 for validation" in err
     files = {"model.safetensors", "best.safetensors", "raw.safetensors", "metrics.jsonl", "steps.jsonl", "report.html"}
     files |= {"run.json", ".lock", "checkpoints/000000001.pt", "checkpoints/000000002.pt"}  # a step an epoch

@@ -102,7 +102,14 @@ class Classification:
         train, val = find_splits(data, recipe.data.val_fraction)
         check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
-        return PictureDataset(train, augmentation), PictureDataset(val, Evaluation(preprocessing_of(recipe)))
+        notes: tuple[str, ...] = ()
+        if held_out_name(data) is None:
+            every = len(train) + len(val)
+            notes = (f"{data}: nothing is held out, so {len(val):,} of {every:,} pictures are, some of every class",)
+        return (
+            PictureDataset(train, augmentation, notes=notes),
+            PictureDataset(val, Evaluation(preprocessing_of(recipe))),
+        )
 
     def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names

@@ -151,8 +151,6 @@ def _train(
         and not (Path(data) / "train").is_dir()
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
-    for note in (*train_set.notes, *val_set.notes):
-        say(note)
     num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
@@ -207,6 +205,8 @@ def _train(
         f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
         f"{len(val_set):,} for validation"
     )
+    for note in (*train_set.notes, *val_set.notes):
+        say(note)
     for line in _say_steps(recipe, len(train_set), num_steps, at_once, world):
         say(line)
     if checkpoint is not None:
