@@ -1015,6 +1015,7 @@ def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
     assert [row["name"] for row in report["rows"]] == ["mobilevit-xxs", "deit-84-patch8"]
     recipe = report["recipe"]
     assert (recipe["epochs"], recipe["batch_size"], recipe["optimizer"]["lr"]) == (1, 4, 1e-3)
+    assert recipe["optimizer"]["clip_norm"] == 1
     assert (recipe["data"]["size_px"], recipe["data"]["flip"], report["seeds"]) == (32, False, [0])
     assert (here / "out/table.json").read_text() == f"{line}\n"
     assert [timing["runtime"] for row in report["rows"] for timing in row["timings"]] == ["torch"] * 2
@@ -1049,6 +1050,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--data", "classes", "--recipe", "abacus"): "'abacus'",
         ("--epochs", "3"): "--epochs is about training; give --data too",
         ("--seeds", "3"): "--seeds is about training; give --data too",
+        ("--data", "classes", "--clip-norm", "-1"): r"optimizer.clip_norm is -1\.0; it must be 0 or more",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args
 

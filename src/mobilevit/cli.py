@@ -818,6 +818,8 @@ class Compare:
     """With --data: a run of every system with each; 0 1 2 unless given."""
     lr: float | None = None
     """With --data: the highest learning rate, of all systems alike; the recipe's unless given."""
+    clip_norm: float | None = None
+    """With --data: the longest gradient, of all systems alike; 1 unless given, 0 clips nothing."""
     flip: bool = True
     """With --data: whether to mirror half of the pictures, where the recipe does. Wrong for digits and letters."""
     num_workers: int | None = None
@@ -851,7 +853,7 @@ class Compare:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         of_training = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds, "--lr": self.lr},
-            **{"--no-flip": not self.flip, "--num-workers": self.num_workers},
+            **{"--no-flip": not self.flip, "--num-workers": self.num_workers, "--clip-norm": self.clip_norm},
         }
         for option, value in of_training.items():
             if self.data is None and value not in (None, (), False):
@@ -872,9 +874,11 @@ class Compare:
             raise ValueError(f"batch size is {self.batch_size}; with --data give one")
         recipe = RECIPES[self.recipe or "small"]
         given = {"size_px": self.size, "num_workers": self.num_workers, "flip": None if self.flip else False}
+        # Without, one step too long in one seed of three can decide a short comparison: docs/results.md.
+        rates = {"lr": self.lr, "clip_norm": 1.0 if self.clip_norm is None else self.clip_norm}
         changed = {
-            "data": replace(recipe.data, **{key: value for key, value in given.items() if value is not None}),
-            "optimizer": recipe.optimizer if self.lr is None else replace(recipe.optimizer, lr=self.lr),
+            name: replace(getattr(recipe, name), **{key: value for key, value in values.items() if value is not None})
+            for name, values in {"data": given, "optimizer": rates}.items()
         }
         recipe = replace(
             recipe,
