@@ -653,6 +653,16 @@ def test_the_backbone_moves_at_its_share_of_the_rate(data: Path, tmp_path: Path)
     assert torch.cat(moves[True]).median().item() == pytest.approx(1e-4, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "value"), [("freeze", "stem"), ("backbone_lr_scale", 0.1)])
+def test_a_random_backbone_is_not_spared(data: Path, tmp_path: Path, name: str, value: object):
+    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, **{name: value}))
+    with pytest.raises(
+        ValueError, match=rf"optimizer.{name} is {value}, .* begins at random; give weights .*--weights"
+    ):
+        run(recipe, data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_decay_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay_all: bool):
     loss = Classification.loss

@@ -110,10 +110,21 @@ def train(
 
     Raises:
         ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
-            nothing is left to do, a loss that is not finite (`DivergedError`), a recipe that is not for `other`.
+            nothing is left to do, a loss that is not finite (`DivergedError`), a recipe that is not for `other`, or
+            that spares a backbone which is not `pretrained`.
         Stopped: Ctrl-C or SIGTERM.
     """
     assert not (pretrained and other)
+    of_trained = (
+        ("freeze", recipe.optimizer.freeze, "nothing"),
+        ("backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1),
+    )
+    for name, value, usual in () if pretrained else of_trained:
+        if value != usual:
+            raise ValueError(
+                f"optimizer.{name} is {value}, for a backbone that has learnt already, and this one begins at random; "
+                f"give weights to start from (--weights), or set it to {usual}"
+            )
     with join(device) as processes, contextlib.ExitStack() as opened:
         console = console or Console(stderr=True)
         if processes.rank > 0:
