@@ -33,7 +33,8 @@ def the_detector() -> Weights:
 
 @pytest.fixture(scope="module")
 def weights(detector: Weights) -> dict[str, Weights]:
-    return {"detect": detector, "segment": segmentation()}
+    ids = tuple(range(7, 7 + 2 * detector.num_classes, 2))
+    return {"detect": replace(detector, category_ids=ids), "segment": segmentation()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +201,7 @@ def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path:
     assert metadata["task"] == task
     assert metadata["outputs"] == {"detect": "boxes scores", "segment": "logits"}[task]
     assert json.loads(metadata["class_names"]) == list(weights[task].class_names)
+    assert tuple(json.loads(metadata.get("category_ids", "[]"))) == weights[task].category_ids
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])

@@ -351,6 +351,7 @@ def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
         "input": layout,
         "preprocessing": json.dumps(preprocessing),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
+        **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
         "source": source,
     }
 
