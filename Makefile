@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LITERT_VENV := .venv-litert
 LITERT_BIN := $(LITERT_VENV)/bin
 
-.PHONY: demo test test-litert check format clean
+.PHONY: demo test test-core test-runtimes test-litert check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
@@ -14,8 +14,12 @@ demo: $(VENV)/.demo
 # In two processes: the runtimes of export bring threads and memory of their own, and are not made to live with all others.
 RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export
 
-test: $(VENV)/.dev
+test: test-core test-runtimes
+
+test-core: $(VENV)/.dev
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNTIME_TESTS))
+
+test-runtimes: $(VENV)/.dev
 	$(BIN)/python -m pytest $(RUNTIME_TESTS)
 
 # LiteRT's converter wants an older torch than the rest, and so an environment of its own. Its libraries bring plugins

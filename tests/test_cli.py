@@ -1000,7 +1000,7 @@ def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
         ("--runtime", "abacus"): "'abacus'",
         ("--baseline", "resnet"): "'resnet'",
         ("--device", "abacus"): "device 'abacus' cannot be used here",
-        ("--out", "photos/a.png"): "photos/a.png",
+        ("--out", "photos/a.png"): "photos/a.png: is a file; --out names a folder",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args
 
@@ -1050,6 +1050,8 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--data", "classes", "--recipe", "abacus"): "'abacus'",
         ("--epochs", "3"): "--epochs is about training; give --data too",
         ("--seeds", "3"): "--seeds is about training; give --data too",
+        ("--num-workers", "0"): "--num-workers is about training; give --data too",
+        ("--data", "classes", "--seeds", "0", "-1"): "seed is -1; it must be",
         ("--data", "classes", "--clip-norm", "-1"): r"optimizer.clip_norm is -1\.0; it must be 0 or more",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args

@@ -834,7 +834,8 @@ class Compare:
     """Pictures in an input, one number or several; 1 unless given. With --data pictures a training step, the recipe's
     unless given, and 1 in what is timed."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Side of the pictures in pixels; unless given, what each system was published with, with --data the recipe's."""
+    """Side of the pictures in pixels; unless given, what each system was published with, with --data the recipe's.
+    Systems that do not take it are left out, or refused where they are named."""
     rounds: int | None = None
     """Every system is timed once a round; 40 unless given."""
     num_threads: int | None = None
@@ -856,10 +857,12 @@ class Compare:
             **{"--no-flip": not self.flip, "--num-workers": self.num_workers, "--clip-norm": self.clip_norm},
         }
         for option, value in of_training.items():
-            if self.data is None and value not in (None, (), False):
+            if self.data is None and value is not None and value is not False and value != ():  # 0 is a value
                 raise ValueError(f"{option} is about training; give --data too")
         if self.runtime and not self.time:
             raise ValueError("--no-time times nothing; leave out --runtime")
+        if self.out and _expand(self.out).is_file():
+            raise ValueError(f"{self.out}: is a file; --out names a folder")
         return self._list() if self.data is None else self._train(self.data)
 
     def _train(self, data: str) -> int:
@@ -927,6 +930,8 @@ class Compare:
         from mobilevit.compare import show, table
 
         systems = table.choose(self.only)
+        for system in systems if self.only and self.size else ():  # of all, those that do not take it are left out
+            system.check_size(self.size)
         out = _expand(self.out) if self.out else None
         if out:  # said now, and not when everything has been measured
             check_figure(out / "figure.png")

@@ -133,7 +133,7 @@ def test_t2t_vit_splits_softly(kernel: int, stride: int, padding: int) -> None:
 
 
 def test_t2t_vit_performer_is_attention_with_another_kernel() -> None:
-    performer = Performer(27, 16).double()
+    performer = Performer(27, 16).double().eval()
     x = torch.randn(2, 10, 27, dtype=torch.float64)
     q, k, v = performer.qkv(performer.norm(x)).split(16, dim=-1)
     w = performer.random

@@ -64,14 +64,19 @@ def test_a_row(system: System) -> None:
     assert SYSTEMS[system.name] is system
     assert 60 < system.published_top1 < 80
     assert all(60 < weights.top1 < 85 for weights in system.library_weights)
-    assert system.size_px % system.size_multiple_px == 0
+    system.check_size(system.size_px)
     with pytest.raises(FrozenInstanceError):
         system.name = "another"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_parameters_as_published(system: System) -> None:
+    """To 2 %; of MobileViT itself the paper prints tenths of a million."""
     with torch.device("meta"):
-        assert count_parameters(system.build()) == pytest.approx(system.published_parameters, rel=0.02)
+        found = count_parameters(system.build())
+    if system.family == "mobilevit":
+        assert round(found, -5) == system.published_parameters
+    else:
+        assert found == pytest.approx(system.published_parameters, rel=0.02)
 
 
 def test_computes(system: System) -> None:
@@ -84,7 +89,7 @@ def test_computes(system: System) -> None:
 
 
 def test_computes_at_another_size(system: System) -> None:
-    size_px = max(64, system.size_multiple_px)
+    size_px = system.size_multiple_px or (64 if system.family == "vit" else 75)
     network = system.build(num_classes=3, size_px=size_px).eval()
     with torch.inference_mode():
         assert network(torch.rand(2, 3, size_px, size_px)).shape == (2, 3)
@@ -123,6 +128,8 @@ def test_exports(name: str, tmp_path: Path) -> None:
 def test_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="size_px is 100; vil-tiny takes multiples of 32"):
         SYSTEMS["vil-tiny"].build(size_px=100)
+    with pytest.raises(ValueError, match="size_px is 31; espnetv2 takes 32 or more"):
+        SYSTEMS["espnetv2"].build(size_px=31)
     with pytest.raises(ValueError, match="num_classes is 0"):
         SYSTEMS["espnetv2"].build(0)
     for library, name in (("timm", "pit-tiny"), ("transformers", "pvt-tiny")):

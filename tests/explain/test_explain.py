@@ -17,6 +17,7 @@ from mobilevit.explain.draw import (
     CAPTION_PX,
     GAP_PX,
     HEADING_PX,
+    LEAST_HEIGHT_PX,
     MARGIN_PX,
     PANEL_PX,
     SCALE_PX,
@@ -52,6 +53,19 @@ def test_the_figure_has_three_rows_of_the_size_that_is_seen(explanation: Explana
     assert figure.size == (WIDTH_PX, MARGIN_PX + 3 * (HEADING_PX + PANEL_PX + CAPTION_PX))
     wide = replace(explanation, view=replace(explanation.view, box=(0, 0, 140, 70)))
     assert draw_figure(wide).size == (WIDTH_PX, MARGIN_PX + 3 * (HEADING_PX + PANEL_PX // 2 + CAPTION_PX))
+
+
+@pytest.mark.parametrize("size", [(900, 30), (5000, 3), (3, 2000)])
+@pytest.mark.parametrize("resize_px", [64, (64, 64)])
+def test_pictures_that_are_hardly_more_than_a_line(
+    weights: Weights, size: tuple[int, int], resize_px: int | tuple[int, int]
+):
+    made = mobilevit.explain_picture(
+        replace(weights, preprocessing=Preprocessing(resize_px, 64)), Image.new("RGB", size, (90, 120, 150))
+    )
+    figure = draw_figure(made)
+    assert figure.width == WIDTH_PX
+    assert figure.height >= MARGIN_PX + 3 * (HEADING_PX + LEAST_HEIGHT_PX + CAPTION_PX)
 
 
 def test_light_is_on_the_patch_that_is_attended(explanation: Explanation):

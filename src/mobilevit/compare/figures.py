@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mobilevit.compare.systems import OWN_PAPER
 
 Row = Mapping[str, Any]
 Place = tuple[float, float]
+Bar = tuple[Place, Place]
 
 # Colours after Okabe and Ito, which stay apart for every kind of colour vision.
 INK, GREY, GRID = "#22262b", "#6b7178", "#e4e7ea"
@@ -51,14 +53,13 @@ def accuracy_against_parameters(rows: Sequence[Row], family: str) -> Figure:
 def accuracy_against_latency(report: Mapping[str, Any], runtime: str, batch_size: int) -> Figure:
     """All systems timed in `runtime` in batches of `batch_size`; the bars go from the 10th to the 90th percentile."""
     timings = _latencies(report, runtime, batch_size)
+    shown = [row for row in report["rows"] if row["name"] in timings]
+    (size, *others) = {row["size_px"] for row in shown}
     return _figure(
-        [row for row in report["rows"] if row["name"] in timings],
+        shown,
         x_of=lambda row: timings[row["name"]]["median"],
-        bar_of=lambda row: (
-            (timings[row["name"]]["p10"], row["published_top1"]),
-            (timings[row["name"]]["p90"], row["published_top1"]),
-        ),
-        x_label=_time_label(runtime, batch_size),
+        bars_of=lambda row: [_across(timings[row["name"]], row["published_top1"])],
+        x_label=_time_label(runtime, batch_size) + ("" if others else f", {size} px"),
         title=f"ImageNet top-1 against time ({where(report)}, {report['date']})",
     )
 
@@ -69,26 +70,38 @@ def measured_against_parameters(report: Mapping[str, Any]) -> Figure:
 
 
 def measured_against_latency(report: Mapping[str, Any], runtime: str, batch_size: int) -> Figure:
-    """The same against the time that a picture takes, of what was timed in `runtime` in batches of `batch_size`."""
+    """The same against the time that a picture takes, of what was timed in `runtime` in batches of `batch_size`; the
+    bars across go from the 10th to the 90th percentile."""
     timings = _latencies(report, runtime, batch_size)
     timed = {**report, "rows": [row for row in report["rows"] if row["name"] in timings]}
-    return _measured(timed, lambda row: timings[row["name"]]["median"], _time_label(runtime, batch_size))
+    return _measured(
+        timed,
+        lambda row: timings[row["name"]]["median"],
+        _time_label(runtime, batch_size),
+        lambda row: [_across(timings[row["name"]], row["top1"])],
+    )
 
 
-def _measured(report: Mapping[str, Any], x_of: Callable[[Row], float], x_label: str) -> Figure:
+def _measured(
+    report: Mapping[str, Any],
+    x_of: Callable[[Row], float],
+    x_label: str,
+    more_bars_of: Callable[[Row], list[Bar]] = lambda row: [],
+) -> Figure:
     policy = report["recipe"]["data"]["policy"]
     num_seeds = len(report["seeds"])
     return _figure(
         [row | {"augmentation": policy, "source": "measured"} for row in report["rows"] if row["runs"]],
         x_of=x_of,
         y_of=lambda row: row["top1"],
-        bar_of=lambda row: (
-            (x_of(row), row["top1"] - (row["top1_std"] or 0)),
-            (x_of(row), row["top1"] + (row["top1_std"] or 0)),
-        ),
+        bars_of=lambda row: [
+            ((x_of(row), row["top1"] - (row["top1_std"] or 0)), (x_of(row), row["top1"] + (row["top1_std"] or 0))),
+            *more_bars_of(row),
+        ],
         x_label=x_label,
         y_label=f"top-1, in per cent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}",
-        title=f"Trained here: {report['recipe']['epochs']} epochs at {report['recipe']['data']['size_px']} px",
+        title=f"Trained on {Path(report['data']).name}: {report['recipe']['epochs']} epochs at "
+        f"{report['recipe']['data']['size_px']} px ({report['date']})",
     )
 
 
@@ -99,6 +112,10 @@ def _latencies(report: Mapping[str, Any], runtime: str, batch_size: int) -> dict
         for timing in row["timings"]
         if (timing["runtime"], timing["batch_size"]) == (runtime, batch_size)
     }
+
+
+def _across(latency_ms: Mapping[str, float], y: float) -> Bar:
+    return (latency_ms["p10"], y), (latency_ms["p90"], y)
 
 
 def _time_label(runtime: str, batch_size: int) -> str:
@@ -149,15 +166,16 @@ def _figure(
     title: str,
     y_of: Callable[[Row], float] = lambda row: row["published_top1"],
     y_label: str = PUBLISHED,
-    bar_of: Callable[[Row], tuple[Place, Place]] | None = None,
+    bars_of: Callable[[Row], list[Bar]] = lambda row: [],
 ) -> Figure:
     figure, axes = _axes(title)
     axes.set_xscale("log")
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    bars = [bar_of(row) for row in rows] if bar_of else []
-    for bar, row in zip(bars, rows, strict=bool(bars)):
-        axes.plot(*zip(*bar, strict=True), color=COLOURS[row["family"]], alpha=0.5, linewidth=1.4)
+    bars = [bar for row in rows for bar in bars_of(row)]
+    for row in rows:
+        for bar in bars_of(row):
+            axes.plot(*zip(*bar, strict=True), color=COLOURS[row["family"]], alpha=0.5, linewidth=1.4)
     places = [(x_of(row), y_of(row)) for row in rows]
     for place, row in zip(places, rows, strict=True):
         _point(axes, place, row)
@@ -214,9 +232,7 @@ def _legend(rows: Sequence[Row]) -> list[Line2D]:
     return handles
 
 
-def _label(
-    axes: Axes, rows: Sequence[Row], bars: Sequence[tuple[Place, Place]], places_of_rows: Sequence[Place]
-) -> None:
+def _label(axes: Axes, rows: Sequence[Row], bars: Sequence[Bar], places_of_rows: Sequence[Place]) -> None:
     """Write the names beside the points, each where it covers the least of points, `bars` and other names."""
     figure = axes.get_figure(root=True)
     assert figure is not None

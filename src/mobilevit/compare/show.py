@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobilevit.benchmark.profile import MIB
 from mobilevit.compare import statistics
 from mobilevit.compare.claims import sentence
 from mobilevit.files import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
 
 Report = Mapping[str, Any]
 Columns = list[tuple[str, list[str]]]  # headings and cells
@@ -20,7 +25,7 @@ TITLES = {"torch": "torch", "onnx": "ONNX Runtime"}
 TIMES = "Times: median (10th - 90th percentile). Ratio: the time divided by the named MobileViT's in the same round."
 NOTES = (
     "Top-1 and published parameters: the MobileViT paper's where its figure, table or text is named as the source.",
-    "Best weights: the highest top-1 of trained weights of the same network in a library.",
+    "Best weights: the highest top-1 of the libraries' weights of the same network that table.md names.",
     "GMACs: with / without the products of attention. Activations: the peak of inference, for one picture in float32.",
     TIMES,
 )
@@ -34,29 +39,44 @@ NOTES_OF_TRAINING = (
 
 def table(report: Report) -> Any:
     """A report of `compare` to print with rich."""
-    return _printed(columns(report), circumstances(report), NOTES)
+    return _Printed(columns(report), circumstances(report), NOTES)
 
 
 def table_of_training(report: Report) -> Any:
     """A report of `compare_trained` to print with rich."""
-    return _printed(columns_of_training(report), circumstances_of_training(report), _notes_of_training(report))
+    return _Printed(columns_of_training(report), circumstances_of_training(report), _notes_of_training(report))
 
 
-def _printed(cells: Columns, title: str, notes: Sequence[str]) -> Any:
+class _Printed:
+    """Columns for rich, in as many tables as the terminal's width asks for, each with the first column."""
+
+    def __init__(self, cells: Columns, title: str, notes: Sequence[str]):
+        self.cells, self.title, self.notes = cells, title, notes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield Text(self.title)
+        first, *others = self.cells
+        shown: Columns = []
+        for column in others:
+            wider = _rich_table([first, *shown, column])
+            if shown and console.measure(wider, options=options.update(max_width=100_000)).maximum > options.max_width:
+                yield _rich_table([first, *shown])
+                shown = []
+            shown.append(column)
+        yield _rich_table([first, *shown])
+        yield from map(Text, self.notes)
+
+
+def _rich_table(cells: Columns) -> Table:
     from rich.box import SIMPLE
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    first, *others = cells
-    result = Table(
-        first[0],
-        *(Column(heading, justify="right") for heading, _ in others),
-        box=SIMPLE,
-        title=title,
-        title_justify="left",
-        caption="\n".join(notes),
-        caption_justify="left",
-        caption_style="",
-    )
+    result = Table(box=SIMPLE)
+    for i, (heading, column) in enumerate(cells):
+        width = max(map(len, (*column, *heading.split())))
+        result.add_column(textwrap.fill(heading, width), justify="right" if i else "left", no_wrap=True)
     for row in zip(*(column for _, column in cells), strict=True):
         result.add_row(*row)
     return result
@@ -73,8 +93,14 @@ def findings_of_training(report: Report) -> list[str]:
     uncompared = [
         f"{row['name']}: not compared, for want of all its seeds" for row in report["rows"] if _is_in_part(row)
     ]
+    idle = [
+        f"{row['name']}: no better than always saying the commonest class ({report['commonest']:.2f} %), so nothing is "
+        "learnt yet; give more --epochs"
+        for row in report["rows"]
+        if row["runs"] and min(run["top1"] for run in row["runs"]) <= report["commonest"]
+    ]
     compared = [statistics.sentence(comparison) for comparison in report["comparisons"]]
-    return [*compared, *failed, *uncompared, *report["notes"]]
+    return [*compared, *failed, *uncompared, *idle, *report["notes"]]
 
 
 def _notes_of_training(report: Report) -> list[str]:
@@ -199,8 +225,8 @@ def columns_of_training(report: Report) -> Columns:
         ("of each seed", [", ".join(f"{run['top1']:.2f}" for run in row["runs"]) or "failed" for row in rows]),
         ("difference", [difference(row) for row in rows]),
         ("p", ["-" if p is None else f"{p:.2g}" for p in ps]),
-        ("s an epoch", cells(lambda row: f"{row['seconds_per_epoch']:.1f}", "seconds_per_epoch")),
-        ("pictures/s", cells(lambda row: f"{row['pictures_per_second']:.0f}", "pictures_per_second")),
+        ("training: s an epoch", cells(lambda row: f"{row['seconds_per_epoch']:.1f}", "seconds_per_epoch")),
+        ("training: pictures/s", cells(lambda row: f"{row['pictures_per_second']:.0f}", "pictures_per_second")),
         *_columns_of_times(report),
     ]
 
@@ -229,14 +255,18 @@ def _columns_of_times(report: Report) -> Columns:
     result: Columns = []
     for runtime, batch_size in _timed(report):
         timings = [_timing(row, runtime, batch_size) for row in report["rows"]]
+        heading = f"{TITLES[runtime]}, batch {batch_size}"
         result += [
             (
-                f"{TITLES[runtime]}, batch {batch_size}: ms",
+                f"{heading}: ms",
                 [_spread(timing["latency_ms"]) if timing else "-" for timing in timings],
             ),
-            ("pictures/s", [f"{timing['pictures_per_second']:.1f}" if timing else "-" for timing in timings]),
             (
-                "ratio",
+                f"{heading}: pictures/s",
+                [f"{timing['pictures_per_second']:.1f}" if timing else "-" for timing in timings],
+            ),
+            (
+                f"{heading}: ratio",
                 [
                     f"{_spread(timing['ratio'])} {timing['against'].removeprefix('mobilevit-').upper()}"
                     if timing and timing["ratio"]

@@ -71,15 +71,15 @@ def sentence(comparison: Mapping[str, Any]) -> str:
     """What a comparison of two networks says, in words."""
     name, against, num_seeds = (comparison[key] for key in ("name", "against", "num_seeds"))
     mean, low, high, p = (comparison[key] for key in ("difference", "low", "high", "p_holm"))
-    apart = f"{abs(mean):.2f} points {'above' if mean >= 0 else 'below'}"
+    apart = f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'}" if mean else "level with"
     if num_seeds < 2:
         return f"{name} is {apart} {against}; one seed says nothing about chance"
     if p is None:
-        return f"{name} is {apart} {against} with each of {num_seeds} seeds, all alike: they say nothing about chance"
+        return f"{name} is {apart} {against}, the same with each of {num_seeds} seeds: they say nothing about chance"
     tested = f"95 % interval {low:+.2f} to {high:+.2f}, {_p(p)}"
     if p < LEVEL:
         return f"{name} is {apart} {against} ({tested} over {num_seeds} seeds): unlikely chance"
-    return f"{name}: no difference from {against} can be seen with {num_seeds} seeds ({apart}, {tested})"
+    return f"{name}: no difference from {against} can be seen with {num_seeds} seeds ({mean:+.2f} points, {tested})"
 
 
 def _p(p: float) -> str:

@@ -47,7 +47,8 @@ class LibraryWeights:
 class Network:
     """A classifier that can be built: for a number of classes, and pictures of `size_px` or another side.
 
-    `paper` is the arXiv id of its own paper. `size_multiple_px` divides every side that it can be built for.
+    `paper` is the arXiv id of its own paper. `size_multiple_px` divides every side that it can be built for: 32 unless
+    given if it is a transformer, else 1. No side is below 32.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Network:
     builder: Builder
     library: Literal["timm", "torchvision", "transformers", "ours"]
     paper: str
-    size_multiple_px: int = 32
+    size_multiple_px: int | None = None
 
     def build(self, num_classes: int = 1000, size_px: int | None = None) -> nn.Module:
         """The network with random weights: RGB pictures (B, 3, size, size) -> logits (B, num_classes).
@@ -81,8 +82,11 @@ class Network:
         Raises:
             ValueError: `size_px` is none that it takes.
         """
-        if size_px < 1 or size_px % self.size_multiple_px:
-            raise ValueError(f"size_px is {size_px}; {self.name} takes multiples of {self.size_multiple_px}")
+        multiple = self.size_multiple_px or (32 if self.family == "vit" else 1)
+        if size_px < 32:
+            raise ValueError(f"size_px is {size_px}; {self.name} takes 32 or more")
+        if size_px % multiple:
+            raise ValueError(f"size_px is {size_px}; {self.name} takes multiples of {multiple}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,7 +570,7 @@ _ROWS = (
     System(
         name="mobilevit-xxs",
         family="mobilevit",
-        published_parameters=1_272_024,
+        published_parameters=1_300_000,
         published_top1=69.0,
         augmentation="basic",
         source="the text",
@@ -579,7 +583,7 @@ _ROWS = (
     System(
         name="mobilevit-xs",
         family="mobilevit",
-        published_parameters=2_317_848,
+        published_parameters=2_300_000,
         published_top1=74.8,
         augmentation="basic",
         source=VITS,
@@ -592,7 +596,7 @@ _ROWS = (
     System(
         name="mobilevit-s",
         family="mobilevit",
-        published_parameters=5_578_632,
+        published_parameters=5_600_000,
         published_top1=78.4,
         augmentation="basic",
         source=VITS,

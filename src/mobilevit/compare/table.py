@@ -84,24 +84,32 @@ def compare(
         size_px: the side of the pictures; unless given, that of each system.
         device: where torch computes; ONNX Runtime is timed on the CPU alone.
         baseline: what the others' times are divided by, one size of MobileViT or the nearest in parameters.
-        on_problem: told of a system that a runtime cannot take. It is left out, and in the notes.
+        on_problem: told of a system that does not take the size, or that a runtime does not take. It is left out, and
+            in the notes.
 
     Raises:
-        ValueError: a library that is not installed, a size that a system does not take.
+        ValueError: a library or runtime that is not installed.
     """
     check_runtimes(runtimes, device)
-    if size_px is not None:
-        for system in systems:  # all of them first: what is impossible is said before minutes of work
-            system.check_size(size_px)
-    rows = [_row(system, size_px, on_start) for system in systems]
+    begun = circumstances(device)
     notes: list[str] = []
 
     def problem(what: str) -> None:
         notes.append(what)
         on_problem(what)
 
+    taken = []
+    for system in systems:
+        try:
+            system.check_size(size_px or system.size_px)
+            taken.append(system)
+        except ValueError as error:
+            problem(f"left out {system.name}: {error}")
+    if size_px and any(system.size_px != size_px for system in taken):
+        problem(f"top-1, and what the paper claims, are for the sizes of the papers and not for {size_px} px")
+    rows = [_row(system, size_px, on_start) for system in taken]
     add_times(
-        [(system, row["size_px"], row) for system, row in zip(systems, rows, strict=True)],
+        [(system, row["size_px"], row) for system, row in zip(taken, rows, strict=True)],
         runtimes=runtimes,
         batch_sizes=batch_sizes,
         device=device,
@@ -111,14 +119,15 @@ def compare(
         on_start=on_start,
         on_problem=problem,
     )
+    as_published = [row for row in rows if row["size_px"] == SYSTEMS[row["name"]].size_px]
     return {
-        **circumstances(device),
+        **begun,
         "num_threads": num_threads,
         "num_rounds": num_rounds if runtimes else 0,
         "baseline": baseline,
         "rows": rows,
-        "claims": check_claims(rows),
-        "speeds": speeds(rows),
+        "claims": check_claims(as_published),
+        "speeds": speeds(as_published),
         "dense": dense_tables(),
         "notes": notes,
     }
@@ -300,8 +309,8 @@ class _Clock:
             def run() -> None:
                 with torch.inference_mode():
                     network(pictures)
-                if self.device.startswith("cuda"):
-                    torch.cuda.synchronize(self.device)
+                if self.device != "cpu":
+                    torch.accelerator.synchronize(self.device)
 
             return run
 

@@ -103,12 +103,14 @@ def compare_trained(
     check_runtimes(runtimes, device)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {', '.join(map(str, seeds)) or 'none'}; give one or more, each of them once")
+    recipe_of = {seed: replace(recipe, seed=seed) for seed in seeds}  # a seed that cannot be is told before any trains
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("systems are compared in one process; leave out torchrun, and give each command other seeds")
     if len(seeds) > 1:
         check_scipy()
     for library in {network.library for network in networks} - {"ours"}:
         import_library(library)
+    begun = circumstances(device)
     train_set, val_set = TASKS["classify"].datasets(recipe, data)  # its mistakes are the user's, not a system's
     num_classes, size_px = len(train_set.source.class_names), recipe.data.size_px
     every = [_counted(network, num_classes, size_px, on_start) for network in networks]
@@ -122,12 +124,11 @@ def compare_trained(
         on_start(f"{name}, seed {seed}: run {number} of {len(todo)}")
         folder = out / "runs" / name / f"seed-{seed}"
         try:
-            trained.runs[seed] = _run(trained.network, replace(recipe, seed=seed), data, folder, device)
+            trained.runs[seed] = _run(trained.network, recipe_of[seed], data, folder, device)
         except (DivergedError, RuntimeError) as error:  # torch's own, for want of memory say, are RuntimeErrors
             trained.failures[f"seed {seed}"] = first_line(error)
             on_problem(f"{name}, seed {seed}: {first_line(error)}")
     rows = [_row(trained, len(train_set)) for trained in every]
-    of_training = circumstances(device)
     notes: list[str] = []
 
     def problem(what: str) -> None:
@@ -148,13 +149,14 @@ def compare_trained(
     )
     shared = {name: value for name, value in recipes.to_dict(recipe).items() if name not in ("architecture", "seed")}
     return {
-        **of_training,
+        **begun,
         "timing": {"num_rounds": num_rounds, "num_threads": num_threads} if runtimes else None,
         "data": str(data),
         "held_out": TASKS["classify"].held_out_name(data),
         "num_train": len(train_set),
         "num_val": len(val_set),
         "num_classes": num_classes,
+        "commonest": 100 * float(np.bincount(val_set.source.labels).max()) / len(val_set),
         "recipe": shared,
         "seeds": list(seeds),
         "baseline": baseline,

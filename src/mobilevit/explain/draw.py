@@ -21,6 +21,7 @@ ACCENT, BAR = (31, 111, 92), (217, 230, 223)
 RAMP: tuple[Colour, ...] = ((122, 24, 72), (190, 50, 52), (236, 116, 30), (250, 188, 66), (255, 245, 190))
 PANEL_PX, GAP_PX, MARGIN_PX = 372, 24, 36
 HEADING_PX, CAPTION_PX = 56, 60
+LEAST_HEIGHT_PX = 6 * 26  # of a row, however wide the picture: that of the bars of the classes
 NUM_COLUMNS = 4
 WIDTH_PX = 2 * MARGIN_PX + NUM_COLUMNS * PANEL_PX + (NUM_COLUMNS - 1) * GAP_PX
 OPACITY = 0.75  # of the lightest colour
@@ -77,7 +78,8 @@ def draw_figure(explanation: Explanation) -> Image.Image:
         ("Where the marked place looks: attention to every patch", _attention_panels(e), ATTENTION_SCALE),
         ("What the marked place depends on, layer by layer", _field_panels(e.fields, e.size_px), FIELD_SCALE),
     ]
-    row_px = HEADING_PX + cut.height + CAPTION_PX
+    height = max(cut.height, LEAST_HEIGHT_PX)
+    row_px = HEADING_PX + height + CAPTION_PX
     figure = Image.new("RGB", (WIDTH_PX, MARGIN_PX + len(rows) * row_px), PAPER)
     draw = ImageDraw.Draw(figure)
     for i, (heading, panels, scale) in enumerate(rows):
@@ -87,16 +89,16 @@ def draw_figure(explanation: Explanation) -> Image.Image:
         lefts = [MARGIN_PX + column * (PANEL_PX + GAP_PX) for column in range(NUM_COLUMNS)]
         top += HEADING_PX
         if i == 0:
-            _put_picture(figure, lefts.pop(0), top, cut.height, e)
+            _put_picture(figure, lefts.pop(0), top, height, e)
         for left, panel in zip(lefts, panels, strict=False):
             painted = _painted(cut, panel, e.place)
-            figure.paste(painted, (left, top))
-            _write(draw, left, top + cut.height + 23, panel.title, 17, INK, PANEL_PX)
-            _write(draw, left, top + cut.height + 44, panel.note, 14, SOFT, PANEL_PX)
+            figure.paste(painted, (left, top + (height - cut.height) // 2))
+            _write(draw, left, top + height + 23, panel.title, 17, INK, PANEL_PX)
+            _write(draw, left, top + height + 44, panel.note, 14, SOFT, PANEL_PX)
         if i == 0 and e.evidence:
-            _put_classes(draw, lefts[-1], top, cut.height, e.evidence)
-            _write(draw, lefts[-1], top + cut.height + 23, "What it takes the picture for", 17, INK, PANEL_PX)
-            _write(draw, lefts[-1], top + cut.height + 44, "the likeliest classes", 14, SOFT, PANEL_PX)
+            _put_classes(draw, lefts[-1], top, height, e.evidence)
+            _write(draw, lefts[-1], top + height + 23, "What it takes the picture for", 17, INK, PANEL_PX)
+            _write(draw, lefts[-1], top + height + 44, "the likeliest classes", 14, SOFT, PANEL_PX)
     return figure
 
 
@@ -227,9 +229,11 @@ def _put_picture(figure: Image.Image, left: int, top: int, height: int, e: Expla
     size = (max(1, round(e.picture.width * scale)), max(1, round(e.picture.height * scale)))
     shown = e.picture.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(shown)
-    left_px, top_px, right_px, bottom_px = (value * scale for value in e.view.box)
-    draw.rectangle((left_px, top_px, right_px - 1, bottom_px - 1), outline=INK, width=4)
-    draw.rectangle((left_px + 1, top_px + 1, right_px - 2, bottom_px - 2), outline=PAPER, width=2)
+    for inset, colour, width in ((0, INK, 4), (1, PAPER, 2)):
+        left_px, top_px, right_px, bottom_px = (value * scale for value in e.view.box)
+        corner = (left_px + inset, top_px + inset)
+        end = (max(corner[0], right_px - 1 - inset), max(corner[1], bottom_px - 1 - inset))
+        draw.rectangle((corner, end), outline=colour, width=width)
     _mark(draw, (e.at[0] + 0.5) * scale, (e.at[1] + 0.5) * scale)
     figure.paste(shown, (left, top + (height - size[1]) // 2))
     draw = ImageDraw.Draw(figure)

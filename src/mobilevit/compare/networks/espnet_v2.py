@@ -105,6 +105,7 @@ class ESPNetV2(nn.Module):
             _conv_norm(channels, channels, 3, groups=channels, activation=True),
             _conv_norm(channels, HEAD_CHANNELS, 1, groups=NUM_BRANCHES, activation=True),
         )
+        self.dropout = nn.Dropout(0.2)
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
         self.apply(initialise)
 
@@ -113,7 +114,7 @@ class ESPNetV2(nn.Module):
         x = self.stem(pictures)
         for downsample, stage in zip(self.downsamples, self.stages, strict=True):
             x = stage(downsample(x, pictures))
-        return self.classifier(self.head(x).mean(dim=(-2, -1)))
+        return self.classifier(self.dropout(self.head(x).mean(dim=(-2, -1))))
 
 
 def _halve(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Performer(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, dim)
+        self.dropout = nn.Dropout(0.1)
         num_features = dim // 2
         orthogonal = nn.init.orthogonal_(torch.empty(num_features, dim))
         self.register_buffer("random", orthogonal * math.sqrt(num_features))
@@ -55,8 +56,8 @@ class Performer(nn.Module):
         q, k = self.features(q), self.features(k)
         y = q @ (k.transpose(1, 2) @ v)  # (B, N, D), and never N x N
         y = y / (q @ k.sum(dim=1).unsqueeze(2)).clamp(min=EPSILON)  # added, the ONNX exporter takes it for 0
-        x = v + self.out(y)
-        return x + self.ffn(self.ffn_norm(x))
+        x = v + self.dropout(self.out(y))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class TransformerLayer(nn.Module):
