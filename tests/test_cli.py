@@ -981,7 +981,7 @@ def test_what_compare_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
     monkeypatch.setattr(table, "compare", note)
     assert "enough" in mistake(capsys, "compare")
-    options = ["--runtime", "onnx", "--batch-size", "2", "1", "2", "--baseline", "mobilevit-s", "--size", "96"]
+    options = ["--runtime", "onnx", "--batch", "2", "1", "2", "--baseline", "mobilevit-s", "--size", "96"]
     assert "enough" in mistake(capsys, "compare", *options, "--rounds", "3", "--num-threads", "1")
     defaults, given = asked
     assert (defaults["runtimes"], defaults["batch_sizes"], defaults["size_px"]) == (("torch", "onnx"), (1,), None)

@@ -830,7 +830,7 @@ class Compare:
     """What to time in, always in float32; both unless given, on an accelerator torch."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
     """What the others are compared with; nearest is the MobileViT with the most similar number of parameters."""
-    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", aliases=["--batch"])] = ()
     """Pictures in an input, one number or several; 1 unless given. With --data pictures a training step, the recipe's
     unless given, and 1 in what is timed."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
@@ -930,8 +930,9 @@ class Compare:
         from mobilevit.compare import show, table
 
         systems = table.choose(self.only)
-        for system in systems if self.only and self.size else ():  # of all, those that do not take it are left out
-            system.check_size(self.size)
+        if self.only and self.size:  # of all systems, those that do not take it are left out
+            for system in systems:
+                system.check_size(self.size)
         out = _expand(self.out) if self.out else None
         if out:  # said now, and not when everything has been measured
             check_figure(out / "figure.png")

@@ -279,9 +279,9 @@ def test_a_size_that_some_do_not_take() -> None:
 
 @pytest.mark.parametrize("width", [60, 100, 300])
 def test_a_narrow_terminal_gets_several_tables(report: dict[str, Any], width: int) -> None:
-    console = Console(width=width, file=io.StringIO(), markup=False, emoji=False, highlight=False)
-    console.print(show.table(report))
-    lines = console.file.getvalue().splitlines()
+    printed = io.StringIO()
+    Console(width=width, file=printed, markup=False, emoji=False, highlight=False).print(show.table(report))
+    lines = printed.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     for row in report["rows"]:
         assert sum(line.split()[:1] == [row["name"]] for line in lines) == sum("system" in line for line in lines)
