@@ -876,18 +876,21 @@ class Compare:
         if len(self.batch_size) > 1:
             raise ValueError(f"batch size is {self.batch_size}; with --data give one")
         recipe = RECIPES[self.recipe or "small"]
-        given = {"size_px": self.size, "num_workers": self.num_workers, "flip": None if self.flip else False}
-        # Without, one step too long in one seed of three can decide a short comparison: docs/results.md.
-        rates = {"lr": self.lr, "clip_norm": 1.0 if self.clip_norm is None else self.clip_norm}
-        changed = {
-            name: replace(getattr(recipe, name), **{key: value for key, value in values.items() if value is not None})
-            for name, values in {"data": given, "optimizer": rates}.items()
-        }
-        recipe = replace(
+
+        def changed(part: Any, **given: Any) -> Any:
+            return replace(part, **{name: value for name, value in given.items() if value is not None})
+
+        recipe = changed(
             recipe,
-            epochs=recipe.epochs if self.epochs is None else self.epochs,
-            batch_size=self.batch_size[0] if self.batch_size else recipe.batch_size,
-            **changed,
+            epochs=self.epochs,
+            batch_size=self.batch_size[0] if self.batch_size else None,
+            data=changed(
+                recipe.data, size_px=self.size, num_workers=self.num_workers, flip=None if self.flip else False
+            ),
+            # Without, one step too long in one seed of three can decide a short comparison: docs/results.md.
+            optimizer=changed(
+                recipe.optimizer, lr=self.lr, clip_norm=1.0 if self.clip_norm is None else self.clip_norm
+            ),
         )
         networks = training.choose(self.only, recipe, self.baseline)
         data = _expand_data(data)
@@ -895,20 +898,13 @@ class Compare:
         check_figure(out / "figure.png")  # said now, and not when everything has been trained
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        device = _device(self.device)
         report = training.compare_trained(
             networks,
             data,
             out,
             recipe,
             seeds=self.seeds or (0, 1, 2),
-            baseline=self.baseline,
-            device=device,
-            runtimes=self._runtimes(device),
-            num_rounds=self.rounds or 40,
-            num_threads=self.num_threads or 2,
-            on_start=lambda what: print(what, file=sys.stderr, flush=True),
-            on_problem=_complain,
+            **self._options(),
         )
         _stdout().print(show.table_of_training(report))
         for line in show.findings_of_training(report):
@@ -918,12 +914,21 @@ class Compare:
         print(json.dumps(report, ensure_ascii=False))
         return 1 if any(row["failures"] for row in report["rows"]) else 0
 
-    def _runtimes(self, device: str) -> Any:
+    def _options(self) -> dict[str, Any]:
+        """What both ways of comparing are told."""
         from mobilevit.compare.table import RUNTIMES
 
-        if not self.time:
-            return ()
-        return tuple(dict.fromkeys(self.runtime)) or (RUNTIMES if device == "cpu" else ("torch",))
+        device = _device(self.device)
+        runtimes = tuple(dict.fromkeys(self.runtime)) or (RUNTIMES if device == "cpu" else ("torch",))
+        return {
+            "runtimes": runtimes if self.time else (),
+            "device": device,
+            "baseline": self.baseline,
+            "num_rounds": self.rounds or 40,
+            "num_threads": self.num_threads or 2,
+            "on_start": lambda what: print(what, file=sys.stderr, flush=True),
+            "on_problem": _complain,
+        }
 
     def _list(self) -> int:
         from mobilevit.benchmark.latency import check_figure
@@ -937,18 +942,11 @@ class Compare:
         if out:  # said now, and not when everything has been measured
             check_figure(out / "figure.png")
             out.mkdir(parents=True, exist_ok=True)
-        device = _device(self.device)
         report = table.compare(
             systems,
-            runtimes=self._runtimes(device),
             batch_sizes=tuple(dict.fromkeys(self.batch_size)) or (1,),
             size_px=self.size,
-            device=device,
-            baseline=self.baseline,
-            num_rounds=self.rounds or 40,
-            num_threads=self.num_threads or 2,
-            on_start=lambda what: print(what, file=sys.stderr, flush=True),
-            on_problem=_complain,
+            **self._options(),
         )
         _stdout().print(show.table(report))
         for line in show.findings(report):

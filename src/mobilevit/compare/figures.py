@@ -172,10 +172,11 @@ def _figure(
     axes.set_xscale("log")
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    bars = [bar for row in rows for bar in bars_of(row)]
+    bars: list[Bar] = []
     for row in rows:
         for bar in bars_of(row):
             axes.plot(*zip(*bar, strict=True), color=COLOURS[row["family"]], alpha=0.5, linewidth=1.4)
+            bars.append(bar)
     places = [(x_of(row), y_of(row)) for row in rows]
     for place, row in zip(places, rows, strict=True):
         _point(axes, place, row)

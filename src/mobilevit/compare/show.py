@@ -7,6 +7,7 @@ import io
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,13 @@ def table_of_training(report: Report) -> Any:
     return _Printed(columns_of_training(report), circumstances_of_training(report), _notes_of_training(report))
 
 
+@dataclass(frozen=True)
 class _Printed:
     """Columns for rich, in as many tables as the terminal's width asks for, each with the first column."""
 
-    def __init__(self, cells: Columns, title: str, notes: Sequence[str]):
-        self.cells, self.title, self.notes = cells, title, notes
+    cells: Columns
+    title: str
+    notes: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         from rich.text import Text

@@ -93,22 +93,19 @@ def compare(
     check_runtimes(runtimes, device)
     begun = circumstances(device)
     notes: list[str] = []
-
-    def problem(what: str) -> None:
-        notes.append(what)
-        on_problem(what)
-
     taken = []
     for system in systems:
         try:
             system.check_size(size_px or system.size_px)
             taken.append(system)
         except ValueError as error:
-            problem(f"left out {system.name}: {error}")
+            notes.append(f"left out {system.name}: {error}")
     if size_px and any(system.size_px != size_px for system in taken):
-        problem(f"top-1, and what the paper claims, are for the sizes of the papers and not for {size_px} px")
+        notes.append(f"top-1, and what the paper claims, are for the sizes of the papers and not for {size_px} px")
+    for note in notes:
+        on_problem(note)
     rows = [_row(system, size_px, on_start) for system in taken]
-    add_times(
+    notes += add_times(
         [(system, row["size_px"], row) for system, row in zip(taken, rows, strict=True)],
         runtimes=runtimes,
         batch_sizes=batch_sizes,
@@ -117,7 +114,7 @@ def compare(
         num_rounds=num_rounds,
         num_threads=num_threads,
         on_start=on_start,
-        on_problem=problem,
+        on_problem=on_problem,
     )
     as_published = [row for row in rows if row["size_px"] == SYSTEMS[row["name"]].size_px]
     return {
@@ -157,11 +154,18 @@ def add_times(
     num_classes: int = 1000,
     on_start: Say,
     on_problem: Say,
-) -> None:
+) -> list[str]:
     """Time systems, given with the side of their pictures and their row, and put the times into the rows.
 
-    Each is compared with the MobileViT among them that is its `baseline`. For the arguments see `compare`.
+    Each is compared with the MobileViT among them that is its `baseline`. For the arguments see `compare`. Returns what
+    `on_problem` was told.
     """
+    notes: list[str] = []
+
+    def problem(what: str) -> None:
+        notes.append(what)
+        on_problem(what)
+
     rows = [row for _, _, row in systems]
     for runtime in runtimes:
         for batch_size in batch_sizes:
@@ -175,7 +179,7 @@ def add_times(
                     num_threads,
                     Path(folder),
                     on_start,
-                    on_problem,
+                    problem,
                 )
                 timings = clock.time([(system, size_px) for system, size_px, _ in systems])
             for row in rows:
@@ -183,6 +187,7 @@ def add_times(
                     other = against(row, rows, baseline)
                     timing = timings[network_of(row["name"])]
                     row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
+    return notes
 
 
 def circumstances(device: str) -> dict[str, Any]:

@@ -129,13 +129,7 @@ def compare_trained(
             trained.failures[f"seed {seed}"] = first_line(error)
             on_problem(f"{name}, seed {seed}: {first_line(error)}")
     rows = [_row(trained, len(train_set)) for trained in every]
-    notes: list[str] = []
-
-    def problem(what: str) -> None:
-        notes.append(what)
-        on_problem(what)
-
-    add_times(
+    notes = add_times(
         [(trained.network, size_px, row) for trained, row in zip(every, rows, strict=True) if trained.runs],
         runtimes=runtimes,
         batch_sizes=(1,),
@@ -145,7 +139,7 @@ def compare_trained(
         num_threads=num_threads,
         num_classes=num_classes,
         on_start=on_start,
-        on_problem=problem,
+        on_problem=on_problem,
     )
     shared = {name: value for name, value in recipes.to_dict(recipe).items() if name not in ("architecture", "seed")}
     return {

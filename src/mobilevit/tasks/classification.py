@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.sample import Subset
 from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.models.mobilevit import MobileViT
@@ -103,7 +104,7 @@ class Classification:
         check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
         notes: tuple[str, ...] = ()
-        if held_out_name(data) is None:
+        if isinstance(val, Subset):  # of what nobody had divided
             every = len(train) + len(val)
             notes = (f"{data}: nothing is held out, so {len(val):,} of {every:,} pictures are, some of every class",)
         return (
