@@ -174,6 +174,8 @@ def test_the_way_of_others_is_that_of_mobilevit(data: Path, tmp_path: Path) -> N
 def test_a_recipe_that_is_not_for_all(data: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"{said}; to train other networks than MobileViT it must be"):
         compare_trained([NARROW, XXS], data, tmp_path, replace(RECIPE, **change))
+    with pytest.raises(ValueError, match=f"{said}; to train other networks than MobileViT it must be"):
+        train(replace(RECIPE, **change), data, tmp_path, other=NARROW, console=Console(quiet=True))
     assert not list(tmp_path.iterdir())
 
 

@@ -39,7 +39,7 @@ from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
-from mobilevit.training.other import OtherNetwork, OtherWeights, start
+from mobilevit.training.other import OtherNetwork, OtherWeights, check_recipe, start
 from mobilevit.training.report import write_report
 
 TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
@@ -119,6 +119,8 @@ def train(
         ("freeze", recipe.optimizer.freeze, "nothing"),
         ("backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1),
     )
+    if other:
+        check_recipe(recipe)
     for name, value, usual in () if pretrained else of_trained:
         if value != usual:
             raise ValueError(
