@@ -5,29 +5,48 @@ VENV := .venv
 BIN := $(VENV)/bin
 LITERT_VENV := .venv-litert
 LITERT_BIN := $(LITERT_VENV)/bin
+# `make test-torch TORCH=2.11`: an environment for that PyTorch.
+TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: demo test test-core test-runtimes test-litert check format clean
+.PHONY: demo test test-slow test-litert test-all test-torch check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
 
-# In two processes: the runtimes of export bring threads and memory of their own, and are not made to live with all others.
+# One worker for each core, each with one thread: threads of several workers would wait for each other. The export
+# runtimes run in a pytest of their own, because one process that holds all of them has crashed.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export
+CORE_TESTS := $(addprefix --ignore=,$(RUNTIME_TESTS))
 
-test: test-core test-runtimes
+# All guarantees, on small networks and data.
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(CORE_TESTS)
+	$(PYTEST) -m "not slow" $(RUNTIME_TESTS)
 
-test-core: $(VENV)/.dev
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNTIME_TESTS))
+# What `test` leaves out: more networks, sizes and combinations of the same.
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow $(CORE_TESTS)
+	$(PYTEST) -m slow $(RUNTIME_TESTS)
 
-test-runtimes: $(VENV)/.dev
-	$(BIN)/python -m pytest $(RUNTIME_TESTS)
-
-# LiteRT's converter wants an older torch than the rest, and so an environment of its own. Its libraries bring plugins
-# for pytest that no test here needs and that are too old for the newest pytest.
+# LiteRT's converter requires an older torch than the rest, hence its own environment. Its dependencies include pytest
+# plugins that no test here uses and that are too old for the newest pytest.
 test-litert: $(LITERT_VENV)/.dev
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest tests/export/test_litert.py
 
-# What must hold before a commit; the tests are `make test` and `make test-litert`.
+test-all: test test-slow test-litert
+
+# A reduced suite with another PyTorch: networks, weights, counting, training, resume and one export.
+TORCH_TESTS := tests/models tests/training/test_loop.py tests/training/test_resume.py tests/training/test_optim.py \
+    tests/test_parity.py tests/test_predict.py tests/benchmark/test_profile.py tests/compare/test_table.py \
+    tests/export/test_rewrite.py tests/export/test_onnx.py
+test-torch:
+	@test -n "$(TORCH)" || { echo 'name a PyTorch version: make test-torch TORCH=2.11'; exit 2; }
+	$(MAKE) --no-print-directory $(TORCH_VENV)/.dev
+	OMP_NUM_THREADS=1 $(TORCH_BIN)/python -m pytest --numprocesses=auto -m "not slow" $(TORCH_TESTS)
+
+# What must hold before a commit, besides the tests.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,9 +58,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LITERT_VENV) runs
+	rm -rf $(VENV) $(LITERT_VENV) .venv-torch-* runs
 
-$(VENV)/.created $(LITERT_VENV)/.created:
+$(VENV)/.created $(LITERT_VENV)/.created $(TORCH_VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mobilevit needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v[:2])'
 	$(PYTHON) -m venv $(@D)
 	@touch $@
@@ -56,4 +75,8 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml
 
 $(LITERT_VENV)/.dev: $(LITERT_VENV)/.created pyproject.toml
 	$(LITERT_BIN)/python -m pip install --quiet --editable '.[litert]' 'pytest>=8.3'
+	@touch $@
+
+$(TORCH_VENV)/.dev: $(TORCH_VENV)/.created pyproject.toml
+	$(TORCH_BIN)/python -m pip install --quiet --editable '.[test-torch]' 'torch==$(TORCH).*'
 	@touch $@

@@ -141,7 +141,7 @@ def test_class_names_that_are_no_text(tmp_path: Path):
         read_class_names(tmp_path / "missing", tmp_path)
 
 
-ZIPPED = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)))
+ZIPPED = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)), mtime=0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import time
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -454,9 +453,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
             line % (i + 1, 160 + 32 * (i % 5), 6 * math.exp(-i / 60_000) + 0.1 * noise[i] + 1, rates[i])
             for i in range(n)
         )
-    started = time.perf_counter()
     page = report(tmp_path, epochs=some_epochs(600))
-    assert time.perf_counter() - started < 30  # about 2 s on an idle core
     assert (tmp_path / "report.html").stat().st_size < 500_000
     loss, rate = (path_points(a["d"])[0] for a in page.all("path", "line")[-2:])
     assert 200 <= len(loss) <= 500

@@ -18,6 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+# Before 2.15 PyTorch's registry lacks the fused attention of CPUs, whose first arguments are those of the one on GPUs.
+FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    **flop_registry,
+}
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -69,10 +77,10 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket in FLOPS:
             # Of addmm and baddbmm the first argument is added. Of the others the first two are the factors.
             first = int(func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.baddbmm))
-            num_macs = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=output) // 2
+            num_macs = FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=output) // 2
             if all(self._is_from_picture(x) for x in inputs[first : first + 2]):
                 self.num_attention_macs += num_macs
             else:
