@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from mobilevit.models.mobilevit import Architecture, Stage, Transformer
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -21,6 +23,19 @@ CHROMIUM_FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 ]
+
+
+# Every kind of layer, at widths of S and in two stages, so that exporters and compilers take a sixth of the time.
+SMALL = Architecture(
+    "small",
+    stages=(
+        Stage(32, num_residuals=2, stride=2),
+        Stage(96, num_residuals=1, stride=2, transformer=Transformer(dim=144, num_layers=1, ffn_dim=288)),
+    ),
+    head_channels=320,
+    expansion=4,
+    transformer_dropout=0.1,
+)
 
 
 def randomise(model: Network, seed: int = 0) -> Network:
@@ -78,9 +93,17 @@ def ready_page(
     assert not complaints
 
 
+# test_resume.py forks, and autograd refuses to work in a fork of a process in which it has had threads. The others are
+# the longest files: a worker that takes one last keeps everyone waiting.
+FIRST = (
+    *("test_resume.py", "test_cli.py", "test_loop.py", "test_parity.py", "test_mobilevit.py"),
+    *("test_dense.py", "test_executorch.py", "test_onnx.py", "test_demo.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # It forks, and autograd refuses to work in a fork of a process in which it has had threads.
-    items.sort(key=lambda item: item.path.name != "test_resume.py")
+    order = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(autouse=True)

@@ -1005,6 +1005,7 @@ def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
         assert re.search(said, mistake(capsys, "compare", *args)), args
 
 
+@pytest.mark.slow
 def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
     args = ["compare", "--data", "classes", "--only", "deit-84-patch8", "--epochs", "1", "--seeds", "0"]
     args += ["--batch-size", "4", "--lr", "1e-3", "--no-flip"]

@@ -151,6 +151,7 @@ def test_stamps_of_train_and_val_are_others_and_no_drawing_is_among_them():
 
 
 @with_stamps
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_bytes(stamps: Path, tmp_path: Path):
     def contents(root: Path) -> dict[str, bytes]:
         return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}

@@ -29,6 +29,8 @@ ENDINGS = {"mobilevit": "weights.safetensors", "apple": "weights.pt", "timm": "t
 # Of the deviation of the logits. Float32 leaves about 2e-6; 1e-4 is what users were promised.
 TOLERANCE = 2e-5
 
+SLOW = pytest.mark.slow
+
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() < TOLERANCE * theirs.std()
@@ -237,7 +239,9 @@ def segmenter_from(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda rgb: model(rgb.flip(1)).logits
 
 
-@pytest.mark.parametrize(("name", "output_stride"), [("xxs", 16), ("xs", 8), ("s", 16), ("xxs", 32)])
+@pytest.mark.parametrize(
+    ("name", "output_stride"), [("xxs", 16), ("xs", 8), ("xxs", 32), pytest.param("s", 16, marks=SLOW)]
+)
 def test_segmentation_of_transformers(name: str, output_stride: int, tmp_path: Path) -> None:
     config = transformers_config(name)
     config.output_stride, config.aspp_out_channels, config.atrous_rates = output_stride, 72, [2, 3, 5]
@@ -305,7 +309,7 @@ def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["xxs", *(pytest.param(name, marks=SLOW) for name in ("xs", "s"))])
 @pytest.mark.parametrize("kind", ["detect", "segment", "segment later"])
 def test_round_trip_of_dense_networks(kind: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     formats: tuple[Format, ...] = ("mobilevit", "apple", "mobilevit")

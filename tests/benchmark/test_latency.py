@@ -46,7 +46,7 @@ class Clock:
 
 
 class Sleeper(nn.Module):
-    """Lets `skipped` seconds pass on the clock of `skipping` for every image: so many that real time does not matter."""
+    """Advances the benchmark clock by `seconds` for every image, so much that real time does not matter."""
 
     skipped = 0.0
 
@@ -264,7 +264,7 @@ def test_dense_sides(task: TaskName, against: str, shapes: list, tmp_path: Path,
     assert report["rows"][1]["ratio"]["median"] > 0
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.slow)])
 def test_dense_artifact(task: TaskName, tmp_path: Path):
     weights = others.random_weights("xxs", task=task, num_classes=7)
     [artifact] = export(weights, ["onnx"], tmp_path, size=(64, 96), answers=True, num_threads=1)

@@ -1,12 +1,10 @@
 """The table of systems: each has the published size, computes, trains a step and exports.
 
-By default a step and an export are done with our own definitions alone, one of each network; with COMPARE=all in the
-environment with every system, which takes some minutes.
+`make test` trains one of each of our own definitions and exports one; `make test-all` does both with every system.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from dataclasses import FrozenInstanceError
@@ -32,7 +30,8 @@ OWN = [
     "botnet-50",
     "deepvit-16",
 ]
-STEPPED = list(SYSTEMS) if os.environ.get("COMPARE") == "all" else OWN
+STEPPED = [pytest.param(name, marks=() if name in OWN else pytest.mark.slow) for name in SYSTEMS]
+EXPORTED = [pytest.param(name, marks=() if name == "deepvit-16" else pytest.mark.slow) for name in SYSTEMS]
 # The answer is read from the class token, which the last feed-forward goes around: so it was published.
 IDLE = {"ceit-tiny": "layers.11.leff.convs.", "localvit": "layers.11.ffn.convs."}
 
@@ -88,6 +87,7 @@ def test_computes(system: System) -> None:
     assert not logits[0].equal(logits[1])
 
 
+@pytest.mark.slow
 def test_computes_at_another_size(system: System) -> None:
     size_px = system.size_multiple_px or (64 if system.family == "vit" else 75)
     network = system.build(num_classes=3, size_px=size_px).eval()
@@ -107,7 +107,7 @@ def test_trains_a_step(name: str) -> None:
             assert bool(parameter.grad.any()) != key.startswith(IDLE.get(name, "none")), key
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_exports(name: str, tmp_path: Path) -> None:
     network = SYSTEMS[name].build().eval()
     if name not in AMPLIFYING:

@@ -16,22 +16,15 @@ import torch
 import torch.nn.functional as F
 from dense import dense_weights
 
-from conftest import randomise
+from conftest import SMALL, randomise
 from mobilevit.export import Artifact, Precision, Target, export
 from mobilevit.export.coreml import KNOWN, ct, operators, read_metadata
 from mobilevit.export.deployed import deployed
 from mobilevit.export.verify import drawn_pictures
-from mobilevit.models.mobilevit import Architecture, MobileViT, Stage, Transformer
+from mobilevit.models.mobilevit import Architecture, MobileViT
 from mobilevit.models.weights import TaskName, Weights
 from mobilevit.pictures import Preprocessing
 
-SMALL = Architecture(
-    "small",
-    stages=(Stage(16, num_residuals=2, stride=2), Stage(48, 1, 2, Transformer(64, num_layers=1, ffn_dim=96))),
-    head_channels=40,
-    expansion=2,
-    transformer_dropout=0.1,
-)
 PREPROCESSING = Preprocessing(70, 64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
@@ -143,9 +136,9 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @pytest.fixture(scope="module")
-def xxs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    folder = tmp_path_factory.mktemp("xxs")
-    weights = weights_of("xxs")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    weights = weights_of(SMALL)
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     black = [np.zeros((9, 9, 3), np.uint8)]  # int8 must be given pictures
     return {
@@ -155,18 +148,18 @@ def xxs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-4), ("fp16", 0.05), ("int8", 1)])
-def test_xxs(xxs: dict[str, Artifact], precision: str, most: float):
-    artifact = xxs[precision]
-    assert artifact.path.name == f"mobilevit_xxs_64x64_{precision}.mlpackage"
+def test_precisions(artifacts: dict[str, Artifact], precision: str, most: float):
+    artifact = artifacts[precision]
+    assert artifact.path.name == f"mobilevit_small_64x64_{precision}.mlpackage"
     assert artifact.agreement is None  # here nothing can be run but by the evaluator above
-    assert 200 < artifact.operators.num_operators < 320
-    assert difference(artifact.path, weights_of("xxs"), artifact.target) < most
+    assert 50 < artifact.operators.num_operators < 80
+    assert difference(artifact.path, weights_of(SMALL), artifact.target) < most
     share = {"fp32": 1.01, "fp16": 0.6, "int8": 0.4}[precision]
-    assert artifact.num_bytes < share * xxs["fp32"].num_bytes
+    assert artifact.num_bytes < share * artifacts["fp32"].num_bytes
 
 
-def test_what_the_artifact_says_of_itself(xxs: dict[str, Artifact]):
-    for artifact in xxs.values():
+def test_what_the_artifact_says_of_itself(artifacts: dict[str, Artifact]):
+    for artifact in artifacts.values():
         metadata = read_metadata(artifact.path)
         assert json.loads(metadata["class_names"]) == ["é", '"', "<", *"abcd"]
         assert metadata["source"] == "here"

@@ -23,6 +23,7 @@ from mobilevit.models.weights import Weights
 from mobilevit.tasks.detection import MAX_PER_PICTURE, SCORE_THRESHOLD
 
 SIZES = [(64, 64), (75, 98)]
+EXECUTORCH, OPENVINO = (pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "openvino"))
 PICTURES = drawn_pictures(6, (80, 90))
 
 
@@ -183,7 +184,12 @@ def made(weights: Weights, backend: str, out: Path, **options) -> Artifact:
 
 @pytest.mark.parametrize(
     ("backend", "task"),
-    [("onnx", "detect"), ("openvino", "segment"), ("executorch", "detect"), ("executorch", "segment")],
+    [
+        ("onnx", "detect"),
+        ("openvino", "segment"),
+        pytest.param("executorch", "detect", marks=pytest.mark.slow),
+        ("executorch", "segment"),
+    ],
 )
 def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path: Path):
     size = SIZES[task == "detect"]
@@ -204,7 +210,7 @@ def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path:
     assert tuple(json.loads(metadata.get("category_ids", "[]"))) == weights[task].category_ids
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", OPENVINO])
 def test_found_in_a_batch(weights: dict[str, Weights], backend: str, tmp_path: Path):
     artifact = made(weights["detect"], backend, tmp_path, size=SIZES[1], answers=True, batch_size=2, dynamic_batch=True)
     assert artifact.agreement is not None
@@ -229,7 +235,7 @@ def test_found_in_a_batch(weights: dict[str, Weights], backend: str, tmp_path: P
     assert json.loads(read_metadata(artifact.path)["nms"])["max_per_picture"] == 100
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", OPENVINO])
 def test_fewer_found_than_there_is_room_for(detector: Weights, backend: str, tmp_path: Path):
     tensors = {key: tensor.clone() for key, tensor in detector.tensors.items()}
     for i in range(6):
@@ -247,7 +253,7 @@ def test_fewer_found_than_there_is_room_for(detector: Weights, backend: str, tmp
     assert (scores[~nothing] > SCORE_THRESHOLD).all()
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino", "executorch"])
+@pytest.mark.parametrize("backend", ["onnx", "openvino", EXECUTORCH])
 def test_class_map(weights: dict[str, Weights], backend: str, tmp_path: Path):
     artifact = made(weights["segment"], backend, tmp_path, size=SIZES[1], answers=True)
     assert artifact.agreement is not None
@@ -261,7 +267,7 @@ def test_class_map(weights: dict[str, Weights], backend: str, tmp_path: Path):
         assert 0 < len(artifact.operators.outside) < 4
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", OPENVINO])
 def test_segmentation_of_any_size(backend: str, tmp_path: Path):
     weights = segmentation(LATER_HEAD, output_stride=8)
     artifact = made(weights, backend, tmp_path, size=(96, 80), dynamic_batch=True, dynamic_size=True)
@@ -280,8 +286,8 @@ def test_segmentation_of_any_size(backend: str, tmp_path: Path):
         ("onnx", "fp16", "segment"),
         ("onnx", "int8", "detect"),
         ("openvino", "bf16", "detect"),
-        ("openvino", "int8", "segment"),
-        ("executorch", "int8", "detect"),
+        pytest.param("openvino", "int8", "segment", marks=pytest.mark.slow),
+        pytest.param("executorch", "int8", "detect", marks=pytest.mark.slow),
     ],
 )
 def test_lower_precision(

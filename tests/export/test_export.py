@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conftest import randomise
+from conftest import SMALL, randomise
 from mobilevit.export import BACKENDS, Operators, Target, export, installed, load_artifact, verify
 from mobilevit.export.deployed import Deployed
 from mobilevit.export.verify import compare, drawn_pictures
@@ -28,7 +28,7 @@ PREPROCESSING = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), st
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    model = randomise(MobileViT("xxs", num_classes=7))
+    model = randomise(MobileViT(SMALL, num_classes=7))
     return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcdefg"))
 
 

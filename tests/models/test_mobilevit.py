@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import randomise
+from conftest import SMALL, randomise
 from mobilevit.models.mobilevit import (
     ARCHITECTURES,
     XXS,
@@ -29,6 +29,12 @@ from mobilevit.models.mobilevit import (
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return randomise(MobileViT("xxs", num_classes=10))
+
+
+@pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
+def traced(request: pytest.FixtureRequest) -> nn.Module:
+    """What torch.compile takes seconds for, and XXS half a minute."""
+    return randomise(MobileViT(request.param, num_classes=10))
 
 
 @pytest.mark.parametrize(("name", "count"), [("xxs", 1_272_024), ("xs", 2_317_848), ("s", 5_578_632)])
@@ -220,27 +226,27 @@ def test_gradients_against_finite_differences() -> None:
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
-def test_compile(model: nn.Module, size: tuple[int, int]) -> None:
+def test_compile(traced: nn.Module, size: tuple[int, int]) -> None:
     # aot_eager: everything of torch.compile but the C++ compiler, which a machine need not have.
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
     for batch_size in (2, 3):  # the second size makes it compile for any
         x = torch.rand(batch_size, 3, *size)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled(x), traced(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_step_of_training(autocast: bool) -> None:
-    model = randomise(MobileViT("xxs", num_classes=10))  # eval mode: with dropout no two passes are equal
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+def test_compiled_step_of_training(traced: nn.Module, autocast: bool) -> None:
+    # In eval mode: with dropout no two passes are equal.
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
     x, labels = torch.rand(3, 3, 70, 45), torch.tensor([0, 4, 9])
     gradients = []
-    for run in (model, compiled):
+    for run in (traced, compiled):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             nn.functional.cross_entropy(run(x), labels).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        model.zero_grad()
+        gradients.append(torch.cat([p.grad.flatten() for p in traced.parameters() if p.grad is not None]))
+        traced.zero_grad()
     assert (gradients[0] - gradients[1]).norm() < (0.1 if autocast else 1e-4) * gradients[0].norm()
 
 
@@ -270,12 +276,12 @@ def test_export_static(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 @exports_quietly
-def test_export_for_any_batch(model: nn.Module) -> None:
-    program = exported(model, torch.rand(2, 3, 64, 96), {0: torch.export.Dim("batch")})
+def test_export_for_any_batch(traced: nn.Module) -> None:
+    program = exported(traced, torch.rand(2, 3, 64, 96), {0: torch.export.Dim("batch")})
     for batch_size in (1, 5):
         x = torch.rand(batch_size, 3, 64, 96)
         with torch.no_grad():
-            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(program(x), traced(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(TORCH < (2, 15), reason="torch 2.11 cannot prove the sizes; versions between were not tried")

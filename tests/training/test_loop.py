@@ -579,6 +579,7 @@ def test_the_gradient_is_clipped_as_the_optimizer_sees_it(
     assert found[1e4][0] == pytest.approx(found[0.0][0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_every_shape(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     graphs: list[tuple[int, ...]] = []  # shapes of what they were compiled for
     trained: list[tuple[tuple[int, ...], int]] = []  # shapes of batches, and how many graphs there were afterwards

@@ -126,7 +126,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return left(out)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_instant(whole: dict[str, Any], data: Path, tmp_path: Path, num_workers: int):
     expected = whole
     recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=num_workers))
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert left(tmp_path) == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_and_keeps_it(
     whole: dict[str, Any], data: Path, tmp_path: Path, number: signal.Signals
 ):
@@ -292,7 +292,9 @@ def scenes(folder: Path, task: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("task", "metric"), [("detect", "ap"), ("segment", "miou")])
+@pytest.mark.parametrize(
+    ("task", "metric"), [("detect", "ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)]
+)
 def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metric: str, tmp_path: Path):
     data = scenes(tmp_path / "data", task)
     recipe = replace(IN_TWO, task=task, data=Data(size_px=64, num_workers=0), optimizer=Optimizer(warmup_steps=1))
@@ -324,6 +326,7 @@ def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metri
             np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-3, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any], data: Path, tmp_path: Path):
     out = tmp_path / "run"
     running = torchrun(IN_TWO, data, out, 1e-9, "--max-restarts", "3")
