@@ -130,6 +130,26 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+def test_predict_imports_what_it_needs(weights: str, here: Path):
+    """Most of the time of a prediction is `import torch`: no compiler, no torchvision, nothing of export."""
+    program = f"""
+import sys
+from mobilevit.cli import main
+def run(picture):
+    try:
+        main(["predict", {weights!r}, picture])
+    except SystemExit as stop:
+        return stop.code
+assert run("missing.png") == 2
+assert "torch" not in sys.modules
+assert run("photos/a.png") == 0
+heavy = ("torchvision", "torch._dynamo", "sympy", "mobilevit.tasks", "mobilevit.data", "mobilevit.export")
+assert not (found := [name for name in heavy if name in sys.modules]), found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # A new option is a decision: write it here as well, and remember that none has ever been removed from a program in use.
 TRAIN_OPTIONS = {
     "--data",

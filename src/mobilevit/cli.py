@@ -71,13 +71,13 @@ class Predict:
         from rich.progress import Progress
         from rich.table import Column, Table
 
-        from mobilevit.models.weights import read
-        from mobilevit.pictures import PictureError
-        from mobilevit.predict import find_pictures
+        from mobilevit.pictures import PictureError, find_pictures
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
+        from mobilevit.models.weights import read  # torch: a wrong name is reported before it is imported
+
         weights = read(self.weights, download=self.download)
         self._refuse_options(weights)
         _say_what_is_assumed(self.weights, weights)
@@ -142,7 +142,7 @@ class _Classes:
     columns = ("probability",)
 
     def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.models.fuse import fold_batch_norm
         from mobilevit.predict import classifier, predict_pictures
 
         model = fold_batch_norm(classifier(weights).to(_device(command.device)))
@@ -165,7 +165,7 @@ class _Boxes:
     columns = ("score", "box: x1, y1, x2, y2 in px")
 
     def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.models.fuse import fold_batch_norm
         from mobilevit.predict import detect_pictures, detector
 
         self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
@@ -223,7 +223,7 @@ class _Masks:
     columns = ("share of the pixels",)
 
     def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
+        from mobilevit.models.fuse import fold_batch_norm
         from mobilevit.predict import segment_pictures, segmenter
 
         self.out = _folder_for(command, {path: path.stem for path in paths})
@@ -990,8 +990,7 @@ def _sensitivity_table(costs: Any) -> Any:
 def _some_pictures(names: tuple[str, ...], number: int = 256) -> list[Any]:
     """The pictures that `names` stand for: files, folders and patterns, or, evenly over it, a data set for training."""
     from mobilevit.data.sources import find_splits
-    from mobilevit.pictures import read_picture
-    from mobilevit.predict import find_pictures
+    from mobilevit.pictures import find_pictures, read_picture
 
     if len(names) == 1:
         data = _expand_data(names[0])

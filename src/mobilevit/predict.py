@@ -7,7 +7,6 @@ and of its own size, whatever the network was shown.
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +34,7 @@ from mobilevit.models.weights import (
     read,
     write,
 )
-from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files, read_picture
+from mobilevit.pictures import Picture, PictureError, Preprocessing, read_picture
 
 # (width, height) of a picture in pixels.
 Size = tuple[int, int]
@@ -429,37 +428,6 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
         path,
         format,
     )
-
-
-def find_pictures(names: Iterable[str]) -> list[Path]:
-    """The pictures that files, folders (searched through, hidden ones aside) and globs stand for, each once, in order.
-
-    Masks below a folder, in masks/ beside images/ or as VOC keeps them, are no pictures of it.
-
-    Raises:
-        ValueError: a name that stands for nothing.
-    """
-    found: dict[Path, None] = {}
-    for name in names:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
-        if path.is_dir():
-            matches = [file for file in picture_files(path) if not _is_mask(file, path)]
-            if not matches:
-                raise ValueError(f"{name}: no pictures in this folder")
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())  # noqa: PTH207
-            if not matches:
-                raise ValueError(f"{name}: no such picture, folder or pattern; check the name")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _is_mask(file: Path, data: Path) -> bool:
-    beside = {"masks": "images", "SegmentationClass": "JPEGImages", "SegmentationObject": "JPEGImages"}
-    above = file.parents[: len(file.relative_to(data).parts) - 1]
-    return any(parent.name in beside and (parent.parent / beside[parent.name]).is_dir() for parent in above)
 
 
 def predict_pictures(

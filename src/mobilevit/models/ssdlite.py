@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S
 
@@ -232,6 +231,8 @@ def detect(
         max_per_class: how many of a class stay, best first.
         max_per_picture: how many of all classes then stay, best first.
     """
+    from torchvision.ops import batched_nms  # on use: importing it takes a second, and classifiers do not need it
+
     found = []
     probabilities = class_logits.float().softmax(dim=-1)[..., 1:]
     for scores_AK, boxes_A4 in zip(probabilities, decode(locations.float(), anchors), strict=True):
