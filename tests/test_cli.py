@@ -765,7 +765,8 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
     (here / "run").mkdir()
     (here / "run/run.json").write_text("{}")
     evaluate = ["evaluate", "run", "--data", "classes", "--num-workers", "0", "--json"]
-    assert "run: this run has no weights yet" in mistake(capsys, *evaluate)
+    for command in (evaluate, ["predict", "run", "photos"], ["export", "run"], ["info", "run"], ["demo", "run"]):
+        assert "run: this run has no weights yet" in mistake(capsys, *command), command
     model = load(weights)
     model.class_names = ("x", "y", "z")
     for name in ("model", "raw", "best"):
@@ -774,6 +775,22 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["weights"] for line in lines] == ["run/model.safetensors", "run/raw.safetensors"]
     assert "classes" not in lines[0]
+
+
+def test_export_names_files_after_the_weights(here: Path, weights: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("mobilevit.export.export", lambda *args, **options: asked.append(options) or [])
+    (here / "pets").mkdir()
+    (here / "pets/run.json").write_text("{}")
+    sources = {"pets": "pets", "pets/model.safetensors": "pets", "pets/raw.safetensors": "pets_raw"}
+    sources |= {"mine.safetensors": "mine", "model.safetensors": ""}
+    for source, expected in sources.items():
+        save(load(weights), here / (source if "." in source else f"{source}/model.safetensors"))
+        assert run("export", source) == 0
+        assert (asked[-1]["prefix"], asked[-1]["overwrite"]) == (expected, False), source
+    monkeypatch.chdir("pets")
+    assert run("export", ".", "--overwrite") == 0
+    assert (asked[-1]["prefix"], asked[-1]["overwrite"]) == ("pets", True)
 
 
 def test_evaluate_says_what_is_wrong_before_it_begins(capsys: pytest.CaptureFixture[str], here: Path, weights: str):

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from mobilevit.predict import Detection, Prediction
 
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
-SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
+OR_RUN = "or a run folder, of which model.safetensors is read: the averaged weights of the last epoch"
+SomeWeights = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}; {OR_RUN}.")
+]
 Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
 Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 
@@ -37,15 +40,7 @@ Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, c
 class Predict:
     """Name, find or outline what is in pictures, as the weights can. Exit code 1 if some of them could not be read."""
 
-    weights: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="WEIGHTS",
-            help=f"Weights: {WEIGHTS}; or the folder of a run, of which its model.safetensors is taken: the averaged "
-            "weights of the last epoch.",
-        ),
-    ]
+    weights: SomeWeights
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
     """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
     top_k: int | None = None
@@ -76,9 +71,7 @@ class Predict:
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
-        from mobilevit.models.weights import read  # torch: a wrong name is reported before it is imported
-
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         self._refuse_options(weights)
         _say_what_is_assumed(self.weights, weights)
         shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[weights.task](self, weights, paths)
@@ -286,7 +279,9 @@ class Info:
     """Parameters, multiply-accumulates and activation memory of a network, stage by stage."""
 
     network: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", help=f"xxs, xs, s, or weights: {WEIGHTS}.")
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="NETWORK", help=f"xxs, xs, s, or weights: {WEIGHTS}; {OR_RUN}."),
     ]
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
     """Side of the picture, or its height and width, in pixels; unless given, what the weights were made for."""
@@ -296,7 +291,6 @@ class Info:
         """Count and print."""
         from mobilevit.benchmark.profile import profile, table
         from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-        from mobilevit.models.weights import read
 
         if len(self.size) > 2 or any(side < 32 for side in self.size):
             raise ValueError(f"size is {self.size}; give one side or height and width, from 32 px up")
@@ -304,7 +298,7 @@ class Info:
         if self.network.lower() in ARCHITECTURES:
             model, size_px = MobileViT(self.network.lower()), 256
         else:
-            weights = read(self.network, download=self.download)
+            weights = _read(self.network, self.download)
             _say_what_is_assumed(self.network, weights)
             model, size_px = weights.build(), weights.preprocessing.crop_px
             p, names = weights.preprocessing, weights.class_names
@@ -335,12 +329,12 @@ class Convert:
 
     def run(self) -> int:
         """Read, write, say what was done."""
-        from mobilevit.models.weights import read, write
+        from mobilevit.models.weights import write
 
         target = _expand(self.target)
         if target.exists() and not self.overwrite:
             raise ValueError(f"{target}: exists already; choose another name or say --overwrite")
-        weights = read(self.source, download=self.download)
+        weights = _read(self.source, self.download)
         write(weights, target, self.to)
         print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
         if self.to == "apple":
@@ -489,7 +483,10 @@ class Export:
     to: tuple[Literal["onnx", "executorch", "openvino", "litert", "coreml", "all"], ...] = ("onnx",)
     """Runtimes; "all" is all of those that are installed."""
     out: Path = Path("exports")
-    """Folder to write to; files of the same names are replaced."""
+    """Folder to write to. Files are named after the run folder or the weights file, where that has a name of its own
+    (not model.safetensors, say), or else after the architecture."""
+    overwrite: bool = False
+    """Replace files that exist."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Numbers to compute with; int8 is calibrated on --pictures."""
     pictures: tuple[str, ...] = ()
@@ -519,13 +516,12 @@ class Export:
     def run(self) -> int:
         """Export and print."""
         from mobilevit.export import BACKENDS, export, installed, sensitivity
-        from mobilevit.models.weights import read
 
         if len(self.size) > 2:
             raise ValueError(f"size is {self.size}; give one side or height and width")
         if self.num_threads < 1:
             raise ValueError(f"num threads is {self.num_threads}; it must be 1 or more")
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         if self.sensitivity:
             pictures = _some_pictures(self.pictures)
@@ -569,6 +565,8 @@ class Export:
             answers=self.answers,
             pictures=_some_pictures(self.pictures),
             source=self.weights,
+            prefix=_artifact_name(self.weights),
+            overwrite=self.overwrite,
             num_threads=self.num_threads,
             on_start=lambda name: print(f"{name}: converting{more} ...", file=sys.stderr, flush=True),
             on_written=tell,
@@ -715,9 +713,8 @@ class Demo:
         import webbrowser
 
         from mobilevit.demo import Server, write_page
-        from mobilevit.models.weights import read
 
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         file = _expand(Path(self.weights))
         source = file.name if file.exists() else self.weights  # a page for the world does not tell of folders here
@@ -736,6 +733,10 @@ class Demo:
                 if server is None:
                     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
                     print(f"{out}: a page of {num_bytes / 1e6:.0f} MB; put it on any host of static files, with https")
+                    print(
+                        "Browsers do not run it from disk. To try it here, run "
+                        f'python -m http.server -b 127.0.0.1 -d "{out}" and open http://127.0.0.1:8000/'
+                    )
                     return 0
                 print(f"{server.url} (Ctrl-C stops it)", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):
@@ -771,9 +772,8 @@ class Explain:
         from rich.table import Column, Table
 
         from mobilevit.explain import explain_picture
-        from mobilevit.models.weights import read
 
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         out = _expand(self.out)
         explanation = explain_picture(
@@ -1020,6 +1020,27 @@ def _weights_of_run(name: str) -> list[str]:
     if not found:
         raise ValueError(f"{name}: this run has no weights yet; the first are there after its first epoch")
     return found
+
+
+def _read(source: str, download: bool) -> Weights:
+    """Weights of a file, a folder or a hub id; of a run folder, its model.safetensors."""
+    from mobilevit.models.weights import read
+
+    return read(_weights_of_run(source)[0], download=download)
+
+
+def _artifact_name(source: str) -> str:
+    """Name for artifacts: of the run folder or the weights file; "" where that does not tell weights apart."""
+    path = _expand(Path(source))
+    if (path / "run.json").is_file():
+        return path.resolve().name
+    if not path.is_file():
+        return ""
+    if path.stem not in ("model", "raw", "best", "pytorch_model"):
+        return path.stem
+    if not path.with_name("run.json").is_file():
+        return ""
+    return path.resolve().parent.name + ("" if path.stem == "model" else f"_{path.stem}")
 
 
 # The figures of evaluations: what they are called, and with how many decimals they are given. Others are counts.

@@ -124,6 +124,8 @@ def export(
     answers: bool = False,
     pictures: Sequence[Picture] = (),
     source: str = "",
+    prefix: str = "",
+    overwrite: bool = True,
     num_threads: int = 2,
     on_start: Callable[[str], None] = lambda backend: None,
     on_written: Callable[[Artifact], None] = lambda artifact: None,
@@ -133,7 +135,7 @@ def export(
     Args:
         weights: of any origin, see `mobilevit.models.weights.read`.
         to: names of `BACKENDS`.
-        out: a folder; files there that have the same names are replaced.
+        out: a folder.
         precision: int8 needs `pictures`: those calibrate it.
         size: (height, width) in pixels; what the weights were made for, unless given.
         batch_size: of the input.
@@ -143,13 +145,16 @@ def export(
         answers: of a detector what it has found, after NMS, and of a segmentation network the class of every pixel.
         pictures: real ones to compare on, and to calibrate with; drawn ones take their place.
         source: where the weights come from, for the artifact's metadata.
+        prefix: what the files' names begin with; "mobilevit" and the architecture unless given.
+        overwrite: replace files that exist.
         num_threads: of the runtimes while they are timed.
         on_start: told the name of every backend before its turn.
         on_written: given every artifact when it is in its place.
 
     Raises:
-        ValueError: a backend that is unknown or not installed, what it cannot do, an artifact that does not agree with
-            torch (it is not left in `out`). Artifacts of backends before it stay.
+        ValueError: a backend that is unknown or not installed, what it cannot do, a file that exists without
+            `overwrite`, an artifact that does not agree with torch (it is not left in `out`). Artifacts of backends
+            before it stay.
         PictureError: a picture that cannot be read.
     """
     p = weights.preprocessing
@@ -168,6 +173,11 @@ def export(
     backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
     if precision == "int8" and not pictures:
         raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
+    out = Path(out)
+    stem = file_stem(prefix or f"mobilevit_{weights.architecture.name}", target)
+    for path in (out / f"{stem}{BACKENDS[backend]}" for backend in backends):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path}: already exists; replace it with --overwrite, or write elsewhere with --out")
 
     network = deployed(weights, target)
     wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
@@ -175,10 +185,8 @@ def export(
     inputs = [_input(picture, p, target) for picture in chosen]
     checks = _spread(inputs, VERIFY_PICTURES)
     metadata = _metadata(weights, target, source)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     artifacts = []
-    stem = file_stem(weights.architecture.name, target)
     for name, backend in backends.items():
         on_start(name)
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as aside:
@@ -293,11 +301,11 @@ def find_backend(name: str, target: Target) -> Backend:
     return backend
 
 
-def file_stem(architecture: str, target: Target) -> str:
+def file_stem(prefix: str, target: Target) -> str:
     """The name of an artifact, without its ending."""
     task = [] if target.task == "classify" else [target.task]
     options = [name for name, wanted in (("uint8", target.uint8), ("answers", target.answers)) if wanted]
-    parts = ["mobilevit", architecture, *task, f"{target.height}x{target.width}", target.precision, *options]
+    parts = [prefix, *task, f"{target.height}x{target.width}", target.precision, *options]
     return "_".join(parts)
 
 
