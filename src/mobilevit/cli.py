@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mobilevit.export import Artifact
     from mobilevit.models.weights import Weights
     from mobilevit.pictures import Preprocessing
-    from mobilevit.predict import Detection, Prediction
+    from mobilevit.predict import Classifier, Detection, Detector, Prediction, Segmenter
 
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
+ARTIFACTS = (".onnx", ".pte", ".xml", ".tflite", ".mlpackage")  # as in mobilevit.export, which is slow to import
 OR_RUN = "or a run folder, of which model.safetensors is read: the averaged weights of the last epoch"
 SomeWeights = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}; {OR_RUN}.")
@@ -40,7 +41,14 @@ Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, c
 class Predict:
     """Name, find or outline what is in pictures, as the weights can. Exit code 1 if some of them could not be read."""
 
-    weights: SomeWeights
+    weights: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="WEIGHTS",
+            help=f"Weights: {WEIGHTS}; {OR_RUN}; or an exported artifact ({', '.join(ARTIFACTS)}), run on the CPU.",
+        ),
+    ]
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
     """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
     top_k: int | None = None
@@ -71,10 +79,9 @@ class Predict:
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
-        weights = _read(self.weights, self.download)
-        self._refuse_options(weights)
-        _say_what_is_assumed(self.weights, weights)
-        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[weights.task](self, weights, paths)
+        model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
+        self._refuse_options(model.task)
+        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
         num_done = num_unread = 0
         interrupted: KeyboardInterrupt | None = None
         table = Table("picture", "class", *(Column(name, justify="right") for name in shown.columns), box=SIMPLE)
@@ -113,19 +120,35 @@ class Predict:
             )
         return 1 if num_unread else 0
 
-    def _refuse_options(self, weights: Weights) -> None:
+    def _network(self) -> Any:
+        from mobilevit.models.fuse import fold_batch_norm
+        from mobilevit.predict import classifier, detector, segmenter
+
+        weights = _read(self.weights, self.download)
+        _say_what_is_assumed(self.weights, weights)
+        build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
+        return fold_batch_norm(build(weights).to(_device(self.device)))
+
+    def _artifact(self) -> Any:
+        from mobilevit.artifact import load_predictor
+
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(f"device is {self.device!r}; an artifact runs on the CPU: leave out --device")
+        return load_predictor(_expand(Path(self.weights)))
+
+    def _refuse_options(self, task: str) -> None:
         """Say so of an option that these weights have no use for, instead of not minding it."""
         does = {
             "classify": "only names classes, and they are printed",
             "detect": "shows all that it finds above a score",
             "segment": "gives every pixel one class",
-        }[weights.task]
+        }[task]
         for option, value, tasks in (
             ("--top-k", self.top_k, ("classify",)),
             ("--score-threshold", self.score_threshold, ("detect",)),
             ("--out", self.out, ("detect", "segment")),
         ):
-            if value is not None and weights.task not in tasks:
+            if value is not None and task not in tasks:
                 raise ValueError(f"{option} is for weights to {' or '.join(tasks)}; {self.weights} {does}")
 
 
@@ -134,11 +157,9 @@ class _Classes:
 
     columns = ("probability",)
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import classifier, predict_pictures
+    def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
+        from mobilevit.predict import predict_pictures
 
-        model = fold_batch_norm(classifier(weights).to(_device(command.device)))
         options: dict[str, Any] = {} if command.top_k is None else {"top_k": command.top_k}
         self.results = predict_pictures(model, paths, batch_size=command.batch_size, **options)
 
@@ -157,17 +178,15 @@ class _Boxes:
 
     columns = ("score", "box: x1, y1, x2, y2 in px")
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import detect_pictures, detector
+    def __init__(self, command: Predict, model: Detector, paths: list[Path]):
+        from mobilevit.predict import detect_pictures
 
         self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
-        self.category_ids = weights.category_ids or range(1, weights.num_classes + 1)
-        if not weights.category_ids:
+        self.category_ids = model.category_ids or range(1, model.num_classes + 1)
+        if not model.category_ids:
             _complain(
                 f"{command.weights}: knows no category ids; in detections.json they are the number of the class + 1"
             )
-        model = fold_batch_norm(detector(weights).to(_device(command.device)))
         options: dict[str, Any] = (
             {} if command.score_threshold is None else {"score_threshold": command.score_threshold}
         )
@@ -215,13 +234,12 @@ class _Masks:
 
     columns = ("share of the pixels",)
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import segment_pictures, segmenter
+    def __init__(self, command: Predict, model: Segmenter, paths: list[Path]):
+        from mobilevit.predict import segment_pictures
 
         self.out = _folder_for(command, {path: path.stem for path in paths})
-        self.model = fold_batch_norm(segmenter(weights).to(_device(command.device)))
-        self.results = segment_pictures(self.model, paths, batch_size=command.batch_size)
+        self.model = model
+        self.results = segment_pictures(model, paths, batch_size=command.batch_size)
 
     def show(self, path: Path, found: np.ndarray) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
         """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
-from mobilevit.models.ssdlite import SSDLite, detect
+from mobilevit.models.ssdlite import Detections, SSDLite, detect
 from mobilevit.models.weights import (
     NETWORKS,
     PREPROCESSING,
@@ -67,6 +67,7 @@ class Detection:
 class Predictor(nn.Module):
     """What `Classifier`, `Detector` and `Segmenter` have in common: they can read pictures, and know their classes."""
 
+    task: TaskName
     preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
 
@@ -118,6 +119,7 @@ class Classifier(Predictor, MobileViT):
     `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes).
     """
 
+    task = "classify"
     preprocessing: Preprocessing = PREPROCESSING["classify"]
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -159,6 +161,7 @@ class Detector(Predictor, SSDLite):
     background, class 0 of the logits, is no class here.
     """
 
+    task = "detect"
     preprocessing: Preprocessing = PREPROCESSING["detect"]
     category_ids: tuple[int, ...] = ()  # those of the classes in COCO's annotations, where somebody said
 
@@ -199,15 +202,7 @@ class Detector(Predictor, SSDLite):
             raise ValueError(f"max_per_picture is {max_per_picture}; it must be 1 or more")
         self._check_mode()
         self._check_warp()
-        class_logits, locations = self(pixels)
-        height, width = pixels.shape[-2:]
-        found = detect(
-            class_logits,
-            locations,
-            self.anchors(height, width),
-            score_threshold=score_threshold,
-            max_per_picture=max_per_picture,
-        )
+        found = self._find(pixels, score_threshold, max_per_picture)
         return [
             [
                 Detection(self.class_name(label), score, label, box)
@@ -219,6 +214,17 @@ class Detector(Predictor, SSDLite):
             for one, size in zip(found, sizes, strict=True)
         ]
 
+    def _find(self, pixels: Tensor, score_threshold: float, max_per_picture: int) -> list[Detections]:
+        class_logits, locations = self(pixels)
+        height, width = pixels.shape[-2:]
+        return detect(
+            class_logits,
+            locations,
+            self.anchors(height, width),
+            score_threshold=score_threshold,
+            max_per_picture=max_per_picture,
+        )
+
 
 class Segmenter(Predictor, DeepLabV3):
     """A `DeepLabV3` that knows its preprocessing and its class names; `load_segmenter` makes one.
@@ -226,6 +232,7 @@ class Segmenter(Predictor, DeepLabV3):
     `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
     """
 
+    task = "segment"
     preprocessing: Preprocessing = PREPROCESSING["segment"]
 
     def reset_classes(self, num_classes: int) -> None:

@@ -182,7 +182,7 @@ def export(
     network = deployed(weights, target)
     wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
     chosen = _spread(pictures, wanted) or drawn_pictures(VERIFY_PICTURES, (height, width))
-    inputs = [_input(picture, p, target) for picture in chosen]
+    inputs = [artifact_input(picture, p, target) for picture in chosen]
     checks = _spread(inputs, VERIFY_PICTURES)
     metadata = _metadata(weights, target, source)
     out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def export(
             if run and agreement:
                 _check(name, target, agreement)
                 for other in _others(target):  # what was left open is tried at another value
-                    few = [_input(picture, p, other) for picture in chosen[:4]]
+                    few = [artifact_input(picture, p, other) for picture in chosen[:4]]
                     _check(name, other, compare(network, run, few, other))
             ratio = None
             if run and precision == "int8":  # not faster everywhere, and better said here than found out later
@@ -226,7 +226,7 @@ def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
         raise ValueError("what int8 costs is measured on real pictures; name some (--pictures)")
     p = weights.preprocessing
     target = Target("int8", p.crop_px, p.crop_px, task=weights.task)
-    inputs = [_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
+    inputs = [artifact_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
     return costs_of_int8(deployed(weights, target), inputs, target.outputs)
 
 
@@ -239,7 +239,9 @@ def load_artifact(path: str | Path, num_threads: int = 2) -> Run:
     path = Path(path)
     run = _backend_of(path).load(path, num_threads)
     if run is None:
-        raise ValueError(f"{path}: its runtime does not run on this machine")
+        raise ValueError(
+            f"{path}: only Apple systems can run CoreML; export for another runtime, --to onnx for example"
+        )
     return run
 
 
@@ -325,7 +327,7 @@ def _spread(things: Sequence[Any], number: int) -> list[Any]:
     return [things[i * len(things) // number] for i in range(number)]
 
 
-def _input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
+def artifact_input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
     """One picture as the artifact gets it, (1, ...)."""
     p = preprocessing
     if (target.height, target.width) == (p.crop_px, p.crop_px):
@@ -356,6 +358,8 @@ def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
         "outputs": " ".join(target.outputs),
         **({"nms": json.dumps(nms)} if weights.task == "detect" and target.answers else {}),
         "precision": target.precision,
+        "size": f"{target.height} {target.width}",
+        "batch_size": str(target.batch_size),
         "input": layout,
         "preprocessing": json.dumps(preprocessing),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),

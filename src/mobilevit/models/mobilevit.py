@@ -153,7 +153,8 @@ def silu(x: Tensor) -> Tensor:
 
     A trace is checked by another one without autograd, which has to record the same operators.
     """
-    return F.silu(x, inplace=not x.requires_grad and not torch.jit.is_tracing())
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return F.silu(x, inplace=not x.requires_grad and not is_tracing)
 
 
 class Attention(nn.Module):
