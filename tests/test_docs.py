@@ -94,9 +94,11 @@ def test_preprocessing_in_numpy(tmp_path: Path, preprocessing: Preprocessing):
         image = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = (1, 6, 3)[i % 3]
-        transparency = {"transparency": 3} if mode == "P" else {}
+        image = image if mode == "RGBA" else image.convert("RGB").convert(mode)
+        if mode == "P":
+            image.info["transparency"] = 3
         file = tmp_path / f"{i}.png"
-        (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(file, exif=exif, **transparency)
+        image.save(file, exif=exif)
         arguments = json.loads(json.dumps(preprocessing.to_dict()))  # as in the metadata
         np.testing.assert_array_equal(preprocess(file, **arguments), preprocessing(file)[None].numpy())
 

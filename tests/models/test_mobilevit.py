@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -364,7 +365,7 @@ def test_wrong_input(model: nn.Module, wrong, error: type[Exception], parts: tup
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_trace(model: nn.Module, size: tuple[int, int]) -> None:
-    traced = torch.jit.trace(model, torch.rand(1, 3, *size))
+    traced: Any = torch.jit.trace(model, torch.rand(1, 3, *size))
     x = torch.rand(1, 3, *size)
     torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
 
