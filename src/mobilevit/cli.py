@@ -640,7 +640,7 @@ class Benchmark:
 
         from mobilevit.benchmark import latency, others
         from mobilevit.models.mobilevit import ARCHITECTURES
-        from mobilevit.models.weights import NETWORKS, read
+        from mobilevit.models.weights import NETWORKS
 
         if not self.targets:
             raise ValueError("nothing is named; give artifacts, weights, or xxs, xs, s")
@@ -672,7 +672,7 @@ class Benchmark:
                 architecture, task = drawn[name.lower()]
                 weights[name] = others.random_weights(architecture, task=task)
             elif name not in artifacts:
-                weights[name] = read(name, download=self.download)
+                weights[name] = _read(name, self.download)
         sides = []
         with tempfile.TemporaryDirectory() as folder:
             for name in dict.fromkeys(self.targets):

@@ -362,7 +362,7 @@ def test_wrong_input(model: nn.Module, wrong, error: type[Exception], parts: tup
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_trace(model: nn.Module, size: tuple[int, int]) -> None:
     traced: Any = torch.jit.trace(model, torch.rand(1, 3, *size))
