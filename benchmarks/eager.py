@@ -42,7 +42,7 @@ from torch import Tensor
 
 from mobilevit.benchmark.latency import processor
 from mobilevit.benchmark.others import randomise
-from mobilevit.export.rewrite import fold_batch_norm
+from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights, write
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 import mobilevit
-from mobilevit.predict import find_pictures, predict_pictures
+from mobilevit.pictures import find_pictures
+from mobilevit.predict import predict_pictures
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 

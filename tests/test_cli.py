@@ -130,6 +130,26 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+def test_predict_imports_what_it_needs(weights: str, here: Path):
+    """Most of the time of a prediction is `import torch`: no compiler, no torchvision, nothing of export."""
+    program = f"""
+import sys
+from mobilevit.cli import main
+def run(picture):
+    try:
+        main(["predict", {weights!r}, picture])
+    except SystemExit as stop:
+        return stop.code
+assert run("missing.png") == 2
+assert "torch" not in sys.modules
+assert run("photos/a.png") == 0
+heavy = ("torchvision", "torch._dynamo", "sympy", "mobilevit.tasks", "mobilevit.data", "mobilevit.export")
+assert not (found := [name for name in heavy if name in sys.modules]), found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # A new option is a decision: write it here as well, and remember that none has ever been removed from a program in use.
 TRAIN_OPTIONS = {
     "--data",
@@ -745,7 +765,8 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
     (here / "run").mkdir()
     (here / "run/run.json").write_text("{}")
     evaluate = ["evaluate", "run", "--data", "classes", "--num-workers", "0", "--json"]
-    assert "run: this run has no weights yet" in mistake(capsys, *evaluate)
+    for command in (evaluate, ["predict", "run", "photos"], ["export", "run"], ["info", "run"], ["demo", "run"]):
+        assert "run: this run has no weights yet" in mistake(capsys, *command), command
     model = load(weights)
     model.class_names = ("x", "y", "z")
     for name in ("model", "raw", "best"):
@@ -754,6 +775,22 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["weights"] for line in lines] == ["run/model.safetensors", "run/raw.safetensors"]
     assert "classes" not in lines[0]
+
+
+def test_export_names_files_after_the_weights(here: Path, weights: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("mobilevit.export.export", lambda *args, **options: asked.append(options) or [])
+    (here / "pets").mkdir()
+    (here / "pets/run.json").write_text("{}")
+    sources = {"pets": "pets", "pets/model.safetensors": "pets", "pets/raw.safetensors": "pets_raw"}
+    sources |= {"mine.safetensors": "mine", "model.safetensors": ""}
+    for source, expected in sources.items():
+        save(load(weights), here / (source if "." in source else f"{source}/model.safetensors"))
+        assert run("export", source) == 0
+        assert (asked[-1]["prefix"], asked[-1]["overwrite"]) == (expected, False), source
+    monkeypatch.chdir("pets")
+    assert run("export", ".", "--overwrite") == 0
+    assert (asked[-1]["prefix"], asked[-1]["overwrite"]) == ("pets", True)
 
 
 def test_evaluate_says_what_is_wrong_before_it_begins(capsys: pytest.CaptureFixture[str], here: Path, weights: str):

@@ -3,14 +3,18 @@
 import contextlib
 import functools
 import io
+import json
 import re
 import runpy
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+
+from mobilevit.pictures import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -67,6 +71,36 @@ def test_figures(tmp_path: Path):
                 assert picture.size == size
                 grey = picture.convert("L").histogram()
             assert 0.2 < grey[255] / sum(grey) < 0.8, f"{name} is blank or nearly so"
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(),
+        Preprocessing(71, 64, "bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        Preprocessing((64, 64), 64),
+    ],
+    ids=["paper", "bicubic and normalised", "warped"],
+)
+def test_preprocessing_in_numpy(tmp_path: Path, preprocessing: Preprocessing):
+    """The function on the page computes what the package does, to the bit."""
+    page = DOCS / "export.md"
+    preprocess = run_page(page.read_text(encoding="utf-8"), str(page))["preprocess"]
+    random = np.random.default_rng(0)
+    for i, (mode, height, width) in enumerate(
+        [("RGB", 301, 450), ("RGB", 411, 99), ("L", 77, 130), ("RGBA", 131, 97), ("P", 90, 91)]
+    ):
+        levels = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 4), dtype=np.uint8)
+        image = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = (1, 6, 3)[i % 3]
+        image = image if mode == "RGBA" else image.convert("RGB").convert(mode)
+        if mode == "P":
+            image.info["transparency"] = 3
+        file = tmp_path / f"{i}.png"
+        image.save(file, exif=exif)
+        arguments = json.loads(json.dumps(preprocessing.to_dict()))  # as in the metadata
+        np.testing.assert_array_equal(preprocess(file, **arguments), preprocessing(file)[None].numpy())
 
 
 def test_the_figure_shows_what_the_page_counts():

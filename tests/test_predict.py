@@ -21,7 +21,7 @@ from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.models.ssdlite import MapHead, SSDLite
 from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
 from mobilevit.models.weights import PREPROCESSING as ASSUMED
-from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.pictures import PictureError, Preprocessing, find_pictures
 from mobilevit.predict import (
     Classifier,
     Detector,
@@ -29,7 +29,6 @@ from mobilevit.predict import (
     Segmenter,
     classifier,
     detect_pictures,
-    find_pictures,
     load,
     load_backbone,
     load_detector,

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from mobilevit.export import Artifact
     from mobilevit.models.weights import Weights
     from mobilevit.pictures import Preprocessing
-    from mobilevit.predict import Detection, Prediction
+    from mobilevit.predict import Classifier, Detection, Detector, Prediction, Segmenter
 
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
-SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
+ARTIFACTS = (".onnx", ".pte", ".xml", ".tflite", ".mlpackage")  # as in mobilevit.export, which is slow to import
+OR_RUN = "or a run folder, of which model.safetensors is read: the averaged weights of the last epoch"
+SomeWeights = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}; {OR_RUN}.")
+]
 Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
 Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 
@@ -42,8 +46,7 @@ class Predict:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="WEIGHTS",
-            help=f"Weights: {WEIGHTS}; or the folder of a run, of which its model.safetensors is taken: the averaged "
-            "weights of the last epoch.",
+            help=f"Weights: {WEIGHTS}; {OR_RUN}; or an exported artifact ({', '.join(ARTIFACTS)}), run on the CPU.",
         ),
     ]
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
@@ -71,17 +74,14 @@ class Predict:
         from rich.progress import Progress
         from rich.table import Column, Table
 
-        from mobilevit.models.weights import read
-        from mobilevit.pictures import PictureError
-        from mobilevit.predict import find_pictures
+        from mobilevit.pictures import PictureError, find_pictures
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
-        weights = read(self.weights, download=self.download)
-        self._refuse_options(weights)
-        _say_what_is_assumed(self.weights, weights)
-        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[weights.task](self, weights, paths)
+        model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
+        self._refuse_options(model.task)
+        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
         num_done = num_unread = 0
         interrupted: KeyboardInterrupt | None = None
         table = Table("picture", "class", *(Column(name, justify="right") for name in shown.columns), box=SIMPLE)
@@ -120,19 +120,35 @@ class Predict:
             )
         return 1 if num_unread else 0
 
-    def _refuse_options(self, weights: Weights) -> None:
+    def _network(self) -> Any:
+        from mobilevit.models.fuse import fold_batch_norm
+        from mobilevit.predict import classifier, detector, segmenter
+
+        weights = _read(self.weights, self.download)
+        _say_what_is_assumed(self.weights, weights)
+        build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
+        return fold_batch_norm(build(weights).to(_device(self.device)))
+
+    def _artifact(self) -> Any:
+        from mobilevit.artifact import load_predictor
+
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(f"device is {self.device!r}; an artifact runs on the CPU: leave out --device")
+        return load_predictor(_expand(Path(self.weights)))
+
+    def _refuse_options(self, task: str) -> None:
         """Say so of an option that these weights have no use for, instead of not minding it."""
         does = {
             "classify": "only names classes, and they are printed",
             "detect": "shows all that it finds above a score",
             "segment": "gives every pixel one class",
-        }[weights.task]
+        }[task]
         for option, value, tasks in (
             ("--top-k", self.top_k, ("classify",)),
             ("--score-threshold", self.score_threshold, ("detect",)),
             ("--out", self.out, ("detect", "segment")),
         ):
-            if value is not None and weights.task not in tasks:
+            if value is not None and task not in tasks:
                 raise ValueError(f"{option} is for weights to {' or '.join(tasks)}; {self.weights} {does}")
 
 
@@ -141,11 +157,9 @@ class _Classes:
 
     columns = ("probability",)
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
-        from mobilevit.predict import classifier, predict_pictures
+    def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
+        from mobilevit.predict import predict_pictures
 
-        model = fold_batch_norm(classifier(weights).to(_device(command.device)))
         options: dict[str, Any] = {} if command.top_k is None else {"top_k": command.top_k}
         self.results = predict_pictures(model, paths, batch_size=command.batch_size, **options)
 
@@ -164,17 +178,15 @@ class _Boxes:
 
     columns = ("score", "box: x1, y1, x2, y2 in px")
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
-        from mobilevit.predict import detect_pictures, detector
+    def __init__(self, command: Predict, model: Detector, paths: list[Path]):
+        from mobilevit.predict import detect_pictures
 
         self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
-        self.category_ids = weights.category_ids or range(1, weights.num_classes + 1)
-        if not weights.category_ids:
+        self.category_ids = model.category_ids or range(1, model.num_classes + 1)
+        if not model.category_ids:
             _complain(
                 f"{command.weights}: knows no category ids; in detections.json they are the number of the class + 1"
             )
-        model = fold_batch_norm(detector(weights).to(_device(command.device)))
         options: dict[str, Any] = (
             {} if command.score_threshold is None else {"score_threshold": command.score_threshold}
         )
@@ -222,13 +234,12 @@ class _Masks:
 
     columns = ("share of the pixels",)
 
-    def __init__(self, command: Predict, weights: Weights, paths: list[Path]):
-        from mobilevit.export.rewrite import fold_batch_norm
-        from mobilevit.predict import segment_pictures, segmenter
+    def __init__(self, command: Predict, model: Segmenter, paths: list[Path]):
+        from mobilevit.predict import segment_pictures
 
         self.out = _folder_for(command, {path: path.stem for path in paths})
-        self.model = fold_batch_norm(segmenter(weights).to(_device(command.device)))
-        self.results = segment_pictures(self.model, paths, batch_size=command.batch_size)
+        self.model = model
+        self.results = segment_pictures(model, paths, batch_size=command.batch_size)
 
     def show(self, path: Path, found: np.ndarray) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
         """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
@@ -286,7 +297,9 @@ class Info:
     """Parameters, multiply-accumulates and activation memory of a network, stage by stage."""
 
     network: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", help=f"xxs, xs, s, or weights: {WEIGHTS}.")
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="NETWORK", help=f"xxs, xs, s, or weights: {WEIGHTS}; {OR_RUN}."),
     ]
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
     """Side of the picture, or its height and width, in pixels; unless given, what the weights were made for."""
@@ -296,7 +309,6 @@ class Info:
         """Count and print."""
         from mobilevit.benchmark.profile import profile, table
         from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-        from mobilevit.models.weights import read
 
         if len(self.size) > 2 or any(side < 32 for side in self.size):
             raise ValueError(f"size is {self.size}; give one side or height and width, from 32 px up")
@@ -304,7 +316,7 @@ class Info:
         if self.network.lower() in ARCHITECTURES:
             model, size_px = MobileViT(self.network.lower()), 256
         else:
-            weights = read(self.network, download=self.download)
+            weights = _read(self.network, self.download)
             _say_what_is_assumed(self.network, weights)
             model, size_px = weights.build(), weights.preprocessing.crop_px
             p, names = weights.preprocessing, weights.class_names
@@ -335,12 +347,12 @@ class Convert:
 
     def run(self) -> int:
         """Read, write, say what was done."""
-        from mobilevit.models.weights import read, write
+        from mobilevit.models.weights import write
 
         target = _expand(self.target)
         if target.exists() and not self.overwrite:
             raise ValueError(f"{target}: exists already; choose another name or say --overwrite")
-        weights = read(self.source, download=self.download)
+        weights = _read(self.source, self.download)
         write(weights, target, self.to)
         print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
         if self.to == "apple":
@@ -489,7 +501,10 @@ class Export:
     to: tuple[Literal["onnx", "executorch", "openvino", "litert", "coreml", "all"], ...] = ("onnx",)
     """Runtimes; "all" is all of those that are installed."""
     out: Path = Path("exports")
-    """Folder to write to; files of the same names are replaced."""
+    """Folder to write to. Files are named after the run folder or the weights file, where that has a name of its own
+    (not model.safetensors, say), or else after the architecture."""
+    overwrite: bool = False
+    """Replace files that exist."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Numbers to compute with; int8 is calibrated on --pictures."""
     pictures: tuple[str, ...] = ()
@@ -519,13 +534,12 @@ class Export:
     def run(self) -> int:
         """Export and print."""
         from mobilevit.export import BACKENDS, export, installed, sensitivity
-        from mobilevit.models.weights import read
 
         if len(self.size) > 2:
             raise ValueError(f"size is {self.size}; give one side or height and width")
         if self.num_threads < 1:
             raise ValueError(f"num threads is {self.num_threads}; it must be 1 or more")
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         if self.sensitivity:
             pictures = _some_pictures(self.pictures)
@@ -569,6 +583,8 @@ class Export:
             answers=self.answers,
             pictures=_some_pictures(self.pictures),
             source=self.weights,
+            prefix=_artifact_name(self.weights),
+            overwrite=self.overwrite,
             num_threads=self.num_threads,
             on_start=lambda name: print(f"{name}: converting{more} ...", file=sys.stderr, flush=True),
             on_written=tell,
@@ -624,7 +640,7 @@ class Benchmark:
 
         from mobilevit.benchmark import latency, others
         from mobilevit.models.mobilevit import ARCHITECTURES
-        from mobilevit.models.weights import NETWORKS, read
+        from mobilevit.models.weights import NETWORKS
 
         if not self.targets:
             raise ValueError("nothing is named; give artifacts, weights, or xxs, xs, s")
@@ -656,7 +672,7 @@ class Benchmark:
                 architecture, task = drawn[name.lower()]
                 weights[name] = others.random_weights(architecture, task=task)
             elif name not in artifacts:
-                weights[name] = read(name, download=self.download)
+                weights[name] = _read(name, self.download)
         sides = []
         with tempfile.TemporaryDirectory() as folder:
             for name in dict.fromkeys(self.targets):
@@ -715,9 +731,8 @@ class Demo:
         import webbrowser
 
         from mobilevit.demo import Server, write_page
-        from mobilevit.models.weights import read
 
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         file = _expand(Path(self.weights))
         source = file.name if file.exists() else self.weights  # a page for the world does not tell of folders here
@@ -736,6 +751,10 @@ class Demo:
                 if server is None:
                     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
                     print(f"{out}: a page of {num_bytes / 1e6:.0f} MB; put it on any host of static files, with https")
+                    print(
+                        "Browsers do not run it from disk. To try it here, run "
+                        f'python -m http.server -b 127.0.0.1 -d "{out}" and open http://127.0.0.1:8000/'
+                    )
                     return 0
                 print(f"{server.url} (Ctrl-C stops it)", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):
@@ -771,9 +790,8 @@ class Explain:
         from rich.table import Column, Table
 
         from mobilevit.explain import explain_picture
-        from mobilevit.models.weights import read
 
-        weights = read(self.weights, download=self.download)
+        weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         out = _expand(self.out)
         explanation = explain_picture(
@@ -990,8 +1008,7 @@ def _sensitivity_table(costs: Any) -> Any:
 def _some_pictures(names: tuple[str, ...], number: int = 256) -> list[Any]:
     """The pictures that `names` stand for: files, folders and patterns, or, evenly over it, a data set for training."""
     from mobilevit.data.sources import find_splits
-    from mobilevit.pictures import read_picture
-    from mobilevit.predict import find_pictures
+    from mobilevit.pictures import find_pictures, read_picture
 
     if len(names) == 1:
         data = _expand_data(names[0])
@@ -1021,6 +1038,27 @@ def _weights_of_run(name: str) -> list[str]:
     if not found:
         raise ValueError(f"{name}: this run has no weights yet; the first are there after its first epoch")
     return found
+
+
+def _read(source: str, download: bool) -> Weights:
+    """Weights of a file, a folder or a hub id; of a run folder, its model.safetensors."""
+    from mobilevit.models.weights import read
+
+    return read(_weights_of_run(source)[0], download=download)
+
+
+def _artifact_name(source: str) -> str:
+    """Name for artifacts: of the run folder or the weights file; "" where that does not tell weights apart."""
+    path = _expand(Path(source))
+    if (path / "run.json").is_file():
+        return path.resolve().name
+    if not path.is_file():
+        return ""
+    if path.stem not in ("model", "raw", "best", "pytorch_model"):
+        return path.stem
+    if not path.with_name("run.json").is_file():
+        return ""
+    return path.resolve().parent.name + ("" if path.stem == "model" else f"_{path.stem}")
 
 
 # The figures of evaluations: what they are called, and with how many decimals they are given. Others are counts.

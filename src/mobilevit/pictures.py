@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:  # decodes JPEG to the same pixels as Pillow, a quarter faster
     import simplejpeg  # pyright: ignore[reportMissingImports]
@@ -153,6 +155,37 @@ def picture_files(folder: Path) -> list[Path]:
     )
 
 
+def find_pictures(names: Iterable[str]) -> list[Path]:
+    """The pictures that files, folders (searched through, hidden ones aside) and globs stand for, each once, in order.
+
+    Masks below a folder, in masks/ beside images/ or as VOC keeps them, are no pictures of it.
+
+    Raises:
+        ValueError: a name that stands for nothing.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
+        if path.is_dir():
+            matches = [file for file in picture_files(path) if not _is_mask(file, path)]
+            if not matches:
+                raise ValueError(f"{name}: no pictures in this folder")
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())  # noqa: PTH207
+            if not matches:
+                raise ValueError(f"{name}: no such picture, folder or pattern; check the name")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _is_mask(file: Path, data: Path) -> bool:
+    beside = {"masks": "images", "SegmentationClass": "JPEGImages", "SegmentationObject": "JPEGImages"}
+    above = file.parents[: len(file.relative_to(data).parts) - 1]
+    return any(parent.name in beside and (parent.parent / beside[parent.name]).is_dir() for parent in above)
+
+
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """The first frame of `image`, turned as its EXIF tag says, as 8-bit RGB; `name` is for the error message.
 
@@ -223,10 +256,14 @@ class Preprocessing:
 
     def __call__(self, picture: Picture) -> Tensor:
         """One picture -> float32 (3, crop_px, crop_px), RGB. Raises PictureError."""
+        import torch  # on use: names of files are checked before anyone waits for it
+
         return self.scale(torch.from_numpy(np.array(self.resize_and_crop(read_picture(picture)))).permute(2, 0, 1))
 
     def scale(self, pixels: Tensor) -> Tensor:
         """The other half: uint8 pixels (..., 3, H, W) -> float32 as the network expects them, wherever they are."""
+        import torch
+
         mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
         std = torch.tensor(self.std, device=pixels.device)[:, None, None]
         return pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

@@ -7,7 +7,6 @@ and of its own size, whatever the network was shown.
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
-from mobilevit.models.ssdlite import SSDLite, detect
+from mobilevit.models.ssdlite import Detections, SSDLite, detect
 from mobilevit.models.weights import (
     NETWORKS,
     PREPROCESSING,
@@ -35,7 +34,7 @@ from mobilevit.models.weights import (
     read,
     write,
 )
-from mobilevit.pictures import Picture, PictureError, Preprocessing, picture_files, read_picture
+from mobilevit.pictures import Picture, PictureError, Preprocessing, read_picture
 
 # (width, height) of a picture in pixels.
 Size = tuple[int, int]
@@ -68,6 +67,7 @@ class Detection:
 class Predictor(nn.Module):
     """What `Classifier`, `Detector` and `Segmenter` have in common: they can read pictures, and know their classes."""
 
+    task: TaskName
     preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
 
@@ -119,6 +119,7 @@ class Classifier(Predictor, MobileViT):
     `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes).
     """
 
+    task = "classify"
     preprocessing: Preprocessing = PREPROCESSING["classify"]
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -160,6 +161,7 @@ class Detector(Predictor, SSDLite):
     background, class 0 of the logits, is no class here.
     """
 
+    task = "detect"
     preprocessing: Preprocessing = PREPROCESSING["detect"]
     category_ids: tuple[int, ...] = ()  # those of the classes in COCO's annotations, where somebody said
 
@@ -200,15 +202,7 @@ class Detector(Predictor, SSDLite):
             raise ValueError(f"max_per_picture is {max_per_picture}; it must be 1 or more")
         self._check_mode()
         self._check_warp()
-        class_logits, locations = self(pixels)
-        height, width = pixels.shape[-2:]
-        found = detect(
-            class_logits,
-            locations,
-            self.anchors(height, width),
-            score_threshold=score_threshold,
-            max_per_picture=max_per_picture,
-        )
+        found = self._find(pixels, score_threshold, max_per_picture)
         return [
             [
                 Detection(self.class_name(label), score, label, box)
@@ -220,6 +214,17 @@ class Detector(Predictor, SSDLite):
             for one, size in zip(found, sizes, strict=True)
         ]
 
+    def _find(self, pixels: Tensor, score_threshold: float, max_per_picture: int) -> list[Detections]:
+        class_logits, locations = self(pixels)
+        height, width = pixels.shape[-2:]
+        return detect(
+            class_logits,
+            locations,
+            self.anchors(height, width),
+            score_threshold=score_threshold,
+            max_per_picture=max_per_picture,
+        )
+
 
 class Segmenter(Predictor, DeepLabV3):
     """A `DeepLabV3` that knows its preprocessing and its class names; `load_segmenter` makes one.
@@ -227,6 +232,7 @@ class Segmenter(Predictor, DeepLabV3):
     `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
     """
 
+    task = "segment"
     preprocessing: Preprocessing = PREPROCESSING["segment"]
 
     def reset_classes(self, num_classes: int) -> None:
@@ -429,37 +435,6 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
         path,
         format,
     )
-
-
-def find_pictures(names: Iterable[str]) -> list[Path]:
-    """The pictures that files, folders (searched through, hidden ones aside) and globs stand for, each once, in order.
-
-    Masks below a folder, in masks/ beside images/ or as VOC keeps them, are no pictures of it.
-
-    Raises:
-        ValueError: a name that stands for nothing.
-    """
-    found: dict[Path, None] = {}
-    for name in names:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own stops at a file called ~cat.jpg
-        if path.is_dir():
-            matches = [file for file in picture_files(path) if not _is_mask(file, path)]
-            if not matches:
-                raise ValueError(f"{name}: no pictures in this folder")
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())  # noqa: PTH207
-            if not matches:
-                raise ValueError(f"{name}: no such picture, folder or pattern; check the name")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _is_mask(file: Path, data: Path) -> bool:
-    beside = {"masks": "images", "SegmentationClass": "JPEGImages", "SegmentationObject": "JPEGImages"}
-    above = file.parents[: len(file.relative_to(data).parts) - 1]
-    return any(parent.name in beside and (parent.parent / beside[parent.name]).is_dir() for parent in above)
 
 
 def predict_pictures(

@@ -629,6 +629,20 @@ def test_a_page_has_all_it_needs_and_tells_of_nothing_else(page_folder: Path, fo
         assert str(folder).encode() not in (page_folder / name).read_bytes()
 
 
+def test_opened_from_disk_the_page_says_how_to_serve_it(browser: Browser, tmp_path: Path):
+    folder = tmp_path / "a page"
+    shutil.copytree(STATIC, folder, ignore=shutil.ignore_patterns("ort"))
+    page = browser.new_page()
+    page.goto((folder / "index.html").as_uri())
+    assert f'python -m http.server -b 127.0.0.1 -d "{folder}"' in page.locator("#server").inner_text()
+    page.close()
+    with running(Server(folder)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        assert page.locator("#server").is_hidden()
+        page.close()
+
+
 def test_drawings_are_for_digits_and_letters(weights: Weights):
     assert drawing_for(weights) == "optdigits"
     assert drawing_for(replace(weights, preprocessing=Preprocessing(64, 64))) == "mnist"

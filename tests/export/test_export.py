@@ -73,6 +73,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return backend
 
 
+def test_files_that_exist(weights: Weights, fake: Fake, tmp_path: Path):
+    options = {"prefix": "pets", "overwrite": False}
+    [artifact] = export(weights, ["fake"], tmp_path, **options)
+    assert artifact.path == tmp_path / "pets_64x64_fp32.fake"
+    before = fake.network
+    with pytest.raises(ValueError, match="already exists") as caught:
+        export(weights, ["fake"], tmp_path, **options)
+    assert str(artifact.path) in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    assert fake.network is before  # nothing was converted
+    export(weights, ["fake"], tmp_path, prefix="pets")
+    assert fake.network is not before
+
+
 def test_the_input_is_what_the_network_was_trained_on(weights: Weights, fake: Fake, tmp_path: Path):
     picture = Image.fromarray(drawn_pictures(1, (90, 100))[0])
     for uint8 in (False, True):

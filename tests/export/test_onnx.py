@@ -94,3 +94,10 @@ def test_what_the_artifact_says_of_itself(weights: Weights, tmp_path: Path):
     proto = onnx.load(artifact.path)
     assert [(one.domain, one.version) for one in proto.opset_import] == [("", 23)]
     assert not artifact.operators.outside
+
+
+def test_no_onnx_model(tmp_path: Path):
+    path = tmp_path / "cat.onnx"
+    path.write_bytes(b"\xff\xd8\xff\xe0 a JPEG file")
+    with pytest.raises(ValueError, match=r"cat\.onnx: not an ONNX model"):
+        read_metadata(path)

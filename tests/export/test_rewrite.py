@@ -20,12 +20,12 @@ from mobilevit.export.rewrite import (
     fast,
     flatten_tokens,
     fold_attention,
-    fold_batch_norm,
     fold_norm_affine,
     split_heads,
     spread_late,
 )
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabV3, Pyramid
+from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, TransformerLayer
 from mobilevit.models.ssdlite import SSDLite
 

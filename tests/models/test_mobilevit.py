@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -346,6 +347,41 @@ def test_no_map_is_copied_for_autograd(model: nn.Module) -> None:
     assert learning.counts["silu_"] == inference.counts["silu"] == 0
     # What is left are the moves of unfold, fold and the heads, equally many in both.
     assert learning.counts["clone"] == inference.counts["clone"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "parts"),
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, ("torch.uint8", "x.float() / 255")),
+        (torch.zeros(3, 64, 64), ValueError, ("(3, 64, 64)", "x[None]")),
+        (torch.zeros(1, 64, 64, 3), ValueError, ("(1, 64, 64, 3)", "x.permute(0, 3, 1, 2)")),
+        (torch.zeros(1, 1, 64, 64), ValueError, ("(1, 1, 64, 64)", "model.preprocess")),
+        (torch.zeros(1, 3, 64, 64).numpy(), TypeError, ("ndarray", "torch.from_numpy")),
+    ],
+    ids=["uint8", "one image", "channels last", "grey", "NumPy"],
+)
+def test_wrong_input(model: nn.Module, wrong, error: type[Exception], parts: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        model(wrong)
+    for part in ("(B, 3, H, W)", *parts):
+        assert part in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("size", [(64, 64), (70, 45)])
+def test_trace(model: nn.Module, size: tuple[int, int]) -> None:
+    traced: Any = torch.jit.trace(model, torch.rand(1, 3, *size))
+    x = torch.rand(1, 3, *size)
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+
+
+def test_one_graph_for_every_size(model: nn.Module) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for size in ((64, 64), (70, 45)):
+        x = torch.rand(2, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")

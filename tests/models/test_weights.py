@@ -494,12 +494,36 @@ def test_not_weights(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     refused(tmp_path / "list.pt", "found list", "expected a state_dict")
     torch.save({"epoch": 4, "best": 0.5}, tmp_path / "dict.pt")
-    refused(tmp_path / "dict.pt", "epoch, best", "expected a state_dict")
+    refused(tmp_path / "dict.pt", "'epoch': int", "expected a state_dict")
     refused(tmp_path, "name one of them")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "found neither")
     refused(tmp_path / "missing.pt", "no such file")
     refused("missing", "no such file")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ({0: torch.zeros(1)}, "1 of 1 entries of another kind, first 0: Tensor"),
+        ({"a": torch.zeros(1), ("a", 1): torch.zeros(1)}, "1 of 2 entries of another kind, first ('a', 1): Tensor"),
+        ({"state_dict": {"a": {"b": torch.zeros(1)}}}, "first 'a': dict"),
+        ({"a": torch.zeros(1, device="meta")}, "first 'a': Tensor"),
+        ({}, "an empty dict"),
+        (True, "bool"),
+    ],
+    ids=["integer key", "tuple key", "nested", "meta", "empty", "bool"],
+)
+def test_no_state_dict(tmp_path: Path, value: object, found: str) -> None:
+    torch.save(value, tmp_path / "w.pt")
+    refused(tmp_path / "w.pt", "w.pt: found ", found, "expected a state_dict", "save that alone")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_other_dtypes(weights: Weights, tmp_path: Path, dtype: torch.dtype) -> None:
+    key = "backbone.stem.conv.weight"
+    torch.save({**weights.tensors, key: weights.tensors[key].to(dtype)}, tmp_path / "w.pt")
+    refused(tmp_path / "w.pt", key, str(dtype), "expected floating point")
 
 
 @pytest.mark.parametrize("format", FORMATS)

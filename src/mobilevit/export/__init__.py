@@ -124,6 +124,8 @@ def export(
     answers: bool = False,
     pictures: Sequence[Picture] = (),
     source: str = "",
+    prefix: str = "",
+    overwrite: bool = True,
     num_threads: int = 2,
     on_start: Callable[[str], None] = lambda backend: None,
     on_written: Callable[[Artifact], None] = lambda artifact: None,
@@ -133,7 +135,7 @@ def export(
     Args:
         weights: of any origin, see `mobilevit.models.weights.read`.
         to: names of `BACKENDS`.
-        out: a folder; files there that have the same names are replaced.
+        out: a folder.
         precision: int8 needs `pictures`: those calibrate it.
         size: (height, width) in pixels; what the weights were made for, unless given.
         batch_size: of the input.
@@ -143,13 +145,16 @@ def export(
         answers: of a detector what it has found, after NMS, and of a segmentation network the class of every pixel.
         pictures: real ones to compare on, and to calibrate with; drawn ones take their place.
         source: where the weights come from, for the artifact's metadata.
+        prefix: what the files' names begin with; "mobilevit" and the architecture unless given.
+        overwrite: replace files that exist.
         num_threads: of the runtimes while they are timed.
         on_start: told the name of every backend before its turn.
         on_written: given every artifact when it is in its place.
 
     Raises:
-        ValueError: a backend that is unknown or not installed, what it cannot do, an artifact that does not agree with
-            torch (it is not left in `out`). Artifacts of backends before it stay.
+        ValueError: a backend that is unknown or not installed, what it cannot do, a file that exists without
+            `overwrite`, an artifact that does not agree with torch (it is not left in `out`). Artifacts of backends
+            before it stay.
         PictureError: a picture that cannot be read.
     """
     p = weights.preprocessing
@@ -168,17 +173,20 @@ def export(
     backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
     if precision == "int8" and not pictures:
         raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
+    out = Path(out)
+    stem = file_stem(prefix or f"mobilevit_{weights.architecture.name}", target)
+    for path in (out / f"{stem}{BACKENDS[backend]}" for backend in backends):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path}: already exists; replace it with --overwrite, or write elsewhere with --out")
 
     network = deployed(weights, target)
     wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
     chosen = _spread(pictures, wanted) or drawn_pictures(VERIFY_PICTURES, (height, width))
-    inputs = [_input(picture, p, target) for picture in chosen]
+    inputs = [artifact_input(picture, p, target) for picture in chosen]
     checks = _spread(inputs, VERIFY_PICTURES)
     metadata = _metadata(weights, target, source)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     artifacts = []
-    stem = file_stem(weights.architecture.name, target)
     for name, backend in backends.items():
         on_start(name)
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as aside:
@@ -190,7 +198,7 @@ def export(
             if run and agreement:
                 _check(name, target, agreement)
                 for other in _others(target):  # what was left open is tried at another value
-                    few = [_input(picture, p, other) for picture in chosen[:4]]
+                    few = [artifact_input(picture, p, other) for picture in chosen[:4]]
                     _check(name, other, compare(network, run, few, other))
             ratio = None
             if run and precision == "int8":  # not faster everywhere, and better said here than found out later
@@ -218,7 +226,7 @@ def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
         raise ValueError("what int8 costs is measured on real pictures; name some (--pictures)")
     p = weights.preprocessing
     target = Target("int8", p.crop_px, p.crop_px, task=weights.task)
-    inputs = [_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
+    inputs = [artifact_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
     return costs_of_int8(deployed(weights, target), inputs, target.outputs)
 
 
@@ -231,7 +239,9 @@ def load_artifact(path: str | Path, num_threads: int = 2) -> Run:
     path = Path(path)
     run = _backend_of(path).load(path, num_threads)
     if run is None:
-        raise ValueError(f"{path}: its runtime does not run on this machine")
+        raise ValueError(
+            f"{path}: only Apple systems can run CoreML; export for another runtime, --to onnx for example"
+        )
     return run
 
 
@@ -293,11 +303,11 @@ def find_backend(name: str, target: Target) -> Backend:
     return backend
 
 
-def file_stem(architecture: str, target: Target) -> str:
+def file_stem(prefix: str, target: Target) -> str:
     """The name of an artifact, without its ending."""
     task = [] if target.task == "classify" else [target.task]
     options = [name for name, wanted in (("uint8", target.uint8), ("answers", target.answers)) if wanted]
-    parts = ["mobilevit", architecture, *task, f"{target.height}x{target.width}", target.precision, *options]
+    parts = [prefix, *task, f"{target.height}x{target.width}", target.precision, *options]
     return "_".join(parts)
 
 
@@ -317,7 +327,7 @@ def _spread(things: Sequence[Any], number: int) -> list[Any]:
     return [things[i * len(things) // number] for i in range(number)]
 
 
-def _input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
+def artifact_input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
     """One picture as the artifact gets it, (1, ...)."""
     p = preprocessing
     if (target.height, target.width) == (p.crop_px, p.crop_px):
@@ -348,6 +358,8 @@ def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
         "outputs": " ".join(target.outputs),
         **({"nms": json.dumps(nms)} if weights.task == "detect" and target.answers else {}),
         "precision": target.precision,
+        "size": f"{target.height} {target.width}",
+        "batch_size": str(target.batch_size),
         "input": layout,
         "preprocessing": json.dumps(preprocessing),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),

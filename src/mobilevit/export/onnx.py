@@ -14,6 +14,7 @@ import onnx.parser
 import onnxruntime
 import onnxscript  # noqa: F401 - torch.onnx wants it, and would say so late
 import torch
+from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
@@ -134,7 +135,11 @@ def operators(path: Path) -> Operators:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write` was given to say about the artifact."""
-    return {prop.key: prop.value for prop in onnx.load(path, load_external_data=False).metadata_props}
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        raise ValueError(f"{path}: not an ONNX model, or damaged; export it again") from None
+    return {prop.key: prop.value for prop in model.metadata_props}
 
 
 class _Calibration(CalibrationDataReader):

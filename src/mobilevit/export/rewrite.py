@@ -20,22 +20,18 @@ What may be moved without changing the function:
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn.utils import fuse_conv_bn_eval
 from torch.onnx.ops import attention
 
 from mobilevit.models.deeplabv3 import DeepLabV3, Pyramid
-from mobilevit.models.mobilevit import Attention, ConvNorm, MobileViTBlock, TransformerLayer, resize_map
+from mobilevit.models.fuse import Network, fold_batch_norm, frozen_copy
+from mobilevit.models.mobilevit import Attention, MobileViTBlock, TransformerLayer, always, resize_map
 from mobilevit.models.ssdlite import MapHead, SSDLite
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,24 +61,9 @@ def fast(model: Network, formulation: Formulation = EAGER) -> Network:
     return split_heads(spread_late(model))
 
 
-def fold_batch_norm(model: Network) -> Network:
-    """A copy of `model` with every batch norm in the convolution before it: one pass over each map instead of two.
-
-    Raises:
-        ValueError: a model in training mode, where batch norm depends on the batch.
-    """
-    model = _copy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, ConvNorm):
-                conv = fuse_conv_bn_eval(child.conv, child.norm)
-                setattr(parent, name, nn.Sequential(conv, nn.SiLU(inplace=True)) if child.activation else conv)
-    return model
-
-
 def fold_norm_affine(model: Network) -> Network:
     """A copy of `model` whose layer norms have no weights: they are in the linears behind. Wants folded batch norms."""
-    model = _copy(model)
+    model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             _absorb(module.attention_norm, module.attention.qkv)
@@ -98,7 +79,7 @@ def fold_norm_affine(model: Network) -> Network:
 
 def fold_attention(model: Network) -> Network:
     """A copy of `model` whose attention neither scales its scores nor adds a bias to keys and values."""
-    model = _copy(model)
+    model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             module.attention = cast(Attention, BareAttention(module.attention))
@@ -107,7 +88,7 @@ def fold_attention(model: Network) -> Network:
 
 def centre(model: Network) -> Network:
     """A copy of `model` with root mean squares for layer norms. Wants layer norms without weights."""
-    model = _copy(model)
+    model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, MobileViTBlock):
             _centre(module.to_tokens)
@@ -122,7 +103,7 @@ def centre(model: Network) -> Network:
 
 def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
     """A copy of `model` whose blocks hold their tokens as one matrix. Wants all the rewrites above."""
-    model = _copy(model)
+    model = frozen_copy(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, MobileViTBlock):
@@ -134,7 +115,7 @@ def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
 
 def spread_late(model: Network) -> Network:
     """A copy of `model` whose segmentation head, if any, is a `BarePyramid`, and alone. Wants folded batch norms."""
-    model = _copy(model)
+    model = frozen_copy(model)
     for module in list(model.modules()):
         if isinstance(module, DeepLabV3) and isinstance(module.pyramid, Pyramid):  # or it was done before
             module.pyramid = cast(Pyramid, BarePyramid(module.pyramid).eval())
@@ -144,7 +125,7 @@ def spread_late(model: Network) -> Network:
 
 def split_heads(model: Network) -> Network:
     """A copy of `model` in which a detector, if any, is a `BareDetector`."""
-    model = _copy(model)
+    model = frozen_copy(model)
     if isinstance(model, SSDLite):
         return cast(Network, BareDetector(model).eval())
     for parent in list(model.modules()):
@@ -275,7 +256,7 @@ class FlatBlock(nn.Module):
         h, w = (H + p - 1) // p, (W + p - 1) // p
         y = resize_map(self.local(x), h * p, w * p).permute(0, 2, 3, 1)
         # Position in the patch, picture, patch: (P * B * N, C). To attend, the order of pictures does not matter.
-        if statically_known_true(y.shape[1] % h == 0) and statically_known_true(y.shape[2] % w == 0):
+        if always(y.shape[1] % h == 0) and always(y.shape[2] % w == 0):
             y = y.reshape(B * h, p, w, p, C).permute(1, 3, 0, 2, 4).reshape(-1, C)
         else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
             y = torch.stack([y[:, i::p, j::p] for i in range(p) for j in range(p)]).reshape(-1, C)
@@ -406,12 +387,6 @@ class SigmoidSiLU(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Moving weights
-
-
-def _copy(model: Network) -> Network:
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() before it is rewritten")
-    return copy.deepcopy(model).requires_grad_(False)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def unfold(x_BCHW: Tensor, patch_px: int) -> Tensor:
     B, C, H, W = x_BCHW.shape
     p = patch_px
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-    if statically_known_true(H % (H // p) == 0) and statically_known_true(W % (W // p) == 0):
+    if always(H % (H // p) == 0) and always(W % (W // p) == 0):
         x = x_BHWC.reshape(B, H // p, p, W // p, p, C).permute(0, 2, 4, 1, 3, 5)
     else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
         x = torch.stack([x_BHWC[:, i::p, j::p] for i in range(p) for j in range(p)], dim=1)
@@ -134,14 +133,28 @@ def resize_map(x_BCHW: Tensor, height: int, width: int) -> Tensor:
     identity), so that one exported program is right for every size.
     """
     H, W = x_BCHW.shape[-2:]
-    if statically_known_true(height == H) and statically_known_true(width == W):
+    if always(height == H) and always(width == W):
         return x_BCHW
     return F.interpolate(x_BCHW, size=(height, width), mode="bilinear", align_corners=False)
 
 
+def always(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes is true; where sizes are symbols, whether it is known to be true for all of them."""
+    if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
+        # Imported on use: the module takes as long to import as a fifth of torch, and only compilers have symbols.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
+
+
 def silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor that nothing else uses: in place, unless autograd needs `x` again and would have to copy it."""
-    return F.silu(x, inplace=not x.requires_grad)
+    """SiLU of a tensor that nothing else uses: in place, unless autograd needs `x` again and would have to copy it.
+
+    A trace is checked by another one without autograd, which has to record the same operators.
+    """
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return F.silu(x, inplace=not x.requires_grad and not is_tracing)
 
 
 class Attention(nn.Module):
@@ -343,6 +356,7 @@ class Backbone(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Maps by name, in the order of `out_stages`, of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 up."""
+        check_input(pictures)
         maps = dict.fromkeys(self.out_stages, pictures)  # to be replaced; fixes the order
         x = pictures  # in any layout: the convolutions hand on that of their weights
         for name, stage in self.named_children():
@@ -395,6 +409,22 @@ class MobileViT(nn.Module):
         return self.classifier(self.dropout(x))
 
 
+def check_input(pictures: Tensor) -> None:
+    """Raise TypeError or ValueError, with the fix, for anything but a float tensor of shape (B, 3, H, W)."""
+    expected = "expected a float tensor of shape (B, 3, H, W)"
+    if not isinstance(pictures, Tensor):
+        raise TypeError(
+            f"{expected}, found {type(pictures).__name__}; use model.preprocess(...) or torch.from_numpy(x)"
+        )
+    if not pictures.is_floating_point():
+        raise TypeError(f"{expected}, found {pictures.dtype}; use model.preprocess(...) or x.float() / 255")
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(
+            f"{expected}, found shape {tuple(pictures.shape)}; use model.preprocess(...), x[None] for one image, or "
+            "x.permute(0, 3, 1, 2) for channels last"
+        )
+
+
 def find_architecture(architecture: Architecture | str) -> Architecture:
     """The architecture itself, or the published one of that name."""
     if isinstance(architecture, Architecture):
@@ -408,6 +438,8 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
 
 def initialise(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal over fan-out, linears normal of 0.02 truncated at two deviations."""
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # there is no memory to fill, and PyTorch would import its compiler to find out
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S
 
@@ -232,22 +231,43 @@ def detect(
         max_per_class: how many of a class stay, best first.
         max_per_picture: how many of all classes then stay, best first.
     """
+    return suppress(
+        decode(locations.float(), anchors),
+        class_logits.float().softmax(dim=-1)[..., 1:],
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_per_class=max_per_class,
+        max_per_picture=max_per_picture,
+    )
+
+
+def suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    score_threshold: float,
+    iou_threshold: float = 0.5,
+    max_per_class: int = 200,
+    max_per_picture: int,
+) -> list[Detections]:
+    """Non-maximum suppression: the rest of `detect`, from boxes (B, A, 4) and probabilities (B, A, num_classes)."""
+    from torchvision.ops import batched_nms  # on use: importing it takes a second, and classifiers do not need it
+
     found = []
-    probabilities = class_logits.float().softmax(dim=-1)[..., 1:]
-    for scores_AK, boxes_A4 in zip(probabilities, decode(locations.float(), anchors), strict=True):
+    for scores_AK, boxes_A4 in zip(scores, boxes, strict=True):
         of_anchor, labels = (scores_AK > score_threshold).nonzero(as_tuple=True)
-        scores, order = scores_AK[of_anchor, labels].sort(descending=True, stable=True)
-        boxes, labels = boxes_A4[of_anchor[order]], labels[order]
+        sorted_scores, order = scores_AK[of_anchor, labels].sort(descending=True, stable=True)
+        sorted_boxes, labels = boxes_A4[of_anchor[order]], labels[order]
         # A box falls to better ones alone, so what stays of the best few are the first of what stays of all. An
         # untrained network shows nearly all its anchors in every class: all of them would take a second.
         num = max(MIN_CANDIDATES, 4 * max_per_picture)
         while True:
-            kept = batched_nms(boxes[:num], scores[:num], labels[:num], iou_threshold)  # best first
+            kept = batched_nms(sorted_boxes[:num], sorted_scores[:num], labels[:num], iou_threshold)  # best first
             kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_picture]
-            if len(kept) == max_per_picture or num >= len(scores):
+            if len(kept) == max_per_picture or num >= len(order):
                 break
             num *= 4
-        found.append(Detections(boxes[kept], scores[kept], labels[kept]))
+        found.append(Detections(sorted_boxes[kept], sorted_scores[kept], labels[kept]))
     return found
 
 

@@ -151,7 +151,8 @@ class Weights:
         # Built without memory first: initial values that are overwritten at once cost time and random numbers.
         with torch.device("meta"):
             model = network(self.architecture, num_classes=self.num_classes, **options)
-        model.to_empty(device="cpu")
+        # As `to_empty(device="cpu")`, which imports sympy to compute the strides: a fifth of `import torch`.
+        model._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
         model.load_state_dict(self.tensors)
         return model.eval()
 
@@ -508,13 +509,23 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for container in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(container), dict):
             loaded = loaded[container]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        found = (
-            f"a dict of {', '.join(map(str, list(loaded)[:6]))}" if isinstance(loaded, dict) else type(loaded).__name__
-        )
-        raise WeightsError(f"{path}: found {found}, expected a state_dict (names to tensors); save that alone")
+    if not isinstance(loaded, dict):
+        found = type(loaded).__name__
+    elif not loaded:
+        found = "an empty dict"
+    elif wrong := [key for key, value in loaded.items() if not (isinstance(key, str) and _is_dense(value))]:
+        kind = type(loaded[wrong[0]]).__name__
+        found = f"{len(wrong)} of {len(loaded)} entries of another kind, first {wrong[0]!r}: {kind}"
+    else:
+        found = ""
+    if found:
+        raise WeightsError(f"{path}: found {found}, expected a state_dict (names to dense tensors); save that alone")
     prefix = "module." if all(key.startswith("module.") for key in loaded) else ""  # left by DistributedDataParallel
     return {key.removeprefix(prefix): value for key, value in loaded.items()}, {}
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _recognise(path: Path, stored: Mapping[str, Tensor]) -> tuple[Format, TaskName]:
@@ -737,7 +748,8 @@ def _to_ours(
             "format or transformers', which describe it"
         )
     for key, tensor in stored.items():
-        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+        is_float = tensor.is_floating_point() and tensor.itemsize > 1  # 8 bits are for quantized weights
+        if not is_float and not key.endswith("num_batches_tracked"):
             raise WeightsError(
                 f"{path}: key {key} is {tensor.dtype}, expected floating point; quantized files do not load"
             )

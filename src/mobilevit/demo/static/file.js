@@ -1,0 +1,9 @@
+// From disk, browsers load no modules: this is a classic script, which says how to serve the page.
+if (location.protocol === "file:") {
+  const path = decodeURIComponent(new URL(".", location.href).pathname);
+  const folder = path.replace(/^\/(?=[A-Za-z]:)/, "").replace(/(?<=.)\/$/, ""); // C:/page of /C:/page/
+  document.getElementById("serve").textContent = `python -m http.server -b 127.0.0.1 -d "${folder}"`;
+  const url = "http://127.0.0.1:8000/"; // where that serves it
+  document.getElementById("served").href = document.getElementById("served").textContent = url;
+  document.getElementById("server").hidden = false;
+}

@@ -1,0 +1,39 @@
+"""Batch-norm folding, for inference in PyTorch and as the first rewrite of every export."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+from mobilevit.models.mobilevit import ConvNorm
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def fold_batch_norm(model: Network) -> Network:
+    """A copy of `model` with every batch norm in the convolution before it: one pass over each map instead of two.
+
+    Raises:
+        ValueError: a model in training mode, where batch norm depends on the batch.
+    """
+    model = frozen_copy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ConvNorm):
+                conv = fuse_conv_bn_eval(child.conv, child.norm)
+                setattr(parent, name, nn.Sequential(conv, nn.SiLU(inplace=True)) if child.activation else conv)
+    return model
+
+
+def frozen_copy(model: Network) -> Network:
+    """A deep copy of `model` without gradients.
+
+    Raises:
+        ValueError: a model in training mode.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before it is rewritten")
+    return copy.deepcopy(model).requires_grad_(False)
