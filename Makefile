@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 # One worker for each core, each with one thread: threads of several workers would wait for each other. The export
 # runtimes run in a pytest of their own, because one process that holds all of them has crashed.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
-RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export
+RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export tests/test_artifact.py
 CORE_TESTS := $(addprefix --ignore=,$(RUNTIME_TESTS))
 
 # All guarantees, on small networks and data.
@@ -33,7 +33,7 @@ test-slow: $(VENV)/.dev
 # LiteRT's converter requires an older torch than the rest, hence its own environment. Its dependencies include pytest
 # plugins that no test here uses and that are too old for the newest pytest.
 test-litert: $(LITERT_VENV)/.dev
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest tests/export/test_litert.py
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest -k litert tests/export/test_litert.py tests/test_artifact.py
 
 test-all: test test-slow test-litert
 

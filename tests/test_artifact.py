@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
 
-from conftest import randomise
+from conftest import SMALL, randomise
 from export.dense import dense_weights
 from mobilevit.artifact import ArtifactClassifier, ArtifactDetector, ArtifactSegmenter, load_predictor
 from mobilevit.cli import ARTIFACTS
@@ -24,12 +25,13 @@ from mobilevit.pictures import Preprocessing
 from mobilevit.predict import classifier, detector, segmenter
 
 PICTURES = [Image.fromarray(picture) for picture in drawn_pictures(3, (90, 75))]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 RUNTIMES = ("onnx", "executorch", "openvino", "litert")
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    model = randomise(MobileViT("xxs", num_classes=7))
+    model = randomise(MobileViT(SMALL, num_classes=7))
     preprocessing = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     return Weights(model.architecture, model.state_dict(), preprocessing, tuple("abcdefg"))
 
@@ -59,7 +61,15 @@ def test_classes(weights: Weights, backend: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "answers"), [*((backend, False) for backend in RUNTIMES), ("onnx", True), ("openvino", True)]
+    ("backend", "answers"),
+    [
+        ("onnx", True),
+        ("openvino", False),
+        ("litert", False),
+        slow("onnx", False),
+        slow("openvino", True),
+        slow("executorch", False),
+    ],
 )
 def test_boxes(backend: str, answers: bool, tmp_path: Path):
     weights = replace(dense_weights("detect"), category_ids=(1, 2, 3, 5, 8, 13, 21))
@@ -85,7 +95,8 @@ def test_boxes(backend: str, answers: bool, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "answers"), [("onnx", False), ("onnx", True), ("openvino", False), ("litert", False)]
+    ("backend", "answers"),
+    [("onnx", False), ("litert", False), slow("onnx", True), slow("openvino", False), slow("executorch", False)],
 )
 def test_masks(backend: str, answers: bool, tmp_path: Path):
     weights = dense_weights("segment")
