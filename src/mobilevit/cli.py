@@ -497,7 +497,7 @@ class Evaluate:
                     table = Table("weights", *columns, box=SIMPLE)
                 table.add_row(name, str(size_px), *(_number(metric, value) for metric, value in metrics.items()))
                 classes.append((f"{name} at {size_px} px", _class_table(per_class)))
-                splits.append(_split_line(split, metrics["num_pictures"], data, self.split is None))
+                splits.append(_split_line(weights, split, self.split, metrics["num_pictures"], data))
         if table:
             console = _stdout()
             console.print(table)
@@ -1054,12 +1054,13 @@ def _weights_of_run(name: str) -> list[str]:
     return found
 
 
-def _split_line(split: str, num_pictures: float, data: str, is_default: bool) -> str:
+def _split_line(weights: Weights, split: str, asked: str | None, num_pictures: float, data: str) -> str:
     """What was evaluated."""
-    what = f"evaluated: {num_pictures:,} images, {'all' if split == 'all' else f'the split {split}'} of {data}"
-    if split == "all" and is_default:
-        what += "; if the weights were trained on some of them, give --split val"
-    return what
+    line = f"evaluated: {'all' if split == 'all' else f'the {split} split'} of {data}, {num_pictures:,} images"
+    if split == "all" and asked is None:  # the validation split was not recognized
+        line += "; if the weights were trained on some of them, "
+        line += "they count as well" if weights.val_fraction is None else "give --split val"
+    return line
 
 
 # The figures of evaluations: what they are called, and with how many decimals they are given. Others are counts.

@@ -381,9 +381,8 @@ def refuse_other_data(data: str | Path) -> None:
     """Raise ValueError, with the remedy, for what users try to give as data: URLs, archives, tables of labels."""
     ending = Path(data).suffix.lower()
     if re.match(r"[A-Za-z][\w+.-]+:/", str(data)):
-        raise ValueError(
-            f"{data}: a URL; download it first and give the folder (for a dataset of the hub, hf:OWNER/NAME)"
-        )
+        url = re.sub(":/+", "://", str(data), count=1)  # a Path has one slash
+        raise ValueError(f"{url}: a URL; download it first and give the folder (a dataset of the hub is hf:OWNER/NAME)")
     if Path(data).is_file() and ending in (".zip", ".7z", ".rar"):
         raise ValueError(f"{data}: an archive; extract it (unzip) and give the folder")
     if Path(data).is_file() and ending in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):
