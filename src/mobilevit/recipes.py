@@ -35,7 +35,7 @@ class Data:
     flip: bool = True
     """Training: mirror half of the pictures. Wrong for digits, letters and everything else that has a side."""
     val_fraction: float = 0.2
-    """Share of the pictures held out for validation, where the data come without a split of their own."""
+    """Fraction of each class that validates, where the data come without a split of their own."""
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
     max_unreadable: int = 0
