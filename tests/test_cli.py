@@ -175,6 +175,7 @@ TRAIN_OPTIONS = {
     "--data.val-fraction",
     "--data.num-workers",
     "--data.max-unreadable",
+    "--data.max-megapixels",
     "--sampler.variant",
     "--sampler.sizes-px",
     "--optimizer.start-lr",
@@ -610,7 +611,7 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
         rf"try next: mobilevit predict {result} PICTURE...\n",
         out,
     )
-    assert "classes: nothing is held out, so 2 of 6 pictures are, some of every class" in err
+    assert "classes: has no validation split: 2 of 6 images are used for validation" in err
     assert "MobileViT-XXS from the given weights; 4 pictures of 2 classes for training, 2 for validation" in err
     files = {"model.safetensors", "best.safetensors", "raw.safetensors", "metrics.jsonl", "steps.jsonl", "report.html"}
     files |= {"run.json", ".lock", "checkpoints/000000001.pt", "checkpoints/000000002.pt"}  # a step an epoch
@@ -697,7 +698,7 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     assert run(*evaluate, "--json") == 0
     expected = {"top1": 100 * right / 6, "top5": 100.0, "loss": loss, "num_pictures": 6}
     line = json.loads(capsys.readouterr().out)
-    assert (line.pop("weights"), line.pop("size_px")) == ("xyz.safetensors", 32)
+    assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
     assert line == pytest.approx(expected, rel=1e-4)
     assert run(*evaluate) == 0
     *table, said = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
@@ -705,7 +706,7 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
         ["weights", "px", "top-1", "%", "top-5", "%", "loss", "pictures"],
         ["xyz.safetensors", "32", f"{100 * right / 6:.2f}", "100.00", f"{loss:.4f}", "6"],
     ]
-    assert said == "all pictures there, those it was trained on as well"
+    assert said.startswith("evaluated: all of classes, 6 images; if the weights were trained on some")
 
 
 def test_evaluate_several_weights_at_several_sizes(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
@@ -816,7 +817,7 @@ def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, wei
         raise ValueError("enough")
 
     monkeypatch.setattr(tasks, "evaluate_weights", note)
-    assert "enough" in mistake(capsys, "evaluate", weights, "--data", "hf:owner/flowers")
+    assert "enough" in mistake(capsys, "evaluate", weights, "--data", "hf:owner/flowers", "--split", "test")
     assert asked == ["hf:owner/flowers"]
 
 
@@ -846,6 +847,10 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("evaluate", weights, "--data", "missing"): "missing: no such folder",
         ("evaluate", weights, "--data", "classes"): "'x' is not one of the 3 classes",
         ("evaluate", weights, "--data", "classes", "--batch-size", "0"): "batch size is 0",
+        ("evaluate", weights, "--data", "classes", "--max-unreadable", "-1"): "max unreadable is -1; .* 0 or more",
+        ("evaluate", weights, "--data", "classes", "--max-megapixels", "0"): "max megapixels is 0.0; .* above 0",
+        ("evaluate", weights, "--data", "classes", "--split", "dev"): "'dev'",
+        ("train", "--data", "https://host/flowers.zip"): "https://host/flowers.zip: a URL; download it first",
         ("trian", "--data", "classes"): "no command 'trian'; there are predict, train",
         ("--verbose",): "no command '--verbose'",
     }.items():
@@ -858,8 +863,45 @@ def test_evaluate_on_a_damaged_picture(capsys: pytest.CaptureFixture[str], here:
     model.class_names, model.preprocessing = ("x", "y"), Preprocessing(36, 32)
     save(model, here / "xy.safetensors")
     (here / "classes/y/1.png").write_bytes((here / "photos/c.png").read_bytes())
-    said = mistake(capsys, "evaluate", "xy.safetensors", "--data", "classes", "--num-workers", "0")
+    evaluate = ["evaluate", "xy.safetensors", "--data", "classes", "--num-workers", "0"]
+    said = mistake(capsys, *evaluate)
     assert said.startswith("mobilevit: classes/y/1.png: damaged picture")
+    assert "--max-unreadable" in said
+    assert run(*evaluate, "--max-unreadable", "1") == 0
+    out, err = capsys.readouterr()
+    assert "evaluated: all of classes, 5 images" in out
+    assert err == "mobilevit: cannot be read, left out: classes/y/1.png\n"
+
+
+def test_evaluate_takes_the_validation_split_of_the_run(capsys: pytest.CaptureFixture[str], here: Path):
+    options = ["--data.size-px", "32", "--data.num-workers", "0", "--data.val-fraction", "0.4", "--batch-size", "2"]
+    with Image.open(here / "classes/x/1.png") as image:
+        image.convert("RGBA").save(here / "classes/x/1.png")
+    assert run("train", "tiny", "--data", "classes", "--out", "run", "--epochs", "1", *options) == 0
+    validation = json.loads((here / "run/metrics.jsonl").read_text())
+    assert "images with transparency: 1; " in capsys.readouterr().err
+    evaluate = ["evaluate", "run/model.safetensors", "--data", "classes", "--num-workers", "0"]
+    for args, split, num in (((), "val", 2), (("--split", "train"), "train", 4), (("--split", "all"), "all", 6)):
+        assert run(*evaluate, *args, "--json") == 0
+        line = json.loads(capsys.readouterr().out)
+        assert (line["split"], line["num_pictures"]) == (split, num)
+        if split == "val":
+            assert line["loss"] == pytest.approx(validation["val_loss"], rel=1e-5)
+        assert run(*evaluate, *args) == 0
+        which = "all" if split == "all" else f"the {split} split"
+        assert f"evaluated: {which} of classes, {num} images\n" in capsys.readouterr().out
+    assert "no split 'test'" in mistake(capsys, *evaluate, "--split", "test")
+    assert run("convert", "run/model.safetensors", "again.safetensors") == 0
+    assert "1 of the training images have transparency; training composited them on white" in capsys.readouterr().err
+
+
+def test_large_images_name_the_limit_and_the_option(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
+    assert run("predict", weights, "photos/a.png", "--max-megapixels", "1e-4") == 1
+    assert re.search(r"photos/a.png: too large \(\d+ x \d+ px, .*--max-megapixels", capsys.readouterr().err)
+    said = mistake(capsys, "train", "--data", "classes", "--data.max-megapixels", "1e-4")
+    assert re.search(
+        r"classes/x/0.png: too large .*--data.max-megapixels.*; and 1 more; .*--data.max-unreadable 6", said
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_boxes_of_stamps_are_the_same_as_coco_and_as_voc(stamps: Path):
     ours, theirs = find_boxes(stamps, 0.5), find_boxes(stamps / "voc", 0.5)
     assert [len(source) for source in (*ours, *theirs)] == [30, 5, 30, 5]
-    assert check_annotations(*ours, *theirs) == []
+    assert check_annotations(*ours, *theirs).unreadable == []
     for coco, voc in zip(ours, theirs, strict=True):
         for i in range(len(coco)):
             assert coco.files[i].read_bytes() == voc.files[i].read_bytes()
@@ -121,7 +121,7 @@ def test_boxes_of_stamps_are_the_same_as_coco_and_as_voc(stamps: Path):
 @with_stamps
 def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
     boxes, masks = find_boxes(stamps / "voc", 0.5), find_masks(stamps / "voc", 0.5)
-    assert check_annotations(*masks) == []
+    assert check_annotations(*masks).unreadable == []
     for of_boxes, of_masks in zip(boxes, masks, strict=True):
         for i in range(len(of_boxes)):
             with Image.open(of_masks.files[i]) as picture:

@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
 from mobilevit import pictures
-from mobilevit.pictures import PictureError, Preprocessing, read_part, read_picture
+from mobilevit.pictures import (
+    Header,
+    PictureError,
+    Preprocessing,
+    limit_megapixels,
+    megapixel_limit,
+    read_header,
+    read_part,
+    read_picture,
+)
 
 # An upright picture in which no two corners, rows or columns are alike: 48 wide, 32 high, in flat blocks of 16 px, so
 # that JPEG leaves it nearly as it is.
@@ -194,7 +203,9 @@ def test_cut_short(tmp_path: Path, suffix: str):
     file = tmp_path / f"half.{suffix}"
     noise(120, 90).save(file)
     halve(file)
-    with pytest.raises(PictureError, match=rf"half.{suffix}: damaged picture \(.+\); mend or remove it$"):
+    with pytest.raises(
+        PictureError, match=rf"half.{suffix}: damaged picture \(.+\); replace it with an intact image.+$"
+    ):
         read_picture(file)
 
 
@@ -227,6 +238,54 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(PictureError, match="too large"):
         read_picture(tmp_path / "bomb.png")
+
+
+def test_limit_on_megapixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "large.png"
+    noise(120, 90).save(file)  # 0.0108 megapixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow warns, and warnings are errors here
+    monkeypatch.setattr(pictures, "_max_megapixels", math.inf)
+    with pytest.raises(PictureError, match="exceeds limit"):
+        read_picture(file)
+    limit_megapixels(0.02)
+    assert megapixel_limit() == 0.02
+    assert read_picture(file).size == read_header(file).size == (120, 90)
+    assert read_part(file, lambda *_: (0, 0, 120, 90), 32).shape == (90, 120, 3)
+    limit_megapixels(0.01)
+    reads: list[Callable[[], object]] = [
+        lambda: read_picture(file),
+        lambda: read_header(file),
+        lambda: read_part(file, lambda *_: (0, 0, 9, 9), 9),
+    ]
+    for read in reads:
+        with pytest.raises(PictureError, match=rf"^{file}: too large \(120 x 90 px, .*limit 0.01\).*--max-megapixels"):
+            read()
+    assert read_picture(noise(120, 90)).size == (120, 90)  # it is in memory already
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "has_transparency"), [("RGB", "png", False), ("RGBA", "png", True), ("LA", "png", True)]
+)
+def test_header(tmp_path: Path, mode: str, suffix: str, has_transparency: bool):
+    file = tmp_path / f"x.{suffix}"
+    Image.new(mode, (5, 3)).save(file)
+    for picture in (file, file.read_bytes(), Image.open(io.BytesIO(file.read_bytes()))):
+        assert read_header(picture) == Header((5, 3), "PNG", has_transparency)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (5, 3)).save(tmp_path / "x.jpg", exif=turned)
+    assert read_header(tmp_path / "x.jpg") == Header((3, 5), "JPEG", False)
+    with pytest.raises(PictureError, match=r"^here: not a picture"):
+        read_header(b"none", "here")
+
+
+def test_background_of_preprocessing():
+    values = Preprocessing().to_dict()
+    assert values["background"] == "white"
+    del values["background"]  # as earlier versions wrote it
+    assert Preprocessing.from_dict(values) == Preprocessing()
+    with pytest.raises(ValueError, match=r"^background is 'black'; .*'white'$"):
+        Preprocessing(background="black")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +420,7 @@ def test_parts_of_a_picture_cut_short(tmp_path: Path, least_px: int, kept: float
     content = file.read_bytes()
     file.write_bytes(content[: int(kept * len(content))])
     # The part itself would be whole.
-    with pytest.raises(PictureError, match=rf"^{file}: damaged picture \(.+\); mend or remove it$"):
+    with pytest.raises(PictureError, match=rf"^{file}: damaged picture \(.+\); replace it with an intact image.+$"):
         read_part(file, lambda *_: (0, 0, 120, 40), least_px)
     with pytest.raises(PictureError, match=r"^a name: damaged picture"):
         read_part(file.read_bytes(), lambda *_: (0, 0, 120, 40), least_px, "a name")

@@ -35,7 +35,9 @@ OTHER = Recipe(
     label_smoothing=0.0,
     ema_decay=0.5,
     seed=2**63,
-    data=Data(65, 1.5, 1.0, policy="advanced", flip=False, val_fraction=0.3, num_workers=5, max_unreadable=2),
+    data=Data(
+        65, 1.5, 1.0, policy="advanced", flip=False, val_fraction=0.3, num_workers=5, max_unreadable=2, max_megapixels=9
+    ),
     sampler=Sampler(variant="v0.1", sizes_px=(32, 99)),
     optimizer=Optimizer(
         start_lr=0.0,
@@ -120,6 +122,7 @@ SENSELESS = [
     ("ema_decay", math.nan),
     ("data.policy", "autoaugment"),
     ("data.max_unreadable", -1),
+    ("data.max_megapixels", 0.0),
     ("optimizer.start_lr", math.inf),
     ("optimizer.end_lr", math.nan),
     ("optimizer.cosine", "half"),

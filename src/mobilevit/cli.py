@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import mobilevit
-from mobilevit.recipes import RECIPES, Recipe, describe
+from mobilevit.recipes import MAX_MEGAPIXELS, RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,9 @@ SomeWeights = Annotated[
 ]
 Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
 Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+MaxMegapixels = Annotated[
+    float, tyro.conf.arg(help="Largest image file to read, width times height in millions of pixels.")
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Predict:
     """One JSON object a line instead of a table."""
     batch_size: int = 16
     """Pictures at a time."""
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
     download: Download = False
 
@@ -78,6 +82,7 @@ class Predict:
 
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
+        _limit_megapixels(self.max_megapixels)
         paths = find_pictures(self.pictures)
         model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
         self._refuse_options(model.task)
@@ -355,6 +360,7 @@ class Convert:
         weights = _read(self.source, self.download)
         write(weights, target, self.to)
         print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
+        _say_transparency(weights)
         if self.to == "apple":
             print("Apple's format has no place for class names and preprocessing; whoever reads it assumes the paper's")
         return 0
@@ -424,7 +430,10 @@ class Evaluate:
         tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or the folder of a run, for all it has."),
     ]
     data: str
-    """As for train. Of a folder without val/ or test/ every picture counts, those it was trained on as well."""
+    """As for train."""
+    split: Literal["train", "val", "test", "all"] | None = None
+    """Split of the data to evaluate; unless given, val, or test where there is no val. Data without splits are divided
+    as in training, if the weights were trained on them; of other data all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
     """Sides of the pictures in pixels; unless given, what the weights were made for."""
     per_class: bool = False
@@ -435,6 +444,9 @@ class Evaluate:
     """Pictures at a time."""
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
+    max_unreadable: int = 0
+    """Images that may be unreadable and are left out; one more is an error."""
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
     download: Download = False
 
@@ -444,12 +456,15 @@ class Evaluate:
         from rich.table import Column, Table
 
         from mobilevit.models.weights import read
-        from mobilevit.tasks import TASKS, evaluate_weights
+        from mobilevit.tasks import default_split, evaluate_weights
 
         if not self.weights:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
         if any(side < 32 for side in self.size):
             raise ValueError(f"size is {self.size}; sides are from 32 px up")
+        if self.max_unreadable < 0:
+            raise ValueError(f"max unreadable is {self.max_unreadable}; it must be 0 or more")
+        _limit_megapixels(self.max_megapixels)
         # All of them first: a name that is wrong is said before the first one has been evaluated.
         named = {name: read(name, download=self.download) for given in self.weights for name in _weights_of_run(given)}
         data = _expand_data(self.data)
@@ -460,21 +475,33 @@ class Evaluate:
             )
         table: Table | None = None
         classes: list[tuple[str, Table]] = []
+        splits: list[str] = []
+        notes: list[str] = []
+
+        def say(note: str) -> None:
+            if note not in notes:  # once, for all weights and sizes
+                notes.append(note)
+                _complain(note)
+
         for name, weights in named.items():
             _say_what_is_assumed(name, weights)
+            split = self.split or default_split(weights, data)
             for size_px in self.size or (weights.preprocessing.crop_px,):
                 results = evaluate_weights(
                     weights,
                     data,
+                    split=split,
                     size_px=size_px,
                     batch_size=self.batch_size,
                     num_workers=self.num_workers,
                     device=_device(self.device),
+                    max_unreadable=self.max_unreadable,
+                    say=say,
                 )
                 metrics = results.metrics()
                 per_class = results.per_class(weights.class_names)
                 if self.json:
-                    line: dict[str, Any] = {"weights": name, "size_px": size_px, **metrics}
+                    line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **metrics}
                     print(json.dumps(line | ({"classes": per_class} if self.per_class else {})), flush=True)
                     continue
                 if table is None:
@@ -482,14 +509,15 @@ class Evaluate:
                     table = Table("weights", *columns, box=SIMPLE)
                 table.add_row(name, str(size_px), *(_number(metric, value) for metric, value in metrics.items()))
                 classes.append((f"{name} at {size_px} px", _class_table(per_class)))
+                splits.append(_split_line(weights, split, self.split, metrics["num_pictures"], data))
         if table:
             console = _stdout()
             console.print(table)
             for title, one in classes if self.per_class else ():
                 console.print(title)
                 console.print(one)
-            if TASKS[tasks.pop()].held_out_name(data) is None:
-                console.print("all pictures there, those it was trained on as well")
+            for which in dict.fromkeys(splits):
+                console.print(which)
         return 0
 
 
@@ -589,6 +617,7 @@ class Export:
             on_start=lambda name: print(f"{name}: converting{more} ...", file=sys.stderr, flush=True),
             on_written=tell,
         )
+        _say_transparency(weights)
         if not self.json:
             _stdout().print(_artifact_table(artifacts))
             real = "of yours" if self.pictures else "drawn by program; give --pictures to compare on real ones"
@@ -794,6 +823,7 @@ class Explain:
         weights = _read(self.weights, self.download)
         _say_what_is_assumed(self.weights, weights)
         out = _expand(self.out)
+        _limit_megapixels()
         explanation = explain_picture(
             weights,
             _expand(self.picture),
@@ -1010,6 +1040,7 @@ def _some_pictures(names: tuple[str, ...], number: int = 256) -> list[Any]:
     from mobilevit.data.sources import find_splits
     from mobilevit.pictures import find_pictures, read_picture
 
+    _limit_megapixels()
     if len(names) == 1:
         data = _expand_data(names[0])
         try:
@@ -1059,6 +1090,15 @@ def _artifact_name(source: str) -> str:
     if not path.with_name("run.json").is_file():
         return ""
     return path.resolve().parent.name + ("" if path.stem == "model" else f"_{path.stem}")
+
+
+def _split_line(weights: Weights, split: str, asked: str | None, num_pictures: float, data: str) -> str:
+    """What was evaluated."""
+    line = f"evaluated: {'all' if split == 'all' else f'the {split} split'} of {data}, {num_pictures:,} images"
+    if split == "all" and asked is None:  # the validation split was not recognized
+        line += "; if the weights were trained on some of them, "
+        line += "they count as well" if weights.val_fraction is None else "give --split val"
+    return line
 
 
 # The figures of evaluations: what they are called, and with how many decimals they are given. Others are counts.
@@ -1206,7 +1246,15 @@ def _expand(path: Path) -> Path:
 
 
 def _expand_data(data: str) -> str:
-    return data if data.startswith("hf:") else str(_expand(Path(data)))
+    return data if data.startswith("hf:") or "://" in data else str(_expand(Path(data)))
+
+
+def _limit_megapixels(max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    from mobilevit.pictures import limit_megapixels
+
+    if not max_megapixels > 0:
+        raise ValueError(f"max megapixels is {max_megapixels}; it must be above 0")
+    limit_megapixels(max_megapixels)
 
 
 def _device(name: str) -> str:
@@ -1230,6 +1278,16 @@ def _say_what_is_assumed(source: str, weights: Weights) -> None:
         _complain(
             f"{source}: says nothing of its input; assumed is what was published: {_resized(p)}"
             + (f", {names}'s class names" if weights.class_names else ", and no class names")
+        )
+
+
+def _say_transparency(weights: Weights) -> None:
+    """Tell whoever writes the preprocessing on a device what happens to transparency, if training met any."""
+    if num := weights.training.get("num_transparent"):
+        _complain(
+            f"{num:,} of the training images have transparency; training composited them on "
+            f"{weights.preprocessing.background}, and your own preprocessing must do the same (Pillow's convert('RGB') "
+            "does not)"
         )
 
 

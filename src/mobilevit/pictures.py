@@ -47,8 +47,78 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)  # the turns that swap width and height
 
 
+# Transparent images are composited on this colour, by training, evaluation and prediction alike.
+BACKGROUND = "white"
+
+_max_megapixels = math.inf  # of an image file; see limit_megapixels
+
+
 class PictureError(ValueError):
     """A picture that cannot be read; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says: upright width and height in pixels, format, transparency."""
+
+    size: tuple[int, int]
+    format: str | None
+    has_transparency: bool
+
+    @property
+    def megapixels(self) -> float:
+        """Width times height, in millions of pixels."""
+        return self.size[0] * self.size[1] / 1e6
+
+
+def limit_megapixels(max_megapixels: float) -> None:
+    """Refuse image files above `max_megapixels` (width times height, in millions) in this process.
+
+    Pillow's own check, a warning above 89 megapixels and an error above 179, is switched off for the process.
+    """
+    global _max_megapixels
+    _max_megapixels = max_megapixels
+    Image.MAX_IMAGE_PIXELS = None
+
+
+def megapixel_limit() -> float:
+    """What `limit_megapixels` was given in this process; infinite before, where Pillow's own check holds."""
+    return _max_megapixels
+
+
+def read_header(picture: Picture | bytes, name: str = "") -> Header:
+    """The header of an image file, given by its path or by its first bytes; no pixels are decoded.
+
+    Of an image in memory, its size and transparency.
+
+    Raises:
+        PictureError: no such file, no image, or one above the limit of `limit_megapixels`.
+    """
+    name = name or _name(picture)
+    if isinstance(picture, Image.Image | np.ndarray):
+        image = _opened(picture, name)
+        return Header(image.size, image.format, image.has_transparency_data)
+    with (
+        _naming(name),
+        io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture).open("rb") as file,
+        Image.open(file) as image,
+    ):
+        _check_size(image, name)
+        # Pillow reads EXIF data behind the pixels of a PNG too, and decodes all of it to get there.
+        is_known = image.format != "PNG" or "exif" in image.info
+        is_sideways = is_known and _orientation(image) in SIDEWAYS
+        size = (image.height, image.width) if is_sideways else image.size
+        return Header(size, image.format, image.has_transparency_data)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    megapixels = image.width * image.height / 1e6
+    if megapixels > _max_megapixels:
+        raise PictureError(
+            f"{name}: too large ({image.width} x {image.height} px, {megapixels:,.0f} megapixels; limit "
+            f"{_max_megapixels:g}); save a smaller copy, or raise the limit with --max-megapixels "
+            "(training: --data.max-megapixels)"
+        )
 
 
 def read_picture(picture: Picture | bytes, name: str = "") -> Image.Image:
@@ -61,7 +131,7 @@ def read_picture(picture: Picture | bytes, name: str = "") -> Image.Image:
     """
     name = name or _name(picture)
     with _naming(name):
-        image = _opened(picture)
+        image = _opened(picture, name)
         rgb = to_rgb(image, name)
     return rgb.copy() if rgb is picture else rgb
 
@@ -84,7 +154,7 @@ def read_part(
     with _naming(name):
         if isinstance(picture, str | os.PathLike):
             picture = Path(picture).read_bytes()
-        image = _opened(picture)
+        image = _opened(picture, name)
         # Of these the header says all there is to know, unless the caller opened it and did we know not what.
         is_plain = isinstance(picture, bytes) and isinstance(image, JpegImageFile) and image.mode in ("RGB", "L")
         orientation = _orientation(image) if is_plain else None
@@ -110,7 +180,7 @@ def _name(picture: Picture | bytes) -> str:
     return str(Path(picture)) if isinstance(picture, str | os.PathLike) else "picture"
 
 
-def _opened(picture: Picture | bytes) -> Image.Image:
+def _opened(picture: Picture | bytes, name: str) -> Image.Image:
     """`picture` itself or its file's header, as Pillow sees it."""
     if isinstance(picture, Image.Image):
         return picture
@@ -122,7 +192,9 @@ def _opened(picture: Picture | bytes) -> Image.Image:
             )
         return Image.fromarray(picture)
     # From memory: some files that Pillow opens itself it maps into memory, and then scrambles them in a quarter turn.
-    return Image.open(io.BytesIO(picture if isinstance(picture, bytes) else Path(picture).read_bytes()))
+    image = Image.open(io.BytesIO(picture if isinstance(picture, bytes) else Path(picture).read_bytes()))
+    _check_size(image, name)
+    return image
 
 
 @contextlib.contextmanager
@@ -135,24 +207,33 @@ def _naming(name: str) -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise PictureError(f"{name}: not a picture, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name}: too large a picture ({first_line(error)})") from None
+        raise PictureError(f"{name}: too large ({first_line(error)}); save a smaller copy") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error
         if isinstance(error, OSError) and error.errno is not None:  # said by the system, not by Pillow
             raise PictureError(f"{name}: {os.strerror(error.errno).lower()}") from None
-        raise PictureError(f"{name}: damaged picture ({first_line(error)}); mend or remove it") from error
+        raise PictureError(
+            f"{name}: damaged picture ({first_line(error)}); replace it with an intact image of the same name"
+        ) from error
 
 
 def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder and its subfolders by their endings, sorted; hidden files and folders aside."""
+    return pictures_and_others(folder)[0]
+
+
+def pictures_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and its subfolders by their endings, and all other files, both sorted.
+
+    Hidden files and folders are in neither list.
+    """
     # What Pillow can only write, .pdf say, is no picture; nor is ._cat.jpg, which some systems put beside cat.jpg.
     endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in endings
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    pictures: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            (pictures if path.suffix.lower() in endings else others).append(path)
+    return pictures, others
 
 
 def find_pictures(names: Iterable[str]) -> list[Path]:
@@ -210,7 +291,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise PictureError(f"{name}: floating-point pixels have no agreed range; save it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -227,11 +308,12 @@ class Preprocessing:
 
     `resize_px` is the new length of the short side, or (height, width) where the ratio is not kept. `crop_px` is the
     side of the square cut from the middle. Pixels are scaled to [0, 1], then `mean` is taken off and `std` divided by,
-    both in the order R, G, B.
+    both in the order R, G, B. `background` is the colour on which transparent images are composited before all that.
 
     Raises:
         ValueError: sizes that are no whole numbers above 0, a crop larger than the resized picture, an unknown
-            interpolation, means and deviations that are not three finite numbers, deviations not above 0.
+            interpolation, means and deviations that are not three finite numbers, deviations not above 0, a
+            background other than white.
     """
 
     resize_px: int | tuple[int, int] = 288
@@ -239,6 +321,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    background: str = BACKGROUND  # weights saved by earlier versions do not name it: it was white as well
 
     def __post_init__(self) -> None:
         sides = (self.resize_px,) * 2 if isinstance(self.resize_px, int) else self.resize_px
@@ -253,6 +336,8 @@ class Preprocessing:
                 raise ValueError(f"{name} is {values}; it must be three finite numbers, for R, G and B")
         if not all(value > 0 for value in self.std):
             raise ValueError(f"std is {self.std}; it must be above 0")
+        if self.background != BACKGROUND:
+            raise ValueError(f"background is {self.background!r}; this version knows only {BACKGROUND!r}")
 
     def __call__(self, picture: Picture) -> Tensor:
         """One picture -> float32 (3, crop_px, crop_px), RGB. Raises PictureError."""

@@ -16,6 +16,7 @@ Policy = Literal["basic", "advanced"]
 Cosine = Literal["step", "epoch"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
+MAX_MEGAPIXELS = 180.0  # of an image file that is read: twice what Pillow warns of, about as much as it refuses
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Data:
     flip: bool = True
     """Training: mirror half of the pictures. Wrong for digits, letters and everything else that has a side."""
     val_fraction: float = 0.2
-    """Share of the pictures held out for validation, where the data come without a split of their own."""
+    """Fraction of each class that validates, where the data come without a split of their own."""
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
     max_unreadable: int = 0
     """Pictures an epoch that may turn out to be unreadable and are skipped; one more stops the run."""
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Largest image file to read, width times height in millions of pixels; larger ones count as unreadable."""
 
     def __post_init__(self) -> None:
         _require(self.size_px >= 32, "data.size_px", self.size_px, "32 or more")
@@ -46,6 +49,7 @@ class Data:
         _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
         _require_one_of(Policy, "data.policy", self.policy)
         _require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
+        _require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "above 0")
         _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 

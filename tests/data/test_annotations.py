@@ -114,7 +114,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
             assert sample.label.crowd.tolist() == [bool(a["iscrowd"]) for a in expected]
             assert sample.label.areas.tolist() == [a["area"] for a in expected]
             assert [a.dtype for a in (sample.label.corners, sample.label.labels)] == [np.float32, np.int64]
-    assert check_annotations(*sources) == []
+    assert check_annotations(*sources).unreadable == []
 
 
 def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_sizes_of_pictures_are_read_where_the_annotation_has_none(tmp_path: Path
     coco2017(tmp_path, [annotation(5, 2, [30, 20, 50, 50])], images=images)
     train, val = find_boxes(tmp_path, 0.5)
     assert by_name(train)["c.jpg"].corners.tolist() == [[30, 20, WIDTH, HEIGHT]]
-    assert check_annotations(train, val) == []
+    assert check_annotations(train, val).unreadable == []
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_pictures_for_validation_need_annotations(tmp_path: Path, below: str):
     (tmp_path / "val2017").rename(tmp_path / "elsewhere")
     train, val = find_boxes(tmp_path, 0.5)
     assert len(train) + len(val) == 3
-    assert [f"so {len(val)} of 3 pictures are" in note for note in train.notes if "held out" in note] == [True]
+    assert [f"{len(val)} of 3 images" in note for note in train.notes if "no validation split" in note] == [True]
     assert not any("held out" in note for note in val.notes)
     picture(tmp_path / below / "x.jpg")
     with pytest.raises(ValueError, match=f"^{tmp_path / below}: pictures for validation, but no annotations"):
@@ -214,7 +214,7 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     picture(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
     sources = find_boxes(tmp_path, 0.5)
     assert read_picture(folder / "b.jpg").size == (WIDTH, HEIGHT)
-    assert check_annotations(*sources) == []
+    assert check_annotations(*sources).unreadable == []
     picture(folder / "b.jpg", orientation=8)
     picture(folder / "empty.jpg", (WIDTH, 8))
     with pytest.raises(PictureError) as caught:
@@ -223,9 +223,11 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
     picture(folder / "b.jpg")
     (folder / "empty.jpg").write_text("no picture")
-    with pytest.raises(PictureError, match=r"empty.jpg: not a picture; mend or remove it$"):
+    with pytest.raises(PictureError, match=r"empty.jpg: not a picture.*; replace .*--data.max-unreadable 1$"):
         check_annotations(*sources)
-    assert check_annotations(*sources, max_unreadable=1) == [str(folder / "empty.jpg")]
+    assert [error.partition(": ")[0] for error in check_annotations(*sources, max_unreadable=1).unreadable] == [
+        str(folder / "empty.jpg")
+    ]
 
 
 def test_held_out_by_name_alone(tmp_path: Path):
@@ -242,10 +244,14 @@ def test_held_out_by_name_alone(tmp_path: Path):
 
     train, val = found(tmp_path / "here", 120)
     more_train, more_val = found(tmp_path / "there", 150)
-    assert train <= more_train
-    assert val <= more_val
     assert not train & val
-    assert abs(len(val) - 30) < 4 * (120 * 0.25 * 0.75) ** 0.5
+    assert (len(val), len(more_val)) == (30, 38)  # 37.5, rounded
+    assert len(train & more_val | val & more_train) <= 30
+    for split, images in (("train", train), ("val", val)):
+        assert set(by_name(find_boxes_to_evaluate(tmp_path / "here", ("dog", "cat"), split, 0.25))) == images
+    assert len(find_boxes_to_evaluate(tmp_path / "here", ("dog", "cat"), "all")) == 120
+    with pytest.raises(ValueError, match=r"here: has no split 'test'.*--split all"):
+        find_boxes_to_evaluate(tmp_path / "here", ("dog", "cat"), "test", 0.25)
     assert [len(x) for x in found(tmp_path / "two", 2)] == [1, 1]
     with pytest.raises(ValueError, match="one picture is too few"):
         found(tmp_path / "one", 1)
@@ -319,7 +325,7 @@ def test_voc_boxes(tmp_path: Path, below: str):
     assert train.labels[0].labels.tolist() == [1, 0]
     assert len(train.labels[1].labels) == 0
     assert (train.labels[0].crowd.tolist(), val.labels[0].crowd.tolist()) == ([False, False], [True])
-    assert check_annotations(train, val) == []
+    assert check_annotations(train, val).unreadable == []
     assert find_boxes_to_evaluate(tmp_path, ("dog", "cat")).labels[0].labels.tolist() == [0]
 
 
@@ -386,7 +392,7 @@ def test_voc_masks(tmp_path: Path):
     for source in (train, val):
         for i in range(len(source)):
             assert np.array_equal(source[i].label.read(WIDTH, HEIGHT), values(21))
-    assert check_annotations(train, val) == []
+    assert check_annotations(train, val).unreadable == []
     assert train.notes == (f"{tmp_path}: no classes.txt: the 21 names of PASCAL VOC are assumed",)
     assert val.notes == ()
     palette_png(tmp_path / "SegmentationClass" / "1.png", values(22))
@@ -437,7 +443,7 @@ def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
     sources = find_masks(tmp_path, 0.5)
     assert masks_held_out_name(tmp_path) == (None if layout == "{kind}" else "val")
     assert {file.stem for source in sources for file in source.files} == {"train", "validation"}
-    assert check_annotations(*sources) == []
+    assert check_annotations(*sources).unreadable == []
     for source in sources:
         assert source.class_names == tuple(COLORS)
         read = source[0].label.read(WIDTH, HEIGHT)
@@ -523,14 +529,14 @@ def test_masks_cut_short_and_masks_without_picture(tmp_path: Path):
     palette_png(tmp_path / "masks" / "3.png", values(2))
     train, val = find_masks(tmp_path, 0.5)
     assert [("masks without a picture" in note, "1.png" in note) for note in train.notes[:-1]] == [(True, True)]
-    assert "1 of 2 pictures are" in train.notes[-1]
+    assert "1 of 2 images" in train.notes[-1]
     assert val.notes == ()
 
 
 def test_masks_of_turned_pictures_are_those_of_upright_ones(tmp_path: Path):
     image, _ = masks(tmp_path)
     picture(image, (HEIGHT, WIDTH), orientation=6)
-    assert check_annotations(*find_masks(tmp_path, 0.5)) == []
+    assert check_annotations(*find_masks(tmp_path, 0.5)).unreadable == []
     assert one_mask(tmp_path).read(*read_picture(image).size).shape == (HEIGHT, WIDTH)
 
 
@@ -550,7 +556,7 @@ def test_headers_alone_are_read(tmp_path: Path):
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0)
     image.with_suffix(".png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
     sources = find_masks(tmp_path, 0.5)
-    assert check_annotations(*sources) == []
+    assert check_annotations(*sources).unreadable == []
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -63,7 +63,7 @@ def test_idx_splits(tmp_path: Path, shape: tuple[int, ...], ending: str, test: s
     evaluation = find_evaluation(tmp_path, ("a", "b", "c"))
     assert (list(evaluation.labels), evaluation.class_names) == ([1, 0], ("a", "b", "c"))
     assert held_out_name(tmp_path) == "test"
-    assert check_headers(train, val) == []
+    assert check_headers(train, val).unreadable == []
 
 
 def test_idx_dotted_names_and_gzip_without_its_ending(tmp_path: Path):
@@ -272,9 +272,9 @@ def test_tar_without_splits_is_divided(tmp_path: Path, alone: bool):
     assert sorted(greys(train) + greys(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
     assert set(train.labels) == set(val.labels) == {0, 1}
     write_tar(tmp_path / ("x-000.tar" if alone else "x-002.tar"), pairs([0] * 30 + [1] * 30 + [0] * 9))
-    more_train, more_val = find_splits(data, 0.3)  # what was held out still is
-    assert set(greys(train)) <= set(greys(more_train))
-    assert set(greys(val)) <= set(greys(more_val))
+    more_train, more_val = find_splits(data, 0.3)  # each image that is added moves at most one other
+    moved = set(greys(train)) & set(greys(more_val)) | set(greys(val)) & set(greys(more_train))
+    assert len(moved) <= len(more_train) + len(more_val) - len(train) - len(val)
 
 
 def test_tar_members(tmp_path: Path):
@@ -426,9 +426,11 @@ def test_headers_of_tars(tmp_path: Path):
     }
     source = find_evaluation(write_tar(tmp_path / "x.tar", members), ("0", "1"))
     wrong = [f"{tmp_path}/x.tar/{key}" for key in "34"]
-    with pytest.raises(PictureError, match=f"^{', '.join(wrong)}: not pictures"):
+    with pytest.raises(
+        PictureError, match=f"^{wrong[0]}: not a picture.*; {wrong[1]}: not a picture.*--data.max-unreadable 2$"
+    ):
         check_headers(source, max_unreadable=1)
-    assert check_headers(source, max_unreadable=2) == wrong
+    assert [error.partition(": ")[0] for error in check_headers(source, max_unreadable=2).unreadable] == wrong
     assert isinstance(source, Labelled)
     assert isinstance(source.pictures, Members)
     assert source.pictures.read(0, 4) == b"\x89PNG"

@@ -13,12 +13,13 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
+from mobilevit.data.sources import fingerprint
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
 from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import classifier
-from mobilevit.recipes import Data, Recipe
-from mobilevit.tasks import classification, evaluate_weights
+from mobilevit.recipes import Data, Recipe, to_dict
+from mobilevit.tasks import classification, default_split, evaluate_weights
 from mobilevit.tasks.classification import Answers, Classification
 
 TASK = Classification()
@@ -161,6 +162,50 @@ def test_an_unreadable_picture_leaves_no_workers_behind(folder: Path):
         evaluate_weights(weights(), folder, batch_size=2, num_workers=2)
     assert caught.value.__traceback__ is not None
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_evaluation_takes_the_validation_split_that_training_made(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    train, val = TASK.datasets(RECIPE, folder)
+    training = {"recipe": to_dict(RECIPE), "val_data": fingerprint(val.source)}
+    trained, notes = weights(training=training), []
+    assert default_split(trained, folder) == "val"
+    for split, expected in ((None, val), ("val", val), ("train", train)):
+        found = cast(Answers, evaluate_weights(trained, folder, split=split, say=notes.append))
+        assert found.labels.tolist() == list(expected.source.labels)
+    assert evaluate_weights(trained, folder, split="all").metrics()["num_pictures"] == 12
+    assert notes == []
+    # Of other data, and with weights that say nothing of their training, all images are evaluated.
+    assert default_split(weights(), folder) == "all"
+    other = tmp_path_factory.mktemp("other")
+    for class_name in "abc":
+        (other / class_name).mkdir()
+        Image.new("RGB", (32, 32)).save(other / class_name / "1.png")
+    assert default_split(trained, other) == "all"  # and not an error: one image of a class cannot be divided
+    with pytest.raises(ValueError, match=f"^{folder}: has no split 'val'.*--split all"):
+        evaluate_weights(weights(), folder, split="val")
+    # An image that was added may have moved the border between the splits.
+    (folder / "a" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
+    (folder / "c" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
+    (folder / "c" / "5.png").write_bytes((folder / "a" / "0.png").read_bytes())
+    evaluate_weights(trained, folder, split="val", say=notes.append)
+    [note] = notes
+    assert "not the validation split of the training run" in note
+
+
+def test_evaluation_leaves_out_as_many_unreadable_images_as_are_allowed(folder: Path):
+    for name in ("a/0", "b/1"):
+        file = folder / f"{name}.png"
+        file.write_bytes(file.read_bytes()[:-30])
+    notes = []
+    metrics = evaluate_weights(weights(), folder, batch_size=5, max_unreadable=2, say=notes.append).metrics()
+    assert metrics["num_pictures"] == 10
+    assert notes == [f"cannot be read, left out: {folder / 'a/0.png'}, {folder / 'b/1.png'}"]
+    with pytest.raises(PictureError, match=r"^2 images cannot be read \(.*a/0.png, .*b/1.png\).*--max-unreadable 2$"):
+        evaluate_weights(weights(), folder, batch_size=5, max_unreadable=1)
+    with pytest.raises(PictureError, match=r"a/0.png: damaged .*; or skip .* with --max-unreadable"):
+        evaluate_weights(weights(), folder)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")

@@ -27,6 +27,7 @@ import mobilevit
 from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, Item, PictureDataset
 from mobilevit.data.sampler import EpochBatches, Pick
+from mobilevit.data.sources import find_splits, fingerprint
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
 from mobilevit.models.weights import Weights, read
 from mobilevit.pictures import PictureError
@@ -36,7 +37,7 @@ from mobilevit.tasks.classification import Answers, Classification
 from mobilevit.training import loop
 from mobilevit.training.checkpoint import read_checkpoint
 from mobilevit.training.ema import MovingAverage
-from mobilevit.training.loop import TIMES, Run, train
+from mobilevit.training.loop import TIMES, FinishedError, Run, train
 from mobilevit.training.optim import learning_rate
 
 pytestmark = [
@@ -242,7 +243,7 @@ def test_a_damaged_picture_stops_the_run_by_name_and_a_mended_one_goes_on(tmp_pa
         file = tmp_path / split / "a" / "1.png"
         whole = file.read_bytes()
         file.write_bytes(whole[:-30])
-        with pytest.raises(PictureError, match=f"^{file}: damaged"):
+        with pytest.raises(PictureError, match=f"^{file}: damaged.*same name; or skip .*--data.max-unreadable"):
             run(recipe, tmp_path, tmp_path / "out")
         file.write_bytes(whole)
     assert len(run(recipe, tmp_path, tmp_path / "out").epochs) == 1
@@ -768,14 +769,67 @@ def test_more_unreadable_pictures_than_are_allowed(data: Path, tmp_path: Path):
     damaged = damage(data, tmp_path / "data", "train/line/1.png", "train/circle/0.png")
     for limit, said in (
         (0, r"^.*/train/(line/1|circle/0)\.png: damaged"),
-        (1, r"^2 pictures of epoch 1 cannot be read, and data.max_unreadable is 1; mend them or raise it$"),
+        (1, r"^2 pictures of epoch 1 cannot be read, .* is 1; replace .* names, or .*--data.max-unreadable 2 or more$"),
     ):
         recipe = replace(RECIPE, data=replace(RECIPE.data, max_unreadable=limit))
         with pytest.raises(PictureError, match=said):
             run(recipe, damaged, tmp_path / str(limit))
         assert not list((tmp_path / str(limit) / "checkpoints").iterdir())
     recipe = replace(RECIPE, data=replace(RECIPE.data, max_unreadable=2))
-    assert [epoch["unreadable"] for epoch in run(recipe, damaged, tmp_path / "2").epochs] == [2, 2]
+    done = run(recipe, damaged, tmp_path / "2")
+    assert [epoch["unreadable"] for epoch in done.epochs] == [2, 2]
+    resumed = run(recipe, damaged, tmp_path / "1")  # with a larger limit, the run that was stopped resumes
+    assert same(done.weights, resumed.weights)
+
+
+def test_the_limits_on_unreadable_images_may_change_and_a_removed_file_may_not(data: Path, tmp_path: Path):
+    copied = damage(data, tmp_path / "data")
+    file = copied / "train/line/1.png"
+    whole = file.read_bytes()
+    recipe = replace(RECIPE, epochs=1)
+    file.write_bytes(whole[:-30])
+    with pytest.raises(PictureError):
+        run(recipe, copied, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"another run \(other data\); .*file names.*put removed files back"):
+        run(recipe, copied, tmp_path / "run")
+    file.write_bytes(whole)
+    limits = replace(recipe, data=replace(recipe.data, max_unreadable=5, max_megapixels=1.0))
+    resumed = run(limits, copied, tmp_path / "run")
+    assert same(resumed.weights, run(recipe, data, tmp_path / "never stopped").weights)
+
+
+def test_a_run_of_a_version_that_compared_the_limits_resumes(data: Path, tmp_path: Path):
+    recipe = replace(RECIPE, epochs=1)
+    run(recipe, data, tmp_path)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    facts["recipe"]["data"]["max_unreadable"] = 3
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(FinishedError):  # and not: another run
+        run(recipe, data, tmp_path)
+
+
+def test_a_batch_larger_than_the_data_is_planned_with_the_images_that_exist(data: Path, tmp_path: Path):
+    said = io.StringIO()
+    recipe = replace(RECIPE, epochs=1, batch_size=100_000, compute=Compute(pictures_at_once=6))
+    done = train(recipe, data, tmp_path / "large", console=Console(file=said, width=200))
+    text = said.getvalue()
+    assert "batch size 100,000 exceeds the 12 images for training" in text
+    assert "--batch-size" in text
+    assert "at 32 px 12 pictures a step: 1 process x 2 parts x 6 pictures" in text
+    fitting = run(replace(recipe, batch_size=12), data, tmp_path / "fitting")
+    assert same(done.weights, fitting.weights)
+
+
+def test_weights_know_their_validation_split_and_how_many_training_images_are_transparent(data: Path, tmp_path: Path):
+    copied = damage(data, tmp_path / "data")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(copied / "train/line/0.png")
+    said = io.StringIO()
+    done = train(replace(RECIPE, epochs=1), copied, tmp_path / "run", console=Console(file=said, width=200))
+    assert "images with transparency: 1; composited on white" in said.getvalue()
+    training = read(done.weights).training
+    _, val = find_splits(copied, 0.5)
+    assert (training["num_transparent"], training["val_data"]) == (1, fingerprint(val))
 
 
 def test_an_error_leaves_no_workers_behind(data: Path, tmp_path: Path):

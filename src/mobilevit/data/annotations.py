@@ -27,12 +27,23 @@ from mobilevit.data.labels import (
     by,
     part_of_masks,
     read_coding,
-    upright_size,
 )
 from mobilevit.data.sample import Label, Source, few, listed
-from mobilevit.data.sources import SPLITS, Folder, chance, check_fraction, keys, refuse_unreadable
+from mobilevit.data.sources import (
+    SPLITS,
+    Folder,
+    Scan,
+    chance,
+    check_divided,
+    check_fraction,
+    check_split,
+    keys,
+    refuse_other_data,
+    refuse_unreadable,
+    smallest,
+)
 from mobilevit.data.voc import voc_box_parts, voc_mask_parts
-from mobilevit.pictures import PictureError, picture_files
+from mobilevit.pictures import PictureError, picture_files, read_header
 
 BOXES_EXPECTED = (
     "COCO (annotations/instances_train*.json and train*/; train/_annotations.coco.json; or one .json and images/) or "
@@ -48,11 +59,9 @@ MASKS_EXPECTED = (
 class Annotated(Folder[Label]):
     """Pictures in files, with `Boxes` or a `MaskFile` each.
 
-    `notes` say in a line each what was left out of what was found, or assumed of it, for whoever trains on it to know.
     `category_ids` are the numbers that the annotations have for the classes, where they have any.
     """
 
-    notes: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()
 
 
@@ -68,8 +77,8 @@ def find_boxes(data: str | Path, val_fraction: float) -> tuple[Annotated[Boxes],
       the like.
 
     Classes are numbered in the order of COCO's ids, whatever holes these have; VOC's by name. Pictures without boxes
-    stay. Where nothing is held out, about `val_fraction` of the pictures is, each by the chance of its name. test is
-    taken where there is no val.
+    stay. Data without a validation split are divided: validated on is the `val_fraction` of the pictures whose names
+    have the smallest hashes. test is taken where there is no val.
 
     Raises:
         ValueError: nothing or several things found, a file that is damaged or missing, an unknown picture or class, no
@@ -85,15 +94,19 @@ def find_boxes(data: str | Path, val_fraction: float) -> tuple[Annotated[Boxes],
     return train, val
 
 
-def find_boxes_to_evaluate(data: str | Path, class_names: Sequence[str]) -> Annotated[Boxes]:
+def find_boxes_to_evaluate(
+    data: str | Path, class_names: Sequence[str], split: str | None = None, val_fraction: float | None = None
+) -> Annotated[Boxes]:
     """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of it.
 
-    Classes are matched by name: their order may be another, some may be missing.
+    `split` and `val_fraction` as for `find_evaluation`. Classes are matched by name: their order may be another, some
+    may be missing.
 
     Raises:
-        ValueError: as `find_boxes`, and for boxes of a class that is not among `class_names`.
+        ValueError: as `find_boxes`, for boxes of a class that is not among `class_names`, and for a split that `data`
+            lacks.
     """
-    return _to_evaluate(_box_parts(Path(data)), Path(data), class_names)
+    return _to_evaluate(_box_parts(Path(data)), Path(data), class_names, split, val_fraction)
 
 
 def find_masks(data: str | Path, val_fraction: float) -> tuple[Annotated[MaskFile], Annotated[MaskFile]]:
@@ -115,13 +128,15 @@ def find_masks(data: str | Path, val_fraction: float) -> tuple[Annotated[MaskFil
     return _splits(_mask_parts(Path(data)), Path(data), val_fraction)
 
 
-def find_masks_to_evaluate(data: str | Path, class_names: Sequence[str]) -> Annotated[MaskFile]:
+def find_masks_to_evaluate(
+    data: str | Path, class_names: Sequence[str], split: str | None = None, val_fraction: float | None = None
+) -> Annotated[MaskFile]:
     """As `find_boxes_to_evaluate`, with masks.
 
     Raises:
         ValueError: as `find_masks`, and for a class that is not among `class_names`.
     """
-    return _to_evaluate(_mask_parts(Path(data)), Path(data), class_names)
+    return _to_evaluate(_mask_parts(Path(data)), Path(data), class_names, split, val_fraction)
 
 
 def boxes_held_out_name(data: str | Path) -> str | None:
@@ -134,38 +149,40 @@ def masks_held_out_name(data: str | Path) -> str | None:
     return _held_out(_mask_parts(Path(data)))
 
 
-def check_annotations(*sources: Source[Boxes] | Source[MaskFile], max_unreadable: int = 0) -> list[str]:
+def check_annotations(*sources: Source[Boxes] | Source[MaskFile], max_unreadable: int = 0) -> Scan:
     """Compare the header of every picture with its annotation, so that what is wrong is known before training starts.
 
     Pictures must be of the size that their boxes or masks are for. Values in masks are looked at when they are read.
-    Returns the names of those that are no pictures, `max_unreadable` at most.
+    At most `max_unreadable` are no pictures or too large.
 
     Raises:
         PictureError: more of them, or whatever else is wrong; five by name.
     """
-    unreadable: list[str] = []
+    found = Scan()
     wrong: list[str] = []
     with ThreadPoolExecutor() as pool:
         for source in sources:
             ranges = (range(start, min(start + 256, len(source))) for start in range(0, len(source), 256))
-            for names, faults in pool.map(partial(_faults, source), ranges):
-                unreadable += names
+            for one, faults in pool.map(partial(_faults, source), ranges):
+                found.merge(one)
                 wrong += faults
-    refuse_unreadable(unreadable, max_unreadable)
+    refuse_unreadable(found.unreadable, max_unreadable)
     if wrong:
         raise PictureError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
-    return unreadable
+    return found
 
 
-def _faults(source: Source[Boxes] | Source[MaskFile], indices: Iterable[int]) -> tuple[list[str], list[str]]:
-    unreadable, wrong = [], []
+def _faults(source: Source[Boxes] | Source[MaskFile], indices: Iterable[int]) -> tuple[Scan, list[str]]:
+    found, wrong = Scan(), []
     for i in indices:
         sample = source[i]
-        assert isinstance(sample.picture, Path)
-        size = upright_size(sample.picture)
-        if size is None:
-            unreadable.append(sample.name)
+        try:
+            header = read_header(sample.picture, sample.name)
+        except PictureError as error:
+            found.unreadable.append(str(error))
             continue
+        found.add(sample.name, header)
+        size = header.size
         if isinstance(sample.label, MaskFile):
             fault = sample.label.fault(*size)
             if fault:
@@ -174,7 +191,7 @@ def _faults(source: Source[Boxes] | Source[MaskFile], indices: Iterable[int]) ->
             turned = sample.label.size == size[::-1]
             remedy = "remove its EXIF orientation, or turn its boxes" if turned else "mend the annotation"
             wrong.append(f"{sample.name}: {by(size)} px, but annotated as {by(sample.label.size)}; {remedy}")
-    return unreadable, wrong
+    return found, wrong
 
 
 # --- Splits -----------------------------------------------------------------------------------------------------------
@@ -195,17 +212,18 @@ def _splits(parts: Parts[Label], data: Path, val_fraction: float) -> tuple[Annot
     if held_out is not None:
         val = _annotated(parts[held_out](), data, part.class_names)
         return train, replace(val, notes=tuple(note for note in val.notes if note not in train.notes))
-    if len(train) < 2:
+    return _divided(train, data, val_fraction)
+
+
+def _divided(source: Annotated[Label], data: Path, val_fraction: float) -> tuple[Annotated[Label], Annotated[Label]]:
+    """As `hold_out`, but of all classes together."""
+    if len(source) < 2:
         raise ValueError(f"{data}: one picture is too few to train on some and validate on others; add more")
-    chances = [chance(key) for key in keys(train)]
-    order = sorted(range(len(train)), key=lambda i: chances[i])
-    num_val = sum(x < val_fraction for x in chances)
-    val = set(order[: min(max(1, num_val), len(train) - 1)])
-    kept = [i for i in range(len(train)) if i not in val]
-    note = (
-        f"{data}: nothing is held out, so {len(val):,} of {len(train):,} pictures are, each by the chance of its name"
-    )
-    return _some(train, kept, (*train.notes, note)), _some(train, sorted(val), ())
+    chances = [chance(key) for key in keys(source)]
+    val = set(smallest(val_fraction, range(len(source)), chances))
+    train = [i for i in range(len(source)) if i not in val]
+    note = f"{data}: has no validation split: {len(val):,} of {len(source):,} images are used for validation"
+    return _some(source, train, (*source.notes, note)), _some(source, sorted(val), ())
 
 
 def _some(source: Annotated[Label], indices: Sequence[int], notes: tuple[str, ...]) -> Annotated[Label]:
@@ -213,9 +231,18 @@ def _some(source: Annotated[Label], indices: Sequence[int], notes: tuple[str, ..
     return replace(source, files=files, labels=labels, notes=notes)
 
 
-def _to_evaluate(parts: Parts[Label], data: Path, class_names: Sequence[str]) -> Annotated[Label]:
-    split = _held_out(parts) or ("train" if "train" in parts else "all")
-    return _annotated(parts[split](), data, tuple(class_names))
+def _to_evaluate(
+    parts: Parts[Label], data: Path, class_names: Sequence[str], split: str | None, val_fraction: float | None
+) -> Annotated[Label]:
+    if _held_out(parts) is None and "train" in parts:
+        parts = {"all": parts["train"]}
+    if split is None:
+        split = _held_out(parts) or ("all" if "all" in parts else "train")
+    if "all" not in parts or split in parts:
+        return _annotated(parts[check_split(split, parts, data)](), data, tuple(class_names))
+    fraction = check_divided(split, val_fraction, data)
+    train, val = _divided(_annotated(parts["all"](), data, tuple(class_names)), data, fraction)
+    return train if split == "train" else val
 
 
 def _annotated(part: AnnotatedPart[Any], data: Path, class_names: tuple[str, ...]) -> Annotated[Any]:
@@ -248,6 +275,7 @@ def _renumbered(label: Boxes | MaskFile, numbers: np.ndarray) -> Boxes | MaskFil
 
 
 def _one_of(found: Mapping[str, Parts[Label]], data: Path, what: str, expected: str) -> Parts[Label]:
+    refuse_other_data(data)
     kinds = {kind: parts for kind, parts in found.items() if parts}
     if len(kinds) > 1:
         raise ValueError(f"{data}: holds {' and '.join(kinds)}; leave one of them there")

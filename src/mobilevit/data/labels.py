@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Generic
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from mobilevit.data.archives import read_class_names
 from mobilevit.data.sample import Label, few
-from mobilevit.pictures import SIDEWAYS, PictureError, first_line
+from mobilevit.pictures import PictureError, first_line, read_header
 
 IGNORE = 255  # the value in a mask of what is neither learnt from nor counted
 
@@ -143,17 +144,9 @@ Parts = Mapping[str, Callable[[], AnnotatedPart[Label]]]
 
 def upright_size(picture: Path) -> tuple[int, int] | None:
     """Width and height by the header, as `read_picture` turns it; None for what is no picture."""
-    try:
-        with Image.open(picture) as image:
-            # Asked for more than the header tells, Pillow would decode all of a PNG.
-            known = image.format != "PNG" or "exif" in image.info
-            try:
-                turn = image.getexif().get(ExifTags.Base.Orientation) if known else None
-            except Exception:  # damaged EXIF data; the pixels are whole
-                turn = None
-            return (image.height, image.width) if turn in SIDEWAYS else image.size
-    except Exception:  # Pillow raises nearly anything
-        return None
+    with contextlib.suppress(PictureError):
+        return read_header(picture).size
+    return None
 
 
 def by(size: tuple[int, int]) -> str:

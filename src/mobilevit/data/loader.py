@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mobilevit.data.sample import Sample, Source
 from mobilevit.data.sampler import Pick
-from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, megapixel_limit
 
 
 class Batch(NamedTuple):
@@ -70,8 +71,10 @@ class PictureDataset(Dataset):
         prepare: Callable[[Sample, Pick], tuple[np.ndarray, Any]],
         stack: Callable[[list[Any]], Any] = stack_numbers,
         notes: Sequence[str] = (),
+        num_transparent: int = 0,
     ):
         self.notes = notes  # what whoever trains on them should know
+        self.num_transparent = num_transparent  # images with transparency, of these and those to validate on
         self.source = source
         self.prepare = prepare
         self.stack = stack
@@ -139,6 +142,7 @@ def load(
     preprocessing: Preprocessing | None = None,
     max_unreadable: int = 0,
     stand_in: bool = True,
+    skip_option: str = "max_unreadable",
 ) -> Loader:
     """The given batches on `device`, in their order.
 
@@ -148,16 +152,23 @@ def load(
     and named in `unreadable`; to count them is up to the caller. Without `stand_in` it is left out, and the batch is
     smaller, or empty.
 
+    `skip_option` is what errors call `max_unreadable`.
+
     Raises:
         PictureError: when a batch comes in which a picture, or with `max_unreadable` above 0 each, cannot be read.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=partial(_collate, stack=dataset.stack, skip=max_unreadable > 0, stand_in=stand_in),
+        collate_fn=partial(
+            _collate,
+            stack=dataset.stack,
+            skip_option=skip_option if max_unreadable == 0 else None,
+            stand_in=stand_in,
+        ),
         num_workers=num_workers,
         pin_memory=device.startswith("cuda"),
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=partial(_start_worker, megapixel_limit()),
     )
     return Loader(loader, device, preprocessing)
 
@@ -173,7 +184,9 @@ def _kill_workers() -> None:
         worker.kill()
 
 
-def _leave_signals_to_parent(_: int) -> None:
+def _start_worker(max_megapixels: float, _: int) -> None:
+    if max_megapixels < math.inf:  # a worker that is spawned does not inherit the limit
+        limit_megapixels(max_megapixels)
     # Ctrl-C and a batch system's SIGTERM reach workers as well, and the step they read for is still to be finished.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -189,10 +202,13 @@ def moved(values: Any, device: str) -> Any:
 
 
 def _collate(
-    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, stand_in: bool
+    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip_option: str | None, stand_in: bool
 ) -> Batch | PictureError:
+    """`skip_option` names the option that would skip unreadable images; None where they are skipped."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
-    if unreadable and (not skip or (stand_in and len(unreadable) == len(items))):
+    if unreadable and skip_option:
+        return PictureError(f"{unreadable[0].error}; or skip up to NUMBER of them with {skip_option} NUMBER")
+    if unreadable and stand_in and len(unreadable) == len(items):
         return unreadable[0].error
     chosen: list[Item] = []
     for i, item in enumerate(items):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
-import os
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
-
-from PIL import Image
 
 from mobilevit.data.archives import (
     Members,
@@ -28,7 +26,7 @@ from mobilevit.data.archives import (
 )
 from mobilevit.data.sample import Label, Labelled, Part, Sample, Source, Subset, few
 from mobilevit.data.tables import file_split, hub_splits, read_table, saved_splits
-from mobilevit.pictures import Picture, PictureError, picture_files
+from mobilevit.pictures import BACKGROUND, Header, PictureError, picture_files, pictures_and_others, read_header
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,18 +40,26 @@ EXPECTED = (
     ".arrow files, or .tar shards"
 )
 HEAD_BYTES = 1 << 16  # where the header of nearly every picture ends
+LARGE_MEGAPIXELS = 50  # of an image, from which the cost of decoding it is worth a warning
+# What one core decodes for training, as measured; JPEG is decoded at a reduced scale.
+JPEG_MEGAPIXELS_PER_SECOND = 400
+OTHER_MEGAPIXELS_PER_SECOND = 50
 
 Parts = dict[str, Callable[[], Part]]
 
 
 @dataclass(frozen=True)
 class Folder(Generic[Label]):
-    """Pictures in files, in folders named after their class say. Below the folder `root` names stay the same."""
+    """Pictures in files, in folders named after their class say. Below the folder `root` names stay the same.
+
+    `notes` say in a line each what was left out of what was found, or assumed of it, for whoever trains on it to know.
+    """
 
     files: tuple[Path, ...]
     labels: tuple[Label, ...]
     class_names: tuple[str, ...]
     root: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,8 +84,8 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Sou
     (train-000.tar, validation-00000-of-00001.parquet); or `data` is one such file. classes.txt beside files whose
     labels are numbers names the classes, one a line.
 
-    Where nothing is held out yet, about `val_fraction` of every class is; see `hold_out`. Hidden files and folders are
-    passed over.
+    Data without a validation split are divided: `val_fraction` of every class; see `hold_out`. Hidden files and folders
+    are passed over.
 
     Raises:
         ValueError: nothing or several things found, no label or one out of range, an empty class or only one, a class
@@ -101,21 +107,59 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Sou
     return train, parts[held_out]().source(class_names)
 
 
-def find_evaluation(data: str | Path, class_names: Sequence[str]) -> Source[int]:
+def find_evaluation(
+    data: str | Path, class_names: Sequence[str], split: str | None = None, val_fraction: float | None = None
+) -> Source[int]:
     """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of `data`.
+
+    `split` names one: "train", "val", "test", or "all" of data without a validation split. "train" and "val" of such
+    data are those that `find_splits` makes with `val_fraction`.
 
     Classes are matched by name, so that their order may be another, and some may be missing. Where `data` has numbers
     only, and the network has no classes of such names, the numbers are taken for those of the network's classes: there
     is nothing else to go by, and labels beyond them are refused.
 
     Raises:
-        ValueError: as `find_splits`, and for a class that is not among `class_names`.
+        ValueError: as `find_splits`, for a class that is not among `class_names`, and for a split that `data` lacks.
     """
     parts = _find_parts(data)
     if parts is None:
         data = Path(data)
-        return _read_folder(held_out_folder(data) or data, tuple(class_names), data)
-    return parts[_held_out(parts) or ("train" if "train" in parts else "all")]().source(class_names)
+        names = tuple(class_names)
+        found = {name: data / name for name in ("train", "val", "test") if (data / name).is_dir()}
+        if set(found) <= {"train"}:
+            found["all"] = found.pop("train", data)
+        readers = {name: partial(_read_folder, folder, names, data) for name, folder in found.items()}
+    else:
+        if _held_out(parts) is None and "train" in parts:
+            parts = {"all": parts["train"]}
+        readers = {name: lambda read=read: read().source(class_names) for name, read in parts.items()}
+    if split is None:
+        split = _held_out(readers) or ("all" if "all" in readers else "train")
+    if "all" not in readers or split == "all":
+        return readers[check_split(split, readers, data)]()
+    train, val = hold_out(readers["all"](), check_divided(split, val_fraction, data), str(data))
+    return train if split == "train" else val
+
+
+def check_split(split: str, found: Iterable[str], data: str | Path) -> str:
+    """`split`, if it is among those that were `found`. Raises ValueError where it is not."""
+    names = list(found)
+    if split not in names:
+        raise ValueError(f"{data}: has no split {split!r}; name one of {few(names)} with --split")
+    return split
+
+
+def check_divided(split: str, val_fraction: float | None, data: str | Path) -> float:
+    """The fraction by which data without a validation split are divided into "train" and "val".
+
+    Raises:
+        ValueError: another split than these, or no fraction.
+    """
+    if split not in ("train", "val") or val_fraction is None:
+        why = "" if split not in ("train", "val") else " of its own, and the weights do not say how to divide it"
+        raise ValueError(f"{data}: has no split {split!r}{why}; evaluate all of it with --split all")
+    return val_fraction
 
 
 def held_out_name(data: str | Path) -> str | None:
@@ -128,11 +172,11 @@ def held_out_name(data: str | Path) -> str | None:
 
 
 def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subset[int], Subset[int]]:
-    """Divide `source` into pictures to train on and to validate on, about `val_fraction` of every class.
+    """Divide `source` into pictures to train on and to validate on: `val_fraction` of every class, rounded.
 
-    Each picture goes by chance, drawn from its key alone (its name below the data folder; its name in the tar; its
-    number where it has no name), so that adding pictures moves none of the others. Where chance would leave one side of
-    a class empty, as it may where a class has few pictures, one is put there. `where` is for the error message.
+    Validated on are those whose keys (name below the data folder; name in the tar; index where there is no name) have
+    the smallest hashes. The division is the same wherever the data lie, and each picture that is added or removed moves
+    at most one other between the splits. Both have a picture of every class. `where` is for the error message.
 
     Raises:
         ValueError: a fraction that is not between 0 and 1, a class of one picture.
@@ -150,11 +194,21 @@ def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subs
                 f"{where}: class {class_name}: {num} too few to train on some and validate on others; add more or "
                 "remove the class"
             )
-        indices.sort(key=lambda i: chances[i])
-        num_val = sum(chances[i] < val_fraction for i in indices)
-        val.update(indices[: min(max(1, num_val), len(indices) - 1)])
+        val.update(smallest(val_fraction, indices, chances))
     train = tuple(i for i in range(len(source)) if i not in val)
     return Subset(source, train), Subset(source, tuple(sorted(val)))
+
+
+def smallest(fraction: float, indices: Sequence[int], chances: Sequence[float]) -> list[int]:
+    """The `fraction` of `indices`, rounded, with the smallest `chances`: at least one of them, and never all."""
+    num = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+    return sorted(indices, key=lambda i: chances[i])[:num]
+
+
+def notes_of(source: Source) -> tuple[str, ...]:
+    """What was left out of what was found, a line each."""
+    base, _ = _unwrap(source, 0)
+    return base.notes if isinstance(base, Folder) else ()
 
 
 def fingerprint(source: Source) -> str:
@@ -173,60 +227,94 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_headers(*sources: Source, max_unreadable: int = 0) -> list[str]:
+@dataclass
+class Scan:
+    """What the headers of images say: errors by image, the number of images with transparency, and large images."""
+
+    unreadable: list[str] = field(default_factory=list)
+    num_transparent: int = 0
+    large: list[tuple[str, Header]] = field(default_factory=list)  # with their names
+
+    def add(self, name: str, header: Header) -> None:
+        """Count one image that can be read."""
+        self.num_transparent += header.has_transparency
+        if header.megapixels > LARGE_MEGAPIXELS:
+            self.large.append((name, header))
+
+    def merge(self, other: Scan) -> None:
+        """Add what another scan found."""
+        self.unreadable += other.unreadable
+        self.num_transparent += other.num_transparent
+        self.large += other.large
+
+    def notes(self) -> list[str]:
+        """Lines for the log of a training run."""
+        notes = []
+        if self.num_transparent:
+            notes.append(
+                f"images with transparency: {self.num_transparent:,}; composited on {BACKGROUND} before anything else"
+            )
+        if self.large:
+            worst = sorted(self.large, key=lambda one: -one[1].megapixels)
+            names = few([f"{name} ({header.megapixels:,.0f} megapixels)" for name, header in worst])
+            seconds = sum(header.megapixels / _rate(header) for _, header in worst)
+            notes.append(
+                f"images above {LARGE_MEGAPIXELS} megapixels: {len(worst):,}, decoded again in every epoch, which "
+                f"takes about {math.ceil(seconds):,} s of one core: {names}; downscaled "
+                'copies avoid it: mogrify -resize "2048x2048>" FILE... (ImageMagick, in place), or docs/training.md'
+            )
+        return notes
+
+
+def _rate(header: Header) -> float:
+    return JPEG_MEGAPIXELS_PER_SECOND if header.format == "JPEG" else OTHER_MEGAPIXELS_PER_SECOND
+
+
+def check_headers(*sources: Source, max_unreadable: int = 0) -> Scan:
     """Look at the beginning of every picture, so that what is none is known before training starts.
 
-    That is quick for files and tars, while tables hand over whole pictures. Returns the names of those that are no
-    pictures, `max_unreadable` at most. (A picture cut short is found when it is read.)
+    That is quick for files and tars, while tables hand over whole pictures. At most `max_unreadable` are no pictures or
+    too large. (A picture cut short is found when it is read.)
 
     Raises:
         PictureError: more of them, five by name.
     """
-    wrong: list[str] = []
+    found = Scan()
     with ThreadPoolExecutor() as pool:
         for source in sources:
             # Some at once: a task for each of a million pictures would fill the memory.
             ranges = (range(start, min(start + 256, len(source))) for start in range(0, len(source), 256))
-            for names in pool.map(partial(_not_pictures, source), ranges):
-                wrong.extend(names)
-    refuse_unreadable(wrong, max_unreadable)
-    return wrong
+            for one in pool.map(partial(_scan, source), ranges):
+                found.merge(one)
+    refuse_unreadable(found.unreadable, max_unreadable)
+    return found
 
 
-def refuse_unreadable(names: Sequence[str], max_unreadable: int) -> None:
-    """Raise PictureError, with five of the names, where there are more than `max_unreadable`."""
-    if len(names) > max_unreadable:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        told = "not pictures; mend or remove them" if len(names) > 1 else "not a picture; mend or remove it"
-        raise PictureError(f"{', '.join(names[:5])}{more}: {told}")
+def refuse_unreadable(errors: Sequence[str], max_unreadable: int) -> None:
+    """Raise PictureError, with five of the errors, where there are more than `max_unreadable`."""
+    if len(errors) > max_unreadable:
+        more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise PictureError(
+            f"{'; '.join(errors[:5])}{more}; replace the files under the same names, or skip them with "
+            f"--data.max-unreadable {len(errors)}"
+        )
 
 
-def _not_pictures(source: Source, indices: Iterable[int]) -> list[str]:
-    names = []
+def _scan(source: Source, indices: Iterable[int]) -> Scan:
+    found = Scan()
     for i in indices:
         base, index = _unwrap(source, i)
         if isinstance(base, Labelled) and isinstance(base.pictures, Members):
             with contextlib.suppress(PictureError):  # said below
-                if _begins_as_picture(base.pictures.read(index, HEAD_BYTES)):
-                    continue
+                name = base.pictures.name(index)
+                found.add(name, read_header(base.pictures.read(index, HEAD_BYTES), name))
+                continue
         try:
             sample = base[index]
+            found.add(sample.name, read_header(sample.picture, sample.name))
         except PictureError as error:
-            names.append(str(error))
-        else:
-            if not _begins_as_picture(sample.picture):
-                names.append(sample.name)
-    return names
-
-
-def _begins_as_picture(picture: Picture | bytes) -> bool:
-    if not isinstance(picture, bytes | str | os.PathLike):
-        return True  # pixels already
-    try:
-        with io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture).open("rb") as file, Image.open(file):
-            return True
-    except Exception:  # Pillow raises nearly anything
-        return False
+            found.unreadable.append(str(error))
+    return found
 
 
 def _unwrap(source: Source, index: int) -> tuple[Source, int]:
@@ -255,6 +343,7 @@ def _find_parts(data: str | Path) -> Parts | None:
     if str(data).startswith("hf:"):
         return _table_parts(str(data), hub_splits(str(data)))
     data = Path(data)
+    refuse_other_data(data)
     if data.is_file():
         refuse_compressed(data)
         ending = data.suffix.lower()
@@ -288,7 +377,22 @@ def _find_parts(data: str | Path) -> Parts | None:
     return None
 
 
-def _held_out(parts: Parts) -> str | None:
+def refuse_other_data(data: str | Path) -> None:
+    """Raise ValueError, with the remedy, for what users try to give as data: URLs, archives, tables of labels."""
+    ending = Path(data).suffix.lower()
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(data)):
+        url = re.sub(":/+", "://", str(data), count=1)  # a Path has one slash
+        raise ValueError(f"{url}: a URL; download it first and give the folder (a dataset of the hub is hf:OWNER/NAME)")
+    if Path(data).is_file() and ending in (".zip", ".7z", ".rar"):
+        raise ValueError(f"{data}: an archive; extract it (unzip) and give the folder")
+    if Path(data).is_file() and ending in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):
+        raise ValueError(
+            f"{data}: a file of labels, which is not supported as data; give the folder: to classify, with one "
+            "folder of images for each class; to detect or segment, in a layout of docs/dense.md"
+        )
+
+
+def _held_out(parts: Iterable[str]) -> str | None:
     return next((name for name in ("val", "test") if name in parts), None)
 
 
@@ -376,19 +480,29 @@ def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder
     label_of = {name: label for label, name in enumerate(class_names)}
     files: list[Path] = []
     labels: list[int] = []
+    ignored: list[Path] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         if folder.name not in label_of:
             raise ValueError(
                 f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({few(class_names)})"
             )
-        found = picture_files(folder)
+        found, others = pictures_and_others(folder)
         if not found:
-            raise ValueError(f"{folder}: no pictures in this class; fill or remove it")
+            holds = f" (it holds {_by_ending(others)})" if others else ""
+            raise ValueError(f"{folder}: no pictures in this class{holds}; fill or remove it")
         files.extend(found)
         labels.extend([label_of[folder.name]] * len(found))
+        ignored.extend(others)
     if not files:
         raise ValueError(f"{root}: no class folders with pictures")
-    return Folder(tuple(files), tuple(labels), class_names, data)
+    notes = (f"{root}: ignored, not images: {_by_ending(ignored)}",) if ignored else ()
+    return Folder(tuple(files), tuple(labels), class_names, data, notes)
+
+
+def _by_ending(files: Sequence[Path]) -> str:
+    """How many files of each ending there are, and the names of the first five files."""
+    counts = Counter(file.suffix.lower() or "without an ending" for file in files)
+    return f"{', '.join(f'{num:,} {ending}' for ending, num in counts.most_common())}: {few(list(map(str, files)))}"
 
 
 def check_fraction(val_fraction: float) -> None:

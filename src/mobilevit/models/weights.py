@@ -122,6 +122,11 @@ class Weights:
         return f"MobileViT-{self.architecture.name.upper()}"
 
     @property
+    def val_fraction(self) -> float | None:
+        """The fraction of the training data that validates, where they come undivided; None where nobody said."""
+        return self.training.get("recipe", {}).get("data", {}).get("val_fraction")
+
+    @property
     def num_classes(self) -> int:
         """How many classes there are, the background of a detector not counted; 0 without a classifier."""
         classifier = self.tensors.get(CLASSIFIERS[self.task])

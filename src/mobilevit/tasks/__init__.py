@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset, load
+from mobilevit.data.sample import few
 from mobilevit.data.sampler import eval_batches
-from mobilevit.data.sources import Source
+from mobilevit.data.sources import Source, fingerprint
 from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Classification, Gather, alone
 from mobilevit.tasks.detection import Detection
@@ -46,8 +47,10 @@ class Task(Protocol):
         """Training and validation data; raises ValueError for whatever can be known to be wrong before training."""
         ...
 
-    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
-        """What is held out of `data`, or all of it, for weights that are trained already."""
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+    ) -> PictureDataset:
+        """The images of a split of `data`, for weights that are trained already; see `find_evaluation`."""
         ...
 
     def held_out_name(self, data: str | Path) -> str | None:
@@ -74,19 +77,46 @@ class Task(Protocol):
 TASKS: dict[str, Task] = {"classify": Classification(), "detect": Detection(), "segment": Segmentation()}
 
 
+def default_split(weights: Weights, data: str | Path) -> str:
+    """The split of `data` that `weights` are evaluated on where none is named: "val", "test" or "all".
+
+    Data with a split of their own: val, or else test. Data without one, if the weights were trained on them: val, as
+    training divided them. Other data: all.
+    """
+    task = TASKS[weights.task]
+    if (name := task.held_out_name(data)) is not None:
+        return name
+    with contextlib.suppress(ValueError):  # other data may be too few to divide
+        if "val_data" in weights.training:
+            val = task.evaluation_set(weights, data, weights.preprocessing, "val")
+            if _is_val_of_training(weights, val):
+                return "val"
+    return "all"
+
+
+def _is_val_of_training(weights: Weights, dataset: PictureDataset) -> bool:
+    return fingerprint(dataset.source) == weights.training.get("val_data")
+
+
 def evaluate_weights(
     weights: Weights,
     data: str | Path,
     *,
+    split: str | None = None,
     size_px: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     device: str = "cpu",
+    max_unreadable: int = 0,
+    say: Callable[[str], object] = lambda note: None,
 ) -> Results:
-    """What `weights` make of `val/` or `test/` of `data`, or of all of it, at the size they are for or at `size_px`.
+    """Metrics of `weights` on a `split` of `data` (see `default_split`), at the size they are for or at `size_px`.
+
+    Up to `max_unreadable` images that cannot be read are left out. `say` gets notes: their names, ignored files.
 
     Raises:
-        ValueError: weights without class names, a class that is none of them, a picture that cannot be read.
+        ValueError: weights without class names, a class that is none of them, a split that `data` lacks, more images
+            that cannot be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
@@ -96,8 +126,34 @@ def evaluate_weights(
             raise ValueError(f"size is {size_px}; it must be 32 px or more")
         preprocessing = preprocessing.at_size(size_px)
     task = TASKS[weights.task]
-    dataset = task.evaluation_set(weights, data, preprocessing)
+    split = split or default_split(weights, data)
+    dataset = task.evaluation_set(weights, data, preprocessing, split)
+    for note in dataset.notes:
+        say(note)
+    is_divided_here = split == "val" and task.held_out_name(data) is None
+    if is_divided_here and not _is_val_of_training(weights, dataset):
+        say(
+            f"{data}: divided anew: not the validation split of the training run, because names or labels of the "
+            "images have changed or an earlier version divided them; images of the training split may be among them"
+        )
     batches = eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px)
-    loaded = load(dataset, batches, num_workers=num_workers, device=device, preprocessing=preprocessing)
+    loaded = load(
+        dataset,
+        batches,
+        num_workers=num_workers,
+        device=device,
+        preprocessing=preprocessing,
+        max_unreadable=max_unreadable,
+        stand_in=False,
+        skip_option="--max-unreadable",
+    )
     with contextlib.closing(loaded):
-        return task.evaluate(weights.build().to(device), loaded)
+        results = task.evaluate(weights.build().to(device), loaded)
+    if len(loaded.unreadable) > max_unreadable:
+        raise PictureError(
+            f"{len(loaded.unreadable)} images cannot be read ({few(loaded.unreadable)}), and max_unreadable is "
+            f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
+        )
+    if loaded.unreadable:
+        say(f"cannot be read, left out: {', '.join(loaded.unreadable)}")
+    return results

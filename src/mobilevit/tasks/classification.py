@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, PictureDataset
 from mobilevit.data.sample import Subset
-from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name
+from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name, notes_of
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.html import confusion_html, mistakes_html, per_class_html
 
@@ -100,15 +100,18 @@ class Classification:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+        limit_megapixels(recipe.data.max_megapixels)
         train, val = find_splits(data, recipe.data.val_fraction)
-        check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
+        scan = check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
-        notes: tuple[str, ...] = ()
+        notes = [*notes_of(train), *scan.notes()]
         if isinstance(val, Subset):  # of what nobody had divided
             every = len(train) + len(val)
-            notes = (f"{data}: nothing is held out, so {len(val):,} of {every:,} pictures are, some of every class",)
+            notes.append(f"{data}: has no validation split: {len(val):,} of {every:,} images are used for validation")
+        else:
+            notes += notes_of(val)
         return (
-            PictureDataset(train, augmentation, notes=notes),
+            PictureDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),
             PictureDataset(val, Evaluation(preprocessing_of(recipe))),
         )
 
@@ -131,10 +134,13 @@ class Classification:
             output_stride=model.backbone.output_stride,
         )
 
-    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+    ) -> PictureDataset:
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
-        return PictureDataset(find_evaluation(data, weights.class_names), Evaluation(preprocessing))
+        source = find_evaluation(data, weights.class_names, split, weights.val_fraction)
+        return PictureDataset(source, Evaluation(preprocessing), notes=notes_of(source))
 
     def held_out_name(self, data: str | Path) -> str | None:
         return held_out_name(data)

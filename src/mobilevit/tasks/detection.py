@@ -30,7 +30,7 @@ from mobilevit.data.loader import Batch, PictureDataset
 from mobilevit.data.sources import Source
 from mobilevit.models.ssdlite import SSDLite, detect, encode
 from mobilevit.models.weights import Weights, backbone_tensors
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Gather, alone
 from mobilevit.tasks.html import NOTHING, Drawn, boxes_html, curves_html, figures_html, table
@@ -165,20 +165,23 @@ class Detection:
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
         _pycocotools()  # that it is missing is to be said before the first epoch, not after it
+        limit_megapixels(recipe.data.max_megapixels)
         train, val = find_boxes(data, recipe.data.val_fraction)
-        check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
+        scan = check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = BoxAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
         return (
-            PictureDataset(train, augmentation, stack_boxes, train.notes),
+            PictureDataset(train, augmentation, stack_boxes, (*train.notes, *scan.notes()), scan.num_transparent),
             PictureDataset(val, evaluation, list, val.notes),
         )
 
-    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+    ) -> PictureDataset:
         _pycocotools()
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
-        source = find_boxes_to_evaluate(data, weights.class_names)
+        source = find_boxes_to_evaluate(data, weights.class_names, split, weights.val_fraction)
         # Whatever the weights are used with, the whole picture is looked at: boxes may stand at its edge.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
         return PictureDataset(source, BoxEvaluation(whole), list, source.notes)

@@ -26,7 +26,7 @@ from mobilevit.data.loader import Batch, PictureDataset
 from mobilevit.data.sources import Source
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.weights import Weights, backbone_tensors
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Gather, alone
 from mobilevit.tasks.html import FIGURE_PX, Painted, confusion_html, figures_html, masks_html
@@ -102,19 +102,22 @@ class Segmentation:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+        limit_megapixels(recipe.data.max_megapixels)
         train, val = find_masks(data, recipe.data.val_fraction)
-        check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
+        scan = check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
         return (
-            PictureDataset(train, augmentation, stack_masks, train.notes),
+            PictureDataset(train, augmentation, stack_masks, (*train.notes, *scan.notes()), scan.num_transparent),
             PictureDataset(val, evaluation, list, val.notes),
         )
 
-    def evaluation_set(self, weights: Weights, data: str | Path, preprocessing: Preprocessing) -> PictureDataset:
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+    ) -> PictureDataset:
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
-        source = find_masks_to_evaluate(data, weights.class_names)
+        source = find_masks_to_evaluate(data, weights.class_names, split, weights.val_fraction)
         # Whatever the weights are used with, the whole picture is looked at: its margins count like its middle.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
         return PictureDataset(source, MaskEvaluation(whole), list, source.notes)

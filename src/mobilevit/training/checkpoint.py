@@ -32,6 +32,10 @@ from mobilevit.pictures import first_line
 
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
 FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
+OTHER_DATA = (
+    "classes, labels or file names of the images have changed, or an earlier version divided them; to resume, put "
+    "removed files back under their names (any readable image will do for a damaged one)"
+)
 NUM_KEPT = 2  # the last one may have been hit by what killed the run: a disk that failed, say
 
 
@@ -52,7 +56,10 @@ class RunFolder:
         started_before = description.exists()
         if started_before:
             if different := _different(_read_facts(description), dict(facts)):
-                raise ValueError(f"{path}: holds another run ({different}); name another folder, or remove this one")
+                more = f"; {OTHER_DATA}" if "other data" in different else ""
+                raise ValueError(
+                    f"{path}: holds another run ({different}){more}; name another folder, or remove this one"
+                )
         elif self._kept() or any((path / name).exists() for name in FILES):
             raise ValueError(f"{path}: holds a run already; choose another folder or remove this one")
         with contextlib.ExitStack() as undo:
@@ -213,6 +220,8 @@ def _different(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
     now = json.loads(json.dumps(now))
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
+        if prefix and name not in now:  # of an earlier version, which compared options that change no number
+            continue
         there, here = before.get(name), now.get(name)
         if isinstance(there, dict) and isinstance(here, dict):
             found.append(_different(there, here, f"{prefix}{name}."))

@@ -165,6 +165,8 @@ def _train(
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
     num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
+    # Saved with the weights: evaluation recognizes the validation split, exports tell how transparency was handled.
+    data_facts = {"val_data": fingerprint(val_set.source), "num_transparent": train_set.num_transparent}
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
@@ -190,7 +192,7 @@ def _train(
     # --- The folder, and where the run stands ------------------------------------------------------------------------
     facts = {
         "recipe": _without_what_may_change(recipe),
-        "data": f"{fingerprint(train_set.source)} {fingerprint(val_set.source)}",
+        "data": f"{fingerprint(train_set.source)} {data_facts['val_data']}",
         "weights": _fingerprint(pretrained) if pretrained else "random",
     }
     if other:
@@ -294,6 +296,7 @@ def _train(
                 "device": str(device),
                 "preprocessing": initial.preprocessing,
                 "max_unreadable": recipe.data.max_unreadable,
+                "skip_option": "--data.max-unreadable",
             }
             pictures = load(train_set, todo, **reading)
             unseen: list[_Step] = []  # steps whose loss has not been looked at
@@ -420,10 +423,10 @@ def _train(
             history = [*position.history, record]
             if is_first and epoch_lines is not None:
                 best = max(history, key=lambda one: one[f"val_{results.main_metric}"])
-                _save(initial, average.model, recipe, record, out / "model.safetensors")
-                _save(initial, model, recipe, record, out / "raw.safetensors")
+                _save(initial, average.model, recipe, record, data_facts, out / "model.safetensors")
+                _save(initial, model, recipe, record, data_facts, out / "raw.safetensors")
                 if best is record:
-                    _save(initial, average.model, recipe, record, out / "best.safetensors")
+                    _save(initial, average.model, recipe, record, data_facts, out / "best.safetensors")
                 epoch_lines.add(record)
                 if board is not None:
                     for name, value in record.items():
@@ -537,17 +540,28 @@ def _blank(task: Task, recipe: Recipe, model: nn.Module, shape: tuple[int, ...] 
 def _shapes(recipe: Recipe, num_pictures: int, at_once: int, world: int) -> set[tuple[int, ...]]:
     """The shapes of the parts of whole steps: one for each size, or two where a step does not divide evenly."""
     shapes = set()
-    for size_px, batch_size in _batches(recipe, num_pictures, 0, world).batch_sizes.items():
+    for size_px, batch_size in _step_sizes(recipe, num_pictures, world).items():
         num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
         for length in (batch_size // num_parts, -(-batch_size // num_parts)):
             shapes.add((length, 3, size_px, size_px))
     return shapes
 
 
+def _step_sizes(recipe: Recipe, num_pictures: int, world: int) -> dict[int, int]:
+    """Images of a whole step by size in pixels; no more than there are."""
+    sizes = _batches(recipe, num_pictures, 0, world).batch_sizes
+    return {size_px: min(batch_size, num_pictures) for size_px, batch_size in sizes.items()}
+
+
 def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, world: int) -> Iterator[str]:
     processes = f"{world} processes" if world > 1 else "1 process"
     yield f"{num_steps:,} steps in {recipe.epochs} epochs"
-    for size_px, batch_size in _batches(recipe, num_pictures, 0, world).batch_sizes.items():
+    if recipe.batch_size > num_pictures:
+        yield (
+            f"batch size {recipe.batch_size:,} exceeds the {num_pictures:,} images for training: every step uses all "
+            "of them, and an epoch is one step; for more steps give a smaller --batch-size"
+        )
+    for size_px, batch_size in _step_sizes(recipe, num_pictures, world).items():
         num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
         rounds = num_parts // world
         yield (
@@ -559,8 +573,8 @@ def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, 
 def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
     if num > recipe.data.max_unreadable:
         raise PictureError(
-            f"{num} pictures of {where} cannot be read, and data.max_unreadable is {recipe.data.max_unreadable}; mend "
-            "them or raise it"
+            f"{num} pictures of {where} cannot be read, and data.max_unreadable is {recipe.data.max_unreadable}; "
+            f"replace them by readable images of the same names, or resume with --data.max-unreadable {num} or more"
         )
 
 
@@ -578,9 +592,14 @@ def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, pic
 
 
 def _without_what_may_change(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what changes no number that is computed."""
+    """The recipe without what changes no number that is computed.
+
+    The limits on unreadable and on large images only decide whether a run stops at an image, or skips it. What a run
+    computed before it stopped is the same with any limits; raising one is like replacing the image.
+    """
     values = recipes.to_dict(recipe)
-    del values["data"]["num_workers"]
+    for name in ("num_workers", "max_unreadable", "max_megapixels"):
+        del values["data"][name]
     return values
 
 
@@ -628,11 +647,16 @@ def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, st
 
 
 def _save(
-    initial: Weights | OtherWeights, model: nn.Module, recipe: Recipe, record: Mapping[str, Any], path: Path
+    initial: Weights | OtherWeights,
+    model: nn.Module,
+    recipe: Recipe,
+    record: Mapping[str, Any],
+    data_facts: Mapping[str, Any],
+    path: Path,
 ) -> None:
     # Without what time it took, so that the same run leaves the same file.
     metrics = {name: value for name, value in record.items() if name not in TIMES}
-    training = {"recipe": recipes.to_dict(recipe), "metrics": metrics}
+    training = {"recipe": recipes.to_dict(recipe), "metrics": metrics, **data_facts}
     if isinstance(initial, OtherWeights):
         initial.write(model.state_dict(), training, path)
     else:
