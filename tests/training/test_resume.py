@@ -118,12 +118,23 @@ def wait_for_step(out: Path, step: int, child: int) -> None:
         time.sleep(0.005)
 
 
+def weight_files(out: Path) -> dict[str, bytes]:
+    """The bytes of the weight files of a run."""
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+
+
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run leaves that nothing happens to."""
+def whole_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happens to."""
     out = tmp_path_factory.mktemp("whole")
     assert end(start(lambda: train(RECIPE, data, out))) == 0
-    return left(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_out: Path) -> dict[str, Any]:
+    """What a run leaves that nothing happens to."""
+    return left(whole_out)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -148,7 +159,7 @@ def test_killed_at_any_instant(whole: dict[str, Any], data: Path, tmp_path: Path
 
 
 def test_killed_while_a_checkpoint_is_written(
-    whole: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], whole_out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Half a file, a whole one under its other name, the new one beside too many old ones: at every checkpoint."""
     save = torch.save
@@ -179,6 +190,7 @@ def test_killed_while_a_checkpoint_is_written(
         assert end(child) == -signal.SIGKILL
     assert end(start(lambda: train(RECIPE, data, out))) == 0
     assert left(out) == whole
+    assert weight_files(out) == weight_files(whole_out)
     assert len(list((out / "checkpoints").iterdir())) == 2
 
 
