@@ -9,7 +9,6 @@ import math
 import platform
 import shlex
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from mobilevit.training.other import OtherNetwork, OtherWeights, check_recipe, start
 from mobilevit.training.report import write_report
+from mobilevit.training.signals import StopOnSignal
 
 TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -281,7 +281,7 @@ def _train(
     main_metric = ""
     # Where to look at the loss means to wait for the device, that is done for several steps together.
     look_every = 1 if device.type == "cpu" else 10
-    with _StopOnSignal() as stop, bar_of_run as progress:
+    with bar_of_run as progress, StopOnSignal(say) as stop:
         bar = progress.add_task(f"epoch {position.epoch + 1}", total=num_steps, completed=position.total_step)
         kept_at = time.perf_counter()
         while position.epoch < recipe.epochs:
@@ -458,37 +458,6 @@ class _Step:
     of_epoch: int
     rate: float
     sums: Tensor
-
-
-class _StopOnSignal:
-    """Notes Ctrl-C and SIGTERM, so that a step can be finished; another one ends the process at once.
-
-    Within two seconds they count as one: under torchrun, Ctrl-C comes from the terminal and from torchrun.
-    """
-
-    signal_number = 0
-    _noted_at = 0.0
-
-    def __enter__(self) -> _StopOnSignal:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal_number and time.monotonic() - self._noted_at > 2:
-            self._restore()
-            signal.raise_signal(number)
-        elif not self.signal_number:
-            self.signal_number, self._noted_at = number, time.monotonic()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
 
 def _to_training(model: nn.Module, recipe: Recipe) -> None:
