@@ -138,6 +138,7 @@ TRAIN_OPTIONS = {
     "--backbone",  # the same
     "--download",
     "--device",
+    "--num-threads",
     "--checkpoint-minutes",
     "--tensorboard",
     "--task",
@@ -580,7 +581,7 @@ TRAIN = ["--epochs", "2", "--batch-size", "3", "--data.num-workers", "0", "--dev
 
 
 def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
-    overrides = ["--optimizer.lr", "1e-4", "--data.flip", "--architecture", "s", "--weights", weights]
+    overrides = ["--optimizer.lr", "1e-4", "--data.flip", "--weights", weights]
     assert run("train", "tiny", "--data=classes", *TRAIN, *overrides) == 0
     out, err = capsys.readouterr()
     result = "runs/classes/model.safetensors"
@@ -600,7 +601,7 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
     assert recipe["data"]["size_px"] == RECIPES["tiny"].data.size_px
     trained = load(result)
     assert trained.class_names == ("x", "y")
-    assert trained.architecture.name == "xxs"  # of the weights, whatever is asked for
+    assert trained.architecture.name == "xxs"
 
     assert run("predict", "runs/classes", "photos/a.png", "--json") == 0
     assert {p["class"] for p in json.loads(capsys.readouterr().out)["predictions"]} == {"x", "y"}
@@ -794,6 +795,12 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "--data", "classes", "--optimiser.lr", "1"): "Unrecognized options: --optimiser.lr",
         ("train", "--data", "classes", "--architecture", "xl"): "'xl'",
         ("train", "--data", "classes", "--weights", "missing.pt"): "missing.pt: no such file",
+        ("train", "--data", "classes", "--weights", weights, "--architecture", "s"): (
+            rf"--architecture is s, but {weights} is MobileViT-XXS; leave out --architecture"
+        ),
+        ("train", "--data", "classes", "--num-threads", "0"): "num threads is 0; it must be 1 or more",
+        ("predict", weights, "photos", "--num-threads", "-1"): "num threads is -1",
+        ("evaluate", weights, "--data", "classes", "--num-threads", "0"): "num threads is 0",
         ("train", "--data", "classes", "--out", "photos/a.png", *TRAIN): r"photos/a.png: .*\(not a directory\)",
         ("train", "--data", "classes", "--out", "photos/a.png/b", *TRAIN): r"photos/a.png/b: .*\(not a directory\)",
         ("train", "--data", "classes", "--checkpoint-minutes", "0"): "checkpoint minutes are 0.0; they must be above 0",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import mobilevit
-from mobilevit.recipes import RECIPES, Recipe, describe
+from mobilevit.recipes import RECIPES, Recipe, describe, named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or 
 SomeWeights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}.")]
 Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
 Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+NumThreads = Annotated[int | None, tyro.conf.arg(help="CPU threads to compute with; unless given, PyTorch's default.")]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Predict:
     batch_size: int = 16
     """Pictures at a time."""
     device: Device = "auto"
+    num_threads: NumThreads = None
     download: Download = False
 
     def run(self) -> int:
@@ -71,10 +73,12 @@ class Predict:
         from rich.progress import Progress
         from rich.table import Column, Table
 
+        from mobilevit.device import use_threads
         from mobilevit.models.weights import read
         from mobilevit.pictures import PictureError
         from mobilevit.predict import find_pictures
 
+        use_threads(self.num_threads)
         if not self.pictures:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         paths = find_pictures(self.pictures)
@@ -367,28 +371,39 @@ class Train:
     ] = None
     download: Download = False
     device: Device = "auto"
+    num_threads: NumThreads = None
     checkpoint_minutes: float = 5.0
     """A checkpoint is kept this often, and after every epoch."""
     tensorboard: bool = False
     """Write for TensorBoard as well."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe_name: tyro.conf.Suppress[str] = "plain"
 
     def run(self) -> int:
         """Train, then say what to do next."""
+        from mobilevit.device import use_threads
         from mobilevit.models.weights import read
         from mobilevit.training.loop import train
 
+        use_threads(self.num_threads)
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
         data = _expand_data(self.data)
         out = _expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = read(self.weights, download=self.download) if self.weights else None
+        architecture = self.recipe.architecture
+        # The recipe's own value is a default, which the weights override.
+        if pretrained and architecture not in (pretrained.architecture.name, named(self.recipe_name).architecture):
+            raise ValueError(
+                f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
+                f"or give weights of MobileViT-{architecture.upper()}"
+            )
         run = train(
             self.recipe,
             data,
             out,
             pretrained=pretrained,
-            device=_device(self.device),
+            device=self.device,
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
         )
@@ -424,6 +439,7 @@ class Evaluate:
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
     device: Device = "auto"
+    num_threads: NumThreads = None
     download: Download = False
 
     def run(self) -> int:
@@ -431,9 +447,11 @@ class Evaluate:
         from rich.box import SIMPLE
         from rich.table import Column, Table
 
+        from mobilevit.device import use_threads
         from mobilevit.models.weights import read
         from mobilevit.tasks import TASKS, evaluate_weights
 
+        use_threads(self.num_threads)
         if not self.weights:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
         if any(side < 32 for side in self.size):
@@ -1131,10 +1149,8 @@ def parse(args: list[str]) -> Any:
     description = COMMANDS[name].__doc__
     if name == "train":
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
-        if recipe not in RECIPES:
-            raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
         # Flags in pairs for train alone: what a flag's default is, depends on the recipe.
-        options = {"default": Train(data=tyro.MISSING, recipe=RECIPES[recipe])}
+        options = {"default": Train(data=tyro.MISSING, recipe=named(recipe), recipe_name=recipe)}
         text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
         others = ", ".join(name for name in RECIPES if name != recipe)
         description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"
@@ -1172,17 +1188,9 @@ def _expand_data(data: str) -> str:
 
 
 def _device(name: str) -> str:
-    import torch
+    from mobilevit.device import choose_device
 
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
-    return name
+    return choose_device(name)
 
 
 def _say_what_is_assumed(source: str, weights: Weights) -> None:

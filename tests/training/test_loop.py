@@ -328,6 +328,62 @@ def test_starting_from_weights_of_other_classes(first: Run, data: Path, tmp_path
     assert after.class_names == ("circle", "line", "square")
 
 
+@pytest.mark.parametrize(
+    ("class_names", "changes", "said"),
+    [
+        (("circle", "line", "square"), {}, ["32 px, training uses 32 px\n", "is 1 x that", "from the weights, which"]),
+        (
+            ("a", "b", "c"),
+            {"optimizer": Optimizer(freeze="stage3", backbone_lr_scale=0.1), "data": Data(size_px=64, num_workers=0)},
+            [
+                "the weights were made for 32 px, training uses 64 px (--data.size-px 32 trains at their size)",
+                "backbone: frozen up to stage3; its learning rate is 0.1 x that of the head",
+                "classifier: new, with random weights, for 3 classes",
+            ],
+        ),
+    ],
+)
+def test_how_it_starts_from_weights_is_logged(
+    first: Run, data: Path, tmp_path: Path, class_names: tuple[str, ...], changes: dict[str, Any], said: list[str]
+):
+    pretrained, console = replace(read(first.weights), class_names=class_names), io.StringIO()
+    recipe = replace(RECIPE, epochs=1, batch_size=12, **changes)
+    train(recipe, data, tmp_path, pretrained=pretrained, console=Console(file=console, width=200))
+    for words in said:
+        assert words in console.getvalue()
+
+
+def test_names_and_paths_for_what_is_given(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A recipe's name, strings for folders, a path for the weights: as the objects that they stand for."""
+    recipe = replace(RECIPE, epochs=1)
+    monkeypatch.setitem(RECIPES, "few", recipe)
+    by_name = run(cast(Any, "few"), cast(Any, str(data)), cast(Any, str(tmp_path / "a")), pretrained=str(first.weights))
+    expected = run(recipe, data, tmp_path / "b", pretrained=read(first.weights), device="cpu")
+    assert by_name.weights.read_bytes() == expected.weights.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "said"),
+    [
+        (("smal", "data", "out"), {}, ValueError, r"no recipe 'smal'; there are plain, .*small"),
+        (
+            ({"epochs": 3}, "data", "out"),
+            {},
+            TypeError,
+            r"recipe is a dict; give the name of a recipe \(plain, .*Recipe",
+        ),
+        (("tiny", ["data"], "out"), {}, TypeError, "data is a list; give a path as str or pathlib.Path"),
+        (("tiny", "data", None), {}, TypeError, "out is a NoneType; give a path"),
+        (("tiny", "data", "out"), {"pretrained": nn.Linear(2, 2)}, TypeError, "Linear; give a path.*mobilevit.save"),
+        (("tiny", "data", "out"), {"pretrained": "missing.pt"}, ValueError, "missing.pt: no such file"),
+        (("tiny", "data", "out"), {"device": "tpu9"}, ValueError, "device 'tpu9' cannot be used here"),
+    ],
+)
+def test_mistakes_in_python(arguments: Any, options: dict[str, Any], error: type[Exception], said: str):
+    with pytest.raises(error, match=said):
+        train(*arguments, **options)
+
+
 def test_interrupted_between_steps_by_force(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     evaluate, calls = Classification.evaluate, []
 

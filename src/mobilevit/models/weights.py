@@ -365,6 +365,23 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
     return weights
 
 
+def to_weights(source: Weights | str | os.PathLike[str], *, download: bool = False) -> Weights:
+    """`source` if it is `Weights`, else what `read` returns for it.
+
+    Raises:
+        WeightsError: as `read`.
+        TypeError: `source` of another type, a model for example.
+    """
+    if isinstance(source, Weights):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"the weights are a {type(source).__name__}; give a path, a hub id or Weights "
+            "(mobilevit.save(model, path) writes a model to a path)"
+        )
+    return read(source, download=download)
+
+
 def imagenet_class_names() -> tuple[str, ...]:
     """The 1,000 names of ImageNet-1k in their usual order, from torchvision."""
     from torchvision.models import ResNet18_Weights

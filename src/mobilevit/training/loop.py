@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import os
 import platform
 import shlex
 import signal
@@ -28,7 +29,8 @@ from mobilevit import recipes
 from mobilevit.data.loader import Batch, Loader, PictureDataset, load, moved
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
-from mobilevit.models.weights import TASK_FORMATS, Weights, write
+from mobilevit.device import choose_device, thread_advice
+from mobilevit.models.weights import TASK_FORMATS, Weights, to_weights, write
 from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS, Results, Task
@@ -90,18 +92,25 @@ class Position:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str,
     data: str | Path,
     out: str | Path,
     *,
-    pretrained: Weights | None = None,
+    pretrained: Weights | str | os.PathLike[str] | None = None,
+    download: bool = False,
     other: OtherNetwork | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
+
+    `recipe` is a `Recipe` or the name of one ("small"), `pretrained` are weights to start from: a path, a hub id, which
+    is fetched only with `download=True`, or `Weights`. `device` "auto" is the first of cuda, mps and cpu that there is.
+
+    >>> run = mobilevit.train("finetune", "pets/", "runs/pets", pretrained="apple/mobilevit-x-small", download=True)
+    >>> model = mobilevit.load(run.weights)
 
     Called again after the process died, it goes on where it was and ends with the same weights to the bit, given the
     same recipe, data, device and number of threads. Started by torchrun, the processes share the work. A checkpoint is
@@ -111,9 +120,22 @@ def train(
     Raises:
         ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
             nothing is left to do, a loss that is not finite (`DivergedError`), a recipe that is not for `other`, or
-            that spares a backbone which is not `pretrained`.
+            that spares a backbone which is not `pretrained`, an unknown recipe or device, weights that cannot be read.
+        TypeError: an argument of another type.
         Stopped: Ctrl-C or SIGTERM.
     """
+    if isinstance(recipe, str):
+        recipe = recipes.named(recipe)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe is a {type(recipe).__name__}; give the name of a recipe ({', '.join(recipes.RECIPES)}) or a "
+            "Recipe (dataclasses.replace(mobilevit.RECIPES['small'], epochs=5) changes one)"
+        )
+    for name, value in (("data", data), ("out", out)):
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} is a {type(value).__name__}; give a path as str or pathlib.Path")
+    if pretrained is not None:
+        pretrained = to_weights(pretrained, download=download)
     assert not (pretrained and other)
     of_trained = (
         ("freeze", recipe.optimizer.freeze, "nothing"),
@@ -127,7 +149,7 @@ def train(
                 f"optimizer.{name} is {value}, for a backbone that has learnt already, and this one begins at random; "
                 f"give weights to start from (--weights), or set it to {usual}"
             )
-    with join(device) as processes, contextlib.ExitStack() as opened:
+    with join(choose_device(device)) as processes, contextlib.ExitStack() as opened:
         console = console or Console(stderr=True)
         if processes.rank > 0:
             console = Console(quiet=True)
@@ -220,10 +242,15 @@ def _train(
     )
     for note in (*train_set.notes, *val_set.notes):
         say(note)
+    if pretrained:
+        for line in _say_start(recipe, pretrained, initial.class_names):
+            say(line)
     for line in _say_steps(recipe, len(train_set), num_steps, at_once, world):
         say(line)
     if checkpoint is not None:
         say(f"going on after step {position.total_step:,}, in epoch {position.epoch + 1}")
+    if device.type == "cpu" and is_first and (advice := thread_advice()):
+        say(advice)
     epoch_lines = step_lines = board = None
     if folder is not None:
         epoch_lines = opened.enter_context(contextlib.closing(Lines(out / "metrics.jsonl", len(position.history))))
@@ -523,6 +550,19 @@ def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, 
             f"at {size_px} px {batch_size:,} pictures a step: {processes} x {rounds} part{'s' if rounds > 1 else ''} x "
             f"{'about ' if batch_size % num_parts else ''}{round(batch_size / num_parts):,} pictures"
         )
+
+
+def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
+    """What training makes of the weights that it starts from."""
+    made_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
+    hint = "" if made_px == size_px else f" (--data.size-px {made_px} trains at their size)"
+    yield f"input size: the weights were made for {made_px} px, training uses {size_px} px{hint}"
+    frozen = "" if recipe.optimizer.freeze == "nothing" else f"frozen up to {recipe.optimizer.freeze}; "
+    yield f"backbone: {frozen}its learning rate is {recipe.optimizer.backbone_lr_scale:g} x that of the head"
+    if (pretrained.task, pretrained.class_names) == (recipe.task, class_names):
+        yield f"classifier: from the weights, which have the same {len(class_names)} class names"
+    else:
+        yield f"classifier: new, with random weights, for {len(class_names)} classes"
 
 
 def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
