@@ -608,7 +608,10 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
 
     before = {name: (here / "runs" / name).read_bytes() for name in names(here / "runs")}
     again = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides)
-    assert again == "mobilevit: runs/classes: this run is finished; name another folder for a new one\n"
+    assert (
+        again
+        == "mobilevit: runs/classes: this run is finished; continue it with more --epochs, or name another folder\n"
+    )
     other = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides, "--seed", "3")
     said = "runs/classes: holds another run (recipe.seed is 0 there, 3 here); name another folder, or remove this one"
     assert other == f"mobilevit: {said}\n"
@@ -661,7 +664,7 @@ def test_what_train_hands_on(here: Path, monkeypatch: pytest.MonkeyPatch, given:
     monkeypatch.setenv("HOME", str(here / "home"))
     assert run("train", "finetune", f"--data={given}", "--device", "cpu", "--checkpoint-minutes", "7") == 2
     expected = (RECIPES["finetune"], data.replace("HOME", str(here / "home")), Path(out.replace("HERE", here.name)))
-    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False}
+    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False, "extend": True}
     assert handed_on == [(expected, options)]
 
 

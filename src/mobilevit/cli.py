@@ -406,6 +406,7 @@ class Train:
             device=self.device,
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
+            extend=True,
         )
         if os.environ.get("RANK", "0") == "0":
             value = run.epochs[-1][f"val_{run.main_metric}"]

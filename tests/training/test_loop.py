@@ -413,6 +413,58 @@ def test_a_finished_run_and_another_recipes_are_refused(first: Run, data: Path):
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
+def test_a_finished_run_is_extended_twice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decays, said = [], io.StringIO()
+    monkeypatch.setattr(
+        loop, "MovingAverage", lambda *arguments: (decays.append(arguments[1:]), MovingAverage(*arguments))[1]
+    )
+    recipe = replace(RECIPE, batch_size=6)  # 2 steps an epoch
+    run(recipe, data, tmp_path)
+    done = train(replace(recipe, epochs=3), data, tmp_path, extend=True, console=Console(file=said, width=200))
+    assert "after epoch 2, where its schedule ends, the run continues at the constant learning rate 0.0002" in (
+        said.getvalue()
+    )
+    assert len(done.epochs) == 3
+    run(replace(recipe, epochs=4), data, tmp_path, extend=True)
+    assert decays == [(recipe.ema_decay, 4)] * 3  # as short a run as at first
+    rates = [line["lr"] for line in lines(tmp_path / "steps.jsonl")]
+    assert len(rates) == 8
+    assert rates[3:] == pytest.approx([recipe.optimizer.end_lr] * 5)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["recipe"]["epochs"], facts["schedule_epochs"]) == (4, 2)
+    training = read(tmp_path / "model.safetensors").training
+    assert (training["recipe"]["epochs"], training["schedule_epochs"]) == (4, 2)
+    assert "schedule of 2 epochs, then constant" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match=f"^{tmp_path}: holds another run .recipe.epochs is 4 there, 2 here"):
+        run(recipe, data, tmp_path, extend=True)
+
+
+def test_what_cannot_be_extended(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    longer = replace(RECIPE, epochs=5)
+    with pytest.raises(ValueError, match=r"holds another run .recipe.epochs is 2 there, 5 here"):  # nobody asked for it
+        run(longer, data, first.weights.parent)
+    with pytest.raises(ValueError, match=r"holds another run .recipe.seed is 0 there, 1 here.; "):
+        run(replace(longer, seed=1), data, first.weights.parent, extend=True)
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_report", stop)  # after the second epoch, whose checkpoint is then missing
+        with pytest.raises(KeyboardInterrupt):
+            run(RECIPE, data, tmp_path / "half")
+    before = {file: file.read_bytes() for file in (tmp_path / "half").rglob("*") if file.is_file()}
+    said = rf"^{tmp_path}/half: epochs are 5, .* 1 of 2 epochs, .*--epochs 2, then continue it with --epochs 5"
+    with pytest.raises(ValueError, match=said):
+        run(longer, data, tmp_path / "half", extend=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "half").rglob("*") if file.is_file()} == before
+
+    still = replace(RECIPE, epochs=1, batch_size=12, optimizer=Optimizer(end_lr=0.0))
+    run(still, data, tmp_path / "still")
+    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*name another folder"):
+        run(replace(still, epochs=2), data, tmp_path / "still", extend=True)
+
+
 def test_out_among_the_classes_is_refused(tmp_path: Path):
     for name in ("a/1", "a/2", "b/1", "b/2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -231,6 +231,28 @@ def test_a_signal_finishes_the_step_and_keeps_it(
     assert left(tmp_path) == whole
 
 
+def test_an_extended_run_killed_and_resumed(whole: dict[str, Any], data: Path, tmp_path: Path):
+    """Two more epochs after the last one: as the run before up to there, then at a constant rate, killed or not."""
+    longer, quiet, killed = replace(RECIPE, epochs=5), tmp_path / "quiet", tmp_path / "killed"
+    for out in (quiet, killed):
+        assert end(start(partial(train, RECIPE, data, out))) == 0
+    assert end(start(lambda: train(longer, data, quiet, extend=True))) == 0
+    expected, num_steps = left(quiet), len(whole["steps"])
+    assert expected["epochs"][:3] == whole["epochs"]
+    assert expected["steps"][:num_steps] == whole["steps"]
+    assert [line["epoch"] for line in expected["epochs"]] == [1, 2, 3, 4, 5]
+    assert {line["lr"] for line in expected["steps"][num_steps:]} == {RECIPE.optimizer.end_lr}
+    for step in (1, 5):
+        child = start(lambda: train(longer, data, killed, extend=True, checkpoint_minutes=1e-9))
+        wait_for_step(killed, num_steps + step, child)
+        os.kill(child, signal.SIGKILL)
+        assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(longer, data, killed))) == 0  # resumed: it is of that many epochs now
+    assert left(killed) == expected
+    assert weight_files(killed) == weight_files(quiet)
+    assert json.loads((killed / "run.json").read_text()) == json.loads((quiet / "run.json").read_text())
+
+
 def torchrun(recipe: Recipe, data: Path, out: Path, minutes: float, *options: str) -> subprocess.Popen[bytes]:
     program = out.with_suffix(".py")
     program.write_text(PROGRAM)

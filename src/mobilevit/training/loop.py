@@ -35,7 +35,7 @@ from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
-from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint
+from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint, read_facts
 from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
@@ -102,6 +102,7 @@ def train(
     device: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
+    extend: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
@@ -116,6 +117,8 @@ def train(
     same recipe, data, device and number of threads. Started by torchrun, the processes share the work. A checkpoint is
     kept every `checkpoint_minutes` and after every epoch. Progress goes to `console` (standard error unless given).
     With `other` that classifier is trained, from random weights, instead of the recipe's MobileViT.
+    With `extend` a finished run in `out` continues where `recipe` differs from its recipe in a larger number of epochs
+    alone: for the additional ones at the constant learning rate `optimizer.end_lr`, with the same decay of the average.
 
     Raises:
         ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
@@ -154,7 +157,17 @@ def train(
         if processes.rank > 0:
             console = Console(quiet=True)
         return _train(
-            recipe, data, Path(out), pretrained, other, processes, checkpoint_minutes, tensorboard, console, opened
+            recipe,
+            data,
+            Path(out),
+            pretrained,
+            other,
+            processes,
+            checkpoint_minutes,
+            tensorboard,
+            extend,
+            console,
+            opened,
         )
 
 
@@ -167,6 +180,7 @@ def _train(
     processes: Processes,
     checkpoint_minutes: float,
     tensorboard: bool,
+    extend: bool,
     console: Console,
     opened: contextlib.ExitStack,
 ) -> Run:
@@ -186,7 +200,8 @@ def _train(
         and not (Path(data) / "train").is_dir()
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
-    num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
+    steps_of_epochs = [len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs)]
+    num_steps = sum(steps_of_epochs)
 
     # --- Model, its average, optimizer -------------------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
@@ -204,10 +219,8 @@ def _train(
         if device.type == "cpu":
             raise ValueError("compute.sync_batch_norm is True; PyTorch has it on GPUs alone, not on the CPU")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    average = MovingAverage(model, recipe.ema_decay, num_steps)
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.compute.precision == "float16")
-    training = {"model": model, "average": average.model, "optimizer": optimizer, "scaler": scaler}
 
     # --- The folder, and where the run stands ------------------------------------------------------------------------
     facts = {
@@ -220,12 +233,26 @@ def _train(
     num_bytes = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average, two moments
     folder: RunFolder | None = None
 
-    def open_folder() -> Path | None:
+    def open_folder() -> tuple[Path | None, int]:
         nonlocal folder
-        folder = opened.enter_context(contextlib.closing(RunFolder(out, facts, num_bytes=num_bytes)))
-        return folder.latest(say)
+        before = read_facts(out)
+        num_before = before.get("recipe", {}).get("epochs", recipe.epochs) if extend else recipe.epochs
+        if "schedule_epochs" in before:
+            facts["schedule_epochs"] = before["schedule_epochs"]
+        known = {**facts, "recipe": {**facts["recipe"], "epochs": min(num_before, recipe.epochs)}}
+        folder = opened.enter_context(contextlib.closing(RunFolder(out, known, num_bytes=num_bytes)))
+        checkpoint = folder.latest(say)
+        if num_before < recipe.epochs:
+            facts.setdefault("schedule_epochs", num_before)
+            num_done = read_checkpoint(checkpoint)["position"]["epoch"] if checkpoint else 0
+            _check_extension(recipe, out, num_done, facts["schedule_epochs"])
+            folder.describe(facts)
+        return checkpoint, facts.get("schedule_epochs", recipe.epochs)
 
-    checkpoint = processes.from_first(open_folder)
+    checkpoint, schedule_epochs = processes.from_first(open_folder)
+    schedule_steps = sum(steps_of_epochs[:schedule_epochs])
+    average = MovingAverage(model, recipe.ema_decay, schedule_steps)
+    training = {"model": model, "average": average.model, "optimizer": optimizer, "scaler": scaler}
     position = Position()
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
@@ -234,7 +261,9 @@ def _train(
             part.load_state_dict(state[name])
         del state
     if position.epoch == recipe.epochs:
-        raise FinishedError(f"{out}: this run is finished; name another folder for a new one", position.history)
+        raise FinishedError(
+            f"{out}: this run is finished; continue it with more --epochs, or name another folder", position.history
+        )
     say(
         f"{initial.name} from {'the given' if pretrained else 'random'} weights; "
         f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
@@ -247,6 +276,11 @@ def _train(
             say(line)
     for line in _say_steps(recipe, len(train_set), num_steps, at_once, world):
         say(line)
+    if schedule_epochs < recipe.epochs:
+        say(
+            f"after epoch {schedule_epochs}, where its schedule ends, the run continues at the constant learning rate "
+            f"{recipe.optimizer.end_lr:g} (optimizer.end_lr)"
+        )
     if checkpoint is not None:
         say(f"going on after step {position.total_step:,}, in epoch {position.epoch + 1}")
     if device.type == "cpu" and is_first and (advice := thread_advice()):
@@ -329,7 +363,7 @@ def _train(
             for part in parts(batches, first_step=position.step, **division):
                 batch = next(pictures)
                 rate = learning_rate(
-                    recipe.optimizer, position.total_step, num_steps, epoch=epoch, num_epochs=recipe.epochs
+                    recipe.optimizer, position.total_step, schedule_steps, epoch=epoch, num_epochs=schedule_epochs
                 )
                 set_learning_rate(optimizer, rate)
                 # Chance follows from where the run stands, so nothing of it has to be kept for a resume.
@@ -447,10 +481,15 @@ def _train(
             history = [*position.history, record]
             if is_first and epoch_lines is not None:
                 best = max(history, key=lambda one: one[f"val_{results.main_metric}"])
-                _save(initial, average.model, recipe, record, out / "model.safetensors")
-                _save(initial, model, recipe, record, out / "raw.safetensors")
+                # Without what time it took, so that the same run leaves the same file.
+                timeless = {name: value for name, value in record.items() if name not in TIMES}
+                of_file = {"recipe": recipes.to_dict(recipe), "metrics": timeless}
+                if schedule_epochs < recipe.epochs:
+                    of_file["schedule_epochs"] = schedule_epochs
+                _save(initial, average.model, of_file, out / "model.safetensors")
+                _save(initial, model, of_file, out / "raw.safetensors")
                 if best is record:
-                    _save(initial, average.model, recipe, record, out / "best.safetensors")
+                    _save(initial, average.model, of_file, out / "best.safetensors")
                 epoch_lines.add(record)
                 if board is not None:
                     for name, value in record.items():
@@ -471,7 +510,7 @@ def _train(
                     epochs=history,
                     steps=out / "steps.jsonl",
                     sections=results.sections(val_set.source),
-                    facts=_environment(processes, at_once, recipe),
+                    facts=_environment(processes, at_once, recipe, schedule_epochs),
                     commands=() if other else _commands(recipe, data, out),
                 )
             keep()
@@ -552,6 +591,21 @@ def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, 
         )
 
 
+def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:
+    """Refuse to change the epochs of a run on which its learning rate depends, or to train on at a rate of zero."""
+    if num_done < schedule_epochs:
+        raise ValueError(
+            f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of {schedule_epochs} epochs, over "
+            f"which its learning rate is scheduled; finish it with --epochs {schedule_epochs}, then continue it with "
+            f"--epochs {recipe.epochs}, or name another folder"
+        )
+    if not recipe.optimizer.end_lr:
+        raise ValueError(
+            f"{out}: optimizer.end_lr is 0, and a finished run continues at that learning rate, which changes nothing; "
+            "name another folder for a longer run"
+        )
+
+
 def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
     """What training makes of the weights that it starts from."""
     made_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
@@ -608,10 +662,12 @@ def _tensorboard(out: Path, step: int) -> Any:
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
 
-def _environment(processes: Processes, at_once: int, recipe: Recipe) -> dict[str, str]:
+def _environment(processes: Processes, at_once: int, recipe: Recipe, schedule_epochs: int) -> dict[str, str]:
     device = processes.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    extended = {"learning rate": f"schedule of {schedule_epochs} epochs, then constant at optimizer.end_lr"}
     return {
+        **(extended if schedule_epochs < recipe.epochs else {}),
         "mobilevit": version("mobilevit"),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
@@ -636,12 +692,7 @@ def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, st
     return commands
 
 
-def _save(
-    initial: Weights | OtherWeights, model: nn.Module, recipe: Recipe, record: Mapping[str, Any], path: Path
-) -> None:
-    # Without what time it took, so that the same run leaves the same file.
-    metrics = {name: value for name, value in record.items() if name not in TIMES}
-    training = {"recipe": recipes.to_dict(recipe), "metrics": metrics}
+def _save(initial: Weights | OtherWeights, model: nn.Module, training: Mapping[str, Any], path: Path) -> None:
     if isinstance(initial, OtherWeights):
         initial.write(model.state_dict(), training, path)
     else:
