@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mobilevit.pictures import Preprocessing
 from mobilevit.predict import Classifier, Detector, Segmenter, load, load_detector, load_segmenter, save
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
+from mobilevit.training.report import Origin
 
 COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo", "explain", "compare"]
 # Names that look like the markup of a terminal library.
@@ -665,6 +667,9 @@ def test_what_train_hands_on(here: Path, monkeypatch: pytest.MonkeyPatch, given:
     assert run("train", "finetune", f"--data={given}", "--device", "cpu", "--checkpoint-minutes", "7") == 2
     expected = (RECIPES["finetune"], data.replace("HOME", str(here / "home")), Path(out.replace("HERE", here.name)))
     options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False, "extend": True}
+    options["origin"] = Origin(
+        "finetune", f"mobilevit train finetune {shlex.quote(f'--data={given}')} --device cpu --checkpoint-minutes 7"
+    )
     assert handed_on == [(expected, options)]
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -378,12 +379,14 @@ class Train:
     """Write for TensorBoard as well."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     recipe_name: tyro.conf.Suppress[str] = "plain"
+    command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
         """Train, then say what to do next."""
         from mobilevit.device import use_threads
         from mobilevit.models.weights import read
         from mobilevit.training.loop import train
+        from mobilevit.training.report import Origin
 
         use_threads(self.num_threads)
         if not self.checkpoint_minutes > 0:
@@ -407,6 +410,7 @@ class Train:
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
             extend=True,
+            origin=Origin(self.recipe_name, self.command),
         )
         if os.environ.get("RANK", "0") == "0":
             value = run.epochs[-1][f"val_{run.main_metric}"]
@@ -1151,7 +1155,8 @@ def parse(args: list[str]) -> Any:
     if name == "train":
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
         # Flags in pairs for train alone: what a flag's default is, depends on the recipe.
-        options = {"default": Train(data=tyro.MISSING, recipe=named(recipe), recipe_name=recipe)}
+        command = shlex.join(["mobilevit", *args])
+        options = {"default": Train(tyro.MISSING, recipe=named(recipe), recipe_name=recipe, command=command)}
         text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
         others = ", ".join(name for name in RECIPES if name != recipe)
         description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"

@@ -41,7 +41,7 @@ from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from mobilevit.training.other import OtherNetwork, OtherWeights, check_recipe, start
-from mobilevit.training.report import write_report
+from mobilevit.training.report import Origin, write_report
 from mobilevit.training.signals import StopOnSignal
 
 TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
@@ -103,6 +103,7 @@ def train(
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     extend: bool = False,
+    origin: Origin | None = None,
     console: Console | None = None,
 ) -> Run:
     """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
@@ -119,6 +120,7 @@ def train(
     With `other` that classifier is trained, from random weights, instead of the recipe's MobileViT.
     With `extend` a finished run in `out` continues where `recipe` differs from its recipe in a larger number of epochs
     alone: for the additional ones at the constant learning rate `optimizer.end_lr`, with the same decay of the average.
+    `origin` is for the report.
 
     Raises:
         ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
@@ -128,6 +130,7 @@ def train(
         Stopped: Ctrl-C or SIGTERM.
     """
     if isinstance(recipe, str):
+        origin = origin or Origin(recipe)
         recipe = recipes.named(recipe)
     if not isinstance(recipe, Recipe):
         raise TypeError(
@@ -166,6 +169,7 @@ def train(
             checkpoint_minutes,
             tensorboard,
             extend,
+            origin or Origin(),
             console,
             opened,
         )
@@ -181,6 +185,7 @@ def _train(
     checkpoint_minutes: float,
     tensorboard: bool,
     extend: bool,
+    origin: Origin,
     console: Console,
     opened: contextlib.ExitStack,
 ) -> Run:
@@ -507,6 +512,7 @@ def _train(
                     out / "report.html",
                     title=f"{initial.name} on {data}",
                     recipe=recipe,
+                    origin=origin,
                     epochs=history,
                     steps=out / "steps.jsonl",
                     sections=results.sections(val_set.source),
