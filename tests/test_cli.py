@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mobilevit.pictures import Preprocessing
 from mobilevit.predict import Classifier, Detector, Segmenter, load, load_detector, load_segmenter, save
 from mobilevit.recipes import RECIPES, describe
 from mobilevit.training import loop
+from mobilevit.training.report import Origin
 
 COMMANDS = ["predict", "train", "evaluate", "info", "convert", "export", "benchmark", "demo", "explain", "compare"]
 # Names that look like the markup of a terminal library.
@@ -158,6 +160,7 @@ TRAIN_OPTIONS = {
     "--backbone",  # the same
     "--download",
     "--device",
+    "--num-threads",
     "--checkpoint-minutes",
     "--tensorboard",
     "--task",
@@ -601,7 +604,7 @@ TRAIN = ["--epochs", "2", "--batch-size", "3", "--data.num-workers", "0", "--dev
 
 
 def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
-    overrides = ["--optimizer.lr", "1e-4", "--data.flip", "--architecture", "s", "--weights", weights]
+    overrides = ["--optimizer.lr", "1e-4", "--data.flip", "--weights", weights]
     assert run("train", "tiny", "--data=classes", *TRAIN, *overrides) == 0
     out, err = capsys.readouterr()
     result = "runs/classes/model.safetensors"
@@ -621,14 +624,17 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
     assert recipe["data"]["size_px"] == RECIPES["tiny"].data.size_px
     trained = load(result)
     assert trained.class_names == ("x", "y")
-    assert trained.architecture.name == "xxs"  # of the weights, whatever is asked for
+    assert trained.architecture.name == "xxs"
 
     assert run("predict", "runs/classes", "photos/a.png", "--json") == 0
     assert {p["class"] for p in json.loads(capsys.readouterr().out)["predictions"]} == {"x", "y"}
 
     before = {name: (here / "runs" / name).read_bytes() for name in names(here / "runs")}
     again = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides)
-    assert again == "mobilevit: runs/classes: this run is finished; name another folder for a new one\n"
+    assert (
+        again
+        == "mobilevit: runs/classes: this run is finished; continue it with more --epochs, or name another folder\n"
+    )
     other = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides, "--seed", "3")
     said = "runs/classes: holds another run (recipe.seed is 0 there, 3 here); name another folder, or remove this one"
     assert other == f"mobilevit: {said}\n"
@@ -681,7 +687,10 @@ def test_what_train_hands_on(here: Path, monkeypatch: pytest.MonkeyPatch, given:
     monkeypatch.setenv("HOME", str(here / "home"))
     assert run("train", "finetune", f"--data={given}", "--device", "cpu", "--checkpoint-minutes", "7") == 2
     expected = (RECIPES["finetune"], data.replace("HOME", str(here / "home")), Path(out.replace("HERE", here.name)))
-    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False}
+    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False, "extend": True}
+    options["origin"] = Origin(
+        "finetune", f"mobilevit train finetune {shlex.quote(f'--data={given}')} --device cpu --checkpoint-minutes 7"
+    )
     assert handed_on == [(expected, options)]
 
 
@@ -832,6 +841,12 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "--data", "classes", "--optimiser.lr", "1"): "Unrecognized options: --optimiser.lr",
         ("train", "--data", "classes", "--architecture", "xl"): "'xl'",
         ("train", "--data", "classes", "--weights", "missing.pt"): "missing.pt: no such file",
+        ("train", "--data", "classes", "--weights", weights, "--architecture", "s"): (
+            rf"--architecture is s, but {weights} is MobileViT-XXS; leave out --architecture"
+        ),
+        ("train", "--data", "classes", "--num-threads", "0"): "num threads is 0; it must be 1 or more",
+        ("predict", weights, "photos", "--num-threads", "-1"): "num threads is -1",
+        ("evaluate", weights, "--data", "classes", "--num-threads", "0"): "num threads is 0",
         ("train", "--data", "classes", "--out", "photos/a.png", *TRAIN): r"photos/a.png: .*\(not a directory\)",
         ("train", "--data", "classes", "--out", "photos/a.png/b", *TRAIN): r"photos/a.png/b: .*\(not a directory\)",
         ("train", "--data", "classes", "--checkpoint-minutes", "0"): "checkpoint minutes are 0.0; they must be above 0",

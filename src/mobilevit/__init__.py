@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         save,
     )
     from mobilevit.recipes import RECIPES, Recipe
+    from mobilevit.tasks.evaluation import evaluate
     from mobilevit.training.loop import train
 
 # Public name -> its module, imported when first asked for: `mobilevit --help` must not wait for torch.
@@ -48,6 +49,7 @@ _MODULES = {
     "save": "predict",
     "RECIPES": "recipes",
     "Recipe": "recipes",
+    "evaluate": "tasks.evaluation",
     "train": "training.loop",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "Recipe",
     "S",
     "Segmenter",
+    "evaluate",
     "explain_picture",
     "load",
     "load_backbone",

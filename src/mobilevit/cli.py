@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import mobilevit
-from mobilevit.recipes import MAX_MEGAPIXELS, RECIPES, Recipe, describe
+from mobilevit.recipes import MAX_MEGAPIXELS, RECIPES, Recipe, describe, named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, c
 MaxMegapixels = Annotated[
     float, tyro.conf.arg(help="Largest image file to read, width times height in millions of pixels.")
 ]
+NumThreads = Annotated[int | None, tyro.conf.arg(help="CPU threads to compute with; unless given, PyTorch's default.")]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Predict:
     """Pictures at a time."""
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
+    num_threads: NumThreads = None
     download: Download = False
 
     def run(self) -> int:
@@ -84,6 +87,7 @@ class Predict:
             raise ValueError("no picture is named; give files, folders or quoted patterns")
         _limit_megapixels(self.max_megapixels)
         paths = find_pictures(self.pictures)
+        _use_threads(self.num_threads)  # imports torch: wrong paths are reported before
         model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
         self._refuse_options(model.task)
         shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
@@ -385,30 +389,44 @@ class Train:
     ] = None
     download: Download = False
     device: Device = "auto"
+    num_threads: NumThreads = None
     checkpoint_minutes: float = 5.0
     """A checkpoint is kept this often, and after every epoch."""
     tensorboard: bool = False
     """Write for TensorBoard as well."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe_name: tyro.conf.Suppress[str] = "plain"
+    command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
         """Train, then say what to do next."""
         from mobilevit.models.weights import read
         from mobilevit.training.loop import train
+        from mobilevit.training.report import Origin
 
+        _use_threads(self.num_threads)
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
         data = _expand_data(self.data)
         out = _expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = read(self.weights, download=self.download) if self.weights else None
+        architecture = self.recipe.architecture
+        # The recipe's own value is a default, which the weights override.
+        if pretrained and architecture not in (pretrained.architecture.name, named(self.recipe_name).architecture):
+            raise ValueError(
+                f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
+                f"or give weights of MobileViT-{architecture.upper()}"
+            )
         run = train(
             self.recipe,
             data,
             out,
             pretrained=pretrained,
-            device=_device(self.device),
+            device=self.device,
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
+            extend=True,
+            origin=Origin(self.recipe_name, self.command),
         )
         if os.environ.get("RANK", "0") == "0":
             value = run.epochs[-1][f"val_{run.main_metric}"]
@@ -448,6 +466,7 @@ class Evaluate:
     """Images that may be unreadable and are left out; one more is an error."""
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
+    num_threads: NumThreads = None
     download: Download = False
 
     def run(self) -> int:
@@ -458,6 +477,7 @@ class Evaluate:
         from mobilevit.models.weights import read
         from mobilevit.tasks import default_split, evaluate_weights
 
+        _use_threads(self.num_threads)
         if not self.weights:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
         if any(side < 32 for side in self.size):
@@ -1209,10 +1229,9 @@ def parse(args: list[str]) -> Any:
     description = COMMANDS[name].__doc__
     if name == "train":
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
-        if recipe not in RECIPES:
-            raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
         # Flags in pairs for train alone: what a flag's default is, depends on the recipe.
-        options = {"default": Train(data=tyro.MISSING, recipe=RECIPES[recipe])}
+        command = shlex.join(["mobilevit", *args])
+        options = {"default": Train(tyro.MISSING, recipe=named(recipe), recipe_name=recipe, command=command)}
         text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
         others = ", ".join(name for name in RECIPES if name != recipe)
         description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"
@@ -1257,18 +1276,16 @@ def _limit_megapixels(max_megapixels: float = MAX_MEGAPIXELS) -> None:
     limit_megapixels(max_megapixels)
 
 
-def _device(name: str) -> str:
-    import torch
+def _use_threads(num_threads: int | None) -> None:
+    from mobilevit.device import use_threads
 
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
-    return name
+    use_threads(num_threads)
+
+
+def _device(name: str) -> str:
+    from mobilevit.device import choose_device
+
+    return choose_device(name)
 
 
 def _say_what_is_assumed(source: str, weights: Weights) -> None:

@@ -380,6 +380,13 @@ NAMED: dict[str, Callable[[], Recipe]] = {
 RECIPES: dict[str, Recipe] = {name: make() for name, make in NAMED.items()}
 
 
+def named(name: str) -> Recipe:
+    """The recipe called `name`. Raises ValueError, with the names that there are, for another name."""
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
 def describe(name: str) -> str:
     """What the docstring of a named recipe says."""
     make = NAMED[name]

@@ -99,6 +99,20 @@ def test_preprocessing_and_class_names_travel(weights: Weights, format: Format, 
         assert found.training == {"note": "by hand"}
 
 
+@pytest.mark.parametrize("format", ["mobilevit", "timm", "transformers"])
+def test_the_same_weights_are_the_same_bytes(weights: Weights, format: Format, tmp_path: Path) -> None:
+    """Independent of the library's own order of the metadata, which is random."""
+    contents = set()
+    for i in range(8):
+        path = tmp_path / str(i) / ENDINGS[format]
+        path.parent.mkdir()
+        write(weights, path, format)
+        contents.add((path / "model.safetensors" if path.is_dir() else path).read_bytes())
+    (content,) = contents
+    header_size = int.from_bytes(content[:8], "little")
+    assert header_size % 8 == 0  # as the format asks for
+
+
 def test_any_architecture_and_stride_in_our_format(tmp_path: Path) -> None:
     stages = tuple(
         replace(stage, transformer=stage.transformer and replace(stage.transformer, patch_px=p, num_heads=2))

@@ -329,6 +329,62 @@ def test_starting_from_weights_of_other_classes(first: Run, data: Path, tmp_path
     assert after.class_names == ("circle", "line", "square")
 
 
+@pytest.mark.parametrize(
+    ("class_names", "changes", "said"),
+    [
+        (("circle", "line", "square"), {}, ["32 px, training uses 32 px\n", "is 1 x that", "from the weights, which"]),
+        (
+            ("a", "b", "c"),
+            {"optimizer": Optimizer(freeze="stage3", backbone_lr_scale=0.1), "data": Data(size_px=64, num_workers=0)},
+            [
+                "the weights were made for 32 px, training uses 64 px (--data.size-px 32 trains at their size)",
+                "backbone: frozen up to stage3; its learning rate is 0.1 x that of the head",
+                "classifier: new, with random weights, for 3 classes",
+            ],
+        ),
+    ],
+)
+def test_how_it_starts_from_weights_is_logged(
+    first: Run, data: Path, tmp_path: Path, class_names: tuple[str, ...], changes: dict[str, Any], said: list[str]
+):
+    pretrained, console = replace(read(first.weights), class_names=class_names), io.StringIO()
+    recipe = replace(RECIPE, epochs=1, batch_size=12, **changes)
+    train(recipe, data, tmp_path, pretrained=pretrained, console=Console(file=console, width=200))
+    for words in said:
+        assert words in console.getvalue()
+
+
+def test_names_and_paths_for_what_is_given(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A recipe's name, strings for folders, a path for the weights: as the objects that they stand for."""
+    recipe = replace(RECIPE, epochs=1)
+    monkeypatch.setitem(RECIPES, "few", recipe)
+    by_name = run(cast(Any, "few"), cast(Any, str(data)), cast(Any, str(tmp_path / "a")), pretrained=str(first.weights))
+    expected = run(recipe, data, tmp_path / "b", pretrained=read(first.weights), device="cpu")
+    assert by_name.weights.read_bytes() == expected.weights.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "said"),
+    [
+        (("smal", "data", "out"), {}, ValueError, r"no recipe 'smal'; there are plain, .*small"),
+        (
+            ({"epochs": 3}, "data", "out"),
+            {},
+            TypeError,
+            r"recipe is a dict; give the name of a recipe \(plain, .*Recipe",
+        ),
+        (("tiny", ["data"], "out"), {}, TypeError, "data is a list; give a path as str or pathlib.Path"),
+        (("tiny", "data", None), {}, TypeError, "out is a NoneType; give a path"),
+        (("tiny", "data", "out"), {"pretrained": nn.Linear(2, 2)}, TypeError, "Linear; give a path.*mobilevit.save"),
+        (("tiny", "data", "out"), {"pretrained": "missing.pt"}, ValueError, "missing.pt: no such file"),
+        (("tiny", "data", "out"), {"device": "tpu9"}, ValueError, "device 'tpu9' cannot be used here"),
+    ],
+)
+def test_mistakes_in_python(arguments: Any, options: dict[str, Any], error: type[Exception], said: str):
+    with pytest.raises(error, match=said):
+        train(*arguments, **options)
+
+
 def test_interrupted_between_steps_by_force(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     evaluate, calls = Classification.evaluate, []
 
@@ -356,6 +412,58 @@ def test_a_finished_run_and_another_recipes_are_refused(first: Run, data: Path):
     with pytest.raises(ValueError, match=f"^{out}: holds another run .recipe.seed is 0 there, 1 here"):
         run(replace(RECIPE, seed=1), data, out)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_finished_run_is_extended_twice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decays, said = [], io.StringIO()
+    monkeypatch.setattr(
+        loop, "MovingAverage", lambda *arguments: (decays.append(arguments[1:]), MovingAverage(*arguments))[1]
+    )
+    recipe = replace(RECIPE, batch_size=6)  # 2 steps an epoch
+    run(recipe, data, tmp_path)
+    done = train(replace(recipe, epochs=3), data, tmp_path, extend=True, console=Console(file=said, width=200))
+    assert "after epoch 2, where its schedule ends, the run continues at the constant learning rate 0.0002" in (
+        said.getvalue()
+    )
+    assert len(done.epochs) == 3
+    run(replace(recipe, epochs=4), data, tmp_path, extend=True)
+    assert decays == [(recipe.ema_decay, 4)] * 3  # as short a run as at first
+    rates = [line["lr"] for line in lines(tmp_path / "steps.jsonl")]
+    assert len(rates) == 8
+    assert rates[3:] == pytest.approx([recipe.optimizer.end_lr] * 5)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["recipe"]["epochs"], facts["schedule_epochs"]) == (4, 2)
+    training = read(tmp_path / "model.safetensors").training
+    assert (training["recipe"]["epochs"], training["schedule_epochs"]) == (4, 2)
+    assert "schedule of 2 epochs, then constant" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match=f"^{tmp_path}: holds another run .recipe.epochs is 4 there, 2 here"):
+        run(recipe, data, tmp_path, extend=True)
+
+
+def test_what_cannot_be_extended(first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    longer = replace(RECIPE, epochs=5)
+    with pytest.raises(ValueError, match=r"holds another run .recipe.epochs is 2 there, 5 here"):  # nobody asked for it
+        run(longer, data, first.weights.parent)
+    with pytest.raises(ValueError, match=r"holds another run .recipe.seed is 0 there, 1 here.; "):
+        run(replace(longer, seed=1), data, first.weights.parent, extend=True)
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_report", stop)  # after the second epoch, whose checkpoint is then missing
+        with pytest.raises(KeyboardInterrupt):
+            run(RECIPE, data, tmp_path / "half")
+    before = {file: file.read_bytes() for file in (tmp_path / "half").rglob("*") if file.is_file()}
+    said = rf"^{tmp_path}/half: epochs are 5, .* 1 of 2 epochs, .*--epochs 2, then continue it with --epochs 5"
+    with pytest.raises(ValueError, match=said):
+        run(longer, data, tmp_path / "half", extend=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "half").rglob("*") if file.is_file()} == before
+
+    still = replace(RECIPE, epochs=1, batch_size=12, optimizer=Optimizer(end_lr=0.0))
+    run(still, data, tmp_path / "still")
+    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*name another folder"):
+        run(replace(still, epochs=2), data, tmp_path / "still", extend=True)
 
 
 def test_out_among_the_classes_is_refused(tmp_path: Path):

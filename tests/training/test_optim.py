@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.recipes import RECIPES, Freeze, Optimizer
+from mobilevit.recipes import RECIPES, Cosine, Freeze, Optimizer
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 SHORT = Optimizer(start_lr=2e-4, lr=2e-3, end_lr=2e-4, warmup_steps=3000)  # 3,000 is more than a tenth: 10 of 101
@@ -66,6 +66,16 @@ def test_rates_by_hand(recipe: Optimizer, num_steps: int, step: int, rate: float
 def test_rates_of_the_released_code(step: int, epoch: int, rate: float):
     recipe = RECIPES["v0.1-s"].optimizer
     assert learning_rate(recipe, step, 300_000, epoch=epoch, num_epochs=300) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("cosine", ["step", "epoch"])
+def test_epochs_beyond_the_schedule_stay_at_its_last_rate(cosine: Cosine):
+    recipe = Optimizer(start_lr=1e-4, lr=1e-3, end_lr=3e-5, warmup_steps=50, cosine=cosine)
+    for step, epoch in ((100, 10), (101, 10), (500, 49)):
+        assert learning_rate(recipe, step, 100, epoch=epoch, num_epochs=10) == 3e-5
+    assert learning_rate(recipe, 99, 100, epoch=9, num_epochs=10) == pytest.approx(
+        3e-5 if cosine == "step" else 5.4e-5, rel=0.01
+    )
 
 
 def test_a_step_of_adamw_by_hand_on_every_parameter():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mobilevit.recipes import RECIPES, Data, Recipe, Sampler
 from mobilevit.tasks.html import confusion_html, mistakes_html, per_class_html, thumbnail
-from mobilevit.training.report import Band, Line, chart, duration, log_ticks, tick_names, ticks, write_report
+from mobilevit.training.report import Band, Line, Origin, chart, duration, log_ticks, tick_names, ticks, write_report
 
 NASTY = "<script>alert('x')</script> & \"cats\""
 NAN = math.nan
@@ -112,6 +112,7 @@ def report(folder: Path, **changes: Any) -> Page:
     arguments: dict[str, Any] = {
         "title": "MobileViT-XS on flowers",
         "recipe": Recipe(),
+        "origin": Origin(),
         "epochs": some_epochs(4),
         "steps": folder / "steps.jsonl",
         "sections": [],
@@ -368,6 +369,34 @@ def test_recipe_shows_what_differs(tmp_path: Path) -> None:
     assert len(page.all("b", "changed")) == 1
     assert "instead of 60 epochs" in page.text
     assert "other than in the recipe segment" in page.text
+
+
+def test_recipe_is_compared_with_the_one_it_was_derived_from(tmp_path: Path) -> None:
+    command = "mobilevit train small --data 'my photos' --epochs 7"
+    page = report(tmp_path, recipe=replace(RECIPES["small"], epochs=7), origin=Origin("small", command))
+    assert len(page.all("b", "changed")) == 1
+    assert "instead of 30 epochs" in page.text
+    assert re.search(r"Recipe\s+small\s*\.", page.text)
+    text = (tmp_path / "report.html").read_text()
+    (code,) = re.findall(r"<pre><code>(.*?)</code></pre>", text, re.DOTALL)
+    assert re.sub(r"</?span>", "", code) == escape(command)
+
+
+def test_unreadable_images_are_drawn_if_there_are_any(tmp_path: Path) -> None:
+    epochs = [{**record, "val_unreadable": 0} for record in some_epochs(3)]
+    assert "cannot be read" not in report(tmp_path, epochs=epochs).text
+    epochs[1]["val_unreadable"] = 2
+    page = report(tmp_path, epochs=epochs)
+    assert "Validation images that cannot be read" in page.text
+    assert len(page.all("svg")) == 5
+
+
+def test_bars_of_a_column_begin_at_the_same_place() -> None:
+    """The numbers behind them are of the same width."""
+    page = Page(per_class_html(np.array([[9, 1, 0], [0, 10, 0], [3, 0, 0]]), ["cat", "dog", "emu"]))
+    numbers = [(attributes["style"], text) for tag, attributes, text in page.texts if "style" in attributes]
+    assert {"90.0", "100.0", "0.0"} <= {text for _, text in numbers}
+    assert {style for style, _ in numbers} == {"min-width:5ch"}
 
 
 @pytest.mark.parametrize(

@@ -118,12 +118,23 @@ def wait_for_step(out: Path, step: int, child: int) -> None:
         time.sleep(0.005)
 
 
+def weight_files(out: Path) -> dict[str, bytes]:
+    """The bytes of the weight files of a run."""
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+
+
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run leaves that nothing happens to."""
+def whole_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happens to."""
     out = tmp_path_factory.mktemp("whole")
     assert end(start(lambda: train(RECIPE, data, out))) == 0
-    return left(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_out: Path) -> dict[str, Any]:
+    """What a run leaves that nothing happens to."""
+    return left(whole_out)
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -148,7 +159,7 @@ def test_killed_at_any_instant(whole: dict[str, Any], data: Path, tmp_path: Path
 
 
 def test_killed_while_a_checkpoint_is_written(
-    whole: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], whole_out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Half a file, a whole one under its other name, the new one beside too many old ones: at every checkpoint."""
     save = torch.save
@@ -179,6 +190,7 @@ def test_killed_while_a_checkpoint_is_written(
         assert end(child) == -signal.SIGKILL
     assert end(start(lambda: train(RECIPE, data, out))) == 0
     assert left(out) == whole
+    assert weight_files(out) == weight_files(whole_out)
     assert len(list((out / "checkpoints").iterdir())) == 2
 
 
@@ -217,6 +229,28 @@ def test_a_signal_finishes_the_step_and_keeps_it(
     assert last_step(tmp_path) == done < len(whole["steps"])
     assert end(start(lambda: train(recipe, data, tmp_path))) == 0
     assert left(tmp_path) == whole
+
+
+def test_an_extended_run_killed_and_resumed(whole: dict[str, Any], data: Path, tmp_path: Path):
+    """Two more epochs after the last one: as the run before up to there, then at a constant rate, killed or not."""
+    longer, quiet, killed = replace(RECIPE, epochs=5), tmp_path / "quiet", tmp_path / "killed"
+    for out in (quiet, killed):
+        assert end(start(partial(train, RECIPE, data, out))) == 0
+    assert end(start(lambda: train(longer, data, quiet, extend=True))) == 0
+    expected, num_steps = left(quiet), len(whole["steps"])
+    assert expected["epochs"][:3] == whole["epochs"]
+    assert expected["steps"][:num_steps] == whole["steps"]
+    assert [line["epoch"] for line in expected["epochs"]] == [1, 2, 3, 4, 5]
+    assert {line["lr"] for line in expected["steps"][num_steps:]} == {RECIPE.optimizer.end_lr}
+    for step in (1, 5):
+        child = start(lambda: train(longer, data, killed, extend=True, checkpoint_minutes=1e-9))
+        wait_for_step(killed, num_steps + step, child)
+        os.kill(child, signal.SIGKILL)
+        assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(longer, data, killed))) == 0  # resumed: it is of that many epochs now
+    assert left(killed) == expected
+    assert weight_files(killed) == weight_files(quiet)
+    assert json.loads((killed / "run.json").read_text()) == json.loads((quiet / "run.json").read_text())
 
 
 def torchrun(recipe: Recipe, data: Path, out: Path, minutes: float, *options: str) -> subprocess.Popen[bytes]:

@@ -371,6 +371,23 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
     return weights
 
 
+def to_weights(source: Weights | str | os.PathLike[str], *, download: bool = False) -> Weights:
+    """`source` if it is `Weights`, else what `read` returns for it.
+
+    Raises:
+        WeightsError: as `read`.
+        TypeError: `source` of another type, a model for example.
+    """
+    if isinstance(source, Weights):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"the weights are a {type(source).__name__}; give a path, a hub id or Weights "
+            "(mobilevit.save(model, path) writes a model to a path)"
+        )
+    return read(source, download=download)
+
+
 def imagenet_class_names() -> tuple[str, ...]:
     """The 1,000 names of ImageNet-1k in their usual order, from torchvision."""
     from torchvision.models import ResNet18_Weights
@@ -836,7 +853,17 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         write_whole(path, lambda target: torch.save(tensors, target))
     else:
         # Python writes the file, since its errors say what is wrong, a full disk for one; the library's do not.
-        write_whole(path, lambda target: target.write_bytes(safetensors.torch.save(tensors, metadata=metadata)))
+        write_whole(path, lambda target: target.write_bytes(_to_safetensors(tensors, metadata)))
+
+
+def _to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A .safetensors file whose bytes depend on its content alone: the library writes metadata in random order."""
+    content = safetensors.torch.save(tensors)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": metadata, **json.loads(content[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _to_theirs(weights: Weights, format: Format) -> dict[str, Tensor]:

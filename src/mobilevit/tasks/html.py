@@ -45,6 +45,7 @@ tbody th { overflow-wrap: anywhere; min-width: 6em; }
 table.text td { white-space: normal; overflow-wrap: anywhere; }
 .bar { display: inline-block; width: 4.5em; height: .5em; margin-right: .7em; background: var(--faint); }
 .bar i { display: block; height: 100%; background: var(--blue); }
+.bar + span { display: inline-block; text-align: right; }
 .heat { font-size: .86em; }
 .heat table { border-collapse: separate; border-spacing: 2px; }
 .heat tbody tr > * { border: 0; }
@@ -329,13 +330,19 @@ def table(
     )
 
 
-def bar(share: float) -> str:
-    """A small horizontal bar, filled to `share` (0..1); it repeats a number beside it and says nothing by itself."""
-    return f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></span>'
+def bar(share: float, number: str, num_letters: int) -> str:
+    """A small horizontal bar, filled to `share` (0..1), and the `number` that it repeats, as wide as `num_letters`.
+
+    The bars of a column begin at the same place where all their numbers have the same `num_letters`.
+    """
+    return (
+        f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></span>'
+        f'<span style="min-width:{num_letters}ch">{number}</span>'
+    )
 
 
 def _share_cell(share: float) -> str:
-    return NOTHING if math.isnan(share) else f"{bar(share)}{100 * share:.1f}"
+    return NOTHING if math.isnan(share) else bar(share, f"{100 * share:.1f}", len("100.0"))
 
 
 def _figure_cell(value: float | None) -> str:

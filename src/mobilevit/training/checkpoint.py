@@ -55,7 +55,7 @@ class RunFolder:
         description = path / "run.json"
         started_before = description.exists()
         if started_before:
-            if different := _different(_read_facts(description), dict(facts)):
+            if different := _different(read_facts(path), dict(facts)):
                 more = f"; {OTHER_DATA}" if "other data" in different else ""
                 raise ValueError(
                     f"{path}: holds another run ({different}){more}; name another folder, or remove this one"
@@ -71,12 +71,16 @@ class RunFolder:
                     aside.unlink()
                 self._check_space(num_bytes)
                 if not started_before:
-                    write_whole(description, lambda aside: aside.write_text(_to_json(facts), encoding="utf-8"))
+                    self.describe(facts)
             except BlockingIOError:
                 raise ValueError(f"{path}: another process is training into this folder; name another") from None
             except OSError as error:
                 raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
             undo.pop_all()
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Write what the run is to run.json."""
+        write_whole(self.path / "run.json", lambda aside: aside.write_text(_to_json(facts), encoding="utf-8"))
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Keep `state` as the checkpoint of `step`, then let go of the oldest."""
@@ -194,7 +198,11 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the run.json of a run's folder holds; an empty dictionary where there is none."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {}
     with contextlib.suppress(ValueError):
         if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
             return facts

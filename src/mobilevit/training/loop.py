@@ -6,10 +6,10 @@ import contextlib
 import copy
 import hashlib
 import math
+import os
 import platform
 import shlex
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,18 +29,20 @@ from mobilevit import recipes
 from mobilevit.data.loader import Batch, Loader, PictureDataset, load, moved
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
-from mobilevit.models.weights import TASK_FORMATS, Weights, write
+from mobilevit.device import choose_device, thread_advice
+from mobilevit.models.weights import TASK_FORMATS, Weights, to_weights, write
 from mobilevit.pictures import PictureError
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
-from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint
+from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint, read_facts
 from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from mobilevit.training.other import OtherNetwork, OtherWeights, check_recipe, start
-from mobilevit.training.report import write_report
+from mobilevit.training.report import Origin, write_report
+from mobilevit.training.signals import StopOnSignal
 
 TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,30 +92,56 @@ class Position:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str,
     data: str | Path,
     out: str | Path,
     *,
-    pretrained: Weights | None = None,
+    pretrained: Weights | str | os.PathLike[str] | None = None,
+    download: bool = False,
     other: OtherNetwork | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
+    extend: bool = False,
+    origin: Origin | None = None,
     console: Console | None = None,
 ) -> Run:
     """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
+
+    `recipe` is a `Recipe` or the name of one ("small"), `pretrained` are weights to start from: a path, a hub id, which
+    is fetched only with `download=True`, or `Weights`. `device` "auto" is the first of cuda, mps and cpu that there is.
+
+    >>> run = mobilevit.train("finetune", "pets/", "runs/pets", pretrained="apple/mobilevit-x-small", download=True)
+    >>> model = mobilevit.load(run.weights)
 
     Called again after the process died, it goes on where it was and ends with the same weights to the bit, given the
     same recipe, data, device and number of threads. Started by torchrun, the processes share the work. A checkpoint is
     kept every `checkpoint_minutes` and after every epoch. Progress goes to `console` (standard error unless given).
     With `other` that classifier is trained, from random weights, instead of the recipe's MobileViT.
+    With `extend` a finished run in `out` continues where `recipe` differs from its recipe in a larger number of epochs
+    alone: for the additional ones at the constant learning rate `optimizer.end_lr`, with the same decay of the average.
+    `origin` is for the report.
 
     Raises:
         ValueError: data that cannot be trained on, a folder `out` of another run or (`FinishedError`) of this one when
             nothing is left to do, a loss that is not finite (`DivergedError`), a recipe that is not for `other`, or
-            that spares a backbone which is not `pretrained`.
+            that spares a backbone which is not `pretrained`, an unknown recipe or device, weights that cannot be read.
+        TypeError: an argument of another type.
         Stopped: Ctrl-C or SIGTERM.
     """
+    if isinstance(recipe, str):
+        origin = origin or Origin(recipe)
+        recipe = recipes.named(recipe)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe is a {type(recipe).__name__}; give the name of a recipe ({', '.join(recipes.RECIPES)}) or a "
+            "Recipe (dataclasses.replace(mobilevit.RECIPES['small'], epochs=5) changes one)"
+        )
+    for name, value in (("data", data), ("out", out)):
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} is a {type(value).__name__}; give a path as str or pathlib.Path")
+    if pretrained is not None:
+        pretrained = to_weights(pretrained, download=download)
     assert not (pretrained and other)
     of_trained = (
         ("freeze", recipe.optimizer.freeze, "nothing"),
@@ -127,12 +155,23 @@ def train(
                 f"optimizer.{name} is {value}, for a backbone that has learnt already, and this one begins at random; "
                 f"give weights to start from (--weights), or set it to {usual}"
             )
-    with join(device) as processes, contextlib.ExitStack() as opened:
+    with join(choose_device(device)) as processes, contextlib.ExitStack() as opened:
         console = console or Console(stderr=True)
         if processes.rank > 0:
             console = Console(quiet=True)
         return _train(
-            recipe, data, Path(out), pretrained, other, processes, checkpoint_minutes, tensorboard, console, opened
+            recipe,
+            data,
+            Path(out),
+            pretrained,
+            other,
+            processes,
+            checkpoint_minutes,
+            tensorboard,
+            extend,
+            origin or Origin(),
+            console,
+            opened,
         )
 
 
@@ -145,6 +184,8 @@ def _train(
     processes: Processes,
     checkpoint_minutes: float,
     tensorboard: bool,
+    extend: bool,
+    origin: Origin,
     console: Console,
     opened: contextlib.ExitStack,
 ) -> Run:
@@ -164,7 +205,8 @@ def _train(
         and not (Path(data) / "train").is_dir()
     ):
         raise ValueError(f"{out}: lies among the class folders of {data} and would be taken for one; name another")
-    num_steps = sum(len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs))
+    steps_of_epochs = [len(_batches(recipe, len(train_set), epoch, world)) for epoch in range(recipe.epochs)]
+    num_steps = sum(steps_of_epochs)
     # Saved with the weights: evaluation recognizes the validation split, exports tell how transparency was handled.
     data_facts = {"val_data": fingerprint(val_set.source), "num_transparent": train_set.num_transparent}
 
@@ -184,10 +226,8 @@ def _train(
         if device.type == "cpu":
             raise ValueError("compute.sync_batch_norm is True; PyTorch has it on GPUs alone, not on the CPU")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    average = MovingAverage(model, recipe.ema_decay, num_steps)
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.compute.precision == "float16")
-    training = {"model": model, "average": average.model, "optimizer": optimizer, "scaler": scaler}
 
     # --- The folder, and where the run stands ------------------------------------------------------------------------
     facts = {
@@ -200,12 +240,26 @@ def _train(
     num_bytes = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average, two moments
     folder: RunFolder | None = None
 
-    def open_folder() -> Path | None:
+    def open_folder() -> tuple[Path | None, int]:
         nonlocal folder
-        folder = opened.enter_context(contextlib.closing(RunFolder(out, facts, num_bytes=num_bytes)))
-        return folder.latest(say)
+        before = read_facts(out)
+        num_before = before.get("recipe", {}).get("epochs", recipe.epochs) if extend else recipe.epochs
+        if "schedule_epochs" in before:
+            facts["schedule_epochs"] = before["schedule_epochs"]
+        known = {**facts, "recipe": {**facts["recipe"], "epochs": min(num_before, recipe.epochs)}}
+        folder = opened.enter_context(contextlib.closing(RunFolder(out, known, num_bytes=num_bytes)))
+        checkpoint = folder.latest(say)
+        if num_before < recipe.epochs:
+            facts.setdefault("schedule_epochs", num_before)
+            num_done = read_checkpoint(checkpoint)["position"]["epoch"] if checkpoint else 0
+            _check_extension(recipe, out, num_done, facts["schedule_epochs"])
+            folder.describe(facts)
+        return checkpoint, facts.get("schedule_epochs", recipe.epochs)
 
-    checkpoint = processes.from_first(open_folder)
+    checkpoint, schedule_epochs = processes.from_first(open_folder)
+    schedule_steps = sum(steps_of_epochs[:schedule_epochs])
+    average = MovingAverage(model, recipe.ema_decay, schedule_steps)
+    training = {"model": model, "average": average.model, "optimizer": optimizer, "scaler": scaler}
     position = Position()
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
@@ -214,7 +268,9 @@ def _train(
             part.load_state_dict(state[name])
         del state
     if position.epoch == recipe.epochs:
-        raise FinishedError(f"{out}: this run is finished; name another folder for a new one", position.history)
+        raise FinishedError(
+            f"{out}: this run is finished; continue it with more --epochs, or name another folder", position.history
+        )
     say(
         f"{initial.name} from {'the given' if pretrained else 'random'} weights; "
         f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
@@ -222,10 +278,20 @@ def _train(
     )
     for note in (*train_set.notes, *val_set.notes):
         say(note)
+    if pretrained:
+        for line in _say_start(recipe, pretrained, initial.class_names):
+            say(line)
     for line in _say_steps(recipe, len(train_set), num_steps, at_once, world):
         say(line)
+    if schedule_epochs < recipe.epochs:
+        say(
+            f"after epoch {schedule_epochs}, where its schedule ends, the run continues at the constant learning rate "
+            f"{recipe.optimizer.end_lr:g} (optimizer.end_lr)"
+        )
     if checkpoint is not None:
         say(f"going on after step {position.total_step:,}, in epoch {position.epoch + 1}")
+    if device.type == "cpu" and is_first and (advice := thread_advice()):
+        say(advice)
     epoch_lines = step_lines = board = None
     if folder is not None:
         epoch_lines = opened.enter_context(contextlib.closing(Lines(out / "metrics.jsonl", len(position.history))))
@@ -283,7 +349,7 @@ def _train(
     main_metric = ""
     # Where to look at the loss means to wait for the device, that is done for several steps together.
     look_every = 1 if device.type == "cpu" else 10
-    with _StopOnSignal() as stop, bar_of_run as progress:
+    with bar_of_run as progress, StopOnSignal(say) as stop:
         bar = progress.add_task(f"epoch {position.epoch + 1}", total=num_steps, completed=position.total_step)
         kept_at = time.perf_counter()
         while position.epoch < recipe.epochs:
@@ -305,7 +371,7 @@ def _train(
             for part in parts(batches, first_step=position.step, **division):
                 batch = next(pictures)
                 rate = learning_rate(
-                    recipe.optimizer, position.total_step, num_steps, epoch=epoch, num_epochs=recipe.epochs
+                    recipe.optimizer, position.total_step, schedule_steps, epoch=epoch, num_epochs=schedule_epochs
                 )
                 set_learning_rate(optimizer, rate)
                 # Chance follows from where the run stands, so nothing of it has to be kept for a resume.
@@ -423,10 +489,15 @@ def _train(
             history = [*position.history, record]
             if is_first and epoch_lines is not None:
                 best = max(history, key=lambda one: one[f"val_{results.main_metric}"])
-                _save(initial, average.model, recipe, record, data_facts, out / "model.safetensors")
-                _save(initial, model, recipe, record, data_facts, out / "raw.safetensors")
+                # Without what time it took, so that the same run leaves the same file.
+                timeless = {name: value for name, value in record.items() if name not in TIMES}
+                of_file = {"recipe": recipes.to_dict(recipe), "metrics": timeless, **data_facts}
+                if schedule_epochs < recipe.epochs:
+                    of_file["schedule_epochs"] = schedule_epochs
+                _save(initial, average.model, of_file, out / "model.safetensors")
+                _save(initial, model, of_file, out / "raw.safetensors")
                 if best is record:
-                    _save(initial, average.model, recipe, record, data_facts, out / "best.safetensors")
+                    _save(initial, average.model, of_file, out / "best.safetensors")
                 epoch_lines.add(record)
                 if board is not None:
                     for name, value in record.items():
@@ -444,10 +515,11 @@ def _train(
                     out / "report.html",
                     title=f"{initial.name} on {data}",
                     recipe=recipe,
+                    origin=origin,
                     epochs=history,
                     steps=out / "steps.jsonl",
                     sections=results.sections(val_set.source),
-                    facts=_environment(processes, at_once, recipe),
+                    facts=_environment(processes, at_once, recipe, schedule_epochs),
                     commands=() if other else _commands(recipe, data, out),
                 )
             keep()
@@ -461,37 +533,6 @@ class _Step:
     of_epoch: int
     rate: float
     sums: Tensor
-
-
-class _StopOnSignal:
-    """Notes Ctrl-C and SIGTERM, so that a step can be finished; another one ends the process at once.
-
-    Within two seconds they count as one: under torchrun, Ctrl-C comes from the terminal and from torchrun.
-    """
-
-    signal_number = 0
-    _noted_at = 0.0
-
-    def __enter__(self) -> _StopOnSignal:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal_number and time.monotonic() - self._noted_at > 2:
-            self._restore()
-            signal.raise_signal(number)
-        elif not self.signal_number:
-            self.signal_number, self._noted_at = number, time.monotonic()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
 
 def _to_training(model: nn.Module, recipe: Recipe) -> None:
@@ -570,6 +611,34 @@ def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, 
         )
 
 
+def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:
+    """Refuse to change the epochs of a run on which its learning rate depends, or to train on at a rate of zero."""
+    if num_done < schedule_epochs:
+        raise ValueError(
+            f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of {schedule_epochs} epochs, over "
+            f"which its learning rate is scheduled; finish it with --epochs {schedule_epochs}, then continue it with "
+            f"--epochs {recipe.epochs}, or name another folder"
+        )
+    if not recipe.optimizer.end_lr:
+        raise ValueError(
+            f"{out}: optimizer.end_lr is 0, and a finished run continues at that learning rate, which changes nothing; "
+            "name another folder for a longer run"
+        )
+
+
+def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
+    """What training makes of the weights that it starts from."""
+    made_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
+    hint = "" if made_px == size_px else f" (--data.size-px {made_px} trains at their size)"
+    yield f"input size: the weights were made for {made_px} px, training uses {size_px} px{hint}"
+    frozen = "" if recipe.optimizer.freeze == "nothing" else f"frozen up to {recipe.optimizer.freeze}; "
+    yield f"backbone: {frozen}its learning rate is {recipe.optimizer.backbone_lr_scale:g} x that of the head"
+    if (pretrained.task, pretrained.class_names) == (recipe.task, class_names):
+        yield f"classifier: from the weights, which have the same {len(class_names)} class names"
+    else:
+        yield f"classifier: new, with random weights, for {len(class_names)} classes"
+
+
 def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
     if num > recipe.data.max_unreadable:
         raise PictureError(
@@ -618,10 +687,12 @@ def _tensorboard(out: Path, step: int) -> Any:
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
 
-def _environment(processes: Processes, at_once: int, recipe: Recipe) -> dict[str, str]:
+def _environment(processes: Processes, at_once: int, recipe: Recipe, schedule_epochs: int) -> dict[str, str]:
     device = processes.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    extended = {"learning rate": f"schedule of {schedule_epochs} epochs, then constant at optimizer.end_lr"}
     return {
+        **(extended if schedule_epochs < recipe.epochs else {}),
         "mobilevit": version("mobilevit"),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
@@ -646,17 +717,7 @@ def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, st
     return commands
 
 
-def _save(
-    initial: Weights | OtherWeights,
-    model: nn.Module,
-    recipe: Recipe,
-    record: Mapping[str, Any],
-    data_facts: Mapping[str, Any],
-    path: Path,
-) -> None:
-    # Without what time it took, so that the same run leaves the same file.
-    metrics = {name: value for name, value in record.items() if name not in TIMES}
-    training = {"recipe": recipes.to_dict(recipe), "metrics": metrics, **data_facts}
+def _save(initial: Weights | OtherWeights, model: nn.Module, training: Mapping[str, Any], path: Path) -> None:
     if isinstance(initial, OtherWeights):
         initial.write(model.state_dict(), training, path)
     else:

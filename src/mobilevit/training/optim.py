@@ -50,8 +50,10 @@ def learning_rate(recipe: Optimizer, step: int, num_steps: int, *, epoch: int, n
     """Rate of step `step` of 0 to num_steps - 1, in epoch `epoch` of 0 to num_epochs - 1.
 
     A line from start_lr to lr, then half a cosine to end_lr: over the steps that are left, or, as v0.1 has it, over the
-    epochs, as if the warm-up had been part of it.
+    epochs, as if the warm-up had been part of it. Epochs beyond num_epochs stay at end_lr.
     """
+    if epoch >= num_epochs:
+        return recipe.end_lr
     warmup_steps = min(recipe.warmup_steps, num_steps // 10)
     if step < warmup_steps:
         return recipe.start_lr + (recipe.lr - recipe.start_lr) * step / warmup_steps

@@ -42,7 +42,15 @@ UNITS = {
     **dict.fromkeys(("ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
 }
 
-NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU"}
+NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "unreadable": "images that cannot be read"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a run was started: the named recipe that its recipe was derived from, and the command; "" if unknown."""
+
+    recipe_name: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def write_report(
     *,
     title: str,
     recipe: Recipe,
+    origin: Origin,
     epochs: Sequence[Mapping[str, float]],
     steps: Path,
     sections: Sequence[tuple[str, str]],
@@ -87,7 +96,7 @@ def write_report(
         ("Updates", _updates_html(updates)),
         *sections,
         ("What to do next", _commands_html(commands)),
-        ("Recipe", _recipe_html(recipe)),
+        ("Recipe", _recipe_html(recipe, origin)),
         ("Environment", _facts_html(facts)),
     ]
     parts = [(heading, html) for heading, html in parts if html]
@@ -310,7 +319,7 @@ def _sizes_html(updates: Updates) -> str:
         rows.append(
             (
                 f"{size:g}&nbsp;px",
-                f"{bar(float(these.mean()))}{these.sum():,}",
+                bar(float(these.mean()), f"{these.sum():,}", len(f"{len(updates.step):,}")),
                 _amount(pictures),
                 f"{loss:.3f}" if math.isfinite(loss) else NOTHING,
                 _amount(speed),
@@ -334,9 +343,13 @@ def _unbroken(command: str) -> str:
     return re.sub(r"\S+", r"<span>\g<0></span>", escape(command))
 
 
-def _recipe_html(recipe: Recipe) -> str:
-    # A run does not know which of the named recipes it began as; that of its task is the nearest for certain.
-    base = Recipe() if recipe.task == "classify" else RECIPES[recipe.task]
+def _recipe_html(recipe: Recipe, origin: Origin) -> str:
+    if origin.recipe_name:
+        base, caption = RECIPES[origin.recipe_name], f"Recipe <b>{origin.recipe_name}</b>."
+        than = "in this recipe"
+    else:  # from Python, of an unknown origin
+        base, caption = (Recipe() if recipe.task == "classify" else RECIPES[recipe.task]), ""
+        than = "the default" if recipe.task == "classify" else f"in the recipe {recipe.task}"
     defaults = dict(_fields(asdict(base)))
     rows = []
     for name, value in _fields(asdict(recipe)):
@@ -347,9 +360,9 @@ def _recipe_html(recipe: Recipe) -> str:
         else:
             mark = f'<b class="changed"><code>{escape(name)}</code></b>'
             rows.append((mark, f"<b>{said}</b>", f"instead of {_setting(default, unit)}"))
-    than = "the default" if recipe.task == "classify" else f"in the recipe {recipe.task}"
-    caption = f"Bold and marked with a dot: other than {than}."
-    return table(("Field", "value", ""), rows, caption=caption, text=True)
+    caption = f"{caption} Bold and marked with a dot: other than {than}.".strip()
+    command = _commands_html([("Started by", origin.command)]) if origin.command else ""
+    return f"{command}\n{table(('Field', 'value', ''), rows, caption=caption, text=True)}"
 
 
 def _facts_html(facts: Mapping[str, str]) -> str:
@@ -433,8 +446,13 @@ def _epoch(record: Mapping[str, float], index: int) -> float:
 
 
 def _metrics(epochs: Sequence[Mapping[str, float]]) -> list[str]:
-    """The fields of validation metrics but for the loss and for counts, in the order of their first appearance."""
+    """The fields of validation metrics but for the loss and for counts, in the order of their first appearance.
+
+    Unreadable images are among them if there were any.
+    """
     fields = dict.fromkeys(field for record in epochs for field in record if field.startswith("val_"))
+    if not any(record.get("val_unreadable") for record in epochs):
+        fields.pop("val_unreadable", None)
     return [f for f in fields if f != "val_loss" and not f.startswith("val_num_")]
 
 

@@ -1,0 +1,59 @@
+"""`mobilevit.evaluate` is `mobilevit evaluate` in Python."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+import mobilevit
+from conftest import randomise
+from mobilevit.cli import main
+from mobilevit.models.weights import read
+from mobilevit.pictures import Preprocessing
+from mobilevit.predict import Classifier
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for name in ("x/0", "x/1", "y/0", "y/1", "y/2"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (40, 36, 3), np.uint8)).save(tmp_path / "data" / f"{name}.png")
+    model = randomise(Classifier("xxs", num_classes=2))
+    model.class_names, model.preprocessing = ("x", "y"), Preprocessing(36, 32)
+    mobilevit.save(model, tmp_path / "xy.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size_px", [None, 48])
+def test_as_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], size_px: int | None):
+    data, file = str(here / "data"), here / "xy.safetensors"
+    size = ["--size", str(size_px)] if size_px else []
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(file), "--data", data, "--json", "--per-class", "--num-workers", "0", *size])
+    line = json.loads(capsys.readouterr().out)
+    for weights in (str(file), file, read(file)):
+        result = mobilevit.evaluate(weights, data, size_px=size_px, batch_size=5)
+        assert result.size_px == line["size_px"] == (size_px or 32)
+        assert result.metrics == pytest.approx({name: line[name] for name in result.metrics}, rel=1e-6)
+        assert result.per_class == line["classes"]
+    assert result.metrics["num_pictures"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"weights": nn.Linear(2, 2)}, TypeError, "the weights are a Linear; give a path.*mobilevit.save"),
+        ({"weights": "missing.pt"}, ValueError, "missing.pt: no such file"),
+        ({"data": "missing"}, ValueError, "missing: no such folder"),
+        ({"device": "tpu9"}, ValueError, "device 'tpu9' cannot be used here"),
+        ({"size_px": 8}, ValueError, "size is 8; it must be 32 px or more"),
+    ],
+)
+def test_mistakes(here: Path, change: dict[str, Any], error: type[Exception], said: str):
+    with pytest.raises(error, match=said):
+        mobilevit.evaluate(**{"weights": here / "xy.safetensors", "data": here / "data", **change})
