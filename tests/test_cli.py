@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_help(capsys: pytest.CaptureFixture[str]):
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: str):
     assert run(command, "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: mobilevit {command}")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert not re.search(r"default: (None|True|False)?\)|\{None", out)
+    text = " ".join(line.strip(" │") for line in out.splitlines())
+    for option in {"demo": ("--no-open",), "compare": ("--no-flip", "--no-time")}.get(command, ()):
+        assert re.search(rf"{option} +(With --data: d|D)o not ", text)
 
 
 def test_help_waits_for_no_torch():
@@ -802,7 +818,7 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "papar", "--data", "classes"): rf"no recipe 'papar'; did you mean paper-.*{', '.join(RECIPES)}",
         ("train", "--data", "missing"): "missing: no such folder",
         ("train", "--data", "photos/[old]"): "found no folders",
-        ("train", "--data", "classes", "--epochs", "0"): "--epochs is 0",
+        ("train", "--data", "classes", "--epochs", "0"): "epochs is 0",
         ("train", "--data", "classes", "--optimizer.lr", "-1"): "--lr is -1",
         ("train", "--data", "classes", "--optimiser.lr", "1"): "no option --optimiser.lr; .*--optimizer.lr",
         ("train", "--data", "classes", "--architecture", "xl"): "'xl'",
@@ -821,7 +837,7 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "--data", "classes", "--compute.precision", "float8"): "'float8'",
         ("train", "--data", "classes", "--compute.pictures-at-once", "1"): "--compute.pictures-at-once is 1",
         ("train", "--data", "classes", "--optimizer.freeze", "stage9"): "'stage9'",
-        ("train", "--data", "classes", "--sampler.sizes-px"): r"--sampler.sizes-px is \(\)",
+        ("train", "--data", "classes", "--sampler.sizes-px"): r"--sampler.sizes-px is given without a value",
         ("train", "--data", "classes", "--data.max-unreadable", "-1"): "--max-unreadable is -1",
         ("train", "--data", "hf:", *TRAIN): "hf:",
         ("evaluate", weights): "--data",
@@ -833,6 +849,73 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
     }.items():
         assert re.search(said, mistake(capsys, *args)), args
     assert not (here / "runs").exists()
+
+
+MISTAKES = {
+    # What it is that is said: the option or file, the value, and what would do.
+    "predict W photos --top-k 1.5": "--top-k is '1.5'; it must be an integer",
+    "predict W photos --top-k": "--top-k takes 1 value; mobilevit predict --help",
+    "predict W photos --top-k 1 --top-k 2": "--top-k is given 2 times; give it once",
+    "predict W photos --epochs 3": "no option --epochs; mobilevit predict --help",
+    "predict W photos --jsn": "no option --jsn; did you mean --json?",
+    "predict W photos -k 3": "no option -k; mobilevit predict --help",
+    "predict W photos --out ''": "--out is ''; it must be a non-empty path",
+    "predict '' photos": "WEIGHTS is ''; it must be a non-empty string",
+    "predict W ''": "IMAGE is ''; it must be a non-empty string",
+    "predict W": "give files, folders or quoted patterns",
+    "train": "--data is missing; mobilevit train --help",
+    "train --dta classes": "no option --dta; did you mean --data?",
+    "train --data ''": "--data is ''; it must be a non-empty string",
+    "train --data classes/x/0.png": "classes/x/0.png: neither a folder nor",
+    "train --data classes --size 1e3": "--size is '1e3'; it must be an integer",
+    "train --data classes --size 16": "--size is 16; it must be 32 or more",
+    "train --data classes --data.size-px 16": "--size is 16; it must be 32 or more",
+    "train --data classes --lr nan": "--lr is nan; it must be above 0",
+    "train --data classes --lr big": "--lr is 'big'; it must be a number",
+    "train --data classes --val-fraction 2": "--val-fraction is 2.0; it must be between 0 and 1",
+    "train --data classes --num-workers -1": "--num-workers is -1; it must be 0 or more",
+    "train --data classes --precision fp16": "--precision is 'fp16'; it must be one of float32, bfloat16, float16",
+    "train --data classes --freeze stage7": "--freeze is 'stage7'; it must be one of nothing, stem, stage1",
+    "train --data classes --freeze stage3": "--freeze is stage3, .*--weights",
+    "train --data classes --batch-size 1": "batch_size is 1; it must be 2 or more",
+    "train --data classes --sampler.start-lr 1": "no option --sampler.start-lr; did you mean .*--optimizer.start-lr",
+    "train --data classes --no-fip": "no option --no-fip; did you mean --no-flip",
+    "train tinny --data classes": "no recipe 'tinny'; did you mean tiny?",
+    "train tiny small --data classes": "'small' is not expected here; mobilevit train --help",
+    "evaluate W": "--data is missing; mobilevit evaluate --help",
+    "evaluate W --data classes --per-clas": "no option --per-clas; did you mean --per-class?",
+    "evaluate W --data classes --num-workers -2": "num workers is -2; it must be 0 or more",
+    "info": "NETWORK is missing; mobilevit info --help",
+    "info xxs xs": "'xs' is not expected here; mobilevit info --help",
+    "info xxs --size": "--size is given without a value; give one or more",
+    "convert W": "TARGET is missing; mobilevit convert --help",
+    "convert W ''": "TARGET is ''; it must be a non-empty path",
+    "convert W a.pt --to aple": "--to is 'aple'; it must be one of mobilevit, apple, timm, transformers",
+    "export W --to onxx": "--to is 'onxx'; it must be one of onnx, executorch, openvino, litert, coreml, all",
+    "export W --to": "--to is given without a value; give one or more",
+    "export W --precision int4": "--precision is 'int4'; it must be one of fp32, fp16, bf16, int8",
+    "export W --images nothere": "nothere: no such picture, folder or pattern; check the name",
+    "benchmark": "nothing is named; give artifacts, weights",
+    "benchmark xxs --runtime onx": "--runtime is 'onx'; it must be one of torch, compiled, onnx",
+    "benchmark nothere.onnx": "nothere.onnx: no such file",
+    "demo W --port abc": "--port is 'abc'; it must be an integer",
+    "demo W --port -1 --no-open": "port is -1; it must be from 0",
+    "demo W --drawing cats": "--drawing is 'cats'; it must be one of optdigits, mnist",
+    "demo W --open": "no option --open; did you mean --no-open?",
+    "explain W photos/a.png --at 1": "--at takes 2 values; mobilevit explain --help",
+    "explain W photos/a.png --at 1 b": "--at is 'b'; it must be a number",
+    "explain W photos": "photos: is a directory",
+    "compare --seeds a": "--seeds is 'a'; it must be an integer",
+    "compare --data classes --recipe paper-s": "--recipe is 'paper-s'; it must be one of small, plain, tiny",
+    "compare extra": "'extra' is not expected here; mobilevit compare --help",
+    "pretict W photos": "no command 'pretict'; did you mean predict?",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_plausible_mistakes(capsys: pytest.CaptureFixture[str], here: Path, weights: str, command: str):
+    args = [weights if arg == "W" else arg for arg in shlex.split(command)]
+    assert re.search(MISTAKES[command], mistake(capsys, *args))
 
 
 def test_evaluate_on_a_damaged_picture(capsys: pytest.CaptureFixture[str], here: Path):
@@ -907,7 +990,11 @@ def test_mistakes_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, w
         ("xxs", "--size", "31"): "from 32 px up",
         ("xxs", "--runtime", "abacus"): "'abacus'",
         ("xxs", "--precision", "int8"): "torch is timed in fp32 alone; leave out int8 or torch",
-        ("xxs", "--against", "resnet5000"): "there is no network 'resnet5000' to compare with; there are self, timm",
+        (
+            "xxs",
+            "--against",
+            "resnet5000",
+        ): "no network 'resnet5000' to compare with; did you mean resnet50 .*there are self, timm",
         ("xxs", "--figure", "a.doc"): "a.doc: a figure ends in .png, .svg or .pdf",
         ("xxs", "--out", "missing/a.json"): "missing/a.json: there is no such folder",
     }.items():
@@ -1060,7 +1147,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--data", "nowhere"): "nowhere: ",
         ("--data", "classes", "--only", "deit-84"): "no system 'deit-84'; near are deit-84-patch8",
         ("--data", "classes", "--epochs", "0"): "epochs is 0; it must be 1 or more",
-        ("--data", "classes", "--lr", "0"): r"optimizer.lr is 0\.0",
+        ("--data", "classes", "--lr", "0"): r"--lr is 0\.0",
         ("--data", "classes", "--batch-size", "8", "16"): r"batch size is \(8, 16\); with --data give one",
         ("--data", "classes", "--seeds", "1", "1"): "seeds are 1, 1; give one or more, each of them once",
         ("--data", "classes", "--no-time", "--runtime", "onnx"): "--no-time times nothing; leave out --runtime",
@@ -1069,7 +1156,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--seeds", "3"): "--seeds is about training; give --data too",
         ("--num-workers", "0"): "--num-workers is about training; give --data too",
         ("--data", "classes", "--seeds", "0", "-1"): "seed is -1; it must be",
-        ("--data", "classes", "--clip-norm", "-1"): r"optimizer.clip_norm is -1\.0; it must be 0 or more",
+        ("--data", "classes", "--clip-norm", "-1"): r"--clip-norm is -1\.0; it must be 0 or more",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args
 

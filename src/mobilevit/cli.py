@@ -448,6 +448,8 @@ class Evaluate:
             raise ValueError("no weights are named; give files, hub ids or the folder of a run")
         if any(side < 32 for side in self.size):
             raise ValueError(f"size is {self.size}; sides are from 32 px up")
+        if self.num_workers < 0:
+            raise ValueError(f"num workers is {self.num_workers}; it must be 0 or more")
         # All of them first: a name that is wrong is said before the first one has been evaluated.
         named = {name: read(name, download=self.download) for given in self.weights for name in _weights_of_run(given)}
         data = _expand_data(self.data)
@@ -1111,7 +1113,7 @@ def main(args: list[str] | None = None) -> None:
         _complain(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        _complain(str(error))
+        _complain(options.by_option(str(error)))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so

@@ -96,6 +96,15 @@ def parse(command: Any, args: Sequence[str], *, prog: str, description: str, def
     return found
 
 
+def by_option(message: str) -> str:
+    """A message about a field of a recipe, such as "optimizer.lr is 0", with the name of its option instead."""
+    return re.sub(
+        r"^(data|sampler|optimizer|compute)\.\w+(?= )",
+        lambda field: SHORT.get(field[0], f"--{field[0]}".replace("_", "-")),
+        message,
+    )
+
+
 def _before_separator(args: Sequence[str]) -> Sequence[str]:
     return args[: args.index("--")] if "--" in args else args
 
@@ -117,13 +126,12 @@ class _Table:
         cls: Any = info.type
         hints, texts = get_type_hints(cls, include_extras=True), _texts(cls)
         prefix = self.prefixes.get(cls, "")
-        specs, required, shown = [], {}, {}
+        specs, required = [], {}
         for field in fields(cls):
             default = _default(field, info.default, hints[field.name])
             path = f"{prefix}{field.name}"
             is_required = field.default is MISSING and field.default_factory is MISSING
             type_, name = self._field(hints[field.name], path, default, is_required)
-            shown[path] = name
             if is_required:
                 required[field.name] = name
             text = texts.get(field.name) or (inspect.getdoc(default) if is_dataclass(default) else None)
@@ -136,9 +144,8 @@ class _Table:
                 raise _BadValueError(f"{' and '.join(missing)} {verb} missing; {self.help_hint}")
             try:
                 return cls(**values)
-            except ValueError as error:  # of recipes, which go by the names of Python
-                path, space, rest = str(error).partition(" ")
-                raise _BadValueError(shown.get(path, path) + space + rest) from None
+            except ValueError as error:
+                raise _BadValueError(str(error)) from None
 
         return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
 
@@ -222,7 +229,13 @@ def _conversion(hint: Any, name: str) -> tuple[Any, str, Callable[[list[str]], A
     element, *others = get_args(hint)
     word, convert = _scalar(element, name)
     nargs = "*" if others == [...] else 1 + len(others)
-    return nargs, f"{word}..." if nargs == "*" else word, lambda values: tuple(map(convert, values))
+
+    def convert_all(values: list[str]) -> tuple[Any, ...]:
+        if not values:
+            raise _BadValueError(f"{name} is given without a value; give one or more")
+        return tuple(map(convert, values))
+
+    return nargs, f"{word}..." if nargs == "*" else word, convert_all
 
 
 def _scalar(hint: Any, name: str) -> tuple[str, Callable[[str], Any]]:
@@ -234,8 +247,8 @@ def _scalar(hint: Any, name: str) -> tuple[str, Callable[[str], Any]]:
         word, kind, make = {
             int: ("INT", "an integer", int),
             float: ("FLOAT", "a number", float),
-            str: ("STR", "something, not an empty string", _not_empty),
-            Path: ("PATH", "a path, not an empty string", lambda text: Path(_not_empty(text))),
+            str: ("STR", "a non-empty string", _not_empty),
+            Path: ("PATH", "a non-empty path", lambda text: Path(_not_empty(text))),
         }[hint]
 
     def convert(text: str) -> Any:
