@@ -109,6 +109,9 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         out, err = capsys.readouterr()
         assert err == ""
         assert re.findall(r"^  (\w+) +[A-Z].*\.$", out, re.MULTILINE) == COMMANDS
+        assert "mobilevit COMMAND --help" in out
+        assert "mobilevit --version" in out
+        assert max(map(len, out.splitlines())) <= 90
     assert run("--version") == 0
     assert capsys.readouterr().out == f"{mobilevit.__version__}\n"
 
@@ -117,6 +120,21 @@ def test_help(capsys: pytest.CaptureFixture[str]):
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: str):
     assert run(command, "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: mobilevit {command}")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert not re.search(r"default: (None|True|False)?\)|\{None", out)
+    text = " ".join(line.strip(" │") for line in out.splitlines())
+    for option in {"demo": ("--no-open",), "compare": ("--no-flip", "--no-time")}.get(command, ()):
+        assert re.search(rf"{option} +(With --data: d|D)o not ", text)
 
 
 def test_help_waits_for_no_torch():
@@ -171,28 +189,39 @@ TRAIN_OPTIONS = {
     "--ema-decay",
     "--seed",
     "--data.size-px",
+    "--size",  # the same; so are the other short names
     "--data.eval-resize",
     "--data.min-scale",
     "--data.policy",
     "--data.flip",
+    "--flip",
     "--data.val-fraction",
+    "--val-fraction",
     "--data.num-workers",
+    "--num-workers",
     "--data.max-unreadable",
     "--data.max-megapixels",
+    "--max-megapixels",
+    "--max-unreadable",
     "--sampler.variant",
     "--sampler.sizes-px",
     "--optimizer.start-lr",
     "--optimizer.lr",
+    "--lr",
     "--optimizer.end-lr",
     "--optimizer.warmup-steps",
     "--optimizer.cosine",
     "--optimizer.weight-decay",
     "--optimizer.decay-all",
     "--optimizer.clip-norm",
+    "--clip-norm",
     "--optimizer.freeze",
+    "--freeze",
     "--optimizer.backbone-lr-scale",
     "--compute.precision",
+    "--precision",
     "--compute.compile",
+    "--compile",
     "--compute.sync-batch-norm",
     "--compute.pictures-at-once",
 }
@@ -201,9 +230,9 @@ TRAIN_OPTIONS = {
 @pytest.mark.parametrize("recipe", ["plain", "tiny"])
 def test_options_of_train(capsys: pytest.CaptureFixture[str], recipe: str):
     assert run("train", recipe, "--help") == 0
-    options = set(re.findall(r" (--[a-z][a-z.-]+)", capsys.readouterr().out)) - {"--help"}
+    options = set(re.findall(r" (--[a-z][a-z.-]*[a-z])", capsys.readouterr().out)) - {"--help"}
     assert {re.sub(r"(--|\.)no-", r"\1", option) for option in options} == TRAIN_OPTIONS
-    assert len(TRAIN_OPTIONS) <= 45
+    assert len(TRAIN_OPTIONS) <= 55
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -211,7 +240,7 @@ def test_help_of_a_recipe_prints_what_it_says(capsys: pytest.CaptureFixture[str]
     assert run("train", recipe, "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"RECIPE {recipe}: {' '.join(describe(recipe).split())}" in said
-    assert f"Other recipes: {', '.join(name for name in RECIPES if name != recipe)}" in said
+    assert all(describe(name).splitlines()[0] in said for name in RECIPES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,9 +512,9 @@ def test_mistakes_of_predict(capsys: pytest.CaptureFixture[str], here: Path, wei
         (weights, "missing.jpg"): "missing.jpg: no such picture",
         (weights, "empty"): "empty: no pictures",
         (weights, "photos", "--top-k", "0"): "top_k is 0",
-        (weights, "photos", "--top-k", "many"): "--top-k: .*'many'",
+        (weights, "photos", "--top-k", "many"): "--top-k is 'many'; it must be an integer",
         (weights, "photos", "--batch-size", "-1"): "batch size is -1",
-        (weights, "photos", "--bach-size", "1"): "Unrecognized options: --bach-size.*--batch-size",
+        (weights, "photos", "--bach-size", "1"): "no option --bach-size; did you mean --batch-size",
         (weights, "photos", "--device", "toaster"): "device 'toaster' cannot be used",
         (headless, "photos"): "no classifier",
         ("missing.safetensors", "photos"): "missing.safetensors: no such file",
@@ -589,7 +618,7 @@ def test_mistakes_of_convert(
         (weights, "mine.safetensors"): "exists already",
         (weights, "~/mine.safetensors"): "exists already",
         ("missing.pt", "a.safetensors"): "missing.pt: no such file",
-        (weights, "a.safetensors", "more"): "Unrecognized options: more",
+        (weights, "a.safetensors", "more"): "'more' is not expected here",
     }.items():
         assert re.search(said, mistake(capsys, "convert", *args)), args
     assert names(here) == before
@@ -600,7 +629,7 @@ def test_mistakes_of_convert(
 # Train and evaluate
 
 
-TRAIN = ["--epochs", "2", "--batch-size", "3", "--data.num-workers", "0", "--device", "cpu"]
+TRAIN = ["--epochs", "2", "--batch-size", "3", "--num-workers", "0", "--device", "cpu"]
 
 
 def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
@@ -833,12 +862,12 @@ def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, wei
 def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here: Path, weights: str):
     for args, said in {
         ("train",): "--data",
-        ("train", "papar", "--data", "classes"): rf"no recipe 'papar'; there are {', '.join(RECIPES)}",
+        ("train", "papar", "--data", "classes"): rf"no recipe 'papar'; did you mean paper-.*{', '.join(RECIPES)}",
         ("train", "--data", "missing"): "missing: no such folder",
         ("train", "--data", "photos/[old]"): "found no folders",
         ("train", "--data", "classes", "--epochs", "0"): "epochs is 0",
-        ("train", "--data", "classes", "--optimizer.lr", "-1"): "optimizer.lr is -1",
-        ("train", "--data", "classes", "--optimiser.lr", "1"): "Unrecognized options: --optimiser.lr",
+        ("train", "--data", "classes", "--optimizer.lr", "-1"): "--lr is -1",
+        ("train", "--data", "classes", "--optimiser.lr", "1"): "no option --optimiser.lr; .*--optimizer.lr",
         ("train", "--data", "classes", "--architecture", "xl"): "'xl'",
         ("train", "--data", "classes", "--weights", "missing.pt"): "missing.pt: no such file",
         ("train", "--data", "classes", "--weights", weights, "--architecture", "s"): (
@@ -851,12 +880,18 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train", "--data", "classes", "--out", "photos/a.png/b", *TRAIN): r"photos/a.png/b: .*\(not a directory\)",
         ("train", "--data", "classes", "--checkpoint-minutes", "0"): "checkpoint minutes are 0.0; they must be above 0",
         ("train", "--data", "classes", "--checkpoint-minutes", "nan"): "checkpoint minutes are nan",
-        ("train", "--data", "classes", "--checkpoint-minutes", "soon"): "--checkpoint-minutes: .*'soon'",
+        (
+            "train",
+            "--data",
+            "classes",
+            "--checkpoint-minutes",
+            "soon",
+        ): "--checkpoint-minutes is 'soon'; .* a number",
         ("train", "--data", "classes", "--compute.precision", "float8"): "'float8'",
-        ("train", "--data", "classes", "--compute.pictures-at-once", "1"): "compute.pictures_at_once is 1",
+        ("train", "--data", "classes", "--compute.pictures-at-once", "1"): "--compute.pictures-at-once is 1",
         ("train", "--data", "classes", "--optimizer.freeze", "stage9"): "'stage9'",
-        ("train", "--data", "classes", "--sampler.sizes-px"): r"sampler.sizes_px is \(\)",
-        ("train", "--data", "classes", "--data.max-unreadable", "-1"): "data.max_unreadable is -1",
+        ("train", "--data", "classes", "--sampler.sizes-px"): r"--sampler.sizes-px is given without a value",
+        ("train", "--data", "classes", "--data.max-unreadable", "-1"): "--max-unreadable is -1",
         ("train", "--data", "hf:", *TRAIN): "hf:",
         ("evaluate", weights): "--data",
         ("evaluate", weights, "--data", "missing"): "missing: no such folder",
@@ -866,11 +901,78 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("evaluate", weights, "--data", "classes", "--max-megapixels", "0"): "max megapixels is 0.0; .* above 0",
         ("evaluate", weights, "--data", "classes", "--split", "dev"): "'dev'",
         ("train", "--data", "https://host/flowers.zip"): "https://host/flowers.zip: a URL; download it first",
-        ("trian", "--data", "classes"): "no command 'trian'; there are predict, train",
+        ("trian", "--data", "classes"): "no command 'trian'; did you mean train\\? the commands are predict, train",
         ("--verbose",): "no command '--verbose'",
     }.items():
         assert re.search(said, mistake(capsys, *args)), args
     assert not (here / "runs").exists()
+
+
+MISTAKES = {
+    # What it is that is said: the option or file, the value, and what would do.
+    "predict W photos --top-k 1.5": "--top-k is '1.5'; it must be an integer",
+    "predict W photos --top-k": "--top-k takes 1 value; mobilevit predict --help",
+    "predict W photos --top-k 1 --top-k 2": "--top-k is given 2 times; give it once",
+    "predict W photos --epochs 3": "no option --epochs; mobilevit predict --help",
+    "predict W photos --jsn": "no option --jsn; did you mean --json?",
+    "predict W photos -k 3": "no option -k; mobilevit predict --help",
+    "predict W photos --out ''": "--out is ''; it must be a non-empty path",
+    "predict '' photos": "WEIGHTS is ''; it must be a non-empty string",
+    "predict W ''": "IMAGE is ''; it must be a non-empty string",
+    "predict W": "give files, folders or quoted patterns",
+    "train": "--data is missing; mobilevit train --help",
+    "train --dta classes": "no option --dta; did you mean --data?",
+    "train --data ''": "--data is ''; it must be a non-empty string",
+    "train --data classes/x/0.png": "classes/x/0.png: neither a folder nor",
+    "train --data classes --size 1e3": "--size is '1e3'; it must be an integer",
+    "train --data classes --size 16": "--size is 16; it must be 32 or more",
+    "train --data classes --data.size-px 16": "--size is 16; it must be 32 or more",
+    "train --data classes --lr nan": "--lr is nan; it must be above 0",
+    "train --data classes --lr big": "--lr is 'big'; it must be a number",
+    "train --data classes --val-fraction 2": "--val-fraction is 2.0; it must be between 0 and 1",
+    "train --data classes --num-workers -1": "--num-workers is -1; it must be 0 or more",
+    "train --data classes --precision fp16": "--precision is 'fp16'; it must be one of float32, bfloat16, float16",
+    "train --data classes --freeze stage7": "--freeze is 'stage7'; it must be one of nothing, stem, stage1",
+    "train --data classes --freeze stage3": "--freeze is stage3, .*--weights",
+    "train --data classes --batch-size 1": "batch_size is 1; it must be 2 or more",
+    "train --data classes --sampler.start-lr 1": "no option --sampler.start-lr; did you mean .*--optimizer.start-lr",
+    "train --data classes --no-fip": "no option --no-fip; did you mean --no-flip",
+    "train tinny --data classes": "no recipe 'tinny'; did you mean tiny?",
+    "train tiny small --data classes": "'small' is not expected here; mobilevit train --help",
+    "evaluate W": "--data is missing; mobilevit evaluate --help",
+    "evaluate W --data classes --per-clas": "no option --per-clas; did you mean --per-class?",
+    "evaluate W --data classes --num-workers -2": "num workers is -2; it must be 0 or more",
+    "info": "NETWORK is missing; mobilevit info --help",
+    "info xxs xs": "'xs' is not expected here; mobilevit info --help",
+    "info xxs --size": "--size is given without a value; give one or more",
+    "convert W": "TARGET is missing; mobilevit convert --help",
+    "convert W ''": "TARGET is ''; it must be a non-empty path",
+    "convert W a.pt --to aple": "--to is 'aple'; it must be one of mobilevit, apple, timm, transformers",
+    "export W --to onxx": "--to is 'onxx'; it must be one of onnx, executorch, openvino, litert, coreml, all",
+    "export W --to": "--to is given without a value; give one or more",
+    "export W --precision int4": "--precision is 'int4'; it must be one of fp32, fp16, bf16, int8",
+    "export W --images nothere": "nothere: no such picture, folder or pattern; check the name",
+    "benchmark": "nothing is named; give artifacts, weights",
+    "benchmark xxs --runtime onx": "--runtime is 'onx'; it must be one of torch, compiled, onnx",
+    "benchmark nothere.onnx": "nothere.onnx: no such file",
+    "demo W --port abc": "--port is 'abc'; it must be an integer",
+    "demo W --port -1 --no-open": "port is -1; it must be from 0",
+    "demo W --drawing cats": "--drawing is 'cats'; it must be one of optdigits, mnist",
+    "demo W --open": "no option --open; did you mean --no-open?",
+    "explain W photos/a.png --at 1": "--at takes 2 values; mobilevit explain --help",
+    "explain W photos/a.png --at 1 b": "--at is 'b'; it must be a number",
+    "explain W photos": "photos: is a directory",
+    "compare --seeds a": "--seeds is 'a'; it must be an integer",
+    "compare --data classes --recipe paper-s": "--recipe is 'paper-s'; it must be one of small, plain, tiny",
+    "compare extra": "'extra' is not expected here; mobilevit compare --help",
+    "pretict W photos": "no command 'pretict'; did you mean predict?",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_plausible_mistakes(capsys: pytest.CaptureFixture[str], here: Path, weights: str, command: str):
+    args = [weights if arg == "W" else arg for arg in shlex.split(command)]
+    assert re.search(MISTAKES[command], mistake(capsys, *args))
 
 
 def test_evaluate_on_a_damaged_picture(capsys: pytest.CaptureFixture[str], here: Path):
@@ -914,9 +1016,7 @@ def test_large_images_name_the_limit_and_the_option(capsys: pytest.CaptureFixtur
     assert run("predict", weights, "photos/a.png", "--max-megapixels", "1e-4") == 1
     assert re.search(r"photos/a.png: too large \(\d+ x \d+ px, .*--max-megapixels", capsys.readouterr().err)
     said = mistake(capsys, "train", "--data", "classes", "--data.max-megapixels", "1e-4")
-    assert re.search(
-        r"classes/x/0.png: too large .*--data.max-megapixels.*; and 1 more; .*--data.max-unreadable 6", said
-    )
+    assert re.search(r"classes/x/0.png: too large .*--max-megapixels.*; and 1 more; .*--max-unreadable 6", said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -933,9 +1033,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, weights: str, no_processes: None):
     options = ["--rounds", "2", "--num-threads", "1", "--batch-size", "2", "1", "--against", "timm"]
-    assert (
-        run("benchmark", "XXS", weights, "--size", "32", "64", *options, "--json", "a.json", "--figure", "a.svg") == 0
-    )
+    assert run("benchmark", "XXS", weights, "--size", "32", "64", *options, "--out", "a.json", "--figure", "a.svg") == 0
     out, err = capsys.readouterr()
     *shown, line = out.splitlines()
     report = json.loads(line)
@@ -984,9 +1082,13 @@ def test_mistakes_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, w
         ("xxs", "--size", "31"): "from 32 px up",
         ("xxs", "--runtime", "abacus"): "'abacus'",
         ("xxs", "--precision", "int8"): "torch is timed in fp32 alone; leave out int8 or torch",
-        ("xxs", "--against", "resnet5000"): "there is no network 'resnet5000' to compare with; there are self, timm",
+        (
+            "xxs",
+            "--against",
+            "resnet5000",
+        ): "no network 'resnet5000' to compare with; did you mean resnet50 .*there are self, timm",
         ("xxs", "--figure", "a.doc"): "a.doc: a figure ends in .png, .svg or .pdf",
-        ("xxs", "--json", "missing/a.json"): "missing/a.json: there is no such folder",
+        ("xxs", "--out", "missing/a.json"): "missing/a.json: there is no such folder",
     }.items():
         assert re.search(said, mistake(capsys, "benchmark", *args)), args
 
@@ -1018,7 +1120,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, s
 def test_mistakes_of_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, detector: str):
     before = names(here)
     for args, said in {
-        (): "WEIGHTS .* PICTURE",
+        (): "WEIGHTS and IMAGE are missing",
         (weights, "missing.png"): "missing.png: no such file",
         (weights, "photos/c.png"): r"photos/c\.png: damaged picture",
         (weights, weights): "not a picture",
@@ -1138,7 +1240,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--data", "nowhere"): "nowhere: ",
         ("--data", "classes", "--only", "deit-84"): "no system 'deit-84'; near are deit-84-patch8",
         ("--data", "classes", "--epochs", "0"): "epochs is 0; it must be 1 or more",
-        ("--data", "classes", "--lr", "0"): r"optimizer.lr is 0\.0",
+        ("--data", "classes", "--lr", "0"): r"--lr is 0\.0",
         ("--data", "classes", "--batch-size", "8", "16"): r"batch size is \(8, 16\); with --data give one",
         ("--data", "classes", "--seeds", "1", "1"): "seeds are 1, 1; give one or more, each of them once",
         ("--data", "classes", "--no-time", "--runtime", "onnx"): "--no-time times nothing; leave out --runtime",
@@ -1147,7 +1249,7 @@ def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], her
         ("--seeds", "3"): "--seeds is about training; give --data too",
         ("--num-workers", "0"): "--num-workers is about training; give --data too",
         ("--data", "classes", "--seeds", "0", "-1"): "seed is -1; it must be",
-        ("--data", "classes", "--clip-norm", "-1"): r"optimizer.clip_norm is -1\.0; it must be 0 or more",
+        ("--data", "classes", "--clip-norm", "-1"): r"--clip-norm is -1\.0; it must be 0 or more",
     }.items():
         assert re.search(said, mistake(capsys, "compare", *args)), args
 
@@ -1184,7 +1286,7 @@ def test_whoever_reads_has_seen_enough(here: Path, weights: str):
 
 def test_stopped_by_signals_and_taken_up_by_the_same_command(here: Path):
     command = [sys.executable, "-m", "mobilevit", "train", "tiny", "--data", "classes", "--device", "cpu"]
-    command += ["--epochs", "1000", "--batch-size", "3", "--data.num-workers", "0", "--checkpoint-minutes", "1e-9"]
+    command += ["--epochs", "1000", "--batch-size", "3", "--num-workers", "0", "--checkpoint-minutes", "1e-9"]
     checkpoints = here / "runs/classes/checkpoints"
 
     def last_step() -> int:

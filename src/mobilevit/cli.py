@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import inspect
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import mobilevit
+from mobilevit import options
+from mobilevit.options import nearest
 from mobilevit.recipes import MAX_MEGAPIXELS, RECIPES, Recipe, describe, named
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ NumThreads = Annotated[int | None, tyro.conf.arg(help="CPU threads to compute wi
 
 @dataclass(frozen=True)
 class Predict:
-    """Name, find or outline what is in pictures, as the weights can. Exit code 1 if some of them could not be read."""
+    """Predict the classes, boxes or masks of images.
+
+    What is predicted depends on what the weights were trained for. Exit code 1 if some images could not be read.
+    """
 
     weights: Annotated[
         str,
@@ -54,7 +58,7 @@ class Predict:
             help=f"Weights: {WEIGHTS}; {OR_RUN}; or an exported artifact ({', '.join(ARTIFACTS)}), run on the CPU.",
         ),
     ]
-    pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
     top_k: int | None = None
     """Of classifiers: classes to give for each picture; unless given, 5."""
@@ -303,7 +307,7 @@ def _folder_for(command: Predict, names: dict[Path, str]) -> Path:
 
 @dataclass(frozen=True)
 class Info:
-    """Parameters, multiply-accumulates and activation memory of a network, stage by stage."""
+    """Print parameters, multiply-accumulates and memory, stage by stage."""
 
     network: Annotated[
         str,
@@ -343,7 +347,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write weights in another format."""
+    """Convert weights to another format."""
 
     source: SomeWeights
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
@@ -372,7 +376,10 @@ class Convert:
 
 @dataclass(frozen=True)
 class Train:
-    """Train on pictures: mobilevit train [RECIPE] --data FOLDER. The same command takes up a run that was stopped."""
+    """Train a network on your images, or resume a run that was stopped.
+
+    mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
+    """
 
     data: str
     """A folder with a folder of pictures for each class, or with train/ and val/ that hold those; idx files, tar
@@ -440,7 +447,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What weights make of pictures: top-1 and top-5, AP of boxes, or mIoU of pixels; of several weights and sizes."""
+    """Evaluate weights on labeled images, at one or several sizes.
+
+    Metrics: top-1 and top-5 accuracy of classes, AP of boxes, mIoU of masks.
+    """
 
     weights: Annotated[
         tuple[str, ...],
@@ -485,6 +495,8 @@ class Evaluate:
         if self.max_unreadable < 0:
             raise ValueError(f"max unreadable is {self.max_unreadable}; it must be 0 or more")
         _limit_megapixels(self.max_megapixels)
+        if self.num_workers < 0:
+            raise ValueError(f"num workers is {self.num_workers}; it must be 0 or more")
         # All of them first: a name that is wrong is said before the first one has been evaluated.
         named = {name: read(name, download=self.download) for given in self.weights for name in _weights_of_run(given)}
         data = _expand_data(self.data)
@@ -543,7 +555,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Write artifacts for phones, boards, servers and browsers, each run and compared with torch first."""
+    """Export weights for phones, boards, servers and browsers.
+
+    Each artifact is run on its own runtime and compared with torch before it is written.
+    """
 
     weights: SomeWeights
     to: tuple[Literal["onnx", "executorch", "openvino", "litert", "coreml", "all"], ...] = ("onnx",)
@@ -554,10 +569,10 @@ class Export:
     overwrite: bool = False
     """Replace files that exist."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """Numbers to compute with; int8 is calibrated on --pictures."""
-    pictures: tuple[str, ...] = ()
-    """Real pictures to compare on, and to calibrate int8 with: files, folders, patterns, or data as for train. Unless
-    given, drawn ones are compared."""
+    """Numbers to compute with; int8 is calibrated on --images."""
+    pictures: Annotated[tuple[str, ...], tyro.conf.arg(name="images", metavar="IMAGE...")] = ()
+    """Real images to compare on, and to calibrate int8 with: files, folders, patterns, or data as for train. Unless
+    given, synthetic ones are compared."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
     """Side of the pictures, or their height and width, in pixels; unless given, what the weights were made for."""
     batch_size: int = 1
@@ -574,7 +589,7 @@ class Export:
     num_threads: int = 2
     """Of the runtimes while they are timed."""
     sensitivity: bool = False
-    """Instead of writing anything, show what int8 would cost each part of the network, on --pictures."""
+    """Instead of writing anything, show what int8 would cost each part of the network, on --images."""
     json: bool = False
     """One JSON object a line instead of a table."""
     download: Download = False
@@ -640,7 +655,7 @@ class Export:
         _say_transparency(weights)
         if not self.json:
             _stdout().print(_artifact_table(artifacts))
-            real = "of yours" if self.pictures else "drawn by program; give --pictures to compare on real ones"
+            real = "of yours" if self.pictures else "drawn by program; give --images to compare on real ones"
             num_pictures = max((a.agreement.num_pictures for a in artifacts if a.agreement), default=0)
             print(f"compared with torch on {num_pictures} pictures {real}" if num_pictures else "nothing could be run")
             for a in artifacts:
@@ -652,7 +667,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How long networks take on this machine, in any runtime, beside other networks. The last line is JSON."""
+    """Measure latency, throughput, memory and load time on this machine.
+
+    Models are timed interleaved, in any runtime and beside models of other libraries. The last line is JSON.
+    """
 
     targets: Annotated[
         tuple[str, ...],
@@ -677,8 +695,8 @@ class Benchmark:
     """Every side is timed once a round."""
     num_threads: int = 2
     """Of every runtime."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the JSON object here as well."""
+    json: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FILE")] = None
+    """Write the JSON object to this file as well."""
     figure: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw the times here, as .png, .svg or .pdf."""
     download: Download = False
@@ -755,21 +773,24 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Demo:
-    """Try a network in the browser, on picture files, the camera or drawings, or write the page for a website."""
+    """Run a network in the browser, or write the page for a website.
+
+    Inputs are image files, the camera or drawings. Nothing is uploaded.
+    """
 
     weights: SomeWeights
     port: int = 0
     """Of the page on this machine, which alone can see it; 0 is any that is free."""
     open: bool = True
-    """Whether to open the page in the browser too; its URL is printed either way."""
-    export: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Do not open the page in the browser. The URL is always printed."""
+    export: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None
     """Write the page and all it needs into this folder, for any host of static files, instead of serving it."""
     drawing: Literal["optdigits", "mnist"] | None = None
     """Draw digits and letters like scikit-learn's (8 px) or MNIST's and EMNIST's (28 px); unless given, the former for
     networks of up to 32 px. Other classifiers get no pad to draw on unless this is given."""
-    pictures: tuple[str, ...] = ()
-    """Real pictures to compare the exported network with torch on: files, folders, patterns, or data as for train.
-    Unless given, drawn ones are compared."""
+    pictures: Annotated[tuple[str, ...], tyro.conf.arg(name="images", metavar="IMAGE...")] = ()
+    """Real images to compare the exported network with torch on: files, folders, patterns, or data as for train.
+    Unless given, synthetic ones are compared."""
     ort: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder with ONNX Runtime Web's files; unless given, those of the wheel, or fetched through npm and kept."""
     download: Download = False
@@ -815,10 +836,10 @@ class Demo:
 
 @dataclass(frozen=True)
 class Explain:
-    """Where a network looks from a place of a picture, how far it sees, and what speaks for a class."""
+    """Show attention, receptive fields and class evidence for an image."""
 
     weights: SomeWeights
-    picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
+    picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """A picture file."""
     at: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="X Y")] = None
     """The place to ask about, in pixels of the upright picture from its upper left corner; unless given, the middle."""
@@ -866,10 +887,10 @@ class Explain:
 
 @dataclass(frozen=True)
 class Compare:
-    """MobileViT beside every system that its paper compares it with: size, accuracy, time. The last line is JSON.
+    """Compare MobileViT with other models: size, accuracy, latency.
 
-    With --data they are trained, all alike, and what they have learnt is compared; the same command takes up what was
-    stopped.
+    With --data, all models are trained on your images by one recipe and compared; the same command resumes what was
+    stopped. The last line is JSON.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
@@ -889,11 +910,11 @@ class Compare:
     clip_norm: float | None = None
     """With --data: the longest gradient, of all systems alike; 1 unless given, 0 clips nothing."""
     flip: bool = True
-    """With --data: whether to mirror half of the pictures, where the recipe does. Wrong for digits and letters."""
+    """With --data: do not flip images horizontally. Use it for digits, letters and other images with a direction."""
     num_workers: int | None = None
     """With --data: processes that read pictures; the recipe's unless given."""
     time: bool = True
-    """Whether to time them here and now; without, the table takes a minute or two."""
+    """Do not measure latency; the table then takes a minute or two."""
     runtime: tuple[Literal["torch", "onnx"], ...] = ()
     """What to time in, always in float32; both unless given, on an accelerator torch."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
@@ -1190,7 +1211,7 @@ def main(args: list[str] | None = None) -> None:
         _complain(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        _complain(str(error))
+        _complain(options.by_option(str(error)))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
@@ -1210,53 +1231,57 @@ def _terminated(number: int, frame: object) -> None:
 
 def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print("usage: mobilevit COMMAND ... (mobilevit COMMAND --help says more)\n")
+        print("usage: mobilevit COMMAND [OPTIONS]\n")
         for name, command in COMMANDS.items():
-            print(f"  {name:10}{(command.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:11}{(command.__doc__ or '').splitlines()[0]}")
+        print("\nmobilevit COMMAND --help describes a command, mobilevit --version prints the version.")
         return 0
     if args[0] == "--version":
         print(mobilevit.__version__)
         return 0
     if args[0] not in COMMANDS:
-        raise ValueError(f"there is no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+        raise ValueError(
+            f"there is no command {args[0]!r}; {nearest(args[0], COMMANDS)}the commands are {', '.join(COMMANDS)}"
+        )
     return parse(args).run()
 
 
 def parse(args: list[str]) -> Any:
-    """The command that `args` stands for. Exits with code 2, and says why, where it stands for none."""
+    """The command that `args` stands for.
+
+    Raises:
+        ValueError: a recipe, option or value that does not exist or does not fit.
+    """
     name, rest = args[0], args[1:]
-    options: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
-    description = COMMANDS[name].__doc__
-    if name == "train":
+    command, default = COMMANDS[name], None
+    description = inspect.getdoc(command) or ""
+    if command is Train:
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
-        # Flags in pairs for train alone: what a flag's default is, depends on the recipe.
-        command = shlex.join(["mobilevit", *args])
-        options = {"default": Train(tyro.MISSING, recipe=named(recipe), recipe_name=recipe, command=command)}
-        text = re.sub(r"\n(?=[A-Z]\w*:)", "\n\n", describe(recipe).replace("\n\n", "\n"))  # a paragraph for each matter
-        others = ", ".join(name for name in RECIPES if name != recipe)
-        description = f"{Train.__doc__}\n\nRECIPE {recipe}: {text}\n\nOther recipes: {others}"
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                COMMANDS[name],
-                prog=f"mobilevit {name}",
-                description=description,
-                args=rest,
-                **options,
+        if recipe not in RECIPES:
+            raise ValueError(
+                f"there is no recipe {recipe!r}; {nearest(recipe, RECIPES)}the recipes are {', '.join(RECIPES)}"
             )
-    except SystemExit as stop:
-        if stop.code:
-            _complain(_unframed(said.getvalue()))
+        default = Train(data="", recipe=named(recipe), recipe_name=recipe, command=shlex.join(["mobilevit", *args]))
+        description += f"\nRECIPE {recipe}: {describe(recipe)}"
+    try:
+        return options.parse(command, rest, prog=f"mobilevit {name}", description=description, default=default)
+    except SystemExit:  # the help was asked for
+        if command is Train:
+            print(f"\n{_recipe_list()}")
         raise
 
 
-def _unframed(box: str) -> str:
-    """A message of tyro in one line, without its title and the frame that it draws."""
-    lines = re.sub(r"\x1b\[[\d;]*m", "", box).strip().splitlines()[1:]
-    rule = re.compile(r"[ │╰]*[─-]{5,}[ │╯]*")
-    parts = "\n".join("\0" if rule.fullmatch(line) else line.strip(" │") for line in lines).split("\0")
-    return "; ".join(" ".join(part.split()).rstrip(".") for part in parts if part.strip())
+def _recipe_list() -> str:
+    """The recipes, each with the first line of its description; those that differ in size alone together."""
+    purposes: dict[str, list[str]] = {}
+    for name in RECIPES:
+        purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
+    lines = ["Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
+    for purpose, names in purposes.items():
+        family = names[0].rpartition("-")[0]
+        title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"
+        lines.append(f"  {title:22}{options.wrapped(purpose, 24).strip()}")
+    return "\n".join(lines)
 
 
 def _expand(path: Path) -> Path:

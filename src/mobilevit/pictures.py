@@ -116,8 +116,7 @@ def _check_size(image: Image.Image, name: str) -> None:
     if megapixels > _max_megapixels:
         raise PictureError(
             f"{name}: too large ({image.width} x {image.height} px, {megapixels:,.0f} megapixels; limit "
-            f"{_max_megapixels:g}); save a smaller copy, or raise the limit with --max-megapixels "
-            "(training: --data.max-megapixels)"
+            f"{_max_megapixels:g}); save a smaller copy, or raise the limit with --max-megapixels"
         )
 
 

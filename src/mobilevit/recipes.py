@@ -223,7 +223,7 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """Pictures of 28 to 64 px: XXS at 64 px, 30 epochs. For digits and letters add --data.no-flip.
+    """Pictures of 28 to 64 px: XXS at 64 px, 30 epochs. For digits and letters add --no-flip.
 
     Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist);
     on two cores nearly twice as fast with OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it.

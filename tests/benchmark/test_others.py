@@ -129,7 +129,7 @@ def test_random_weights_are_always_the_same():
     ("name", "said"),
     [
         ("resnet5000", "there is no network 'resnet5000' to compare with"),
-        ("timm:resnet5000", r"timm has no network 'resnet5000'; timm.list_models\(\) lists"),
+        ("timm:resnet5000", r"timm has no network 'resnet5000'; did you mean resnet50 .*timm.list_models\(\) lists"),
         ("torchvision:resnet5000", "torchvision has no network 'resnet5000'"),
         ("transformers:vit", "say transformers instead"),
         ("keras:vit", "there is no network 'keras:vit'"),

@@ -223,7 +223,7 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
     picture(folder / "b.jpg")
     (folder / "empty.jpg").write_text("no picture")
-    with pytest.raises(PictureError, match=r"empty.jpg: not a picture.*; replace .*--data.max-unreadable 1$"):
+    with pytest.raises(PictureError, match=r"empty.jpg: not a picture.*; replace .*--max-unreadable 1$"):
         check_annotations(*sources)
     assert [error.partition(": ")[0] for error in check_annotations(*sources, max_unreadable=1).unreadable] == [
         str(folder / "empty.jpg")

@@ -427,7 +427,7 @@ def test_headers_of_tars(tmp_path: Path):
     source = find_evaluation(write_tar(tmp_path / "x.tar", members), ("0", "1"))
     wrong = [f"{tmp_path}/x.tar/{key}" for key in "34"]
     with pytest.raises(
-        PictureError, match=f"^{wrong[0]}: not a picture.*; {wrong[1]}: not a picture.*--data.max-unreadable 2$"
+        PictureError, match=f"^{wrong[0]}: not a picture.*; {wrong[1]}: not a picture.*--max-unreadable 2$"
     ):
         check_headers(source, max_unreadable=1)
     assert [error.partition(": ")[0] for error in check_headers(source, max_unreadable=2).unreadable] == wrong

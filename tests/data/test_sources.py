@@ -337,7 +337,7 @@ def test_headers_name_what_is_no_picture(tmp_path: Path):
             check_headers(*folders, max_unreadable=max_unreadable)
         assert all(name in str(caught.value) for name in wrong)
         assert "1.png" not in str(caught.value).replace(wrong[1], "")
-        assert "--data.max-unreadable 2" in str(caught.value)
+        assert "--max-unreadable 2" in str(caught.value)
     errors = check_headers(*folders, max_unreadable=2).unreadable
     assert sorted(error.partition(": ")[0] for error in errors) == wrong
 

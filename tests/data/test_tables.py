@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image as PillowImage
 
+from mobilevit import hub
 from mobilevit.data.loader import PictureDataset, load
 from mobilevit.data.sample import Labelled, Source
 from mobilevit.data.sampler import eval_batches
@@ -151,6 +153,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
         return datasets.DatasetDict(train=table([0, 1]), test=table([1], first=5), unsupervised=table([-1]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     for data in ("hf:owner/name", Path("hf:owner/name"), "hf:name"):
         train, val = find_splits(data, 0.5)
         assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
@@ -176,10 +179,38 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, rea
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     for find in (lambda d: find_splits(d, 0.5), lambda d: find_evaluation(d, ("a", "b")), held_out_name):
         with pytest.raises(ValueError, match=rf"^hf:owner/name: cannot be loaded \({reason}\); check name") as caught:
             find("hf:owner/name")
         assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(
+        ValueError, match=r"^hf:owner/name: not in the local cache, .* \(http://127.0.0.1:9: .*check the connection"
+    ):
+        find_splits("hf:owner/name", 0.5)
+    assert not waits  # one try, where the library makes six
+    assert capfd.readouterr() == ("", "")
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def load_dataset(*_: Any) -> Any:
+        seen.append(constants.HF_HUB_OFFLINE)
+        return datasets.DatasetDict(train=table([0, 1]), test=table([1], first=5))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "unreachable", lambda: "no connection")
+    train, val = find_splits("hf:owner/name", 0.5)
+    assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
+    assert seen == [True]
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -712,8 +712,8 @@ def test_the_command_writes_a_page(
         shutil.copytree(page_folder, out)
 
     monkeypatch.setattr("mobilevit.demo.write_page", write)
-    arguments = [str(folder / "model.safetensors"), "--export", str(tmp_path / "page"), "--drawing", "mnist"]
-    arguments += ["--pictures", str(folder / "data" / "test" / "3")]
+    arguments = [str(folder / "model.safetensors"), "--out", str(tmp_path / "page"), "--drawing", "mnist"]
+    arguments += ["--images", str(folder / "data" / "test" / "3")]
     assert parse(["demo", *arguments]).run() == 0
     assert "page of" in capsys.readouterr().out
     assert seen["source"] == "model.safetensors"  # without the folders that it lies in

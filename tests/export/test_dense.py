@@ -141,7 +141,7 @@ def test_nothing_found_is_nothing_compared(detector: Weights):
     nothing = found([(0,) * 4], [0], [NOTHING])
     network = torch.nn.Identity()
     network.forward = lambda x: tuple(map(torch.from_numpy, nothing))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"torch finds nothing on any of the 1 pictures, .*--pictures"):
+    with pytest.raises(ValueError, match=r"torch finds nothing on any of the 1 pictures, .*--images"):
         compare(network, lambda x: nothing, [torch.zeros(1, 3, 64, 64)], target)
 
 

@@ -657,7 +657,9 @@ def test_interrupted_download_leaves_nothing_to_trust(hub: Hub) -> None:
     assert read("someone/mobilevit", download=True).class_names == NAMES
 
 
-def test_unknown_repository_and_unreachable_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_repository_and_unreachable_hub(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(WeightsError, match="no such model"):
         read("someone/else", download=True)
     shutil.rmtree(hub.folder)
@@ -668,5 +670,14 @@ def test_unknown_repository_and_unreachable_hub(hub: Hub, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
     )
-    with pytest.raises(WeightsError, match="could not be fetched"):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(
+        WeightsError, match=r"someone/mobilevit: .* cannot be reached \(http://127.0.0.1:9: .*connection"
+    ):
+        read("someone/mobilevit", download=True)
+    assert not waits  # one try, where huggingface_hub makes six
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
         read("someone/mobilevit", download=True)

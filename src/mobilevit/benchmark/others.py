@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import tempfile
@@ -91,8 +92,8 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
         module = randomise(_create("torchvision", name, weights, exportable), seed)
     else:
         raise ValueError(
-            f"there is no network {name!r} to compare with; there are self, timm, transformers, timm:NAME, "
-            "torchvision:NAME, or the name of a network of timm"
+            f"there is no network {name!r} to compare with; {_near('timm', name, task)}there are self, timm, "
+            "transformers, timm:NAME, torchvision:NAME, or the name of a network of timm"
         )
     return keep_silu(module.eval().requires_grad_(False))
 
@@ -225,7 +226,10 @@ def _mobilevit_of_transformers(weights: Weights) -> nn.Module:
 def _create(library: str, network: str, weights: Weights, exportable: bool) -> nn.Module:
     task = weights.task
     if not _has(library, network, task):
-        raise ValueError(f"{library} has no network {network!r}; {_listing(library, task)} lists those it has")
+        raise ValueError(
+            f"{library} has no network {network!r}; {_near(library, network, task)}"
+            f"{_listing(library, task)} lists those it has"
+        )
     if library == "timm":
         return _import("timm").create_model(network, exportable=exportable)
     models = _import("torchvision").models
@@ -243,8 +247,21 @@ def _create(library: str, network: str, weights: Weights, exportable: bool) -> n
 def _has(library: str, network: str, task: TaskName) -> bool:
     if library == "timm":
         return _import("timm").is_model(network)
+    return network in _names(library, task)
+
+
+def _names(library: str, task: TaskName) -> list[str]:
+    """The networks of a library for a task; those of timm are for classification."""
+    if library == "timm":
+        return _import("timm").list_models() if task == "classify" else []
     models = _import("torchvision").models
-    return network in models.list_models(getattr(models, TORCHVISION[task]) if task in TORCHVISION else models)
+    return models.list_models(getattr(models, TORCHVISION[task]) if task in TORCHVISION else models)
+
+
+def _near(library: str, network: str, task: TaskName) -> str:
+    """The names most similar to `network`, as the start of a hint; empty if there is none."""
+    near = difflib.get_close_matches(network, _names(library, task), n=3)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def _listing(library: str, task: TaskName) -> str:

@@ -296,7 +296,7 @@ def refuse_unreadable(errors: Sequence[str], max_unreadable: int) -> None:
         more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise PictureError(
             f"{'; '.join(errors[:5])}{more}; replace the files under the same names, or skip them with "
-            f"--data.max-unreadable {len(errors)}"
+            f"--max-unreadable {len(errors)}"
         )
 
 

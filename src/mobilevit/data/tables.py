@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import constants
+
+from mobilevit import hub
 from mobilevit.data.sample import Part
 from mobilevit.pictures import first_line
 
@@ -57,7 +60,19 @@ def hub_splits(data: str) -> dict[str, Dataset]:
     if not 1 <= len(parts) <= 3 or not all(parts):
         raise ValueError(f"{data}: names no dataset of the hub; write hf:owner/name")
     name, configuration = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
-    return dict(_load(data, lambda datasets: datasets.load_dataset(name, configuration)))
+    reason = hub.unreachable()
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, bool(reason)  # then only the cache is read
+    try:
+        return dict(_load(data, lambda datasets: datasets.load_dataset(name, configuration)))
+    except ValueError as error:
+        if reason and isinstance(error.__cause__, ConnectionError):
+            raise ValueError(
+                f"{data}: not in the local cache, and the hub cannot be reached ({reason}); check the connection, or "
+                "use a data set on disk"
+            ) from None
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def file_split(files: Sequence[Path], where: str) -> Dataset:

@@ -172,7 +172,7 @@ def export(
     # All of them first: what is missing or impossible is said before minutes of work.
     backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
     if precision == "int8" and not pictures:
-        raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--pictures)")
+        raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--images)")
     out = Path(out)
     stem = file_stem(prefix or f"mobilevit_{weights.architecture.name}", target)
     for path in (out / f"{stem}{BACKENDS[backend]}" for backend in backends):
@@ -223,7 +223,7 @@ def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
         ValueError: no pictures. PictureError: one that cannot be read.
     """
     if not pictures:
-        raise ValueError("what int8 costs is measured on real pictures; name some (--pictures)")
+        raise ValueError("what int8 costs is measured on real pictures; name some (--images)")
     p = weights.preprocessing
     target = Target("int8", p.crop_px, p.crop_px, task=weights.task)
     inputs = [artifact_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]

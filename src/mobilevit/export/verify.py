@@ -58,7 +58,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
     if not tally.num_answers and (target.answers or target.precision == "int8"):  # elsewhere the numbers are enough
         raise ValueError(
             f"torch finds nothing on any of the {len(inputs)} pictures, so nothing can be compared; give pictures "
-            "(--pictures) with something to detect"
+            "(--images) with something to detect"
         )
     example = batches[0].numpy()
     times_ms = []

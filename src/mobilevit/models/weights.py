@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit.files import write_whole
+from mobilevit.hub import unreachable
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, MobileViT, Stage, Transformer
 from mobilevit.models.ssdlite import EXTRA_CHANNELS, HEAD_CHANNELS, NUM_ANCHORS, SSDLite
@@ -468,6 +469,11 @@ def _from_hub(repo_id: str, revision: str | None, download: bool) -> Path:
         raise WeightsError(
             f"{repo_id}: no such file or folder here, and not in the local cache of the hub; "
             "to fetch it from the hub say --download (in Python download=True)"
+        )
+    if reason := unreachable():
+        raise WeightsError(
+            f"{repo_id}: not in the local cache, and the hub cannot be reached ({reason}); check the connection, or "
+            "fetch the folder elsewhere and give its path"
         )
 
     def fetch(name: str) -> Path | None:

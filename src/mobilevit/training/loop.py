@@ -301,9 +301,7 @@ def _train(
 
     def keep() -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise DivergedError(
-                f"the network is not finite after step {position.total_step}; try a lower --optimizer.lr"
-            )
+            raise DivergedError(f"the network is not finite after step {position.total_step}; try a lower --lr")
         if folder is not None and epoch_lines and step_lines:
             epoch_lines.sync()
             step_lines.sync()
@@ -362,7 +360,7 @@ def _train(
                 "device": str(device),
                 "preprocessing": initial.preprocessing,
                 "max_unreadable": recipe.data.max_unreadable,
-                "skip_option": "--data.max-unreadable",
+                "skip_option": "--max-unreadable",
             }
             pictures = load(train_set, todo, **reading)
             unseen: list[_Step] = []  # steps whose loss has not been looked at
@@ -473,7 +471,7 @@ def _train(
             metrics = results.metrics()
             averaged = average.model.state_dict().values()
             if not all(map(math.isfinite, metrics.values())) or not all(x.isfinite().all() for x in averaged):
-                raise DivergedError(f"the network is not finite after epoch {epoch + 1}; try a lower --optimizer.lr")
+                raise DivergedError(f"the network is not finite after epoch {epoch + 1}; try a lower --lr")
             record = {
                 "epoch": epoch + 1,
                 "step": position.total_step,
@@ -643,7 +641,7 @@ def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
     if num > recipe.data.max_unreadable:
         raise PictureError(
             f"{num} pictures of {where} cannot be read, and data.max_unreadable is {recipe.data.max_unreadable}; "
-            f"replace them by readable images of the same names, or resume with --data.max-unreadable {num} or more"
+            f"replace them by readable images of the same names, or resume with --max-unreadable {num} or more"
         )
 
 
@@ -656,7 +654,7 @@ def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, pic
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"the loss is {loss} at epoch {epoch + 1}, step {step.total + 1}, {batches.size_px(step.of_epoch)} px, "
-        f"pictures {', '.join(names[:8])}{more}; try a lower --optimizer.lr"
+        f"pictures {', '.join(names[:8])}{more}; try a lower --lr"
     )
 
 
@@ -710,7 +708,7 @@ def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, st
     commands = [
         ("Evaluate, the average and the raw weights", evaluate),
         ("Predict", f"mobilevit predict {weights} PICTURE..."),
-        ("Export, compared with torch on these pictures", f"mobilevit export {weights} --to onnx --pictures {data}"),
+        ("Export, compared with torch on these pictures", f"mobilevit export {weights} --to onnx --images {data}"),
     ]
     if "transformers" in TASK_FORMATS[recipe.task]:
         commands.append(("Write in transformers' layout", f"mobilevit convert {weights} FOLDER --to transformers"))
