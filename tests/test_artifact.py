@@ -26,7 +26,6 @@ from mobilevit.predict import classifier, detector, segmenter
 
 PICTURES = [Image.fromarray(picture) for picture in drawn_pictures(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-RUNTIMES = ("onnx", "executorch", "openvino", "litert")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def test_endings():
     assert tuple(BACKENDS.values()) == ARTIFACTS
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "litert", slow("executorch")])
 def test_classes(weights: Weights, backend: str, tmp_path: Path):
     """A batch of two for three images, and pixels in 8 bits where the runtime scales them as fast."""
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")

@@ -264,7 +264,8 @@ def test_dense_sides(task: TaskName, against: str, shapes: list, tmp_path: Path,
     assert report["rows"][1]["ratio"]["median"] > 0
 
 
-@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_artifact(task: TaskName, tmp_path: Path):
     weights = others.random_weights("xxs", task=task, num_classes=7)
     [artifact] = export(weights, ["onnx"], tmp_path, size=(64, 96), answers=True, num_threads=1)

@@ -192,7 +192,7 @@ def test_several_images_are_refused(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.slow)])
 def test_dense(task: TaskName, tmp_path: Path):
     dense = dense_weights(task)
     [artifact] = export(dense, ["coreml"], tmp_path, size=(75, 130), answers=task == "segment")

@@ -188,7 +188,7 @@ def made(weights: Weights, backend: str, out: Path, **options) -> Artifact:
         ("onnx", "detect"),
         ("openvino", "segment"),
         pytest.param("executorch", "detect", marks=pytest.mark.slow),
-        ("executorch", "segment"),
+        pytest.param("executorch", "segment", marks=pytest.mark.slow),
     ],
 )
 def test_outputs(weights: dict[str, Weights], backend: str, task: str, tmp_path: Path):

@@ -42,6 +42,7 @@ def test_odd_size_and_batch(weights: Weights, tmp_path: Path):
     assert (artifact.operators.num_operators, artifact.operators.outside) == (1, ())
 
 
+@pytest.mark.slow
 def test_fp16_from_bytes(weights: Weights, fp32: Artifact, tmp_path: Path):
     [artifact] = export(weights, ["executorch"], tmp_path, precision="fp16", uint8=True)
     assert artifact.agreement is not None

@@ -72,7 +72,11 @@ def test_fp16_survives_a_large_residual_stream(weights: Weights, tmp_path: Path)
     assert artifact.agreement.error < 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"dynamic_batch": True, "batch_size": 3, "uint8": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"dynamic_batch": True, "batch_size": 3, "uint8": True}],
+    ids=str,
+)
 def test_int8(weights: Weights, pictures: list[np.ndarray], num_fp32_bytes: int, options: dict, tmp_path: Path):
     [artifact] = export(weights, ["onnx"], tmp_path, precision="int8", pictures=pictures, **options)
     assert artifact.agreement is not None
