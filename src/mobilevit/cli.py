@@ -908,7 +908,7 @@ class Compare:
     lr: float | None = None
     """With --data: the highest learning rate, of all systems alike; the recipe's unless given."""
     clip_norm: float | None = None
-    """With --data: the longest gradient, of all systems alike; 1 unless given, 0 clips nothing."""
+    """With --data: gradient norm limit, the same for all models; the recipe's unless given, and 0 disables clipping."""
     flip: bool = True
     """With --data: do not flip images horizontally. Use it for digits, letters and other images with a direction."""
     num_workers: int | None = None
@@ -976,10 +976,7 @@ class Compare:
             data=changed(
                 recipe.data, size_px=self.size, num_workers=self.num_workers, flip=None if self.flip else False
             ),
-            # Without, one step too long in one seed of three can decide a short comparison: docs/results.md.
-            optimizer=changed(
-                recipe.optimizer, lr=self.lr, clip_norm=1.0 if self.clip_norm is None else self.clip_norm
-            ),
+            optimizer=changed(recipe.optimizer, lr=self.lr, clip_norm=self.clip_norm),
         )
         networks = training.choose(self.only, recipe, self.baseline)
         data = _expand_data(data)

@@ -227,8 +227,8 @@ def small() -> Recipe:
 
     Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist);
     on two cores nearly twice as fast with OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it.
-    Time: Fashion-MNIST's 60,000 pictures, 55 minutes on two cores so. Score: 93.64 % of its 10,000 test pictures
-    (benchmarks/fashion_mnist_epyc-2-cores_202611.md); with --epochs 17 93.24 %.
+    Time: Fashion-MNIST's 60,000 images, 55 minutes on two cores so. Score: 93.64 % of its 10,000 test images, measured
+    without clipping (benchmarks/fashion_mnist_epyc-2-cores_202611.md); with --epochs 17 93.24 %.
     """
     return Recipe(
         architecture="xxs",

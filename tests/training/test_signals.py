@@ -5,12 +5,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from mobilevit.training import signals
 from mobilevit.training.signals import ANNOUNCEMENT, StopOnSignal
+
+
+@pytest.fixture(autouse=True)
+def raises_on_ctrl_c() -> Iterator[None]:
+    """A shell that starts the tests in the background lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
