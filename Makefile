@@ -14,9 +14,11 @@ TORCH_BIN := $(TORCH_VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
 
-# One worker for each core, each with one thread: threads of several workers would wait for each other. The export
-# runtimes run in a pytest of their own, because one process that holds all of them has crashed.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+# One worker for each core, each with one thread: threads of several workers would wait for each other. Files stay whole
+# and in the order of tests/conftest.py. The export runtimes run in a pytest of their own, because one process that holds
+# all of them has crashed.
+WORKERS := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export tests/test_artifact.py
 CORE_TESTS := $(addprefix --ignore=,$(RUNTIME_TESTS))
 
@@ -44,7 +46,7 @@ TORCH_TESTS := tests/models tests/training/test_loop.py tests/training/test_resu
 test-torch:
 	@test -n "$(TORCH)" || { echo 'name a PyTorch version: make test-torch TORCH=2.11'; exit 2; }
 	$(MAKE) --no-print-directory $(TORCH_VENV)/.dev
-	OMP_NUM_THREADS=1 $(TORCH_BIN)/python -m pytest --numprocesses=auto -m "not slow" $(TORCH_TESTS)
+	OMP_NUM_THREADS=1 $(TORCH_BIN)/python -m pytest $(WORKERS) -m "not slow" $(TORCH_TESTS)
 
 # What must hold before a commit, besides the tests.
 check: $(VENV)/.dev

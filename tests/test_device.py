@@ -18,7 +18,7 @@ def test_devices():
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert choose_device("auto") == best
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match=r"device 'tpu9' cannot be used here .*; try cpu"):
+    with pytest.raises(ValueError, match=r"device 'tpu9' cannot be used here .*; use auto, cpu"):
         choose_device("tpu9")
 
 

@@ -407,8 +407,7 @@ class Train:
 
     def run(self) -> int:
         """Train, then say what to do next."""
-        from mobilevit.models.weights import read
-        from mobilevit.training.loop import train
+        from mobilevit.training.loop import FinishedError, train
         from mobilevit.training.report import Origin
 
         _use_threads(self.num_threads)
@@ -416,25 +415,30 @@ class Train:
             raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
         data = _expand_data(self.data)
         out = _expand(self.out or Path("runs") / Path(data).resolve().name)
-        pretrained = read(self.weights, download=self.download) if self.weights else None
+        pretrained = _read(self.weights, self.download) if self.weights else None
         architecture = self.recipe.architecture
-        # The recipe's own value is a default, which the weights override.
-        if pretrained and architecture not in (pretrained.architecture.name, named(self.recipe_name).architecture):
+        # The weights override the recipe's default, but not what the command names.
+        is_given = any(arg.partition("=")[0] == "--architecture" for arg in shlex.split(self.command))
+        if pretrained and is_given and architecture != pretrained.architecture.name:
             raise ValueError(
                 f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
                 f"or give weights of MobileViT-{architecture.upper()}"
             )
-        run = train(
-            self.recipe,
-            data,
-            out,
-            pretrained=pretrained,
-            device=self.device,
-            checkpoint_minutes=self.checkpoint_minutes,
-            tensorboard=self.tensorboard,
-            extend=True,
-            origin=Origin(self.recipe_name, self.command),
-        )
+        try:
+            run = train(
+                self.recipe,
+                data,
+                out,
+                pretrained=pretrained,
+                device=self.device,
+                checkpoint_minutes=self.checkpoint_minutes,
+                tensorboard=self.tensorboard,
+                extend=True,
+                origin=Origin(self.recipe_name, self.command),
+            )
+        except FinishedError as finished:  # scripts that repeat the command until it succeeds end here
+            _complain(str(finished))
+            return 0
         if os.environ.get("RANK", "0") == "0":
             value = run.epochs[-1][f"val_{run.main_metric}"]
             print(
@@ -538,8 +542,8 @@ class Evaluate:
                     continue
                 if table is None:
                     columns = (Column(_heading(metric), justify="right") for metric in ("px", *metrics))
-                    table = Table("weights", *columns, box=SIMPLE)
-                table.add_row(name, str(size_px), *(_number(metric, value) for metric, value in metrics.items()))
+                    table = Table("weights", "split", *columns, box=SIMPLE)
+                table.add_row(name, split, str(size_px), *(_number(metric, value) for metric, value in metrics.items()))
                 classes.append((f"{name} at {size_px} px", _class_table(per_class)))
                 splits.append(_split_line(weights, split, self.split, metrics["num_pictures"], data))
         if table:
@@ -957,8 +961,6 @@ class Compare:
     def _train(self, data: str) -> int:
         from dataclasses import replace
 
-        import torch
-
         from mobilevit.benchmark.latency import check_figure
         from mobilevit.compare import show, training
 
@@ -983,7 +985,7 @@ class Compare:
         out = _expand(self.out or Path("runs/compare") / Path(data).resolve().name)
         check_figure(out / "figure.png")  # said now, and not when everything has been trained
         if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+            _use_threads(self.num_threads)
         report = training.compare_trained(
             networks,
             data,
@@ -1324,7 +1326,7 @@ def _say_transparency(weights: Weights) -> None:
     """Tell whoever writes the preprocessing on a device what happens to transparency, if training met any."""
     if num := weights.training.get("num_transparent"):
         _complain(
-            f"{num:,} of the training images have transparency; training composited them on "
+            f"{num:,} of the training images have an alpha channel or a transparent color; training composited them on "
             f"{weights.preprocessing.background}, and your own preprocessing must do the same (Pillow's convert('RGB') "
             "does not)"
         )

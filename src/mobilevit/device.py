@@ -23,7 +23,9 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+        first_line = str(error).splitlines()[0]
+        reason = "unknown type" if "device type at start" in first_line else first_line.partition(". Please")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda:0 or mps") from None
     return name
 
 

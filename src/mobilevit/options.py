@@ -87,9 +87,11 @@ def parse(command: Any, args: Sequence[str], *, prog: str, description: str, def
     unknown += [arg for arg in left if re.match(r"-[A-Za-z]", arg)]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]}; {nearest(unknown[0], table.options)}{help_hint}")
-    for option in given:
-        if given.count(option) > 1:
-            raise ValueError(f"{option} is given {given.count(option)} times; give it once")
+    names = [table.names.get(option, option) for option in given]
+    for option, name in zip(given, names, strict=True):
+        if names.count(name) > 1:
+            also = "" if option == name else f", as {name} too"
+            raise ValueError(f"{option} is given {names.count(name)} times{also}; give it once")
     if problem:
         raise ValueError(problem)
     if left:
@@ -100,7 +102,7 @@ def parse(command: Any, args: Sequence[str], *, prog: str, description: str, def
 def by_option(message: str) -> str:
     """A message about a field of a recipe, such as "optimizer.lr is 0", with the name of its option instead."""
     return re.sub(
-        r"^(data|sampler|optimizer|compute)\.\w+(?= )",
+        r"^((data|sampler|optimizer|compute)\.\w+|epochs|batch_size|label_smoothing|ema_decay|seed)(?= is )",
         lambda field: SHORT.get(field[0], f"--{field[0]}".replace("_", "-")),
         message,
     )
@@ -116,6 +118,7 @@ class _Table:
     def __init__(self, help_hint: str) -> None:
         self.help_hint = help_hint
         self.options = {"--help"}
+        self.names: dict[str, str] = {}  # of every option, whatever alias or inverse it is given by
         self.prefixes: dict[Any, str] = {}  # of the options of nested dataclasses
         self.registry = ConstructorRegistry()
         self.registry.struct_rule(self._rule)
@@ -159,6 +162,8 @@ class _Table:
         if is_dataclass(bare):
             self.prefixes[bare] = f"{given_name}." if given_name else ""
             return hint, given_name
+        if tyro.conf.Suppress in metadata:  # set by the command itself
+            return hint, given_name
         long = f"--{given_name}".replace("_", "-")
         aliases = [SHORT[path]] if path in SHORT else [a for one in confs for a in one.aliases or ()]
         if aliases:
@@ -166,6 +171,7 @@ class _Table:
         options, name = [*aliases, long], SHORT.get(path, long)
         if bare is bool:
             inverse = [re.sub(r"^(--(?:\w+\.)?)", r"\1no-", option) for option in options]
+            self.names.update(dict.fromkeys(options + inverse, name))
             # A recipe decides what the default is, so both are there. Elsewhere only what changes something.
             if "." in path:
                 hint, options = f"(default: {'on' if default else 'off'})", options + inverse
@@ -175,6 +181,7 @@ class _Table:
             self.options.update(options)
             return Annotated[(bool, *metadata, tyro.conf.arg(help_behavior_hint=hint))], name
         self.options.update(options)
+        self.names.update(dict.fromkeys(options, name))
         metavar = next((one.metavar for one in confs if one.metavar), None)
         if tyro.conf.Positional in metadata:
             name = (metavar or name).removesuffix("...")

@@ -81,15 +81,26 @@ def limit_megapixels(max_megapixels: float) -> None:
     Image.MAX_IMAGE_PIXELS = None
 
 
+@contextlib.contextmanager
+def megapixel_limit_restored() -> Iterator[None]:
+    """Afterwards, this process has the limit that it had before, and so has Pillow."""
+    global _max_megapixels
+    before = _max_megapixels, Image.MAX_IMAGE_PIXELS
+    try:
+        yield
+    finally:
+        _max_megapixels, Image.MAX_IMAGE_PIXELS = before
+
+
 def megapixel_limit() -> float:
     """What `limit_megapixels` was given in this process; infinite before, where Pillow's own check holds."""
     return _max_megapixels
 
 
-def read_header(picture: Picture | bytes, name: str = "") -> Header:
+def read_header(picture: Picture | bytes, name: str = "", *, of_any_size: bool = False) -> Header:
     """The header of an image file, given by its path or by its first bytes; no pixels are decoded.
 
-    Of an image in memory, its size and transparency.
+    Of an image in memory, its size and transparency. `of_any_size` reads headers above the limit too.
 
     Raises:
         PictureError: no such file, no image, or one above the limit of `limit_megapixels`.
@@ -103,7 +114,8 @@ def read_header(picture: Picture | bytes, name: str = "") -> Header:
         io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture).open("rb") as file,
         Image.open(file) as image,
     ):
-        _check_size(image, name)
+        if not of_any_size:
+            _check_size(image, name)
         # Pillow reads EXIF data behind the pixels of a PNG too, and decodes all of it to get there.
         is_known = image.format != "PNG" or "exif" in image.info
         is_sideways = is_known and _orientation(image) in SIDEWAYS
@@ -116,7 +128,8 @@ def _check_size(image: Image.Image, name: str) -> None:
     if megapixels > _max_megapixels:
         raise PictureError(
             f"{name}: too large ({image.width} x {image.height} px, {megapixels:,.0f} megapixels; limit "
-            f"{_max_megapixels:g}); save a smaller copy, or raise the limit with --max-megapixels"
+            f"{_max_megapixels:g}); save a smaller copy, or raise the limit (--max-megapixels of train, evaluate and "
+            "predict)"
         )
 
 

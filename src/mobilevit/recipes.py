@@ -39,7 +39,7 @@ class Data:
     num_workers: int = 2
     """Processes that read pictures; 0 reads them in the main process."""
     max_unreadable: int = 0
-    """Pictures an epoch that may turn out to be unreadable and are skipped; one more stops the run."""
+    """Unreadable images that an epoch may skip in training, and as many in validation; one more stops the run."""
     max_megapixels: float = MAX_MEGAPIXELS
     """Largest image file to read, width times height in millions of pixels; larger ones count as unreadable."""
 

@@ -286,9 +286,10 @@ def test_hold_out_of_numbered_pictures():
     train, val = hold_out(arrays([0, 1] * 100), 0.25, "data")
     assert sorted((*train.indices, *val.indices)) == list(range(200))
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
-    for labels, message in (([0, 0, 1], "class b: one picture is too few"), ([0, 0], "class b: no pictures are")):
-        with pytest.raises(ValueError, match=f"^data: {message}"):
-            hold_out(arrays(labels), 0.25, "data")
+    with pytest.raises(ValueError, match=r"^data: class b: one picture is too few"):
+        hold_out(arrays([0, 0, 1]), 0.25, "data")
+    train, val = hold_out(arrays([0, 0]), 0.25, "data")  # in evaluation a class may be missing
+    assert (len(train), len(val)) == (1, 1)
 
 
 # --- Fingerprints -----------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_starting_from_weights_of_other_classes(first: Run, data: Path, tmp_path
             ("a", "b", "c"),
             {"optimizer": Optimizer(freeze="stage3", backbone_lr_scale=0.1), "data": Data(size_px=64, num_workers=0)},
             [
-                "the weights were made for 32 px, training uses 64 px (--data.size-px 32 trains at their size)",
+                "the weights were made for 32 px, training uses 64 px (--size 32 trains at their size)",
                 "backbone: frozen up to stage3; its learning rate is 0.1 x that of the head",
                 "classifier: new, with random weights, for 3 classes",
             ],
@@ -877,7 +877,7 @@ def test_more_unreadable_pictures_than_are_allowed(data: Path, tmp_path: Path):
     damaged = damage(data, tmp_path / "data", "train/line/1.png", "train/circle/0.png")
     for limit, said in (
         (0, r"^.*/train/(line/1|circle/0)\.png: damaged"),
-        (1, r"^2 pictures of epoch 1 cannot be read, .* is 1; replace .* names, or .*--max-unreadable 2 or more$"),
+        (1, r"^2 pictures of epoch 1 cannot be read; .* 1; replace .* names, or .*--max-unreadable 2 or more$"),
     ):
         recipe = replace(RECIPE, data=replace(RECIPE.data, max_unreadable=limit))
         with pytest.raises(PictureError, match=said):
@@ -890,7 +890,7 @@ def test_more_unreadable_pictures_than_are_allowed(data: Path, tmp_path: Path):
     assert same(done.weights, resumed.weights)
 
 
-def test_the_limits_on_unreadable_images_may_change_and_a_removed_file_may_not(data: Path, tmp_path: Path):
+def test_the_limit_on_unreadable_images_may_change_and_a_removed_file_may_not(data: Path, tmp_path: Path):
     copied = damage(data, tmp_path / "data")
     file = copied / "train/line/1.png"
     whole = file.read_bytes()
@@ -902,9 +902,13 @@ def test_the_limits_on_unreadable_images_may_change_and_a_removed_file_may_not(d
     with pytest.raises(ValueError, match=r"another run \(other data\); .*file names.*put removed files back"):
         run(recipe, copied, tmp_path / "run")
     file.write_bytes(whole)
-    limits = replace(recipe, data=replace(recipe.data, max_unreadable=5, max_megapixels=1.0))
+    limits = replace(recipe, data=replace(recipe.data, max_unreadable=5))
     resumed = run(limits, copied, tmp_path / "run")
     assert same(resumed.weights, run(recipe, data, tmp_path / "never stopped").weights)
+    # It decides which images are used, where some may be unreadable.
+    smaller = replace(recipe, data=replace(recipe.data, max_megapixels=1.0))
+    with pytest.raises(ValueError, match=r"another run \(recipe.data.max_megapixels"):
+        run(smaller, copied, tmp_path / "run")
 
 
 def test_a_run_of_a_version_that_compared_the_limits_resumes(data: Path, tmp_path: Path):

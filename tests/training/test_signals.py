@@ -93,3 +93,18 @@ def test_in_a_thread_that_receives_no_signals():
     thread.start()
     thread.join()
     assert [stop.signal_number for stop in stops] == [0]
+
+
+def test_nobody_reads_the_announcement(busy_until: Callable[[threading.Event], bool]):
+    """A pipe whose reader was interrupted too: the thread must live on, for the second Ctrl-C."""
+    announced = threading.Event()
+
+    def say(text: str) -> None:
+        announced.set()
+        raise SystemExit(1)  # as rich does
+
+    with StopOnSignal(say) as stop:
+        threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        assert busy_until(announced)
+        assert stop._thread.is_alive()
+    assert not stop._thread.is_alive()

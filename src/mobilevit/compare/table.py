@@ -54,15 +54,13 @@ def check_names(names: Sequence[str], known: Collection[str]) -> None:
     """Refuse names that are not among those known.
 
     Raises:
-        ValueError: which they are, those that are near, and all there are.
+        ValueError: which they are, with the most similar names, or all names where none is similar.
     """
     unknown = [name for name in names if name not in known]
     if unknown:
         near = [close for name in unknown for close in difflib.get_close_matches(name, known, n=3)]
-        hint = f"; near are {', '.join(dict.fromkeys(near))}" if near else ""
-        raise ValueError(
-            f"there is no system {', '.join(repr(name) for name in unknown)}{hint}; there are {', '.join(known)}"
-        )
+        hint = f"near are {', '.join(dict.fromkeys(near))}" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"there is no system {', '.join(repr(name) for name in unknown)}; {hint}")
 
 
 def compare(

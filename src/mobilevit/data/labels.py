@@ -145,7 +145,7 @@ Parts = Mapping[str, Callable[[], AnnotatedPart[Label]]]
 def upright_size(picture: Path) -> tuple[int, int] | None:
     """Width and height by the header, as `read_picture` turns it; None for what is no picture."""
     with contextlib.suppress(PictureError):
-        return read_header(picture).size
+        return read_header(picture, of_any_size=True).size  # a limit must not change the boxes
     return None
 
 

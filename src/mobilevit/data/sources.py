@@ -188,11 +188,12 @@ def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subs
         indices_of[label].append(i)
     val: set[int] = set()
     for class_name, indices in zip(source.class_names, indices_of, strict=True):
+        if not indices:  # training refuses such data before; in evaluation a class may be missing
+            continue
         if len(indices) < 2:
-            num = "one picture is" if indices else "no pictures are"
             raise ValueError(
-                f"{where}: class {class_name}: {num} too few to train on some and validate on others; add more or "
-                "remove the class"
+                f"{where}: class {class_name}: one picture is too few to train on some and validate on others; add "
+                "more or remove the class"
             )
         val.update(smallest(val_fraction, indices, chances))
     train = tuple(i for i in range(len(source)) if i not in val)

@@ -859,10 +859,10 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         write_whole(path, lambda target: torch.save(tensors, target))
     else:
         # Python writes the file, since its errors say what is wrong, a full disk for one; the library's do not.
-        write_whole(path, lambda target: target.write_bytes(_to_safetensors(tensors, metadata)))
+        write_whole(path, lambda target: target.write_bytes(to_safetensors(tensors, metadata)))
 
 
-def _to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A .safetensors file whose bytes depend on its content alone: the library writes metadata in random order."""
     content = safetensors.torch.save(tensors)
     end = 8 + int.from_bytes(content[:8], "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def evaluate(
     size_px: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
+    max_unreadable: int = 0,
     device: str = "auto",
     download: bool = False,
 ) -> EvaluationResult:
@@ -43,7 +45,8 @@ def evaluate(
     The default is val, or test where there is no val. Data without splits are divided as in training if the weights
     were trained on them; of other data all images are evaluated. Images are resized for the size that the weights were
     trained at, or for `size_px`. `num_workers` processes read them; 0 reads them in
-    this process. A hub id is fetched only with `download=True`.
+    this process. Up to `max_unreadable` images that cannot be read are left out. Notes, such as their names, are
+    warnings. A hub id is fetched only with `download=True`.
 
     >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
@@ -62,6 +65,8 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         device=choose_device(device),
+        max_unreadable=max_unreadable,
+        say=lambda note: warnings.warn(note, stacklevel=3),
     )
     size_px = size_px or weights.preprocessing.crop_px
     return EvaluationResult(split, size_px, results.metrics(), results.per_class(weights.class_names))

@@ -31,7 +31,7 @@ from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eva
 from mobilevit.data.sources import fingerprint
 from mobilevit.device import choose_device, thread_advice
 from mobilevit.models.weights import TASK_FORMATS, Weights, to_weights, write
-from mobilevit.pictures import PictureError
+from mobilevit.pictures import PictureError, megapixel_limit_restored
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
@@ -156,6 +156,7 @@ def train(
                 f"give weights to start from (--weights), or set it to {usual}"
             )
     with join(choose_device(device)) as processes, contextlib.ExitStack() as opened:
+        opened.enter_context(megapixel_limit_restored())
         console = console or Console(stderr=True)
         if processes.rank > 0:
             console = Console(quiet=True)
@@ -269,7 +270,9 @@ def _train(
         del state
     if position.epoch == recipe.epochs:
         raise FinishedError(
-            f"{out}: this run is finished; continue it with more --epochs, or name another folder", position.history
+            f"{out}: this run is finished; continue it with more --epochs (in Python with extend=True), or name "
+            "another folder",
+            position.history,
         )
     say(
         f"{initial.name} from {'the given' if pretrained else 'random'} weights; "
@@ -627,7 +630,7 @@ def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: 
 def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
     """What training makes of the weights that it starts from."""
     made_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
-    hint = "" if made_px == size_px else f" (--data.size-px {made_px} trains at their size)"
+    hint = "" if made_px == size_px else f" (--size {made_px} trains at their size)"
     yield f"input size: the weights were made for {made_px} px, training uses {size_px} px{hint}"
     frozen = "" if recipe.optimizer.freeze == "nothing" else f"frozen up to {recipe.optimizer.freeze}; "
     yield f"backbone: {frozen}its learning rate is {recipe.optimizer.backbone_lr_scale:g} x that of the head"
@@ -640,7 +643,7 @@ def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]
 def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
     if num > recipe.data.max_unreadable:
         raise PictureError(
-            f"{num} pictures of {where} cannot be read, and data.max_unreadable is {recipe.data.max_unreadable}; "
+            f"{num} pictures of {where} cannot be read; allowed are {recipe.data.max_unreadable}; "
             f"replace them by readable images of the same names, or resume with --max-unreadable {num} or more"
         )
 
@@ -661,12 +664,14 @@ def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, pic
 def _without_what_may_change(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what changes no number that is computed.
 
-    The limits on unreadable and on large images only decide whether a run stops at an image, or skips it. What a run
-    computed before it stopped is the same with any limits; raising one is like replacing the image.
+    The limit on unreadable images only decides whether a run stops at an image or skips it: what it computed before it
+    stopped is the same with any limit. The default limit on large images is left out, since earlier versions had none.
     """
     values = recipes.to_dict(recipe)
-    for name in ("num_workers", "max_unreadable", "max_megapixels"):
+    for name in ("num_workers", "max_unreadable"):
         del values["data"][name]
+    if recipe.data.max_megapixels == recipes.MAX_MEGAPIXELS:
+        del values["data"]["max_megapixels"]
     return values
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from mobilevit.data.loader import PictureDataset
 from mobilevit.files import write_whole
-from mobilevit.models.weights import OTHER
+from mobilevit.models.weights import OTHER, to_safetensors
 from mobilevit.pictures import Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import preprocessing_of
@@ -58,7 +57,7 @@ class OtherWeights:
         }
         # Copies, since a file holds no two tensors in one memory, which networks of others may have.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        content = safetensors.torch.save(copies, metadata={OTHER: json.dumps(description)})
+        content = to_safetensors(copies, {OTHER: json.dumps(description)})
         write_whole(path, lambda target: target.write_bytes(content))
 
 

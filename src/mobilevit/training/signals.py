@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ANNOUNCEMENT = "finishing this step, then saving; press Ctrl-C again to stop at once"
+ANNOUNCEMENT = "finishing this step, then saving; press Ctrl-C again to stop without saving"
 
 
 class StopOnSignal:
@@ -47,7 +48,8 @@ class StopOnSignal:
                 continue
             if not self.signal_number:
                 self.signal_number, noted_at = number, time.monotonic()
-                self._say(ANNOUNCEMENT)
+                with contextlib.suppress(OSError, SystemExit):  # nobody reads any more; rich exits then
+                    self._say(ANNOUNCEMENT)
             elif not self._is_repeated and time.monotonic() - noted_at > 2:
                 self._is_repeated = True
                 signal.raise_signal(number)  # Python merges the signals that arrive during one call of the main thread
