@@ -132,7 +132,7 @@ def test_from_the_command_line(litert: ModuleType, weights: Weights, tmp_path: P
     with pytest.raises(SystemExit) as stop:
         main(["export", str(file), "--to", "litert", "--out", str(tmp_path), "--uint8"])
     assert stop.value.code == 0
-    assert litert.read_metadata(tmp_path / "mobilevit_xxs_64x64_fp32_uint8.tflite")["source"] == str(file)
+    assert litert.read_metadata(tmp_path / "weights_64x64_fp32_uint8.tflite")["source"] == str(file)
 
 
 def test_what_is_no_model_is_refused(litert: ModuleType, tmp_path: Path) -> None:
