@@ -95,7 +95,7 @@ def test_boxes(backend: str, answers: bool, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("backend", "answers"),
-    [("onnx", False), ("litert", False), slow("onnx", True), slow("openvino", False), slow("executorch", False)],
+    [("onnx", False), slow("onnx", True), slow("openvino", False), slow("executorch", False)],
 )
 def test_masks(backend: str, answers: bool, tmp_path: Path):
     weights = dense_weights("segment")
