@@ -106,5 +106,6 @@ def test_nobody_reads_the_announcement(busy_until: Callable[[threading.Event], b
     with StopOnSignal(say) as stop:
         threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         assert busy_until(announced)
+        stop._thread.join(0.2)  # it would have ended by now
         assert stop._thread.is_alive()
     assert not stop._thread.is_alive()
