@@ -142,7 +142,6 @@ def load(
     preprocessing: Preprocessing | None = None,
     max_unreadable: int = 0,
     stand_in: bool = True,
-    skip_option: str = "max_unreadable",
 ) -> Loader:
     """The given batches on `device`, in their order.
 
@@ -151,8 +150,6 @@ def load(
     With `max_unreadable` above 0 a picture that cannot be read is replaced by the next one of its batch, in a circle,
     and named in `unreadable`; to count them is up to the caller. Without `stand_in` it is left out, and the batch is
     smaller, or empty.
-
-    `skip_option` is what errors call `max_unreadable`.
 
     Raises:
         PictureError: when a batch comes in which a picture, or with `max_unreadable` above 0 each, cannot be read.
@@ -163,7 +160,7 @@ def load(
         collate_fn=partial(
             _collate,
             stack=dataset.stack,
-            skip_option=skip_option if max_unreadable == 0 else None,
+            skip=max_unreadable > 0,
             stand_in=stand_in,
         ),
         num_workers=num_workers,
@@ -202,12 +199,11 @@ def moved(values: Any, device: str) -> Any:
 
 
 def _collate(
-    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip_option: str | None, stand_in: bool
+    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, stand_in: bool
 ) -> Batch | PictureError:
-    """`skip_option` names the option that would skip unreadable images; None where they are skipped."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
-    if unreadable and skip_option:
-        return PictureError(f"{unreadable[0].error}; or skip up to NUMBER of them with {skip_option} NUMBER")
+    if unreadable and not skip:
+        return PictureError(f"{unreadable[0].error}; or skip up to NUMBER of them with --max-unreadable NUMBER")
     if unreadable and stand_in and len(unreadable) == len(items):
         return unreadable[0].error
     chosen: list[Item] = []

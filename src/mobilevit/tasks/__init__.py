@@ -145,7 +145,6 @@ def evaluate_weights(
         preprocessing=preprocessing,
         max_unreadable=max_unreadable,
         stand_in=False,
-        skip_option="--max-unreadable",
     )
     with contextlib.closing(loaded):
         results = task.evaluate(weights.build().to(device), loaded)

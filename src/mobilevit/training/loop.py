@@ -363,7 +363,6 @@ def _train(
                 "device": str(device),
                 "preprocessing": initial.preprocessing,
                 "max_unreadable": recipe.data.max_unreadable,
-                "skip_option": "--max-unreadable",
             }
             pictures = load(train_set, todo, **reading)
             unseen: list[_Step] = []  # steps whose loss has not been looked at
