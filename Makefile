@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 # all of them has crashed.
 WORKERS := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
-RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export tests/test_artifact.py
+RUNTIME_TESTS := tests/benchmark tests/compare tests/demo tests/export tests/export/test_predictor.py
 CORE_TESTS := $(addprefix --ignore=,$(RUNTIME_TESTS))
 
 # All guarantees, on small networks and data.
@@ -35,7 +35,7 @@ test-slow: $(VENV)/.dev
 # LiteRT's converter requires an older torch than the rest, hence its own environment. Its dependencies include pytest
 # plugins that no test here uses and that are too old for the newest pytest.
 test-litert: $(LITERT_VENV)/.dev
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest -k litert tests/export/test_litert.py tests/test_artifact.py
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest -k litert tests/export/test_litert.py tests/export/test_predictor.py
 
 test-all: test test-slow test-litert
 

@@ -40,11 +40,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mobilevit.benchmark.latency import processor
-from mobilevit.benchmark.others import randomise
+from mobilevit.benchmark.rivals import randomise
+from mobilevit.benchmark.timing import processor
 from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights, write
+from mobilevit.weights import Weights, write
 
 OURS = "mobilevit"
 COLUMNS = ("model", "batch", "side", "time / ours", "p10", "p90", "p10, ms")
@@ -56,7 +56,7 @@ Side = Callable[[Tensor], Tensor]
 
 
 def build_sides(name: str, seed: int) -> dict[str, Side]:
-    """What is timed, by name; each takes the same RGB pictures (B, 3, H, W), contiguous, and gives logits."""
+    """What is timed, by name; each takes the same RGB images (B, 3, H, W), contiguous, and gives logits."""
     ours = MobileViT(name)
     randomise(ours, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,13 +80,13 @@ def build_sides(name: str, seed: int) -> dict[str, Side]:
     }
 
 
-def prepare(sides: dict[str, Side], pictures: Tensor) -> dict[str, Callable[[], Tensor]]:
+def prepare(sides: dict[str, Side], images: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Each side with its input, in the layout and channel order it wants: preparing it is not timed."""
-    inputs = dict.fromkeys(sides, pictures)
+    inputs = dict.fromkeys(sides, images)
     for side in sides:
         if side.endswith("NHWC"):
-            inputs[side] = pictures.contiguous(memory_format=torch.channels_last)
-    inputs["transformers"] = pictures[:, [2, 1, 0]]  # BGR
+            inputs[side] = images.contiguous(memory_format=torch.channels_last)
+    inputs["transformers"] = images[:, [2, 1, 0]]  # BGR
     return {side: partial(run, inputs[side]) for side, run in sides.items()}
 
 
@@ -139,11 +139,11 @@ def main(
 
     Args:
         models: the published sizes to time.
-        batches: pictures in a batch.
+        batches: images in a batch.
         rounds: rounds of each batch size, or one number for all.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         threads: of the CPU.
-        seed: of weights and pictures.
+        seed: of weights and images.
         keep_memory: let the allocator keep freed memory (glibc only); see the top of the file.
         out: write OUT.md and OUT.json.
     """
@@ -158,9 +158,9 @@ def main(
     for name in models:
         sides = build_sides(name, seed)
         for batch, num_rounds in zip(batches, rounds * (len(batches) // len(rounds)), strict=True):
-            pictures = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+            images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
             with torch.inference_mode():
-                runs = prepare(sides, pictures)
+                runs = prepare(sides, images)
                 difference = check_agreement(runs)
                 times_ms = measure(runs, num_rounds)
             for side, side_ms in times_ms.items():

@@ -3,7 +3,7 @@
     python benchmarks/loading.py --out benchmarks/loading_<hardware>_<yyyymm>
 
 torchvision is `ImageFolder` with `RandomResizedCrop`, `RandomHorizontalFlip` and `ToTensor` in a `DataLoader`, as its
-examples have it. Ours does the same to the pictures and hands over uint8 in channels-last layout, which the device
+examples have it. Ours does the same to the images and hands over uint8 in channels-last layout, which the device
 scales; "scaled" has that done on the processor as well, so that it ends with the same floats. "without simplejpeg" is
 what happens where that package is not installed.
 
@@ -38,20 +38,20 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from mobilevit import pictures
-from mobilevit.benchmark.latency import processor
-from mobilevit.data.loader import PictureDataset, load
+from mobilevit import images
+from mobilevit.benchmark.timing import processor
+from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import EpochBatches
 from mobilevit.data.sources import find_splits
 from mobilevit.data.transforms import Augmentation
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 THEIRS = "torchvision"
-SIMPLEJPEG = pictures.simplejpeg
-COLUMNS = ("photographs", "px", "workers", "side", "speed / torchvision's", "p10", "p90", "pictures/s a core")
+SIMPLEJPEG = images.simplejpeg
+COLUMNS = ("photographs", "px", "workers", "side", "speed / torchvision's", "p10", "p90", "images/s a core")
 NOTE = (
     "Speed / torchvision's is the median over the rounds of the ratio of two times of the same round: above 1 our "
-    "loading is the faster one. Then the 10th and 90th percentile of that ratio, and the median of the pictures that "
+    "loading is the faster one. Then the 10th and 90th percentile of that ratio, and the median of the images that "
     "one core reads in a second of its time."
 )
 
@@ -75,7 +75,7 @@ def write_photographs(folder: Path, width: int, num: int) -> int:
 
 
 def build_sides(folder: Path, size_px: int, num_workers: int) -> dict[str, Callable[[], int]]:
-    """What is timed, by name; each reads every picture once, in batches of 32, and gives their number."""
+    """What is timed, by name; each reads every image once, in batches of 32, and gives their number."""
     transform = torchvision.transforms.Compose(
         [
             torchvision.transforms.RandomResizedCrop(size_px),
@@ -87,14 +87,14 @@ def build_sides(folder: Path, size_px: int, num_workers: int) -> dict[str, Calla
     source, _ = find_splits(folder, 0.5)
     batches = EpochBatches(len(source), sizes_px=(size_px,), batch_size=32, base_px=size_px)
     numbers = [[pick.number for pick in batch] for batch in batches]
-    ours = PictureDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0))
-    advanced = PictureDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0, policy="advanced"))
+    ours = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0))
+    advanced = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0, policy="advanced"))
 
     def count(batches: Iterable[Any]) -> int:
         return sum(len(batch[1]) for batch in batches)
 
-    def run(dataset: PictureDataset, preprocessing: Preprocessing | None = None, decoder: Any = None) -> int:
-        pictures.simplejpeg = decoder
+    def run(dataset: ImageDataset, preprocessing: Preprocessing | None = None, decoder: Any = None) -> int:
+        images.simplejpeg = decoder
         return count(load(dataset, batches, num_workers=num_workers, device="cpu", preprocessing=preprocessing))
 
     sides: dict[str, Callable[[], int]] = {
@@ -115,7 +115,7 @@ def used_seconds() -> float:
 
 
 def measure(sides: dict[str, Callable[[], int]], num_rounds: int) -> dict[str, np.ndarray]:
-    """Pictures a second of one core of every side in every round."""
+    """Images a second of one core of every side in every round."""
     order = list(sides)
     speeds: dict[str, list[float]] = {side: [] for side in order}
     for side in order:
@@ -133,7 +133,7 @@ def cells(row: dict) -> tuple[str, ...]:
     """One line of the printed table."""
     ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
     photographs = f"{row['width']}x{row['width'] * 3 // 4}, {row['bytes'] / 1e3:.0f} kB"
-    speed = f"{row['pictures_per_second']:,.0f}"
+    speed = f"{row['images_per_second']:,.0f}"
     return photographs, str(row["size_px"]), str(row["num_workers"]), row["side"], *ratios, speed
 
 
@@ -141,7 +141,7 @@ def main(
     sizes: tuple[int, ...] = (160, 192, 256, 320),
     widths: tuple[int, ...] = (500, 2000),
     workers: tuple[int, ...] = (0, 2),
-    pictures_each: tuple[int, ...] = (192, 32),
+    images_each: tuple[int, ...] = (192, 32),
     rounds: int = 15,
     out: Path | None = None,
 ) -> None:
@@ -151,14 +151,14 @@ def main(
         sizes: sides of the crops in pixels; all with the first width and the first number of workers, else 256 alone.
         widths: of the photographs in pixels.
         workers: processes that read; 0 reads in the main process.
-        pictures_each: photographs of each width.
+        images_each: photographs of each width.
         rounds: of each setting.
         out: write OUT.md and OUT.json.
     """
     average = os.getloadavg()[0]
     torch.set_num_threads(1)
     rows = []
-    for width, num in zip(widths, pictures_each, strict=True):
+    for width, num in zip(widths, images_each, strict=True):
         with tempfile.TemporaryDirectory() as temporary:
             num_bytes = write_photographs(Path(temporary), width, num)
             for num_workers in workers:
@@ -176,7 +176,7 @@ def main(
                                 "ratio_median": round(median, 3),
                                 "ratio_p10": round(p10, 3),
                                 "ratio_p90": round(p90, 3),
-                                "pictures_per_second": round(float(np.median(values)), 1),
+                                "images_per_second": round(float(np.median(values)), 1),
                             }
                         )
     libraries = ("torch", "torchvision", "pillow", *(["simplejpeg"] if SIMPLEJPEG else []))

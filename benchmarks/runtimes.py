@@ -7,7 +7,7 @@
         torchvision:deeplabv3_mobilenet_v3_large torchvision:lraspp_mobilenet_v3_large --out ...
 
 Each pair of a network and a runtime is timed by `mobilevit benchmark` in a process of its own, so that the threads of
-one runtime take nothing from another; within it all sides are interleaved, see `mobilevit.benchmark.latency`. The
+one runtime take nothing from another; within it all sides are interleaved, see `mobilevit.benchmark.run`. The
 others go through the same converter as ours, without our rewrites; in torch they are as their library makes them, in
 the faster of the two memory layouts, as ours is.
 """
@@ -27,7 +27,8 @@ from results import write_results
 from rich.console import Console
 from rich.table import Table
 
-from mobilevit.benchmark.latency import RUNTIMES, TORCH, processor
+from mobilevit.benchmark.run import RUNTIMES, TORCH
+from mobilevit.benchmark.timing import processor
 from mobilevit.export import installed
 
 COLUMNS = ("network", "side", "runtime", "batch", "time / ours", "p10", "p90", "p10, ms", "GFLOP/s", "of peak", "MB")
@@ -87,9 +88,9 @@ def main(
         models: the published sizes to time, as classifiers, or with :detect or :segment behind them.
         runtimes: all that are installed, unless given.
         against: what to compare with, see mobilevit benchmark --help; self is the control.
-        eager_batches: pictures in a batch in torch eager; 1 everywhere else.
+        eager_batches: images in a batch in torch eager; 1 everywhere else.
         rounds: every side is timed once a round.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         threads: of the CPU.
         out: write OUT.md and OUT.json.
     """

@@ -3,7 +3,7 @@
     python benchmarks/sampler.py /usr/share/datasets/fashion-mnist --out benchmarks/sampler_HARDWARE_YYYYMM
 
 The paper's claim (section 3.3 and figure 6) at a scale that two cores can afford: MobileViT-XXS from scratch on the
-first pictures of Fashion-MNIST, the same number of epochs at 48 px alone and at sizes around it, in turns, one thread.
+first images of Fashion-MNIST, the same number of epochs at 48 px alone and at sizes around it, in turns, one thread.
 Writes OUT.json and OUT.md, and a figure where --figure names one. Runs that were stopped go on where they were.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from mobilevit.data.archives import read_idx_file
-from mobilevit.models.weights import read
 from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.tasks import evaluate_weights
 from mobilevit.training.loop import train
+from mobilevit.weights import read
 
 STANDARD = Recipe(
     architecture="xxs",
@@ -35,10 +35,10 @@ RECIPES = {"one size": STANDARD, "several sizes": replace(STANDARD, sampler=Samp
 TEST_SIZES_PX = (32, 40, 48, 56, 64, 80)
 
 
-def write_part(source: Path, folder: Path, num_pictures: int) -> None:
-    """The first pictures for training and all for testing, as idx files."""
+def write_part(source: Path, folder: Path, num_images: int) -> None:
+    """The first images for training and all for testing, as idx files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, num in (("train", num_pictures), ("t10k", None)):
+    for split, num in (("train", num_images), ("t10k", None)):
         for what in ("images-idx3", "labels-idx1"):
             file = source / f"{split}-{what}-ubyte"
             values = read_idx_file(file if file.exists() else file.with_name(f"{file.name}.gz"))[:num]
@@ -105,7 +105,7 @@ def draw(measured: list[dict], path: Path) -> None:
         axes.plot(TEST_SIZES_PX, means, color=color, label=f"trained at {name}")
         for run in runs:
             axes.plot(TEST_SIZES_PX, [run[str(size)] for size in TEST_SIZES_PX], ".", color=color, alpha=0.5)
-    axes.set(xlabel="size of the test pictures, px", ylabel="top-1, %", xticks=TEST_SIZES_PX)
+    axes.set(xlabel="size of the test images, px", ylabel="top-1, %", xticks=TEST_SIZES_PX)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -117,12 +117,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with Fashion-MNIST's or MNIST's idx files")
     parser.add_argument("--out", type=Path, required=True, help="results are written to OUT.json and OUT.md")
     parser.add_argument("--runs", type=Path, default=Path("runs/sampler"), help="folder of the training runs")
-    parser.add_argument("--pictures", type=int, default=15_000, help="for training")
+    parser.add_argument("--images", type=int, default=15_000, help="for training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    write_part(options.data, options.runs / "data", options.pictures)
+    write_part(options.data, options.runs / "data", options.images)
     measured = []
     for seed in range(options.seeds):
         for name in RECIPES:
@@ -132,7 +132,7 @@ def main() -> None:
     text = table(measured)
     print(text)
     recipes = {name: to_dict(recipe) for name, recipe in RECIPES.items()}
-    values = {"torch": torch.__version__, "pictures": options.pictures, "recipes": recipes, "runs": measured}
+    values = {"torch": torch.__version__, "images": options.images, "recipes": recipes, "runs": measured}
     options.out.with_name(f"{options.out.name}.json").write_text(json.dumps(values, indent=1) + "\n")
     options.out.with_name(f"{options.out.name}.md").write_text(text + "\n")
     if options.figure:

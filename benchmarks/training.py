@@ -8,7 +8,7 @@ the same round. The sides:
 
 - "mobilevit": the network as it is, with the published dropout in the transformers and before the classifier.
 - "timm, NCHW": as it comes, without dropout, so that it has less to do; "timm, NHWC": put into channels last by hand,
-  pictures too; "timm, NCHW, same dropout": made to learn the same way as ours.
+  images too; "timm, NCHW, same dropout": made to learn the same way as ours.
 - "mobilevit, per-tensor AdamW" and its twin of timm: torch's default optimizer for the CPU. All others have the fused
   one, as in `mobilevit train`.
 
@@ -41,16 +41,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mobilevit.benchmark.latency import processor
+from mobilevit.benchmark.timing import processor
 from mobilevit.models.mobilevit import MobileViT, TransformerLayer
-from mobilevit.models.weights import Weights, write
+from mobilevit.weights import Weights, write
 
 OURS = "mobilevit"
-COLUMNS = ("model", "px", "batch", "side", "time / ours", "p10", "p90", "p10, ms", "pictures / s")
+COLUMNS = ("model", "px", "batch", "side", "time / ours", "p10", "p90", "p10, ms", "images / s")
 NOTE = (
     "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1 our network is the "
     "faster one. Then the 10th and 90th percentile of that ratio, the 10th percentile of the time of a step itself and "
-    "the pictures per second that follow from it."
+    "the images per second that follow from it."
 )
 NUM_WARMUP_STEPS = 3
 Clock = Callable[[], float]  # seconds
@@ -91,7 +91,7 @@ def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module
     return {side: model.to(device).train() for side, model in sides.items()}
 
 
-def check_agreement(sides: dict[str, nn.Module], pictures: Tensor, labels: Tensor) -> float:
+def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor) -> float:
     """The largest relative difference from our loss and from the norm of our gradients over all sides, dropout off."""
     found = {}
     for side, model in sides.items():
@@ -99,7 +99,7 @@ def check_agreement(sides: dict[str, nn.Module], pictures: Tensor, labels: Tenso
         statistics = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
         for dropout in dropouts:
             dropout.eval()
-        loss = F.cross_entropy(model(pictures), labels)
+        loss = F.cross_entropy(model(images), labels)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         found[side] = loss.item(), torch.nn.utils.get_total_norm(gradients).item()
@@ -113,18 +113,18 @@ def check_agreement(sides: dict[str, nn.Module], pictures: Tensor, labels: Tenso
 
 
 def build_step(
-    side: str, model: nn.Module, pictures: Tensor, labels: Tensor, autocast: bool, compiled: bool
+    side: str, model: nn.Module, images: Tensor, labels: Tensor, autocast: bool, compiled: bool
 ) -> Callable[[], None]:
     """One step of training, without waiting for the device."""
     if side.endswith("NHWC"):
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused="per-tensor" not in side)
-    device = pictures.device.type
+    device = images.device.type
     run = torch.compile(model) if compiled else model
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = F.cross_entropy(run(pictures), labels)
+            loss = F.cross_entropy(run(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,7 +156,7 @@ def cells(row: dict) -> tuple[str, ...]:
     """One line of the printed table."""
     setting = row["model"], str(row["size_px"]), str(row["batch"]), row["side"]
     ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
-    return *setting, *ratios, f"{row['time_p10_ms']:.1f}", f"{row['pictures_per_s']:.0f}"
+    return *setting, *ratios, f"{row['time_p10_ms']:.1f}", f"{row['images_per_s']:.0f}"
 
 
 def main(
@@ -177,15 +177,15 @@ def main(
 
     Args:
         models: the published sizes to time.
-        sizes: sides of the pictures in pixels.
-        batches: pictures in a batch, a number for each of the sizes or one for all.
+        sizes: sides of the images in pixels.
+        batches: images in a batch, a number for each of the sizes or one for all.
         rounds: rounds, likewise.
         device: where to train.
         dtype: bfloat16 is autocast over float32 weights.
         compile: both sides through torch.compile.
         num_classes: of the classifier.
         threads: of the CPU.
-        seed: of weights and pictures.
+        seed: of weights and images.
         keep_memory: let the allocator keep freed memory (glibc only); see the top of eager.py.
         out: write OUT.md and OUT.json.
     """
@@ -203,12 +203,12 @@ def main(
             sizes, batches * (len(sizes) // len(batches)), rounds * (len(sizes) // len(rounds)), strict=True
         ):
             sides = build_sides(name, num_classes, device)
-            pictures = torch.rand(batch, 3, size, size).to(device)
+            images = torch.rand(batch, 3, size, size).to(device)
             labels = torch.randint(0, num_classes, (batch,)).to(device)
-            difference = check_agreement(sides, pictures, labels)
+            difference = check_agreement(sides, images, labels)
             torch.compiler.reset()
             steps = {
-                side: build_step(side, model, pictures, labels, dtype == "bfloat16", compile)
+                side: build_step(side, model, images, labels, dtype == "bfloat16", compile)
                 for side, model in sides.items()
             }
             times_ms = measure(steps, num_rounds, device, clock)
@@ -226,7 +226,7 @@ def main(
                         "ratio_p10": round(ratio_p10, 4),
                         "ratio_p90": round(ratio_p90, 4),
                         "time_p10_ms": round(time_p10_ms, 3),
-                        "pictures_per_s": round(1e3 * batch / time_p10_ms, 1),
+                        "images_per_s": round(1e3 * batch / time_p10_ms, 1),
                         "gradient_difference": difference,
                     }
                 )

@@ -147,7 +147,7 @@ def draw_unfold() -> Figure:
 
 
 def draw_sampler() -> Figure:
-    """Batch and picture size of the first steps of an epoch: a bar a step, height the batch, colour the size."""
+    """Batch and image size of the first steps of an epoch: a bar a step, height the batch, colour the size."""
     num_steps, colours = 100, ("#d3e8f6", "#9fd0ee", "#5aa9d6", BLUE, "#08395c")
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
@@ -161,13 +161,13 @@ def draw_sampler() -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.set_xlim(-1, num_steps)
-    rows[1].set_ylabel("pictures in the batch of one process", fontsize=9, color=INK)
+    rows[1].set_ylabel("images in the batch of one process", fontsize=9, color=INK)
     rows[2].set_xlabel("step", fontsize=9, color=INK)
     handles: list[Any] = [
         Rectangle((0, 0), 1, 1, color=colour, label=f"{size} px")
         for colour, size in zip(colours, PAPER_SIZES_PX, strict=True)
     ]
-    handles.append(Line2D([], [], color=ORANGE, label="128 pictures"))
+    handles.append(Line2D([], [], color=ORANGE, label="128 images"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     return figure
 

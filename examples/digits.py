@@ -1,6 +1,6 @@
 """Train MobileViT-XXS on the handwritten digits that ship with scikit-learn, and show what it learnt.
 
-Writes the 1,797 pictures as files (two thirds for training, a held-out third for testing), trains by the recipe "tiny"
+Writes the 1,797 images as files (two thirds for training, a held-out third for testing), trains by the recipe "tiny"
 through the same code as `mobilevit train`, tests the saved weights, and draws test digits with their predictions.
 
     python examples/digits.py [FOLDER]      # runs/digits unless given; replaced if it is there
@@ -19,13 +19,13 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 import mobilevit
-from mobilevit.pictures import find_pictures
-from mobilevit.predict import predict_pictures
+from mobilevit.images import find_images
+from mobilevit.predict import predict_images
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """The digits as folder/{train,test}/{0..9}/NNNN.png, grey, 8 x 8 px; every third one is for testing."""
     pixels, labels = load_digits(return_X_y=True)
     for i, (values, label) in enumerate(zip(pixels.reshape(-1, 8, 8), labels, strict=True)):
@@ -60,13 +60,13 @@ def main(out: Path) -> None:
         if any(out.iterdir()) and not (out / "data" / "train" / "0").is_dir():
             sys.exit(f"{out}: holds something else than a run of this example; give a folder of its own")
         shutil.rmtree(out)
-    write_pictures(out / "data")
+    write_images(out / "data")
     run = train(RECIPES["tiny"], out / "data", out, console=console)
 
     model = mobilevit.load(run.weights)
     read = [
         (file, result[0].class_name, result[0].probability)
-        for file, result in predict_pictures(model, find_pictures([str(out / "data" / "test")]), batch_size=64)
+        for file, result in predict_images(model, find_images([str(out / "data" / "test")]), batch_size=64)
         if isinstance(result, list)
     ]
     wrong = [one for one in read if one[1] != one[0].parent.name]
@@ -76,9 +76,9 @@ def main(out: Path) -> None:
     console.print(
         f"\nTest accuracy: {100 * len(right) / len(read):.2f} % of {len(read)} digits never trained on, "
         f"after {time.perf_counter() - started:.0f} s.\n"
-        f"Weights: {run.weights}\nReport: {out / 'report.html'}\nPicture: {out / 'predictions.png'}\n\n"
+        f"Weights: {run.weights}\nReport: {out / 'report.html'}\nImage: {out / 'predictions.png'}\n\n"
         f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {read[0][0]}\n"
-        "  .venv/bin/mobilevit train --data FOLDER      # your own pictures, a folder for each class\n",
+        "  .venv/bin/mobilevit train --data FOLDER      # your own images, a folder for each class\n",
         soft_wrap=True,
         highlight=False,
     )

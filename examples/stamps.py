@@ -1,13 +1,13 @@
 """Make a data set for detection and segmentation from the photographs that come with Tux Paint.
 
-Each picture shows up to five stamps (birds, coins, vehicles, ...) at random places, sizes and angles, the later ones
+Each image shows up to five stamps (birds, coins, vehicles, ...) at random places, sizes and angles, the later ones
 before the earlier ones, on clutter made of other stamps. What is in `val` is made of stamps that `train` never saw, so
 that a score there is one for unseen things. The same arguments write the same bytes.
 
     python examples/stamps.py FOLDER [--num-train 3000 --num-val 500 --seed 0 --size-px 320]
 
-FOLDER becomes a data set as COCO's (annotations/, train/, val/), FOLDER/voc the same pictures as VOC's, with masks, and
-FOLDER/crops the objects, each cut out of its picture, in a folder for each class.
+FOLDER becomes a data set as COCO's (annotations/, train/, val/), FOLDER/voc the same images as VOC's, with masks, and
+FOLDER/crops the objects, each cut out of its image, in a folder for each class.
 Needs Debian's package tuxpaint-stamps-default.
 """
 
@@ -71,7 +71,7 @@ LEFT_OUT = {
     *("bradley_mirror", "stoplight_01_red", "stoplight_02_yellow", "stoplight_03_green", "xing_school_mirror"),
 }
 MIN_VISIBLE = 0.25  # of an object, or else it is not there
-EMPTY = 0.04  # share of pictures without objects
+EMPTY = 0.04  # share of images without objects
 MAX_ZOOM = 4.0  # some stamps are 50 px wide
 STAMP_PX = 400  # others are 2,000 and would only fill the memory
 
@@ -92,7 +92,7 @@ def stamps() -> dict[str, dict[str, list[Path]]]:
 
 @dataclass
 class Object:
-    """One stamp in a picture: its class name, and where it can be seen (H, W), bool."""
+    """One stamp in an image: its class name, and where it can be seen (H, W), bool."""
 
     name: str
     seen: np.ndarray
@@ -107,8 +107,8 @@ class Object:
 @cache
 def cut_out(file: Path) -> Image.Image:
     """A stamp as RGBA, without its empty margin, STAMP_PX at most."""
-    with Image.open(file) as picture:
-        stamp = picture.convert("RGBA")
+    with Image.open(file) as image:
+        stamp = image.convert("RGBA")
     stamp = stamp.crop(stamp.getchannel("A").point([255 * (a > 127) for a in range(256)]).getbbox())
     stamp.thumbnail((STAMP_PX, STAMP_PX), Image.Resampling.LANCZOS)
     return stamp
@@ -145,16 +145,16 @@ def gradient(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
 
 
 def clouds(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """L of `size`: soft spots, a mask to mix two pictures by."""
+    """L of `size`: soft spots, a mask to mix two images by."""
     cells = rng.uniform(-100, 355, (int(rng.integers(3, 9)), int(rng.integers(3, 9)))).clip(0, 255)
     return Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
 
 def background(split: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """RGB of `size`: textures that run into each other, and shapes cut from others."""
-    picture = gradient(size, rng)
+    image = gradient(size, rng)
     for _ in range(rng.integers(1, 4)):
-        picture = Image.composite(texture(split, size, rng), picture, clouds(size, rng))
+        image = Image.composite(texture(split, size, rng), image, clouds(size, rng))
     for _ in range(rng.integers(0, 9)):  # so that not whatever has an edge is an object
         mask = Image.new("L", size)
         centre, radius = rng.uniform(0, size), rng.uniform(0.05, 0.35) * min(size)
@@ -165,8 +165,8 @@ def background(split: str, size: tuple[int, int], rng: np.random.Generator) -> I
         ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in corners], fill=int(rng.integers(120, 256)))
         mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
         scrap = texture(split, size, rng) if rng.random() < 0.7 else gradient(size, rng)
-        picture = Image.composite(scrap, picture, mask)
-    return picture
+        image = Image.composite(scrap, image, mask)
+    return image
 
 
 def placed(stamp: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
@@ -189,11 +189,11 @@ def placed(stamp: Image.Image, size: tuple[int, int], rng: np.random.Generator) 
 
 
 def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.Image, np.ndarray, list[Object]]:
-    """A picture, the class of each of its pixels (H, W; 0 background, 255 the rims of objects), and its objects."""
+    """An image, the class of each of its pixels (H, W; 0 background, 255 the rims of objects), and its objects."""
     long = int(rng.uniform(1, 1.5) * size_px)
     short = round(long / (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9)[rng.integers(5)])
     size = (long, short) if rng.random() < 0.65 else (short, long)
-    picture = background(split, size, rng)
+    image = background(split, size, rng)
     mask = np.zeros(size[::-1], np.uint8)
     objects: list[Object] = []
     names = list(CLASSES)
@@ -211,36 +211,36 @@ def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.I
                 objects.append(Object(names[number], seen, int(seen.sum())))
                 mask[seen] = number + 1
                 mask[(alpha > 31) & (alpha < 224)] = 255
-                picture.paste(layer, mask=layer.getchannel("A"))
+                image.paste(layer, mask=layer.getchannel("A"))
                 break
-    pixels = np.asarray(picture) + rng.normal(0, rng.uniform(0, 8), (*mask.shape, 1))
+    pixels = np.asarray(image) + rng.normal(0, rng.uniform(0, 8), (*mask.shape, 1))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), mask, objects
 
 
-def write_picture(index: int, out: Path, split: str, seed: int, size_px: int) -> tuple[int, int, list[Object]]:
-    """Compose picture `index` of a split and write it with its mask and its XML; width, height, objects (unseen)."""
+def write_image(index: int, out: Path, split: str, seed: int, size_px: int) -> tuple[int, int, list[Object]]:
+    """Compose image `index` of a split and write it with its mask and its XML; width, height, objects (unseen)."""
     rng = np.random.default_rng([seed, split == "val", index])
-    picture, mask, objects = compose(split, rng, size_px)
+    image, mask, objects = compose(split, rng, size_px)
     stem = f"{split}_{index:05}"
-    picture.save(out / split / f"{stem}.jpg", quality=90)
+    image.save(out / split / f"{stem}.jpg", quality=90)
     os.link(out / split / f"{stem}.jpg", out / "voc" / "JPEGImages" / f"{stem}.jpg")
     labels = Image.fromarray(mask)
     labels.putpalette(palette())
     labels.save(out / "voc" / "SegmentationClass" / f"{stem}.png")
-    write_xml(out / "voc" / "Annotations" / f"{stem}.xml", picture.size, objects)
+    write_xml(out / "voc" / "Annotations" / f"{stem}.xml", image.size, objects)
     for i, thing in enumerate(objects):
-        crop(picture, thing.box()).save(out / "crops" / split / thing.name / f"{stem}_{i}.jpg", quality=90)
-    return *picture.size, objects
+        crop(image, thing.box()).save(out / "crops" / split / thing.name / f"{stem}_{i}.jpg", quality=90)
+    return *image.size, objects
 
 
-def crop(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """The square around a box with a tenth of its longer side beyond each end, as far as the picture goes."""
+def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The square around a box with a tenth of its longer side beyond each end, as far as the image goes."""
     left, top, right, bottom = box
     half = 0.6 * max(right - left, bottom - top)
     x, y = (left + right) / 2, (top + bottom) / 2
-    width, height = picture.size
+    width, height = image.size
     left, top, right, bottom = max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half)
-    return picture.crop((round(left), round(top), round(right), round(bottom)))
+    return image.crop((round(left), round(top), round(right), round(bottom)))
 
 
 def palette() -> list[int]:
@@ -253,7 +253,7 @@ def palette() -> list[int]:
 
 
 def write_xml(file: Path, size: tuple[int, int], objects: list[Object]) -> None:
-    """What VOC says of a picture; its pixels count from 1, and the last one belongs to the box."""
+    """What VOC says of an image; its pixels count from 1, and the last one belongs to the box."""
     root = ET.Element("annotation")
     ET.SubElement(root, "filename").text = f"{file.stem}.jpg"
     element = ET.SubElement(root, "size")
@@ -275,10 +275,10 @@ def write_xml(file: Path, size: tuple[int, int], objects: list[Object]) -> None:
 def write_split(
     out: Path, split: str, num: int, seed: int, size_px: int, pool: multiprocessing.pool.Pool
 ) -> Counter[str]:
-    """All pictures of a split, and what COCO and VOC list of them; the number of objects a class."""
+    """All images of a split, and what COCO and VOC list of them; the number of objects a class."""
     (out / split).mkdir()
     images, annotations = [], []
-    write = partial(write_picture, out=out, split=split, seed=seed, size_px=size_px)
+    write = partial(write_image, out=out, split=split, seed=seed, size_px=size_px)
     for index, (width, height, objects) in enumerate(pool.imap(write, range(num), chunksize=8)):
         images.append({"id": index + 1, "file_name": f"{split}_{index:05}.jpg", "width": width, "height": height})
         for thing in objects:
@@ -339,5 +339,5 @@ if __name__ == "__main__":
     parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-val", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size-px", type=int, default=320, help="least long side of a picture; the most is half more")
+    parser.add_argument("--size-px", type=int, default=320, help="least long side of an image; the most is half more")
     main(**vars(parser.parse_args()))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -67,9 +67,9 @@ def test_figures(tmp_path: Path):
         assert {path.name for path in folder.iterdir()} == set(FIGURES)
         for name, size in FIGURES.items():
             assert (folder / name).stat().st_size < 150_000
-            with Image.open(folder / name) as picture:
-                assert picture.size == size
-                grey = picture.convert("L").histogram()
+            with Image.open(folder / name) as image:
+                assert image.size == size
+                grey = image.convert("L").histogram()
             assert 0.2 < grey[255] / sum(grey) < 0.8, f"{name} is blank or nearly so"
 
 

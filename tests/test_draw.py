@@ -80,10 +80,10 @@ def overlap(a: Text, b: Text) -> bool:
 
 
 def test_the_frame_is_where_the_box_is():
-    picture = noise(240, 180)
-    before = np.asarray(picture).copy()
-    after = np.asarray(draw_boxes(picture, [(50.4, 60.2, 149.7, 139.6)], [5], [""]))
-    assert np.array_equal(np.asarray(picture), before)
+    image = noise(240, 180)
+    before = np.asarray(image).copy()
+    after = np.asarray(draw_boxes(image, [(50.4, 60.2, 149.7, 139.6)], [5], [""]))
+    assert np.array_equal(np.asarray(image), before)
     # 50 to 149 and 60 to 139 are the outermost pixels that the box touches; around them a thin line.
     for line in (after[60, 50:150], after[139, 50:150], after[60:140, 50], after[60:140, 149]):
         assert (line == colour_of(5)).all()
@@ -108,7 +108,7 @@ def test_seen_on_every_ground(index: int):
 
 
 @pytest.mark.parametrize("size", [(640, 427), (90, 60), (60, 90), (300, 21), (4000, 3000)], ids=str)
-def test_labels_stay_in_the_picture(written: list[Text], size: tuple[int, int]):
+def test_labels_stay_in_the_image(written: list[Text], size: tuple[int, int]):
     width, height = size
     boxes = [
         (x * width, y * height, min(1, x + 0.3) * width, min(1, y + 0.3) * height)
@@ -126,7 +126,7 @@ def test_labels_stay_in_the_picture(written: list[Text], size: tuple[int, int]):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 5), (2, 300), (300, 2)], ids=str)
-def test_a_picture_too_small_for_labels(written: list[Text], size: tuple[int, int]):
+def test_a_image_too_small_for_labels(written: list[Text], size: tuple[int, int]):
     boxes = [(0.0, 0.0, float(size[0]), float(size[1])), (0.2, 0.2, 0.7, 0.7)]
     drawn = draw_boxes(Image.new("RGB", size), boxes, [0, 1], ["ant", "bee"])
     assert drawn.size == size
@@ -171,12 +171,12 @@ def test_colours():
 
 
 def test_only_what_is_named_is_painted():
-    picture = noise(120, 90)
+    image = noise(120, 90)
     mask = np.zeros((90, 120), np.uint8)
     mask[:, 40:80], mask[:, 80:] = 4, 255
-    before = np.asarray(picture).copy()
-    whole = draw_mask(picture, mask, {4: "sheep 33.3 %"})
-    assert np.array_equal(np.asarray(picture), before)
+    before = np.asarray(image).copy()
+    whole = draw_mask(image, mask, {4: "sheep 33.3 %"})
+    assert np.array_equal(np.asarray(image), before)
     assert whole.width == 120
     assert whole.height > 90
     after = np.asarray(whole)[:90]
@@ -186,10 +186,10 @@ def test_only_what_is_named_is_painted():
     assert (after[:, 79] == colour_of(4)).all()
     inner = after[:, 44:76].astype(float).mean((0, 1))
     assert np.abs(inner - (0.65 * np.array(colour_of(4)) + 0.35 * 127.5)).max() < 6
-    assert after[:, 44:76].std() > 5  # the picture shows through
+    assert after[:, 44:76].std() > 5  # the image shows through
     legend = np.asarray(whole)[90:].reshape(-1, 3).tolist()
     assert list(colour_of(4)) in legend
-    assert np.array_equal(np.asarray(draw_mask(picture, mask, {})), before)
+    assert np.array_equal(np.asarray(draw_mask(image, mask, {})), before)
 
 
 @pytest.mark.parametrize("size", [(640, 427), (90, 60), (21, 300), (3, 3)], ids=str)
@@ -204,7 +204,7 @@ def test_legends_fit(written: list[Text], size: tuple[int, int]):
     assert not any(overlap(a, b) for a, b in combinations(written, 2))
 
 
-def test_a_mask_of_another_picture():
+def test_a_mask_of_another_image():
     for mask in (np.zeros((90, 60), np.uint8), np.zeros((60, 90), np.int64)):
         with pytest.raises(ValueError, match=r"mask of \w+ and shape .* must be uint8 of shape \(60, 90\)"):
             draw_mask(noise(90, 60), mask, {})
@@ -248,7 +248,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         palette_png(np.ones((3, 3), np.uint8), tmp_path / "mask.png")
     assert caught.value.filename == str(tmp_path / "mask.png")
     with pytest.raises(OSError, match="No space left"):
-        write_jpeg(noise(30, 20), tmp_path / "picture.jpg")
+        write_jpeg(noise(30, 20), tmp_path / "image.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
     assert (tmp_path / "mask.png").read_bytes() == before
 

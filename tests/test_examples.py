@@ -1,4 +1,4 @@
-"""The examples, on a few pictures."""
+"""The examples, on a few images."""
 
 import json
 import runpy
@@ -31,21 +31,21 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_pictures_are_the_digits_and_every_third_is_for_testing(example, tmp_path: Path):
-    example["write_pictures"](tmp_path)
+def test_images_are_the_digits_and_every_third_is_for_testing(example, tmp_path: Path):
+    example["write_images"](tmp_path)
     files = {file.name: file for file in tmp_path.rglob("*.png")}
     assert sorted(files) == [f"{i:04}.png" for i in range(60)]
     images, labels = load_digits(return_X_y=True)
     for i in range(60):
         file = files[f"{i:04}.png"]
         assert file.relative_to(tmp_path).parts[:2] == ("train" if i % 3 < 2 else "test", str(labels[i]))
-        with Image.open(file) as picture:
-            assert picture.mode == "L"
-            assert np.abs(np.asarray(picture) - images[i].reshape(8, 8) * 255 / 16).max() <= 0.5
+        with Image.open(file) as image:
+            assert image.mode == "L"
+            assert np.abs(np.asarray(image) - images[i].reshape(8, 8) * 255 / 16).max() <= 0.5
 
 
 def test_the_sheet_is_green_where_right_and_red_where_wrong(example, tmp_path: Path):
-    example["write_pictures"](tmp_path)
+    example["write_images"](tmp_path)
     files = sorted(tmp_path.rglob("*.png"))[:11]
     predictions = [(file, file.parent.name, 0.9) for file in files]
     predictions[10] = (files[10], "9" if files[10].parent.name != "9" else "8", 0.5)
@@ -124,8 +124,8 @@ def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
     assert check_annotations(*masks).unreadable == []
     for of_boxes, of_masks in zip(boxes, masks, strict=True):
         for i in range(len(of_boxes)):
-            with Image.open(of_masks.files[i]) as picture:
-                mask = of_masks.labels[i].read(*picture.size)
+            with Image.open(of_masks.files[i]) as image:
+                mask = of_masks.labels[i].read(*image.size)
             outside = mask.copy()
             box_classes = {of_boxes.class_names[n] for n in of_boxes.labels[i].labels}
             for x1, y1, x2, y2 in of_boxes.labels[i].corners.astype(int):

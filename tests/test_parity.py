@@ -16,12 +16,12 @@ import transformers
 from torch import Tensor, nn
 
 from conftest import randomise
+from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
 from mobilevit.models.ssdlite import SSDLite, detect
-from mobilevit.models.weights import FORMATS, Format, Weights, coco_class_names, read, voc_class_names, write
-from mobilevit.pictures import Preprocessing
 from mobilevit.predict import load
+from mobilevit.weights import FORMATS, Format, Weights, coco_class_names, read, voc_class_names, write
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = [(256, 256), (224, 224), (160, 192), (200, 231)]
@@ -57,7 +57,7 @@ def apple_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
     return weights
 
 
-def apple_picture(height: int, width: int) -> Tensor:
+def apple_image(height: int, width: int) -> Tensor:
     y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
     smooth = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * x * y), x * y])
     noise = np.random.default_rng(10000 * height + width).random((3, height, width))
@@ -74,7 +74,7 @@ def test_apple_golden(name: str, tmp_path: Path) -> None:
     assert len(golden) == 4
     for key in golden:
         height, width = map(int, key.removeprefix("logits_").split("x"))
-        rgb = apple_picture(height, width).flip(1)  # the golden input went in as it was, to a network that expects BGR
+        rgb = apple_image(height, width).flip(1)  # the golden input went in as it was, to a network that expects BGR
         with torch.no_grad():
             assert_same(model(rgb), torch.from_numpy(golden[key]))
 
@@ -103,13 +103,13 @@ def test_apple_golden_detection(tmp_path: Path) -> None:
     model = weights.build(SSDLite)
     golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / "det_xs.npz").items()}
     with torch.no_grad():
-        class_logits, locations = model(apple_picture(320, 320).flip(1))
+        class_logits, locations = model(apple_image(320, 320).flip(1))
     anchors = model.anchors(320, 320)
     assert_same(class_logits[:, ::7], golden["class_logits_320x320_every7"])
     assert_same(locations[:, ::7], golden["locations_320x320_every7"])
     assert torch.equal(anchors[None], golden["anchors_320x320"])
 
-    (found,) = detect(class_logits, locations, anchors, score_threshold=0.01, max_per_picture=80 * 200)
+    (found,) = detect(class_logits, locations, anchors, score_threshold=0.01, max_per_image=80 * 200)
     labels = found.labels + 1  # the released code counts the background
     for label in golden["labels"].unique():
         ours, theirs = labels == label, golden["labels"] == label
@@ -136,7 +136,7 @@ def test_apple_golden_segmentation(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "seg_xxs.npz")
     for height, width in [(256, 256), (320, 384)]:
         with torch.no_grad():
-            logits = model(apple_picture(height, width).flip(1))
+            logits = model(apple_image(height, width).flip(1))
         assert logits.shape == tuple(golden[f"shape_{height}x{width}"])
         assert_same(logits[:, :, ::8, ::8], torch.from_numpy(golden[f"logits_{height}x{width}_every8"]))
     assert_writes_the_same(weights, stored, tmp_path / "again.pt")
@@ -267,7 +267,7 @@ def test_segmentation_of_transformers(name: str, output_stride: int, tmp_path: P
             resized: list[Any] = transformers.MobileViTImageProcessor().post_process_semantic_segmentation(
                 theirs(x.flip(1)), target_sizes=[size, size], return_segmentation_scores=True
             )
-            assert_same(ours(x), torch.stack([picture.segmentation_scores for picture in resized]))
+            assert_same(ours(x), torch.stack([image.segmentation_scores for image in resized]))
 
 
 def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
@@ -283,10 +283,10 @@ def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
     )
     write(weights, tmp_path / "hf", "transformers")
     assert read(tmp_path / "hf").preprocessing == preprocessing
-    picture = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
+    image = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
     processor = transformers.MobileViTImageProcessor.from_pretrained(tmp_path / "hf")
-    theirs = processor(picture, return_tensors="pt")["pixel_values"].flip(1)
-    ours = preprocessing(picture.permute(1, 2, 0).numpy())
+    theirs = processor(image, return_tensors="pt")["pixel_values"].flip(1)
+    ours = preprocessing(image.permute(1, 2, 0).numpy())
     assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds otherwise than Pillow's
 
 

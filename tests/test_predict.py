@@ -1,6 +1,6 @@
-"""Predictions against a softmax worked out by hand; boxes and masks of pictures in which all is known.
+"""Predictions against a softmax worked out by hand; boxes and masks of images in which all is known.
 
-Saving, loading and finding pictures as a user does it.
+Saving, loading and finding images as a user does it.
 """
 
 import os
@@ -16,27 +16,27 @@ from torch import Tensor
 
 import mobilevit
 from conftest import randomise
+from mobilevit.images import ImageError, Preprocessing, find_images
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.models.ssdlite import MapHead, SSDLite
-from mobilevit.models.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
-from mobilevit.models.weights import PREPROCESSING as ASSUMED
-from mobilevit.pictures import PictureError, Preprocessing, find_pictures
 from mobilevit.predict import (
     Classifier,
     Detector,
     Prediction,
     Segmenter,
     classifier,
-    detect_pictures,
+    detect_images,
     load,
     load_backbone,
     load_detector,
     load_segmenter,
-    predict_pictures,
+    predict_images,
     save,
-    segment_pictures,
+    segment_images,
 )
+from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
+from mobilevit.weights import PREPROCESSING as ASSUMED
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -51,9 +51,9 @@ def model() -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Seven pictures of noise, already of the resized size, the fourth cut short."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Seven images of noise, already of the resized size, the fourth cut short."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     files = [folder / f"{i}.png" for i in range(7)]
     for i, file in enumerate(files):
@@ -63,7 +63,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def by_hand(model: MobileViT, file: Path) -> np.ndarray:
-    """The probabilities of a picture of 40 x 40 px under `PREPROCESSING`."""
+    """The probabilities of an image of 40 x 40 px under `PREPROCESSING`."""
     rgb = np.asarray(Image.open(file), np.float64)[1:38, 1:38] / 255
     rgb = (rgb - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
     with torch.no_grad():
@@ -78,81 +78,81 @@ def close(predictions: list[Prediction], probabilities: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 7])
-def test_softmax_by_hand(model: Classifier, pictures: list[Path], top_k: int):
-    for file in (pictures[0], pictures[6]):
+def test_softmax_by_hand(model: Classifier, images: list[Path], top_k: int):
+    for file in (images[0], images[6]):
         predictions = model.predict(file, top_k)
         assert len(predictions) == top_k
         assert close(predictions, by_hand(model, file))
         assert [p.class_name for p in predictions] == [NAMES[p.class_index] for p in predictions]
 
 
-def test_more_than_there_are(model: Classifier, pictures: list[Path]):
-    predictions = model.predict(pictures[0], top_k=1000)
+def test_more_than_there_are(model: Classifier, images: list[Path]):
+    predictions = model.predict(images[0], top_k=1000)
     assert sorted(p.class_index for p in predictions) == list(range(7))
     assert sum(p.probability for p in predictions) == pytest.approx(1)
 
 
-def test_one_picture_however_it_comes(model: Classifier, pictures: list[Path]):
-    image = Image.open(pictures[0])
-    expected = model.preprocess(pictures[0])
+def test_one_image_however_it_comes(model: Classifier, images: list[Path]):
+    image = Image.open(images[0])
+    expected = model.preprocess(images[0])
     assert expected.shape == (1, 3, 37, 37)
-    for picture in (str(pictures[0]), image, np.asarray(image)):
-        assert model.preprocess(picture).equal(expected)
-        assert model.preprocess([pictures[1], picture])[1:].equal(expected)
+    for source in (str(images[0]), image, np.asarray(image)):
+        assert model.preprocess(source).equal(expected)
+        assert model.preprocess([images[1], source])[1:].equal(expected)
 
 
 def test_nothing_to_preprocess(model: Classifier):
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         model.preprocess([])
 
 
-def test_pixels_have_the_type_of_the_network(model: Classifier, pictures: list[Path]):
+def test_pixels_have_the_type_of_the_network(model: Classifier, images: list[Path]):
     half = Classifier("xxs", num_classes=7).bfloat16()
-    assert half.preprocess(pictures[0]).dtype == torch.bfloat16
-    assert sum(p.probability for p in half.eval().predict(pictures[0], top_k=7)) == pytest.approx(1, abs=1e-5)
+    assert half.preprocess(images[0]).dtype == torch.bfloat16
+    assert sum(p.probability for p in half.eval().predict(images[0], top_k=7)) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_many_are_each_alone(model: Classifier, pictures: list[Path], batch_size: int):
-    shuffled = [pictures[i] for i in (5, 0, 3, 6, 2, 1, 4, 5)]
-    results = list(predict_pictures(model, shuffled, top_k=3, batch_size=batch_size))
+def test_many_are_each_alone(model: Classifier, images: list[Path], batch_size: int):
+    shuffled = [images[i] for i in (5, 0, 3, 6, 2, 1, 4, 5)]
+    results = list(predict_images(model, shuffled, top_k=3, batch_size=batch_size))
     assert [path for path, _ in results] == shuffled
     for path, result in results:
-        if path == pictures[3]:
-            assert isinstance(result, PictureError)
-            assert str(result).startswith(f"{path}: damaged picture")
+        if path == images[3]:
+            assert isinstance(result, ImageError)
+            assert str(result).startswith(f"{path}: damaged image")
         else:
             assert isinstance(result, list)
             assert len(result) == 3
             assert close(result, by_hand(model, path))
 
 
-def test_none_can_be_read(model: Classifier, pictures: list[Path], tmp_path: Path):
+def test_none_can_be_read(model: Classifier, images: list[Path], tmp_path: Path):
     missing = tmp_path / "missing.png"
-    results = list(predict_pictures(model, [pictures[3], missing, tmp_path], batch_size=2))
-    assert [path for path, _ in results] == [pictures[3], missing, tmp_path]
-    assert all(isinstance(result, PictureError) for _, result in results)
-    assert list(predict_pictures(model, [])) == []
+    results = list(predict_images(model, [images[3], missing, tmp_path], batch_size=2))
+    assert [path for path, _ in results] == [images[3], missing, tmp_path]
+    assert all(isinstance(result, ImageError) for _, result in results)
+    assert list(predict_images(model, [])) == []
 
 
-def test_refused(model: Classifier, pictures: list[Path]):
+def test_refused(model: Classifier, images: list[Path]):
     with pytest.raises(ValueError, match="top_k is 0"):
-        model.predict(pictures[0], top_k=0)
+        model.predict(images[0], top_k=0)
     with pytest.raises(ValueError, match="batch size is 0"):
-        list(predict_pictures(model, pictures, batch_size=0))
-    with pytest.raises(PictureError, match=r"3\.png"):
-        model.predict(pictures[3])
+        list(predict_images(model, images, batch_size=0))
+    with pytest.raises(ImageError, match=r"3\.png"):
+        model.predict(images[3])
     with pytest.raises(ValueError, match="no classifier"):
-        Classifier("xxs", num_classes=0).eval().predict(pictures[0])
+        Classifier("xxs", num_classes=0).eval().predict(images[0])
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
-        Classifier("xxs", num_classes=7).train().predict(pictures[0])
+        Classifier("xxs", num_classes=7).train().predict(images[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Detect and segment
 
 WARP = Preprocessing(resize_px=(96, 96), crop_px=96)
-# How a camera that was held so stores an upright picture (EXIF orientation).
+# How a camera that was held so stores an upright image (EXIF orientation).
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -163,7 +163,7 @@ STORED = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[::-1].transpose(1, 0, 2),
 }
-# The squares in the middle of the picture that are the first two anchors of the last map (SSD, section 2.2).
+# The squares in the middle of the image that are the first two anchors of the last map (SSD, section 2.2).
 SIDE = 0.1 + 0.95 * 5 / 6
 SIDES = (SIDE, (SIDE * 1.05) ** 0.5)
 
@@ -176,13 +176,13 @@ def write(path: Path, pixels: np.ndarray, orientation: int = 1) -> Path:
 
 
 def location(x1: float, y1: float, x2: float, y2: float, side: float = SIDE) -> list[float]:
-    """What moves the square anchor to this box, in units of the picture (SSD, equation 2)."""
+    """What moves the square anchor to this box, in units of the image (SSD, equation 2)."""
     moved = [((x1 + x2) / 2 - 0.5) / side / 0.1, ((y1 + y2) / 2 - 0.5) / side / 0.1]
     return [*moved, float(np.log((x2 - x1) / side)) / 0.2, float(np.log((y2 - y1) / side)) / 0.2]
 
 
 def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Detector:
-    """A detector that finds up to two things, whatever it is shown: (box in units of the picture, class, score)."""
+    """A detector that finds up to two things, whatever it is shown: (box in units of the image, class, score)."""
     model = Detector("xxs", num_classes=3).eval()
     model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
     for head in model.heads:
@@ -199,7 +199,7 @@ def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Det
     return model
 
 
-def test_boxes_in_pixels_of_the_picture():
+def test_boxes_in_pixels_of_the_image():
     model = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6), ((0.0, 0.1, 0.9, 1.0), 0, 0.7))
     first, second = model.predict(np.zeros((61, 200, 3), np.uint8))
     assert (first.class_name, first.class_index, second.class_name, second.class_index) == ("ant", 0, "cat", 2)
@@ -211,9 +211,9 @@ def test_boxes_in_pixels_of_the_picture():
     assert landscape[1].box == pytest.approx((20, 20, 40, 30), abs=1e-3)
 
 
-def test_boxes_end_with_the_picture():
+def test_boxes_end_with_the_image():
     model = finding(((-0.5, 0.5, 0.5, 1.5), 1, 0.9), ((1.1, 0.1, 1.4, 0.9), 1, 0.8))
-    (one,) = model.predict(np.zeros((50, 30, 3), np.uint8))  # the other lies beside the picture
+    (one,) = model.predict(np.zeros((50, 30, 3), np.uint8))  # the other lies beside the image
     assert one.box[0] == 0.0
     assert one.box[3] == 50.0
     assert one.box[1:3] == pytest.approx((25, 15), abs=1e-3)
@@ -221,28 +221,28 @@ def test_boxes_end_with_the_picture():
 
 def test_what_is_shown_of_detections():
     model = finding(((0.1, 0.1, 0.3, 0.3), 1, 0.9), ((0.6, 0.6, 0.9, 0.9), 0, 0.31))
-    picture = np.zeros((50, 30, 3), np.uint8)
-    assert [d.class_name for d in model.predict(picture)] == ["bee", "ant"]
-    assert [d.class_name for d in model.predict(picture, score_threshold=0.32)] == ["bee"]
-    assert [d.class_name for d in model.predict(picture, max_per_picture=1)] == ["bee"]
-    assert model.predict(picture, score_threshold=0.95) == []
+    image = np.zeros((50, 30, 3), np.uint8)
+    assert [d.class_name for d in model.predict(image)] == ["bee", "ant"]
+    assert [d.class_name for d in model.predict(image, score_threshold=0.32)] == ["bee"]
+    assert [d.class_name for d in model.predict(image, max_per_image=1)] == ["bee"]
+    assert model.predict(image, score_threshold=0.95) == []
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="score_threshold is"):
-            model.predict(picture, score_threshold=wrong)
-    with pytest.raises(ValueError, match="max_per_picture is 0"):
-        model.predict(picture, max_per_picture=0)
+            model.predict(image, score_threshold=wrong)
+    with pytest.raises(ValueError, match="max_per_image is 0"):
+        model.predict(image, max_per_image=0)
 
 
 class SeesWhite(Detector):
     """Finds what is white, by looking at the pixels it is given."""
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        A = len(self.anchors(*pictures.shape[-2:]))
-        logits, locations = torch.zeros(len(pictures), A, 4), torch.zeros(len(pictures), A, 4)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        A = len(self.anchors(*images.shape[-2:]))
+        logits, locations = torch.zeros(len(images), A, 4), torch.zeros(len(images), A, 4)
         logits[..., 0] = 30
-        for i, picture in enumerate(pictures):
-            rows, columns = (picture.amax(0) > 0.5).nonzero(as_tuple=True)
-            S = picture.shape[-1]
+        for i, image in enumerate(images):
+            rows, columns = (image.amax(0) > 0.5).nonzero(as_tuple=True)
+            S = image.shape[-1]
             sides = [int(columns.min()) / S, int(rows.min()) / S, int(columns.max() + 1) / S, int(rows.max() + 1) / S]
             locations[i, -4] = torch.tensor(location(*sides))
             logits[i, -4, 1] = 60
@@ -259,18 +259,18 @@ def test_a_box_is_where_a_person_sees_it(tmp_path: Path, orientation: int):
     (one,) = model.predict(path)
     assert one.box == pytest.approx((30, 18, 75, 48), abs=1.5)
     assert one.class_name == "class 0"
-    assert list(detect_pictures(model, [path])) == [(path, [one])]
+    assert list(detect_images(model, [path])) == [(path, [one])]
 
 
 class SeesColours(Segmenter):
     """Takes red, green and blue for classes 0, 1 and 2."""
 
-    def coarse(self, pictures: Tensor) -> Tensor:
-        return F.avg_pool2d(pictures, 8)
+    def coarse(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, 8)
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_mask_is_as_a_person_sees_the_picture(tmp_path: Path, orientation: int):
+def test_a_mask_is_as_a_person_sees_the_image(tmp_path: Path, orientation: int):
     truth = np.zeros((67, 205), np.uint8)
     truth[:40, 90:] = 1
     truth[40:, 60:150] = 2
@@ -280,11 +280,11 @@ def test_a_mask_is_as_a_person_sees_the_picture(tmp_path: Path, orientation: int
     mask = model.predict(path)
     assert mask.dtype == np.uint8
     assert mask.shape == truth.shape
-    # A border may lie half of a coarse pixel, of 17 x 6 px of the picture, beside.
+    # A border may lie half of a coarse pixel, of 17 x 6 px of the image, beside.
     near = np.zeros_like(truth, dtype=bool)
     near[34:46] = near[:, 81:99] = near[:, 51:69] = near[:, 141:159] = True
     assert np.array_equal(mask[~near], truth[~near])
-    ((_, again),) = segment_pictures(model, [path])
+    ((_, again),) = segment_images(model, [path])
     assert isinstance(again, np.ndarray)
     assert np.array_equal(again, mask)
 
@@ -294,51 +294,49 @@ def test_masks_are_the_highest_logits(head: DeepLabHead):
     model = randomise(Segmenter("xxs", num_classes=9, head=replace(head, channels=16)))
     model.preprocessing = WARP
     random = np.random.default_rng(0)
-    pictures = [
-        random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((150, 101), (33, 32), (96, 96), (7, 300))
-    ]
-    masks = model.predict(pictures)
+    images = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((150, 101), (33, 32), (96, 96), (7, 300))]
+    masks = model.predict(images)
     with torch.no_grad():
-        logits = model(model.preprocess(pictures))
-    for picture, mask, one in zip(pictures, masks, logits, strict=True):
-        assert mask.shape == picture.shape[:2]
-        enlarged = F.interpolate(one[None].double(), picture.shape[:2], mode="bilinear")[0]
+        logits = model(model.preprocess(images))
+    for image, mask, one in zip(images, masks, logits, strict=True):
+        assert mask.shape == image.shape[:2]
+        enlarged = F.interpolate(one[None].double(), image.shape[:2], mode="bilinear")[0]
         # Where two logits are the same but for rounding, either is right.
         chosen = enlarged.gather(0, torch.from_numpy(mask)[None].long())[0]
         assert (enlarged.amax(0) - chosen).max() < 1e-5
         assert len(np.unique(mask)) > 1
 
 
-def test_many_pictures_of_the_other_tasks(pictures: list[Path]):
+def test_many_images_of_the_other_tasks(images: list[Path]):
     detector = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6))
     segmenter = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
     segmenter.preprocessing = WARP
-    found = list(detect_pictures(detector, pictures, batch_size=3))
-    masks = list(segment_pictures(segmenter, pictures, batch_size=3))
+    found = list(detect_images(detector, images, batch_size=3))
+    masks = list(segment_images(segmenter, images, batch_size=3))
     for results in (found, masks):
-        assert [path for path, _ in results] == pictures
-        assert [path for path, result in results if isinstance(result, PictureError)] == [pictures[3]]
-    (one,) = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6)).predict(pictures[0])
+        assert [path for path, _ in results] == images
+        assert [path for path, result in results if isinstance(result, ImageError)] == [images[3]]
+    (one,) = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6)).predict(images[0])
     for (path, boxes), (_, mask) in zip(found, masks, strict=True):
-        if path != pictures[3]:
+        if path != images[3]:
             assert isinstance(boxes, list)
             assert isinstance(mask, np.ndarray)
             assert [box.box for box in boxes] == [one.box]
-            assert (mask != segmenter.predict(path)).mean() < 0.01  # a batch rounds otherwise than a single picture
-    assert list(detect_pictures(detector, [], score_threshold=0.5)) == []
+            assert (mask != segmenter.predict(path)).mean() < 0.01  # a batch rounds otherwise than a single image
+    assert list(detect_images(detector, [], score_threshold=0.5)) == []
 
 
-def test_refused_by_the_other_tasks(pictures: list[Path]):
+def test_refused_by_the_other_tasks(images: list[Path]):
     crops = Preprocessing(resize_px=288, crop_px=256)
     for model in (Detector("xxs", num_classes=3), Segmenter("xxs", num_classes=3)):
         with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
-            model.train().predict(pictures[0])
+            model.train().predict(images[0])
         model.eval().preprocessing = crops
         with pytest.raises(ValueError, match=r"resize_px is 288 and crop_px 256.*resize_px=\(256, 256\)"):
-            model.predict(pictures[0])
+            model.predict(images[0])
     with pytest.raises(ValueError, match="257 classes; a mask of bytes holds at most 256"):
-        Segmenter("xxs", num_classes=257, head=DeepLabHead(channels=16)).eval().predict(pictures[0])
-    with pytest.raises(ValueError, match="no pictures"):
+        Segmenter("xxs", num_classes=257, head=DeepLabHead(channels=16)).eval().predict(images[0])
+    with pytest.raises(ValueError, match="no images"):
         finding().predict([])
 
 
@@ -358,7 +356,7 @@ FILES: dict[Format, str] = {"mobilevit": "a.safetensors", "apple": "a.pt", "timm
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_there_and_back(model: Classifier, pictures: list[Path], tmp_path: Path, format: Format):
+def test_there_and_back(model: Classifier, images: list[Path], tmp_path: Path, format: Format):
     other = Classifier("xxs", num_classes=7).eval()
     other.load_state_dict(model.state_dict())
     other.class_names, other.preprocessing = NAMES, PREPROCESSING
@@ -371,10 +369,10 @@ def test_there_and_back(model: Classifier, pictures: list[Path], tmp_path: Path,
     assert loaded(pixels).equal(other(pixels))
     if format == "apple":  # which has no place for names and preprocessing
         assert loaded.preprocessing == PAPER_PREPROCESSING
-        assert loaded.predict(pictures[0], top_k=1)[0].class_name.startswith("class ")
+        assert loaded.predict(images[0], top_k=1)[0].class_name.startswith("class ")
     else:
         assert loaded.preprocessing == other.preprocessing
-        assert loaded.predict(pictures[0]) == other.predict(pictures[0])
+        assert loaded.predict(images[0]) == other.predict(images[0])
 
 
 def test_refused_whole(tmp_path: Path):
@@ -386,10 +384,10 @@ def test_refused_whole(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plain_network(tmp_path: Path, pictures: list[Path]):
+def test_plain_network(tmp_path: Path, images: list[Path]):
     save(MobileViT(XXS, num_classes=3).eval(), tmp_path / "plain.safetensors")
     loaded = load(tmp_path / "plain.safetensors")
-    assert {p.class_name for p in loaded.predict(pictures[0])} == {"class 0", "class 1", "class 2"}
+    assert {p.class_name for p in loaded.predict(images[0])} == {"class 0", "class 1", "class 2"}
     with pytest.raises(WeightsError, match=r"3 classes, expected 5.*reset_classifier\(5\)"):
         load(tmp_path / "plain.safetensors", num_classes=5)
 
@@ -401,11 +399,11 @@ def test_network_without_classifier(tmp_path: Path):
     assert loaded(torch.rand(1, 3, 33, 32)).shape == (1, 320)
 
 
-def test_a_new_classifier_has_no_old_names(model: Classifier, pictures: list[Path], tmp_path: Path):
+def test_a_new_classifier_has_no_old_names(model: Classifier, images: list[Path], tmp_path: Path):
     save(model, tmp_path / "seven.safetensors")
     other = load(tmp_path / "seven.safetensors")
     other.reset_classifier(2)
-    assert {p.class_name for p in other.predict(pictures[0])} == {"class 0", "class 1"}
+    assert {p.class_name for p in other.predict(images[0])} == {"class 0", "class 1"}
     save(other, tmp_path / "two.safetensors")
     assert load(tmp_path / "two.safetensors").class_names == ()
 
@@ -449,45 +447,45 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=str,
 )
 def test_find(folder: Path, names: list[str], expected: list[str]):
-    assert find_pictures(names) == [Path(name) for name in expected]
+    assert find_images(names) == [Path(name) for name in expected]
     # Absolute names find the same files.
-    absolute = find_pictures([os.path.join(folder, name) for name in names])  # noqa: PTH118 - as typed, "." and all
+    absolute = find_images([os.path.join(folder, name) for name in names])  # noqa: PTH118 - as typed, "." and all
     assert absolute == [folder / name for name in expected]
 
 
 @pytest.mark.parametrize(
-    "pictures", ["images", "train/images", "images/val", "JPEGImages", "VOCdevkit/VOC2012/JPEGImages"]
+    "images", ["images", "train/images", "images/val", "JPEGImages", "VOCdevkit/VOC2012/JPEGImages"]
 )
-def test_masks_are_no_pictures(tmp_path: Path, pictures: str):
-    masks = [pictures.replace("images", "masks").replace("JPEGImages", "SegmentationClass"), "other/masks"]
-    for name in (f"{pictures}/a.png", *(f"{folder}/a.png" for folder in masks)):
+def test_masks_are_no_images(tmp_path: Path, images: str):
+    masks = [images.replace("images", "masks").replace("JPEGImages", "SegmentationClass"), "other/masks"]
+    for name in (f"{images}/a.png", *(f"{folder}/a.png" for folder in masks)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    found = [tmp_path / pictures / "a.png", tmp_path / "other/masks/a.png"]  # beside which there are no images
-    assert find_pictures([str(tmp_path)]) == sorted(found)
-    assert find_pictures([str(tmp_path / masks[0])]) == [tmp_path / masks[0] / "a.png"]  # named, so meant
+    found = [tmp_path / images / "a.png", tmp_path / "other/masks/a.png"]  # beside which there are no images
+    assert find_images([str(tmp_path)]) == sorted(found)
+    assert find_images([str(tmp_path / masks[0])]) == [tmp_path / masks[0] / "a.png"]  # named, so meant
 
 
 @pytest.mark.parametrize("name", ["missing.png", "missing/", "*.gif", "empty", "~nobody/a.png"])
 def test_find_nothing(folder: Path, name: str):
-    with pytest.raises(ValueError, match=r"no pictures in this folder|no such picture") as caught:
-        find_pictures(["a.png", name])
+    with pytest.raises(ValueError, match=r"no images in this folder|no such image") as caught:
+        find_images(["a.png", name])
     assert str(caught.value).startswith(f"{name}: ")
 
 
 def test_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(folder))
-    assert find_pictures(["~/a.png", "~/oth*/*"]) == [folder / "a.png", folder / "other/z.png"]
+    assert find_images(["~/a.png", "~/oth*/*"]) == [folder / "a.png", folder / "other/z.png"]
 
 
-def test_one_picture_or_several(model: Classifier, pictures: list[Path]):
-    whole = [picture for picture in pictures if picture.name != "3.png"]
-    one_by_one = [model.predict(picture, top_k=2) for picture in whole]
+def test_one_image_or_several(model: Classifier, images: list[Path]):
+    whole = [image for image in images if image.name != "3.png"]
+    one_by_one = [model.predict(image, top_k=2) for image in whole]
     for several in (whole, tuple(whole)):
         together = model.predict(several, top_k=2)
         assert [[p.class_name for p in row] for row in together] == [[p.class_name for p in row] for row in one_by_one]
     for wrong in (torch.rand(3, 64, 64), b"bytes", 7):
-        with pytest.raises(TypeError, match=f"found {type(wrong).__name__}; a picture is a path"):
+        with pytest.raises(TypeError, match=f"found {type(wrong).__name__}; an image is a path"):
             model.predict(wrong)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
@@ -507,7 +505,7 @@ def test_pretrained_backbone(model: Classifier, tmp_path: Path):
     )
 
 
-def test_there_and_back_of_the_other_tasks(pictures: list[Path], tmp_path: Path):
+def test_there_and_back_of_the_other_tasks(images: list[Path], tmp_path: Path):
     detector = randomise(Detector("xxs", num_classes=3))
     segmenter = randomise(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
     detector.category_ids = (1, 17, 90)

@@ -51,7 +51,7 @@ OTHER = Recipe(
         freeze="stage3",
         backbone_lr_scale=0.25,
     ),
-    compute=Compute("float16", compile=True, sync_batch_norm=True, pictures_at_once=2),
+    compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
 )
 CLASSES: dict[str, Callable[..., Any]] = {
     "": Recipe,
@@ -132,8 +132,8 @@ SENSELESS = [
     ("optimizer.backbone_lr_scale", 0.0),
     ("optimizer.backbone_lr_scale", 1.01),
     ("compute.precision", "float8"),
-    ("compute.pictures_at_once", -1),
-    ("compute.pictures_at_once", 1),
+    ("compute.micro_batch_size", -1),
+    ("compute.micro_batch_size", 1),
 ]
 
 

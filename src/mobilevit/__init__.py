@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mobilevit.explain import explain_picture
+    from mobilevit.explain import explain_image
+    from mobilevit.images import Preprocessing
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
-    from mobilevit.pictures import Preprocessing
     from mobilevit.predict import (
         Classifier,
         Detection,
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 # Public name -> its module, imported when first asked for: `mobilevit --help` must not wait for torch.
 _MODULES = {
-    "explain_picture": "explain",
+    "explain_image": "explain",
     "Architecture": "models.mobilevit",
     "Backbone": "models.mobilevit",
     "MobileViT": "models.mobilevit",
     "S": "models.mobilevit",
     "XS": "models.mobilevit",
     "XXS": "models.mobilevit",
-    "Preprocessing": "pictures",
+    "Preprocessing": "images",
     "Classifier": "predict",
     "Detection": "predict",
     "Detector": "predict",
@@ -69,7 +69,7 @@ __all__ = [
     "S",
     "Segmenter",
     "evaluate",
-    "explain_picture",
+    "explain_image",
     "load",
     "load_backbone",
     "load_detector",

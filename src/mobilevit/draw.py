@@ -1,6 +1,6 @@
-"""What was found, drawn on the picture: boxes with names, masks with a legend, and masks as files with a palette.
+"""What was found, drawn on the image: boxes with names, masks with a legend, and masks as files with a palette.
 
-Nothing here knows networks: pictures are Pillow's, upright RGB; a class is its number, which gives it its colour.
+Nothing here knows networks: images are Pillow's, upright RGB; a class is its number, which gives it its colour.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ PALETTE: tuple[Colour, ...] = (
 )
 OPACITY = 0.65  # of the colour over a region
 MAX_JPEG_PX = 65_500  # the longest side that libjpeg writes
-LOOK = Path(__file__).with_name("look.css")  # colours, letters and cards of the pages for browsers
+LOOK = Path(__file__).with_name("report") / "style.css"  # colours, letters and cards of the pages for browsers
 
 
 def colour_of(class_index: int) -> Colour:
-    """The colour of a class, the same in every picture."""
+    """The colour of a class, the same in every image."""
     return PALETTE[class_index % len(PALETTE)]
 
 
 def draw_boxes(
-    picture: Image.Image, boxes: Sequence[Box], class_indices: Sequence[int], labels: Sequence[str]
+    image: Image.Image, boxes: Sequence[Box], class_indices: Sequence[int], labels: Sequence[str]
 ) -> Image.Image:
-    """A copy of `picture` with boxes (x1, y1, x2, y2, in pixels) and a label at each, the most important first.
+    """A copy of `image` with boxes (x1, y1, x2, y2, in pixels) and a label at each, the most important first.
 
-    Labels lie inside the picture and, as far as there is room, on no other label; one for which the picture is too
+    Labels lie inside the image and, as far as there is room, on no other label; one for which the image is too
     small is shortened or left out.
     """
-    drawn = picture.copy()
+    drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
-    line, font = _line_px(picture), _font(picture)
+    line, font = _line_px(image), _font(image)
     ascent, descent = _metrics(font)
     padding = 2 * line
     for box, index in reversed(list(zip(boxes, class_indices, strict=True))):  # the most important on top
-        _frame(draw, box, colour_of(index), line, picture.size)
+        _frame(draw, box, colour_of(index), line, image.size)
     taken: list[Box] = []
     for box, index, label in zip(boxes, class_indices, labels, strict=True):
-        text = shortened(label, font, picture.width - 2 * padding)
+        text = shortened(label, font, image.width - 2 * padding)
         width, height = math.ceil(font.getlength(text)) + 2 * padding, ascent + descent + padding
-        if not text or height > picture.height:
+        if not text or height > image.height:
             continue
-        x, y = _place(box, width, height, picture.size, taken)
+        x, y = _place(box, width, height, image.size, taken)
         taken.append((x, y, x + width, y + height))
         colour = colour_of(index)
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
@@ -77,27 +77,27 @@ def draw_boxes(
     return drawn
 
 
-def draw_mask(picture: Image.Image, mask: np.ndarray, legend: Mapping[int, str]) -> Image.Image:
-    """`picture` with the classes of `legend` painted over it, and a strip below it that says what they are called.
+def draw_mask(image: Image.Image, mask: np.ndarray, legend: Mapping[int, str]) -> Image.Image:
+    """`image` with the classes of `legend` painted over it, and a strip below it that says what they are called.
 
-    `mask` (H, W) are the class numbers, uint8, of the size of the picture. Classes that `legend` does not name stay
+    `mask` (H, W) are the class numbers, uint8, of the size of the image. Classes that `legend` does not name stay
     clear. Painted regions lose most of their own colours, so that green over grass is seen to be paint, and have an
     edge of the pure colour.
     """
-    if mask.shape != (picture.height, picture.width) or mask.dtype != np.uint8:
+    if mask.shape != (image.height, image.width) or mask.dtype != np.uint8:
         raise ValueError(
-            f"mask of {mask.dtype} and shape {mask.shape} for a picture of {picture.width} x {picture.height} px; "
-            f"it must be uint8 of shape {(picture.height, picture.width)}"
+            f"mask of {mask.dtype} and shape {mask.shape} for an image of {image.width} x {image.height} px; "
+            f"it must be uint8 of shape {(image.height, image.width)}"
         )
     opacity = np.zeros(256, np.uint8)
     opacity[list(legend)] = round(255 * OPACITY)
-    # Whole pictures in Pillow's bytes: as floating point, one of 12 megapixels would take ten times its memory.
+    # Whole images in Pillow's bytes: as floating point, one of 12 megapixels would take ten times its memory.
     paint = Image.fromarray(mask)
     paint.putpalette([value for index in range(256) for value in colour_of(index)])
-    grey = Image.blend(picture, picture.convert("L").convert("RGB"), 0.7)
+    grey = Image.blend(image, image.convert("L").convert("RGB"), 0.7)
     painted = Image.composite(paint.convert("RGB"), grey, Image.fromarray(opacity[mask]))
-    painted = Image.composite(painted, picture, Image.fromarray(np.where(opacity[mask] > 0, 255, 0).astype(np.uint8)))
-    edge = _edges(mask, _line_px(picture)) & (opacity[mask] > 0)
+    painted = Image.composite(painted, image, Image.fromarray(np.where(opacity[mask] > 0, 255, 0).astype(np.uint8)))
+    edge = _edges(mask, _line_px(image)) & (opacity[mask] > 0)
     painted.paste(paint.convert("RGB"), mask=Image.fromarray(edge))
     return _with_legend(painted, [(colour_of(index), text) for index, text in legend.items()])
 
@@ -131,12 +131,12 @@ def palette_png(mask: np.ndarray, path: Path) -> None:
     _write(image, path, "PNG")
 
 
-def write_jpeg(picture: Image.Image, path: Path) -> None:
-    """Write an RGB picture as JPEG, whole or not at all; one that is wider than JPEG can hold, smaller."""
-    if max(picture.size) > MAX_JPEG_PX:
-        picture = picture.copy()
-        picture.thumbnail((MAX_JPEG_PX, MAX_JPEG_PX))
-    _write(picture, path, "JPEG", quality=90)
+def write_jpeg(image: Image.Image, path: Path) -> None:
+    """Write an RGB image as JPEG, whole or not at all; one that is wider than JPEG can hold, smaller."""
+    if max(image.size) > MAX_JPEG_PX:
+        image = image.copy()
+        image.thumbnail((MAX_JPEG_PX, MAX_JPEG_PX))
+    _write(image, path, "JPEG", quality=90)
 
 
 def _write(image: Image.Image, path: Path, format: str, **options: int) -> None:
@@ -150,8 +150,8 @@ def _write(image: Image.Image, path: Path, format: str, **options: int) -> None:
 # Lines
 
 
-def _line_px(picture: Image.Image) -> int:
-    return max(2, round(math.sqrt(picture.width * picture.height) / 240))
+def _line_px(image: Image.Image) -> int:
+    return max(2, round(math.sqrt(image.width * image.height) / 240))
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: Box, colour: Colour, line: int, size: tuple[int, int]) -> None:
@@ -191,8 +191,8 @@ def _contrast(colour: Colour) -> Colour:
 # Text
 
 
-def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(max(11, round(math.sqrt(picture.width * picture.height) / 34)))
+def _font(image: Image.Image) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(max(11, round(math.sqrt(image.width * image.height) / 34)))
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font
 
@@ -235,7 +235,7 @@ def _has_glyph(character: str) -> bool:
 def _place(box: Box, width: int, height: int, size: tuple[int, int], taken: Sequence[Box]) -> tuple[int, int]:
     """The upper left corner of a label: above its box, else in it at the top, below it, in it at the bottom.
 
-    The first of these that lies in the picture and on no label, else the first that lies in the picture.
+    The first of these that lies in the image and on no label, else the first that lies in the image.
     """
     x1, y1, x2, y2 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     places = [
@@ -250,24 +250,24 @@ def _place(box: Box, width: int, height: int, size: tuple[int, int], taken: Sequ
     return places[0] if places else (min(max(x1, 0), size[0] - width), min(max(y1, 0), size[1] - height))
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
-    """The picture, and below it a white strip with a swatch and a text for each entry, in as many rows as needed."""
+def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+    """The image, and below it a white strip with a swatch and a text for each entry, in as many rows as needed."""
     if not entries:
-        return picture
-    font = _font(picture)
+        return image
+    font = _font(image)
     ascent, descent = _metrics(font)
     gap, row = max(3, ascent // 2), round(1.6 * (ascent + descent))
-    x, y = gap, picture.height + gap
+    x, y = gap, image.height + gap
     placed = []
     for colour, text in entries:
-        text = shortened(text, font, picture.width - ascent - 3 * gap)
+        text = shortened(text, font, image.width - ascent - 3 * gap)
         width = ascent + gap + math.ceil(font.getlength(text))
-        if x > gap and x + width + gap > picture.width:
+        if x > gap and x + width + gap > image.width:
             x, y = gap, y + row
         placed.append((x, y, colour, text))
         x += width + 3 * gap
-    whole = Image.new("RGB", (picture.width, y + row + gap // 2), WHITE)
-    whole.paste(picture)
+    whole = Image.new("RGB", (image.width, y + row + gap // 2), WHITE)
+    whole.paste(image)
     draw = ImageDraw.Draw(whole)
     for x, y, colour, text in placed:
         top = y + (row - ascent) // 2

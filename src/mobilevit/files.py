@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes, and imports of optional dependencies."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -45,3 +46,23 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class MissingExtraError(ValueError):
+    """An optional dependency that is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import and return `module`, which the optional dependencies `mobilevit[extra]` install.
+
+    Raises:
+        MissingExtraError: it is not installed. The message names `purpose`, the package and the command to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is missing inside an installed package is another problem: name that one.
+        missing = error.name or module
+        raise MissingExtraError(
+            f"{purpose} requires {missing}, which is not installed; run: pip install 'mobilevit[{extra}]'"
+        ) from None

@@ -1,7 +1,7 @@
-"""Pictures in, class names, boxes or masks out: networks that can read a picture and name what they see.
+"""Images in, class names, boxes or masks out: networks that can read an image and name what they see.
 
-Three kinds of weights, three classes: `Classifier` says what a picture shows, `Detector` where each thing is,
-`Segmenter` what every pixel belongs to. Where things are is told in pixels of the picture as a person sees it, upright
+Three kinds of weights, three classes: `Classifier` says what an image shows, `Detector` where each thing is,
+`Segmenter` what every pixel belongs to. Where things are is told in pixels of the image as a person sees it, upright
 and of its own size, whatever the network was shown.
 """
 
@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
 from mobilevit.models.ssdlite import Detections, SSDLite, detect
-from mobilevit.models.weights import (
+from mobilevit.weights import (
     NETWORKS,
     PREPROCESSING,
     Format,
@@ -34,9 +35,8 @@ from mobilevit.models.weights import (
     read,
     write,
 )
-from mobilevit.pictures import Picture, PictureError, Preprocessing, read_picture
 
-# (width, height) of a picture in pixels.
+# (width, height) of an image in pixels.
 Size = tuple[int, int]
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ class Prediction:
 class Detection:
     """One thing found: its class, the probability (0 to 1) that the network gives it, and where it is.
 
-    `box` is (x1, y1, x2, y2) in pixels of the upright picture: (0, 0) is its upper left corner, (width, height) its
+    `box` is (x1, y1, x2, y2) in pixels of the upright image: (0, 0) is its upper left corner, (width, height) its
     lower right one, and the box lies within.
     """
 
@@ -65,34 +65,34 @@ class Detection:
 
 
 class Predictor(nn.Module):
-    """What `Classifier`, `Detector` and `Segmenter` have in common: they can read pictures, and know their classes."""
+    """What `Classifier`, `Detector` and `Segmenter` have in common: they can read images, and know their classes."""
 
     task: TaskName
     preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
 
-    def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
-        """One picture or several (paths, PIL images, uint8 arrays) -> (B, 3, crop_px, crop_px) on the model's device.
+    def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+        """One image or several (paths, PIL images, uint8 arrays) -> (B, 3, crop_px, crop_px) on the model's device.
 
         Raises:
-            PictureError: a picture that cannot be read, by name.
-            ValueError: no pictures.
+            ImageError: an image that cannot be read, by name.
+            ValueError: no images.
         """
-        return self._read_all(pictures)[0]
+        return self._read_all(images)[0]
 
     def class_name(self, index: int) -> str:
         """The name of a class, or "class 7" where nobody named the classes."""
         return self.class_names[index] if self.class_names else f"class {index}"
 
-    def _read_all(self, pictures: Picture | Sequence[Picture]) -> tuple[Tensor, list[Size]]:
-        several = [pictures] if _is_one(pictures) else cast(Sequence[Picture], pictures)
+    def _read_all(self, images: ImageInput | Sequence[ImageInput]) -> tuple[Tensor, list[Size]]:
+        several = [images] if _is_one(images) else cast(Sequence[ImageInput], images)
         if not len(several):
-            raise ValueError("no pictures are given; preprocess takes one or several")
-        return self._batch([self._read(picture) for picture in several])
+            raise ValueError("no images are given; preprocess takes one or several")
+        return self._batch([self._read(image) for image in several])
 
-    def _read(self, picture: Picture) -> tuple[Tensor, Size]:
-        """What the network is to see of a picture (3, crop_px, crop_px), and the size of the picture itself."""
-        image = read_picture(picture)
+    def _read(self, source: ImageInput) -> tuple[Tensor, Size]:
+        """What the network is to see of an image (3, crop_px, crop_px), and the size of the image itself."""
+        image = read_image(source)
         return self.preprocessing(image), image.size
 
     def _batch(self, read: Sequence[tuple[Tensor, Size]]) -> tuple[Tensor, list[Size]]:
@@ -104,11 +104,11 @@ class Predictor(nn.Module):
             raise RuntimeError("the model is in training mode; call model.eval() before predicting")
 
     def _check_warp(self) -> None:
-        """What is found in the whole picture, warped to a square, can be told in its own pixels by two factors."""
+        """What is found in the whole image, warped to a square, can be told in its own pixels by two factors."""
         p = self.preprocessing
         if p.resize_px != (p.crop_px, p.crop_px):
             raise ValueError(
-                f"resize_px is {p.resize_px} and crop_px {p.crop_px}; this network has to see whole pictures: set "
+                f"resize_px is {p.resize_px} and crop_px {p.crop_px}; this network has to see whole images: set "
                 f"preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
             )
 
@@ -116,7 +116,7 @@ class Predictor(nn.Module):
 class Classifier(Predictor, MobileViT):
     """A `MobileViT` that knows its preprocessing and its class names; `load` makes one.
 
-    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes).
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes).
     """
 
     task = "classify"
@@ -128,19 +128,19 @@ class Classifier(Predictor, MobileViT):
         self.class_names = ()
 
     @overload
-    def predict(self, pictures: Picture, top_k: int = 5) -> list[Prediction]: ...
+    def predict(self, images: ImageInput, top_k: int = 5) -> list[Prediction]: ...
     @overload
-    def predict(self, pictures: Sequence[Picture], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(self, images: Sequence[ImageInput], top_k: int = 5) -> list[list[Prediction]]: ...
     def predict(
-        self, pictures: Picture | Sequence[Picture], top_k: int = 5
+        self, images: ImageInput | Sequence[ImageInput], top_k: int = 5
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The `top_k` most likely classes of one picture, likeliest first, or of each of several pictures."""
-        predictions = self.predict_pixels(self.preprocess(pictures), top_k)
-        return predictions[0] if _is_one(pictures) else predictions
+        """The `top_k` most likely classes of one image, likeliest first, or of each of several images."""
+        predictions = self.predict_pixels(self.preprocess(images), top_k)
+        return predictions[0] if _is_one(images) else predictions
 
     @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
-        """The `top_k` most likely classes of each of a batch of preprocessed pictures (B, 3, H, W)."""
+        """The `top_k` most likely classes of each of a batch of preprocessed images (B, 3, H, W)."""
         if not self.num_classes:
             raise ValueError("this network has no classifier, so it can name nothing; give it one and train it")
         if top_k < 1:
@@ -157,7 +157,7 @@ class Classifier(Predictor, MobileViT):
 class Detector(Predictor, SSDLite):
     """An `SSDLite` that knows its preprocessing and its class names; `load_detector` makes one.
 
-    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> class logits and locations of all anchors. The
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> class logits and locations of all anchors. The
     background, class 0 of the logits, is no class here.
     """
 
@@ -172,49 +172,49 @@ class Detector(Predictor, SSDLite):
 
     @overload
     def predict(
-        self, pictures: Picture, score_threshold: float = 0.3, max_per_picture: int = 100
+        self, images: ImageInput, score_threshold: float = 0.3, max_per_image: int = 100
     ) -> list[Detection]: ...
     @overload
     def predict(
-        self, pictures: Sequence[Picture], score_threshold: float = 0.3, max_per_picture: int = 100
+        self, images: Sequence[ImageInput], score_threshold: float = 0.3, max_per_image: int = 100
     ) -> list[list[Detection]]: ...
     def predict(
-        self, pictures: Picture | Sequence[Picture], score_threshold: float = 0.3, max_per_picture: int = 100
+        self, images: ImageInput | Sequence[ImageInput], score_threshold: float = 0.3, max_per_image: int = 100
     ) -> list[Detection] | list[list[Detection]]:
-        """What is in one picture and where, best first, or in each of several pictures.
+        """What is in one image and where, best first, or in each of several images.
 
-        Shown is what has a score above `score_threshold` (0 to 1), at most `max_per_picture` of it.
+        Shown is what has a score above `score_threshold` (0 to 1), at most `max_per_image` of it.
         """
-        found = self.predict_pixels(*self._read_all(pictures), score_threshold, max_per_picture)
-        return found[0] if _is_one(pictures) else found
+        found = self.predict_pixels(*self._read_all(images), score_threshold, max_per_image)
+        return found[0] if _is_one(images) else found
 
     @torch.inference_mode()
     def predict_pixels(
-        self, pixels: Tensor, sizes: Sequence[Size], score_threshold: float = 0.3, max_per_picture: int = 100
+        self, pixels: Tensor, sizes: Sequence[Size], score_threshold: float = 0.3, max_per_image: int = 100
     ) -> list[list[Detection]]:
-        """What is in each of a batch of preprocessed pictures (B, 3, H, W); boxes are in pixels of `sizes`.
+        """What is in each of a batch of preprocessed images (B, 3, H, W); boxes are in pixels of `sizes`.
 
-        `sizes` are the (width, height) that the upright pictures had before they were preprocessed.
+        `sizes` are the (width, height) that the upright images had before they were preprocessed.
         """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold is {score_threshold}; it must be from 0 to 1")
-        if max_per_picture < 1:
-            raise ValueError(f"max_per_picture is {max_per_picture}; it must be 1 or more")
+        if max_per_image < 1:
+            raise ValueError(f"max_per_image is {max_per_image}; it must be 1 or more")
         self._check_mode()
         self._check_warp()
-        found = self._find(pixels, score_threshold, max_per_picture)
+        found = self._find(pixels, score_threshold, max_per_image)
         return [
             [
                 Detection(self.class_name(label), score, label, box)
                 for label, score, box in zip(
                     one.labels.tolist(), one.scores.tolist(), _in_pixels(one.boxes, size), strict=True
                 )
-                if box[0] < box[2] and box[1] < box[3]  # beside the picture there is nothing to show
+                if box[0] < box[2] and box[1] < box[3]  # beside the image there is nothing to show
             ]
             for one, size in zip(found, sizes, strict=True)
         ]
 
-    def _find(self, pixels: Tensor, score_threshold: float, max_per_picture: int) -> list[Detections]:
+    def _find(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
         class_logits, locations = self(pixels)
         height, width = pixels.shape[-2:]
         return detect(
@@ -222,14 +222,14 @@ class Detector(Predictor, SSDLite):
             locations,
             self.anchors(height, width),
             score_threshold=score_threshold,
-            max_per_picture=max_per_picture,
+            max_per_image=max_per_image,
         )
 
 
 class Segmenter(Predictor, DeepLabV3):
     """A `DeepLabV3` that knows its preprocessing and its class names; `load_segmenter` makes one.
 
-    `model(pixels)` is the network: RGB float pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes, H, W).
     """
 
     task = "segment"
@@ -241,19 +241,19 @@ class Segmenter(Predictor, DeepLabV3):
         self.class_names = ()
 
     @overload
-    def predict(self, pictures: Picture) -> np.ndarray: ...
+    def predict(self, images: ImageInput) -> np.ndarray: ...
     @overload
-    def predict(self, pictures: Sequence[Picture]) -> list[np.ndarray]: ...
-    def predict(self, pictures: Picture | Sequence[Picture]) -> np.ndarray | list[np.ndarray]:
-        """The class number of every pixel of one picture, uint8 (H, W) of its own size, or of each of several."""
-        masks = self.predict_pixels(*self._read_all(pictures))
-        return masks[0] if _is_one(pictures) else masks
+    def predict(self, images: Sequence[ImageInput]) -> list[np.ndarray]: ...
+    def predict(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray | list[np.ndarray]:
+        """The class number of every pixel of one image, uint8 (H, W) of its own size, or of each of several."""
+        masks = self.predict_pixels(*self._read_all(images))
+        return masks[0] if _is_one(images) else masks
 
     @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size]) -> list[np.ndarray]:
-        """The classes, uint8 (height, width), of each of a batch of preprocessed pictures (B, 3, H, W).
+        """The classes, uint8 (height, width), of each of a batch of preprocessed images (B, 3, H, W).
 
-        `sizes` are the (width, height) that the upright pictures had before they were preprocessed.
+        `sizes` are the (width, height) that the upright images had before they were preprocessed.
         """
         if self.num_classes > 256:
             raise ValueError(f"this network knows {self.num_classes} classes; a mask of bytes holds at most 256")
@@ -270,7 +270,7 @@ class Segmenter(Predictor, DeepLabV3):
 
 
 def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, float]]:
-    """Boxes (found, 4) in units of the picture -> in pixels, clipped to the picture."""
+    """Boxes (found, 4) in units of the image -> in pixels, clipped to the image."""
     clipped = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in clipped.tolist()]
 
@@ -278,8 +278,8 @@ def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, flo
 def _highest(maps_CHW: Tensor, size: Size) -> Tensor:
     """Which of these maps, enlarged to `size`, is highest in every pixel, uint8 (height, width)."""
 
-    # Map by map: 21 of them enlarged to a picture of 12 megapixels would be a gigabyte. By the middles of pixels, as
-    # the picture was warped, whatever the head does: `align_corners` is the network's own.
+    # Map by map: 21 of them enlarged to an image of 12 megapixels would be a gigabyte. By the middles of pixels, as
+    # the image was warped, whatever the head does: `align_corners` is the network's own.
     def enlarge(c: int) -> Tensor:
         return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
 
@@ -292,14 +292,12 @@ def _highest(maps_CHW: Tensor, size: Size) -> Tensor:
     return places
 
 
-def _is_one(pictures: Picture | Sequence[Picture]) -> TypeGuard[Picture]:
-    if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray):
+def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
         return True
-    if isinstance(pictures, list | tuple):
+    if isinstance(images, list | tuple):
         return False
-    raise TypeError(
-        f"found {type(pictures).__name__}; a picture is a path, a PIL image or a uint8 array, several a list"
-    )
+    raise TypeError(f"found {type(images).__name__}; an image is a path, a PIL image or a uint8 array, several a list")
 
 
 PREDICTORS: dict[TaskName, type[Predictor]] = {"classify": Classifier, "detect": Detector, "segment": Segmenter}
@@ -316,7 +314,7 @@ def load(
 ) -> Classifier:
     """A classifier in eval mode, from a hub id, a file or a folder: Apple's, timm's, transformers' or our format.
 
-    See `mobilevit.models.weights.read` for what `source` can be and what is raised. `num_classes` is a check: weights
+    See `mobilevit.weights.read` for what `source` can be and what is raised. `num_classes` is a check: weights
     with another number are an error (`reset_classifier` puts a new classifier in place). `output_stride` replaces the
     one that the weights were trained with. Weights of another task are an error that names the function for them.
 
@@ -437,34 +435,34 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
     )
 
 
-def predict_pictures(
+def predict_images(
     model: Classifier, paths: Sequence[Path], *, top_k: int = 5, batch_size: int = 16
-) -> Iterator[tuple[Path, list[Prediction] | PictureError]]:
-    """Predictions of many pictures in their order; a picture that cannot be read gives its error instead."""
+) -> Iterator[tuple[Path, list[Prediction] | ImageError]]:
+    """Predictions of many images in their order; an image that cannot be read gives its error instead."""
     return _of_many(model, paths, batch_size, lambda pixels, sizes: model.predict_pixels(pixels, top_k))
 
 
-def detect_pictures(
+def detect_images(
     model: Detector,
     paths: Sequence[Path],
     *,
     score_threshold: float = 0.3,
-    max_per_picture: int = 100,
+    max_per_image: int = 100,
     batch_size: int = 16,
-) -> Iterator[tuple[Path, list[Detection] | PictureError]]:
-    """What is found in many pictures, in their order; a picture that cannot be read gives its error instead."""
+) -> Iterator[tuple[Path, list[Detection] | ImageError]]:
+    """What is found in many images, in their order; an image that cannot be read gives its error instead."""
     return _of_many(
         model,
         paths,
         batch_size,
-        lambda pixels, sizes: model.predict_pixels(pixels, sizes, score_threshold, max_per_picture),
+        lambda pixels, sizes: model.predict_pixels(pixels, sizes, score_threshold, max_per_image),
     )
 
 
-def segment_pictures(
+def segment_images(
     model: Segmenter, paths: Sequence[Path], *, batch_size: int = 16
-) -> Iterator[tuple[Path, np.ndarray | PictureError]]:
-    """Masks of many pictures in their order; a picture that cannot be read gives its error instead."""
+) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
+    """Masks of many images in their order; an image that cannot be read gives its error instead."""
     return _of_many(model, paths, batch_size, model.predict_pixels)
 
 
@@ -473,27 +471,27 @@ def _of_many(
     paths: Sequence[Path],
     batch_size: int,
     predict: Callable[[Tensor, list[Size]], list[Result]],
-) -> Iterator[tuple[Path, Result | PictureError]]:
-    """What `predict` makes of pictures read ahead; it is given pixels (B, 3, H, W) and the pictures' own sizes."""
+) -> Iterator[tuple[Path, Result | ImageError]]:
+    """What `predict` makes of images read ahead; it is given pixels (B, 3, H, W) and the images' own sizes."""
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
 
-    def read_one(path: Path) -> tuple[Tensor, Size] | PictureError:
+    def read_one(path: Path) -> tuple[Tensor, Size] | ImageError:
         try:
             return model._read(path)
-        except PictureError as error:
+        except ImageError as error:
             return error
 
     starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor() as pool:
-        # One batch is read while the one before is predicted; a million pictures need no more memory than two batches.
-        def submit(start: int) -> list[Future[tuple[Tensor, Size] | PictureError]]:
+        # One batch is read while the one before is predicted; a million images need no more memory than two batches.
+        def submit(start: int) -> list[Future[tuple[Tensor, Size] | ImageError]]:
             return [pool.submit(read_one, path) for path in paths[start : start + batch_size]]
 
         ahead = submit(0)
         for start in starts:
-            pictures, ahead = [future.result() for future in ahead], submit(start + batch_size)
-            whole = [one for one in pictures if not isinstance(one, PictureError)]
+            images, ahead = [future.result() for future in ahead], submit(start + batch_size)
+            whole = [one for one in images if not isinstance(one, ImageError)]
             predicted = iter(predict(*model._batch(whole)) if whole else ())
-            for path, one in zip(paths[start : start + batch_size], pictures, strict=True):
-                yield path, one if isinstance(one, PictureError) else next(predicted)
+            for path, one in zip(paths[start : start + batch_size], images, strict=True):
+                yield path, one if isinstance(one, ImageError) else next(predicted)

@@ -21,23 +21,23 @@ MAX_MEGAPIXELS = 180.0  # of an image file that is read: twice what Pillow warns
 
 @dataclass(frozen=True)
 class Data:
-    """What is done to the pictures."""
+    """What is done to the images."""
 
     size_px: int = 256
     """Side of the square that the network sees."""
     eval_resize: float = 1.125
     """Evaluation: the short side is resized to this many times size_px, then the square is cut from the middle."""
     min_scale: float = 0.08
-    """Training: smallest share of the picture's area that a random crop keeps; 1 keeps all of it, up to 4:3."""
+    """Training: smallest share of the image's area that a random crop keeps; 1 keeps all of it, up to 4:3."""
     policy: Policy = "basic"
     """Training: random crop and mirror image alone (basic, the paper's), or RandAugment, random erasing, Mixup and
     CutMix as well (advanced)."""
     flip: bool = True
-    """Training: mirror half of the pictures. Wrong for digits, letters and everything else that has a side."""
+    """Training: mirror half of the images. Wrong for digits, letters and everything else that has a side."""
     val_fraction: float = 0.2
     """Fraction of each class that validates, where the data come without a split of their own."""
     num_workers: int = 2
-    """Processes that read pictures; 0 reads them in the main process."""
+    """Processes that read images; 0 reads them in the main process."""
     max_unreadable: int = 0
     """Unreadable images that an epoch may skip in training, and as many in validation; one more stops the run."""
     max_megapixels: float = MAX_MEGAPIXELS
@@ -122,15 +122,15 @@ class Compute:
     compile: bool = False
     """Compile the network, once for every size; minutes at the start, which pay on a GPU."""
     sync_batch_norm: bool = False
-    """Batch norm over the pictures of all processes instead of each one's own; on GPUs."""
-    pictures_at_once: int = 0
-    """Pictures of data.size_px that a process computes at once, so that batch_size is gathered in several parts; 0: as
+    """Batch norm over the images of all processes instead of each one's own; on GPUs."""
+    micro_batch_size: int = 0
+    """Images of data.size_px that a process computes at once, so that batch_size is gathered in several parts; 0: as
     many as there is memory for."""
 
     def __post_init__(self) -> None:
         _require_one_of(Precision, "compute.precision", self.precision)
-        at_once = self.pictures_at_once
-        _require(at_once == 0 or at_once >= 2, "compute.pictures_at_once", at_once, "0, or 2 or more")
+        at_once = self.micro_batch_size
+        _require(at_once == 0 or at_once >= 2, "compute.micro_batch_size", at_once, "0, or 2 or more")
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,19 @@ class Recipe:
     """A training run."""
 
     task: Task = "classify"
-    """What to find out: the class of a picture; objects in boxes (SSDLite); the class of every pixel (DeepLabv3)."""
+    """What to find out: the class of an image; objects in boxes (SSDLite); the class of every pixel (DeepLabv3)."""
     architecture: Size = "s"
     """Size of the network; weights to start from bring their own."""
     epochs: int = 300
-    """Times that every picture is seen."""
+    """Times that every image is seen."""
     batch_size: int = 128
-    """Pictures a step, in all processes together; where they do not fit into memory, in several parts."""
+    """Images a step, in all processes together; where they do not fit into memory, in several parts."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
     ema_decay: float = 0.9995
     """Share of itself that the average of the weights (evaluated and saved) keeps a step; less in short runs."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures and their augmentation."""
+    """Of the initial weights, the order of the images and their augmentation."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -160,7 +160,7 @@ class Recipe:
         _require_one_of(Task, "task", self.task)
         _require_one_of(Size, "architecture", self.architecture)
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        # Pairs would leave one of an odd number of pictures alone, and batch norm fails on a single picture.
+        # Pairs would leave one of an odd number of images alone, and batch norm fails on a single image.
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
@@ -185,7 +185,7 @@ def plain() -> Recipe:
     """Your own photographs from scratch: XS at 256 px with the paper's optimizer and augmentation, 60 epochs.
 
     Command: mobilevit train plain --data photos/
-    Time and score: whatever your pictures make of it; from a few thousand a class up. With fewer, use finetune.
+    Time and score: whatever your images make of it; from a few thousand a class up. With fewer, use finetune.
     """
     return Recipe(architecture="xs", epochs=60, batch_size=64, optimizer=Optimizer(warmup_steps=1000, clip_norm=1.0))
 
@@ -208,7 +208,7 @@ def finetune() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """Pictures of 8 to 32 px that must not be mirrored, digits and letters say: XXS at 32 px, 30 epochs.
+    """Images of 8 to 32 px that must not be mirrored, digits and letters say: XXS at 32 px, 30 epochs.
 
     Command: mobilevit train tiny --data digits/ (`make demo` makes that folder)
     Time: 1,198 digits of scikit-learn, a minute on two cores. Score: 98 to 99 % of its 599 test digits (`make demo`).
@@ -223,7 +223,7 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """Pictures of 28 to 64 px: XXS at 64 px, 30 epochs. For digits and letters add --no-flip.
+    """Images of 28 to 64 px: XXS at 64 px, 30 epochs. For digits and letters add --no-flip.
 
     Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist);
     on two cores nearly twice as fast with OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it.
@@ -287,7 +287,7 @@ def detect() -> Recipe:
 
     Command: mobilevit train detect --data photos/ (COCO's or VOC's layout; docs/dense.md)
     Better: from a trained backbone, --backbone and a name or file as for predict.
-    Time: 3,000 pictures, 14 epochs at 256 px, an hour on one core. Score: AP50 51.6 on 8 kinds of photographs on
+    Time: 3,000 images, 14 epochs at 256 px, an hour on one core. Score: AP50 51.6 on 8 kinds of photographs on
     clutter, never seen before (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(
@@ -306,7 +306,7 @@ def segment() -> Recipe:
 
     Command: mobilevit train segment --data photos/ (VOC's layout, or images/ and masks/; docs/dense.md)
     Better: from a trained backbone, --backbone and a name or file as for predict.
-    Time: 3,000 pictures, 12 epochs at 192 px and 2 at 288 px, an hour on one core. Score: mIoU 43.1, on the same
+    Time: 3,000 images, 12 epochs at 192 px and 2 at 288 px, an hour on one core. Score: mIoU 43.1, on the same
     photographs as detect (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import randomise
+from mobilevit.compare.models import SYSTEMS
 from mobilevit.compare.networks import ceit, local_vit
 from mobilevit.compare.networks.botnet import NUM_HEADS, RelativeAttention
 from mobilevit.compare.networks.deepvit import ReAttention
@@ -19,7 +20,6 @@ from mobilevit.compare.networks.mobilenet_v1 import MobileNetV1
 from mobilevit.compare.networks.t2t_vit import Performer, sine_positions, soft_split
 from mobilevit.compare.networks.vil import WINDOW_PX, FullAttention, WindowAttention
 from mobilevit.compare.networks.vit import Attention, to_map, to_tokens
-from mobilevit.compare.systems import SYSTEMS
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_espnet_v2_sees_at_several_dilations(max_field_px: int, expected: tuple[
         assert seen(branch, torch.randn(1, 16, 13, 13), (0, 1)).equal(wanted)
 
 
-@pytest.mark.parametrize("picture", [True, False])
-def test_espnet_v2_looks_at_the_picture_again(picture: bool) -> None:
-    downsample = randomise(Downsample(16, 32, 9, picture=picture))
-    x, pictures = torch.randn(1, 16, 14, 14), torch.randn(1, 3, 56, 56)
-    assert downsample(x, pictures).shape == (1, 32, 7, 7)
-    assert downsample(x, pictures).equal(downsample(x, pictures + torch.randn_like(pictures))) != picture
+@pytest.mark.parametrize("image", [True, False])
+def test_espnet_v2_looks_at_the_image_again(image: bool) -> None:
+    downsample = randomise(Downsample(16, 32, 9, image=image))
+    x, images = torch.randn(1, 16, 14, 14), torch.randn(1, 3, 56, 56)
+    assert downsample(x, images).shape == (1, 32, 7, 7)
+    assert downsample(x, images).equal(downsample(x, images + torch.randn_like(images))) != image
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])

@@ -26,13 +26,13 @@ from mobilevit.data.annotations import (
     masks_held_out_name,
 )
 from mobilevit.data.sources import fingerprint
-from mobilevit.pictures import PictureError, read_picture
+from mobilevit.images import ImageError, read_image
 
 WIDTH, HEIGHT = 40, 31
 CATEGORIES = [{"id": 7, "name": "tree"}, {"id": 2, "name": "cat"}, {"id": 90, "name": "dog"}]
 
 
-def picture(file: Path, size: tuple[int, int] = (WIDTH, HEIGHT), orientation: int | None = None) -> None:
+def image(file: Path, size: tuple[int, int] = (WIDTH, HEIGHT), orientation: int | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     if orientation:
@@ -52,10 +52,10 @@ ANNOTATIONS = [
 NAMES = {11: "b.jpg", 5: "a/c.jpg", 8: "empty.jpg"}
 
 
-def coco(file: Path, pictures: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) -> None:
-    """A COCO file and its pictures; ids have holes and are in no order; one picture is empty."""
+def coco(file: Path, folder: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) -> None:
+    """A COCO file and its images; ids have holes and are in no order; one image is empty."""
     for name in NAMES.values():
-        picture(pictures / name)
+        image(folder / name)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "images": [{"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT} for i, name in NAMES.items()],
@@ -105,7 +105,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
         for i in range(len(source)):
             sample = source[i]
             image = next(image for image in theirs.imgs.values() if sample.name.endswith(image["file_name"]))
-            assert read_picture(sample.picture).size == sample.label.size == (image["width"], image["height"])
+            assert read_image(sample.image).size == sample.label.size == (image["width"], image["height"])
             expected = theirs.loadAnns(theirs.getAnnIds(image["id"]))
             x, y, width, height = np.array([a["bbox"] for a in expected], float).reshape(-1, 4).T
             assert np.array_equal(sample.label.corners, np.stack([x, y, x + width, y + height], 1))
@@ -133,7 +133,7 @@ def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
     assert any("'tree', 'dog'" in note for note in train.notes)  # which no box is of
 
 
-def test_sizes_of_pictures_are_read_where_the_annotation_has_none(tmp_path: Path):
+def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
     images = [{"id": i, "file_name": name} for i, name in NAMES.items()]
     coco2017(tmp_path, [annotation(5, 2, [30, 20, 50, 50])], images=images)
     train, val = find_boxes(tmp_path, 0.5)
@@ -160,9 +160,9 @@ def test_sizes_of_pictures_are_read_where_the_annotation_has_none(tmp_path: Path
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "../b.jpg"}]}, r"image 1 \(../b.jpg\) is not below"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "/etc/b.jpg"}]}, r"image 1 \(/etc/b.jpg\) is not below"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "b.jpg"}] * 2}, r"image 1 \(b.jpg\) is listed twice"),
-        ([], {"images": []}, "holds no pictures"),
-        ([], {}, "no boxes in the pictures to train on"),
-        ([annotation(5, 2, [0, 0, 9, 9], iscrowd=1)], {}, "no boxes in the pictures to train on"),
+        ([], {"images": []}, "holds no images"),
+        ([], {}, "no boxes in the images to train on"),
+        ([annotation(5, 2, [0, 0, 9, 9], iscrowd=1)], {}, "no boxes in the images to train on"),
     ],
 )
 def test_bad_coco(tmp_path: Path, annotations: list[dict], lists: dict, message: str):
@@ -184,7 +184,7 @@ def test_coco_that_is_no_json_or_of_one_split_twice(tmp_path: Path):
 
 
 @pytest.mark.parametrize("below", ["val2017", "images/val", "valid"])
-def test_pictures_for_validation_need_annotations(tmp_path: Path, below: str):
+def test_images_for_validation_need_annotations(tmp_path: Path, below: str):
     coco2017(tmp_path)
     (tmp_path / "annotations" / "instances_val2017.json").unlink()
     (tmp_path / "val2017").rename(tmp_path / "elsewhere")
@@ -192,8 +192,8 @@ def test_pictures_for_validation_need_annotations(tmp_path: Path, below: str):
     assert len(train) + len(val) == 3
     assert [f"{len(val)} of 3 images" in note for note in train.notes if "no validation split" in note] == [True]
     assert not any("held out" in note for note in val.notes)
-    picture(tmp_path / below / "x.jpg")
-    with pytest.raises(ValueError, match=f"^{tmp_path / below}: pictures for validation, but no annotations"):
+    image(tmp_path / below / "x.jpg")
+    with pytest.raises(ValueError, match=f"^{tmp_path / below}: images for validation, but no annotations"):
         find_boxes(tmp_path, 0.5)
 
 
@@ -211,19 +211,19 @@ def test_classes_are_matched_by_name(tmp_path: Path):
 def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     coco2017(tmp_path)
     folder = tmp_path / "train2017"
-    picture(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
+    image(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
     sources = find_boxes(tmp_path, 0.5)
-    assert read_picture(folder / "b.jpg").size == (WIDTH, HEIGHT)
+    assert read_image(folder / "b.jpg").size == (WIDTH, HEIGHT)
     assert check_annotations(*sources).unreadable == []
-    picture(folder / "b.jpg", orientation=8)
-    picture(folder / "empty.jpg", (WIDTH, 8))
-    with pytest.raises(PictureError) as caught:
+    image(folder / "b.jpg", orientation=8)
+    image(folder / "empty.jpg", (WIDTH, 8))
+    with pytest.raises(ImageError) as caught:
         check_annotations(*sources)
     assert f"{folder / 'b.jpg'}: 31 x 40 px, but annotated as 40 x 31; remove its EXIF" in str(caught.value)
     assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
-    picture(folder / "b.jpg")
-    (folder / "empty.jpg").write_text("no picture")
-    with pytest.raises(PictureError, match=r"empty.jpg: not a picture.*; replace .*--max-unreadable 1$"):
+    image(folder / "b.jpg")
+    (folder / "empty.jpg").write_text("no image")
+    with pytest.raises(ImageError, match=r"empty.jpg: not an image.*; replace .*--max-unreadable 1$"):
         check_annotations(*sources)
     assert [error.partition(": ")[0] for error in check_annotations(*sources, max_unreadable=1).unreadable] == [
         str(folder / "empty.jpg")
@@ -233,7 +233,7 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
 def test_held_out_by_name_alone(tmp_path: Path):
     def found(root: Path, num: int) -> tuple[set[str], set[str]]:
         for i in range(num):
-            picture(root / "images" / f"{i}.jpg", (4, 4))
+            image(root / "images" / f"{i}.jpg", (4, 4))
         images = [{"id": i, "file_name": f"{i}.jpg", "width": 4, "height": 4} for i in range(num)]
         boxes = [{"id": i, **annotation(i, 2, [0, 0, 2, 2])} for i in range(num)]
         lists = {"images": images, "annotations": boxes, "categories": CATEGORIES}
@@ -253,7 +253,7 @@ def test_held_out_by_name_alone(tmp_path: Path):
     with pytest.raises(ValueError, match=r"here: has no split 'test'.*--split all"):
         find_boxes_to_evaluate(tmp_path / "here", ("dog", "cat"), "test", 0.25)
     assert [len(x) for x in found(tmp_path / "two", 2)] == [1, 1]
-    with pytest.raises(ValueError, match="one picture is too few"):
+    with pytest.raises(ValueError, match="one image is too few"):
         found(tmp_path / "one", 1)
     with pytest.raises(ValueError, match=r"^val_fraction is 0"):
         find_boxes(tmp_path / "here", 0)
@@ -287,7 +287,7 @@ THING = (
 
 
 def voc(root: Path, sets: dict[str, str] | None = None, xml: str | None = None) -> Path:
-    """Three pictures: one with two things, one with a crowd, one empty."""
+    """Three images: one with two things, one with a crowd, one empty."""
     sets = {"train": "1\n3\n", "val": "2\n", "trainval": "1\n2\n3\n"} if sets is None else sets
     for folder in ("Annotations", "ImageSets/Main", "ImageSets/Segmentation", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
@@ -297,7 +297,7 @@ def voc(root: Path, sets: dict[str, str] | None = None, xml: str | None = None) 
         "3": "",
     }
     for stem, objects in things.items():
-        picture(root / "JPEGImages" / f"{stem}.jpg")
+        image(root / "JPEGImages" / f"{stem}.jpg")
         text = f"<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{objects}</annotation>"
         (root / "Annotations" / f"{stem}.xml").write_text(xml if xml is not None and stem == "1" else text)
     for name, text in sets.items():
@@ -313,7 +313,7 @@ def test_voc_boxes(tmp_path: Path, below: str):
     train, val = find_boxes(tmp_path, 0.5)
     assert train.class_names == val.class_names == ("cat", "dog")
     assert [file.stem for file in train.files] == ["1", "3"]
-    # Pixels 11 to 20 and 1 to 31 of the picture, counted from 1: marked in an array, they are these.
+    # Pixels 11 to 20 and 1 to 31 of the image, counted from 1: marked in an array, they are these.
     pixels = np.zeros((HEIGHT, WIDTH), bool)
     for x in range(11, 21):
         for y in range(1, 32):
@@ -396,7 +396,7 @@ def test_voc_masks(tmp_path: Path):
     assert train.notes == (f"{tmp_path}: no classes.txt: the 21 names of PASCAL VOC are assumed",)
     assert val.notes == ()
     palette_png(tmp_path / "SegmentationClass" / "1.png", values(22))
-    with pytest.raises(PictureError, match=r"1.png: value 21 at x \d+, y \d+ is no class; expected 0 to 20, and 255"):
+    with pytest.raises(ImageError, match=r"1.png: value 21 at x \d+, y \d+ is no class; expected 0 to 20, and 255"):
         train[0].label.read(WIDTH, HEIGHT)
     xml = tmp_path / "Annotations" / "3.xml"
     xml.write_text(f"<annotation>{THING.format('tree', 0, 9, 1, 9, 1)}</annotation>")
@@ -410,7 +410,7 @@ def test_voc_masks(tmp_path: Path):
     assert train.notes == ()
     assert np.array_equal(train[0].label.read(WIDTH, HEIGHT), values(22))
     (tmp_path / "SegmentationClass" / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"1.png: no such mask; add it or remove its picture"):
+    with pytest.raises(ValueError, match=r"1.png: no such mask; add it or remove its image"):
         find_masks(tmp_path, 0.5)
 
 
@@ -429,7 +429,7 @@ def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
     )
     for split in ("train", "validation"):
         images, masks = (tmp_path / layout.format(split=split, kind=kind) for kind in ("images", "masks"))
-        picture(images / "deep" / f"{split}.jpeg")
+        image(images / "deep" / f"{split}.jpeg")
         mask = masks / "deep" / f"{split}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
         if coding == "P":
@@ -457,8 +457,8 @@ def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
 
 
 def masks(root: Path, classes: str | None = "a\nb\n") -> tuple[Path, Path]:
-    picture(root / "images" / "1.jpg")
-    picture(root / "images" / "2.jpg")
+    image(root / "images" / "1.jpg")
+    image(root / "images" / "2.jpg")
     for stem in "12":
         palette_png(root / "masks" / f"{stem}.png", values(2))
     if classes is not None:
@@ -493,51 +493,51 @@ def test_bad_masks(tmp_path: Path):
 
     def refused(message: str, at_once: bool = True) -> None:
         for call in [lambda: one_mask(tmp_path).read(WIDTH, HEIGHT)] + [lambda: check_annotations(*sources)] * at_once:
-            with pytest.raises(PictureError, match=f"^{mask}: {message}") as caught:
+            with pytest.raises(ImageError, match=f"^{mask}: {message}") as caught:
                 call()
             assert "\n" not in str(caught.value)
 
     palette_png(mask, values(3))
     refused("value 2 at x", at_once=False)
     palette_png(mask, values(2)[1:])
-    refused("40 x 30 px, but its picture is 40 x 31; they must be of one size")
+    refused("40 x 30 px, but its image is 40 x 31; they must be of one size")
     Image.new("RGB", (WIDTH, HEIGHT)).save(mask)
     refused("a mask of kind RGB, while the classes have no colours")
-    mask.write_bytes(b"no picture")
+    mask.write_bytes(b"no image")
     refused("mask cannot be read")
     mask.unlink()
     with pytest.raises(ValueError, match=r"1.png: no such mask"):
         one_mask(tmp_path)
-    with pytest.raises(PictureError, match=r"1.png: mask cannot be read \(no such file or directory\)"):
+    with pytest.raises(ImageError, match=r"1.png: mask cannot be read \(no such file or directory\)"):
         MaskFile(mask, sources[0].labels[0].classes).read(WIDTH, HEIGHT)
     image.unlink()
     (tmp_path / "classes.txt").write_text("a #000000\nb #0000ff\n")
     Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 254)).save(tmp_path / "masks" / "2.png")
     source = find_masks_to_evaluate(tmp_path, ("a", "b"))
-    with pytest.raises(PictureError, match=r"2.png: colour #0000fe at x 0, y 0 is no class; expected those of the 2"):
+    with pytest.raises(ImageError, match=r"2.png: colour #0000fe at x 0, y 0 is no class; expected those of the 2"):
         source[0].label.read(WIDTH, HEIGHT)
 
 
-def test_masks_cut_short_and_masks_without_picture(tmp_path: Path):
-    image, mask = masks(tmp_path)
+def test_masks_cut_short_and_masks_without_image(tmp_path: Path):
+    first, mask = masks(tmp_path)
     whole = mask.read_bytes()
     mask.write_bytes(whole[: len(whole) - 60])
-    with pytest.raises(PictureError, match=f"^{mask}: mask cannot be read"):
+    with pytest.raises(ImageError, match=f"^{mask}: mask cannot be read"):
         one_mask(tmp_path).read(WIDTH, HEIGHT)
-    image.unlink()
-    picture(tmp_path / "images" / "3.jpg")
+    first.unlink()
+    image(tmp_path / "images" / "3.jpg")
     palette_png(tmp_path / "masks" / "3.png", values(2))
     train, val = find_masks(tmp_path, 0.5)
-    assert [("masks without a picture" in note, "1.png" in note) for note in train.notes[:-1]] == [(True, True)]
+    assert [("masks without an image" in note, "1.png" in note) for note in train.notes[:-1]] == [(True, True)]
     assert "1 of 2 images" in train.notes[-1]
     assert val.notes == ()
 
 
-def test_masks_of_turned_pictures_are_those_of_upright_ones(tmp_path: Path):
-    image, _ = masks(tmp_path)
-    picture(image, (HEIGHT, WIDTH), orientation=6)
+def test_masks_of_turned_images_are_those_of_upright_ones(tmp_path: Path):
+    turned, _ = masks(tmp_path)
+    image(turned, (HEIGHT, WIDTH), orientation=6)
     assert check_annotations(*find_masks(tmp_path, 0.5)).unreadable == []
-    assert one_mask(tmp_path).read(*read_picture(image).size).shape == (HEIGHT, WIDTH)
+    assert one_mask(tmp_path).read(*read_image(turned).size).shape == (HEIGHT, WIDTH)
 
 
 def test_fingerprint_tells_masks_apart(tmp_path: Path):

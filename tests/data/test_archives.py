@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from mobilevit.data.archives import Members, read_class_names
-from mobilevit.data.loader import PictureDataset, load
-from mobilevit.data.sample import Labelled, Source
+from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import eval_batches
+from mobilevit.data.samples import Labelled, Source
 from mobilevit.data.sources import check_headers, find_evaluation, find_splits, fingerprint, held_out_name
 from mobilevit.data.transforms import Evaluation
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.images import ImageError, Preprocessing, read_image
 
 # --- idx --------------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def write_idx(
 
 
 def pixels_of(source: Source) -> list[np.ndarray]:
-    return [np.asarray(source[i].picture) for i in range(len(source))]
+    return [np.asarray(source[i].image) for i in range(len(source))]
 
 
 @pytest.mark.parametrize("test", ["t10k", "test"])
@@ -58,7 +58,7 @@ def test_idx_splits(tmp_path: Path, shape: tuple[int, ...], ending: str, test: s
     squeezed = shape[:2] if shape[2:] == (1,) else shape
     assert np.array_equal(pixels_of(train), train_pixels.reshape(-1, *squeezed))
     assert np.array_equal(pixels_of(val), test_pixels.reshape(-1, *squeezed))
-    assert read_picture(train[6].picture).size == shape[1::-1]
+    assert read_image(train[6].image).size == shape[1::-1]
     assert train[6].name == f"{tmp_path}/train-images-idx3-ubyte{ending}[6]"
     evaluation = find_evaluation(tmp_path, ("a", "b", "c"))
     assert (list(evaluation.labels), evaluation.class_names) == ([1, 0], ("a", "b", "c"))
@@ -85,7 +85,7 @@ def test_idx_without_test_files_is_divided_by_class(tmp_path: Path):
     assert len(find_evaluation(tmp_path, ("0", "1", "2"))) == 82
     assert held_out_name(tmp_path) is None
     write_idx(tmp_path / "few", "train", [0, 0, 1])
-    with pytest.raises(ValueError, match="few: class 1: one picture is too few"):
+    with pytest.raises(ValueError, match="few: class 1: one image is too few"):
         find_splits(tmp_path / "few", 0.25)
     with pytest.raises(ValueError, match=r"^val_fraction is 1"):
         find_splits(tmp_path, 1)
@@ -114,11 +114,11 @@ def test_idx_with_class_names(tmp_path: Path):
         ([0, 1, 2], [0], "a\nb", r"train-images-idx3-ubyte\[2\]: label 2 is out of range; it must be from 0 to 1"),
         ([0, 1], [0, 2], "", r"t10k-images-idx3-ubyte\[1\]: label 2 is out of range"),
         ([0, 1], [0, 2], "a\nb", r"t10k-images-idx3-ubyte\[1\]: label 2 is out of range"),
-        ([0, 1], [0], "a\nb\nc", "train-images-idx3-ubyte: no pictures of class 'c'"),
-        ([0, 2], [0], "", "train-images-idx3-ubyte: no pictures of class '1'"),
-        ([0, 0], [0], "", "train-images-idx3-ubyte: all pictures are of class '0'"),
-        ([], [0], "", "train-images-idx3-ubyte: holds no pictures"),
-        ([0, 1], [], "", "t10k-images-idx3-ubyte: holds no pictures"),
+        ([0, 1], [0], "a\nb\nc", "train-images-idx3-ubyte: no images of class 'c'"),
+        ([0, 2], [0], "", "train-images-idx3-ubyte: no images of class '1'"),
+        ([0, 0], [0], "", "train-images-idx3-ubyte: all images are of class '0'"),
+        ([], [0], "", "train-images-idx3-ubyte: holds no images"),
+        ([0, 1], [], "", "t10k-images-idx3-ubyte: holds no images"),
         ([0, 1], [0], "a\n\nb", "classes.txt: line 2 is empty"),
         ([0, 1], [0], "a\nb\na", "classes.txt: 'a' is in line 1 and in line 3"),
         ([0, 1], [0], "\n", "classes.txt: is empty"),
@@ -157,11 +157,11 @@ ZIPPED = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (3, 40, 40)
         (idx(np.zeros((3, 4, 4)))[:-1], r"holds 63 bytes, which does not fit its shape \(3, 4, 4\); cut short"),
         (idx(np.zeros((3, 4, 4))) + b"\0", r"holds 65 bytes, which does not fit its shape \(3, 4, 4\)"),
         (b"\0\0\x08\x03" + b"\xff" * 12 + bytes(9), "holds 25 bytes, which does not fit its shape .4294967295,"),
-        (idx(np.zeros((2, 4, 4))), r"2 pictures do not fit labels of shape \(3,\) in train-labels-idx1-ubyte"),
-        (idx(np.zeros(3)), r"shape \(3,\) is not that of pictures"),
-        (idx(np.zeros((3, 0, 4))), r"shape \(3, 0, 4\) is not that of pictures"),
-        (idx(np.zeros((3, 4, 4, 2))), r"shape \(3, 4, 4, 2\) is not that of pictures; .* 3 or 4 channels"),
-        (idx(np.zeros((3, 3, 4, 4, 3))), r"shape \(3, 3, 4, 4, 3\) is not that of pictures"),
+        (idx(np.zeros((2, 4, 4))), r"2 images do not fit labels of shape \(3,\) in train-labels-idx1-ubyte"),
+        (idx(np.zeros(3)), r"shape \(3,\) is not that of images"),
+        (idx(np.zeros((3, 0, 4))), r"shape \(3, 0, 4\) is not that of images"),
+        (idx(np.zeros((3, 4, 4, 2))), r"shape \(3, 4, 4, 2\) is not that of images; .* 3 or 4 channels"),
+        (idx(np.zeros((3, 3, 4, 4, 3))), r"shape \(3, 3, 4, 4, 3\) is not that of images"),
         (ZIPPED[: len(ZIPPED) // 2], "damaged gzip file"),
         (ZIPPED[:-4], "damaged gzip file"),
         (ZIPPED[:5], "damaged gzip file"),
@@ -182,8 +182,8 @@ def test_damaged_idx_files(tmp_path: Path, content: bytes, message: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (idx(np.zeros((3, 1))), r"3 pictures do not fit labels of shape \(3, 1\)"),
-        (idx(np.zeros(2)), r"3 pictures do not fit labels of shape \(2,\)"),
+        (idx(np.zeros((3, 1))), r"3 images do not fit labels of shape \(3, 1\)"),
+        (idx(np.zeros(2)), r"3 images do not fit labels of shape \(2,\)"),
         (idx(np.zeros(3))[:-1], "holds 10 bytes, which does not fit"),
     ],
 )
@@ -206,7 +206,7 @@ def test_an_idx_file_that_stands_alone(tmp_path: Path, gone: str, left: str):
 
 
 def png(number: int, side: int = 8) -> bytes:
-    """A picture of one grey, which is its number."""
+    """An image of one grey, which is its number."""
     file = io.BytesIO()
     Image.new("L", (side, side), number).save(file, "png")
     return file.getvalue()
@@ -231,9 +231,9 @@ def pairs(labels: Sequence[int | str], first: int = 0) -> dict[str, bytes | str]
 
 
 def greys(source: Source) -> list[tuple[int, int]]:
-    """Number and label of every picture."""
+    """Number and label of every image."""
     samples = [source[i] for i in range(len(source))]
-    pixels = [read_picture(sample.picture, sample.name).getpixel((0, 0)) for sample in samples]
+    pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
     assert [sample.label for sample in samples] == list(source.labels)
     return [(pixel[0], sample.label) for pixel, sample in zip(pixels, samples, strict=True) if isinstance(pixel, tuple)]
 
@@ -284,10 +284,10 @@ def test_tar_members(tmp_path: Path):
     members: dict[str, bytes | str] = {
         "README.md": "no sample",
         "dir.with.dots/1.JPG": jpeg.getvalue(),
-        "dir.with.dots/1.seg.png": png(9),  # another picture of the same key, under another name
+        "dir.with.dots/1.seg.png": png(9),  # another image of the same key, under another name
         "dir.with.dots/1.cls": " 1\n",
-        "._2.png": b"no picture",
-        ".png": b"no picture",
+        "._2.png": b"no image",
+        ".png": b"no image",
         "2.json": json.dumps({"label": 0, "cls": "ignored", "caption": "x"}),
         "2.png": png(2),
         "2.txt": "a caption",
@@ -345,13 +345,13 @@ def test_tar_val_class_that_train_lacks(tmp_path: Path):
         ({"1.png": b"", "1.json": "{"}, "/1.json: not JSON"),
         ({"1.png": b"", "1.cls": b"\xff"}, "/1.cls: not UTF-8"),
         ({"1.png": b"", "1.cls": "-1"}, "/1: label -1 is out of range"),
-        ({"1.png": b"", "1.cls": "0", "2.cls": "1"}, r"/2: has a label but no picture \(found .cls\)"),
+        ({"1.png": b"", "1.cls": "0", "2.cls": "1"}, r"/2: has a label but no image \(found .cls\)"),
         ({"1.png": b"", "1.jpg": b"", "1.cls": "1"}, ": 1.jpg is the second of its kind and key"),
-        ({"a.txt": b"", "b.txt": b""}, ": no pictures in the tar; expected pairs"),
-        ({}, ": no pictures in the tar"),
+        ({"a.txt": b"", "b.txt": b""}, ": no images in the tar; expected pairs"),
+        ({}, ": no images in the tar"),
         ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "b"}, ": labels are numbers .0. and names .'b'.; use one"),
-        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "0"}, ": all pictures are of class '0'"),
-        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "1"}, ": class 0: one picture is too few"),
+        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "0"}, ": all images are of class '0'"),
+        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "1"}, ": class 0: one image is too few"),
     ],
 )
 def test_tars_that_cannot_be_trained_on(tmp_path: Path, members: dict[str, bytes | str], message: str):
@@ -401,14 +401,14 @@ def test_tars_in_worker_processes(tmp_path: Path):
     write_tar(tmp_path / "1.tar", pairs([0, 1] * 5, first=10))
     source = find_evaluation(tmp_path, ("0", "1"))
     assert greys(pickle.loads(pickle.dumps(source))) == greys(source) == [(i, i % 2) for i in range(20)]
-    dataset = PictureDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
+    dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
     batches = eval_batches(20, batch_size=3, size_px=8)
     alone, helped = (list(load(dataset, batches, num_workers=n, device="cpu")) for n in (0, 3))
     assert torch.cat([batch.pixels[:, 0, 0, 0] for batch in helped]).tolist() == list(range(20))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, helped, strict=True))
     if hasattr(os, "fork"):  # nothing is left open that two processes would share
         (tmp_path / "1.tar").unlink()
-        with pytest.raises(PictureError, match=f"^{tmp_path}/1.tar/0010: cannot be read .no such file"):
+        with pytest.raises(ImageError, match=f"^{tmp_path}/1.tar/0010: cannot be read .no such file"):
             source[10]
 
 
@@ -419,23 +419,21 @@ def test_headers_of_tars(tmp_path: Path):
         **pairs([0, 1]),
         "2.tiff": noise.getvalue(),
         "2.cls": "0",
-        "3.png": b"no picture",
+        "3.png": b"no image",
         "3.cls": "1",
         "4.png": b"",
         "4.cls": "1",
     }
     source = find_evaluation(write_tar(tmp_path / "x.tar", members), ("0", "1"))
     wrong = [f"{tmp_path}/x.tar/{key}" for key in "34"]
-    with pytest.raises(
-        PictureError, match=f"^{wrong[0]}: not a picture.*; {wrong[1]}: not a picture.*--max-unreadable 2$"
-    ):
+    with pytest.raises(ImageError, match=f"^{wrong[0]}: not an image.*; {wrong[1]}: not an image.*--max-unreadable 2$"):
         check_headers(source, max_unreadable=1)
     assert [error.partition(": ")[0] for error in check_headers(source, max_unreadable=2).unreadable] == wrong
     assert isinstance(source, Labelled)
-    assert isinstance(source.pictures, Members)
-    assert source.pictures.read(0, 4) == b"\x89PNG"
+    assert isinstance(source.images, Members)
+    assert source.images.read(0, 4) == b"\x89PNG"
     (tmp_path / "x.tar").unlink()
-    with pytest.raises(PictureError, match=r"^.*x.tar/0000: cannot be read"):
+    with pytest.raises(ImageError, match=r"^.*x.tar/0000: cannot be read"):
         check_headers(source)
 
 

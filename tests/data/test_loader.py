@@ -1,4 +1,4 @@
-"""Batches are the same whoever reads them, and a picture that cannot be read is named."""
+"""Batches are the same whoever reads them, and an image that cannot be read is named."""
 
 import subprocess
 import sys
@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from mobilevit.data import loader
-from mobilevit.data.loader import Batch, PictureDataset, load
-from mobilevit.data.sample import Sample
+from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
+from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import Augmentation, Evaluation, Policy
-from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.images import ImageError, Preprocessing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # where there is one core
@@ -28,7 +28,7 @@ EVALUATION = Evaluation(Preprocessing(resize_px=32, crop_px=32))
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures of three classes in turn."""
+    """Images of three classes in turn."""
 
     files: tuple[Path, ...]
     class_names: tuple[str, ...] = ("a", "b", "c")
@@ -46,7 +46,7 @@ class Files:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Files:
-    """Ten pictures of noise, each of another size."""
+    """Ten images of noise, each of another size."""
     random = np.random.default_rng(0)
     files = tuple(tmp_path / f"{i}.png" for i in range(10))
     for i, file in enumerate(files):
@@ -61,8 +61,8 @@ def damage(source: Files, *numbers: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_pictures_labels_and_numbers_belong_together(source: Files, num_workers: int):
-    dataset = PictureDataset(source, EVALUATION)
+def test_images_labels_and_numbers_belong_together(source: Files, num_workers: int):
+    dataset = ImageDataset(source, EVALUATION)
     assert len(dataset) == 10
     order = [[Pick(4, 0, 32), Pick(0, 0, 32)], [Pick(9, 0, 32)]]
     batches = list(load(dataset, order, num_workers=num_workers, device="cpu"))
@@ -80,7 +80,7 @@ def test_pictures_labels_and_numbers_belong_together(source: Files, num_workers:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_scaled_as_the_network_expects(source: Files, num_workers: int):
     preprocessing = Preprocessing(32, 32, mean=(0.1, 0.5, 0.7), std=(0.2, 1.0, 3.0))
-    dataset = PictureDataset(source, Evaluation(preprocessing))
+    dataset = ImageDataset(source, Evaluation(preprocessing))
     picks = eval_batches(10, batch_size=4, size_px=32)
     batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", preprocessing=preprocessing))
     assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)
@@ -90,7 +90,7 @@ def test_scaled_as_the_network_expects(source: Files, num_workers: int):
 
 @pytest.mark.parametrize("policy", ["basic", "advanced"])
 def test_workers_order_and_restarts_change_nothing(source: Files, policy: Policy):
-    dataset = PictureDataset(source, Augmentation(min_scale=0.1, flip=True, seed=0, policy=policy))
+    dataset = ImageDataset(source, Augmentation(min_scale=0.1, flip=True, seed=0, policy=policy))
     picks = EpochBatches(10, sizes_px=(32, 40), batch_size=3, base_px=32, epoch=1)
     alone, helped = (list(load(dataset, picks, num_workers=n, device="cpu")) for n in (0, 2))
     backwards = list(load(dataset, list(picks)[:0:-1], num_workers=0, device="cpu"))[::-1]
@@ -107,12 +107,12 @@ def test_workers_order_and_restarts_change_nothing(source: Files, policy: Policy
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_picture_is_named_in_one_line(source: Files, num_workers: int):
+def test_a_damaged_image_is_named_in_one_line(source: Files, num_workers: int):
     damage(source, 7)
-    dataset = PictureDataset(source, AUGMENTATION)
+    dataset = ImageDataset(source, AUGMENTATION)
     batches = load(dataset, eval_batches(10, batch_size=3, size_px=32), num_workers=num_workers, device="cpu")
     assert len([next(batches), next(batches)]) == 2
-    with pytest.raises(PictureError, match=f"^{source.files[7]}: damaged picture") as caught:
+    with pytest.raises(ImageError, match=f"^{source.files[7]}: damaged image") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
 
@@ -120,7 +120,7 @@ def test_a_damaged_picture_is_named_in_one_line(source: Files, num_workers: int)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_next_of_the_batch_stands_in(source: Files, num_workers: int):
     picks = eval_batches(10, batch_size=5, size_px=32)
-    dataset = PictureDataset(source, AUGMENTATION)
+    dataset = ImageDataset(source, AUGMENTATION)
     whole = list(load(dataset, picks, num_workers=0, device="cpu"))
     damage(source, 0, 3, 4, 9)
     batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1))
@@ -137,44 +137,44 @@ def test_the_next_of_the_batch_stands_in(source: Files, num_workers: int):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_left_out_of_an_evaluation(source: Files, num_workers: int):
     damage(source, 1, 9)
-    dataset = PictureDataset(source, EVALUATION)
+    dataset = ImageDataset(source, EVALUATION)
     picks = eval_batches(10, batch_size=3, size_px=32)
     batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1, stand_in=False))
     assert [batch.numbers for batch in batches] == [(0, 2), (3, 4, 5), (6, 7, 8), ()]
     assert [batch.labels.tolist() for batch in batches] == [[0, 2], [0, 1, 2], [0, 1, 2], []]
     assert [batch.pixels.shape for batch in batches] == [(n, 3, 32, 32) for n in (2, 3, 3, 0)]
     assert [name for batch in batches for name in batch.unreadable] == [str(source.files[i]) for i in (1, 9)]
-    with pytest.raises(PictureError, match=f"^{source.files[1]}: damaged"):
+    with pytest.raises(ImageError, match=f"^{source.files[1]}: damaged"):
         list(load(dataset, picks, num_workers=num_workers, device="cpu", stand_in=False))
 
 
 def test_a_batch_of_which_nothing_can_be_read(source: Files):
     damage(source, 3, 4, 5)
     picks = eval_batches(10, batch_size=3, size_px=32)
-    batches = load(PictureDataset(source, AUGMENTATION), picks, num_workers=0, device="cpu", max_unreadable=100)
+    batches = load(ImageDataset(source, AUGMENTATION), picks, num_workers=0, device="cpu", max_unreadable=100)
     assert next(batches).numbers == (0, 1, 2)
-    with pytest.raises(PictureError, match=f"^{source.files[3]}: damaged"):
+    with pytest.raises(ImageError, match=f"^{source.files[3]}: damaged"):
         next(batches)
 
 
-def test_a_source_that_cannot_hand_a_picture_over(source: Files):
+def test_a_source_that_cannot_hand_a_image_over(source: Files):
     class Broken(Files):
         def __getitem__(self, index: int) -> Sample:
             if index == 1:
-                raise PictureError("pictures.tar: damaged")
+                raise ImageError("images.tar: damaged")
             return super().__getitem__(index)
 
-    dataset = PictureDataset(Broken(source.files), EVALUATION)
+    dataset = ImageDataset(Broken(source.files), EVALUATION)
     [batch] = load(dataset, [[Pick(1, 0, 32), Pick(2, 0, 32)]], num_workers=0, device="cpu", max_unreadable=1)
     assert batch.numbers == (2, 2)
-    assert batch.unreadable == ("pictures.tar: damaged",)
+    assert batch.unreadable == ("images.tar: damaged",)
 
 
-def test_other_errors_are_not_taken_for_unreadable_pictures(source: Files):
+def test_other_errors_are_not_taken_for_unreadable_images(source: Files):
     def prepare(sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
         raise ZeroDivisionError
 
-    batches = load(PictureDataset(source, prepare), [[Pick(0, 0, 32)]], num_workers=0, device="cpu", max_unreadable=9)
+    batches = load(ImageDataset(source, prepare), [[Pick(0, 0, 32)]], num_workers=0, device="cpu", max_unreadable=9)
     with pytest.raises(ZeroDivisionError):
         next(batches)
 
@@ -188,7 +188,7 @@ def test_time_waited_for_data_and_that_alone(source: Files, monkeypatch: pytest.
         return np.zeros((32, 32, 3), np.uint8), 0
 
     picks = eval_batches(4, batch_size=2, size_px=32)
-    batches = load(PictureDataset(source, prepare), picks, num_workers=0, device="cpu")
+    batches = load(ImageDataset(source, prepare), picks, num_workers=0, device="cpu")
     assert batches.waited_seconds == 0
     next(batches)
     assert batches.waited_seconds == 1
@@ -200,15 +200,15 @@ def test_time_waited_for_data_and_that_alone(source: Files, monkeypatch: pytest.
 def test_python_ends_though_a_loader_lies_in_a_cycle(tmp_path: Path):
     script = """
 import gc, sys, warnings
-from mobilevit.data.loader import PictureDataset, load
+from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.sources import find_splits
 from mobilevit.data.transforms import Evaluation
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 warnings.simplefilter("ignore")
 source = find_splits(sys.argv[1], val_fraction=0.2)[0]
-dataset = PictureDataset(source, Evaluation(Preprocessing(resize_px=32, crop_px=32)))
+dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=32, crop_px=32)))
 cycle = [load(dataset, eval_batches(8, batch_size=1, size_px=32), num_workers=1, device="cpu")]
 cycle.append(cycle)
 next(cycle[0])

@@ -24,12 +24,12 @@ LISTING_SIZES_PX = (128, 192, 256, 320, 384)
 
 
 def batches(
-    num_pictures: int, *, variant: Variant = "main", batch_size: int = 8, seed: int = 0, epoch: int = 0, world: int = 1
+    num_images: int, *, variant: Variant = "main", batch_size: int = 8, seed: int = 0, epoch: int = 0, world: int = 1
 ) -> list[EpochBatches]:
     """The epoch, once for each process."""
     return [
         EpochBatches(
-            num_pictures,
+            num_images,
             sizes_px=(256,) if variant == "standard" else PAPER_SIZES_PX,
             batch_size=batch_size,
             base_px=256,
@@ -83,12 +83,12 @@ def test_updates_on_imagenet(variant: Variant, sizes_px: tuple[int, ...], update
     assert 30 * sum(counts) == pytest.approx(updates, rel=0.015)  # ten epochs of the 300
 
 
-@pytest.mark.parametrize("num_pictures", [8, 9, 31, 32, 33, 100, 1198])
+@pytest.mark.parametrize("num_images", [8, 9, 31, 32, 33, 100, 1198])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_picture_once_and_ranks_agree(variant: Variant, world: int, num_pictures: int):
+def test_every_image_once_and_ranks_agree(variant: Variant, world: int, num_images: int):
     for seed, epoch, batch_size in itertools.product((0, 7), (0, 3), (2, 8, 5000)):
-        ranks = batches(num_pictures, variant=variant, batch_size=batch_size, seed=seed, epoch=epoch, world=world)
+        ranks = batches(num_images, variant=variant, batch_size=batch_size, seed=seed, epoch=epoch, world=world)
         assert len({len(rank) for rank in ranks}) == 1
         seen: list[int] = []
         for step, shares in enumerate(zip(*ranks, strict=True)):
@@ -97,11 +97,11 @@ def test_every_picture_once_and_ranks_agree(variant: Variant, world: int, num_pi
             share = batch_size_at(
                 ranks[0].size_px(step), variant=variant, batch_size=batch_size, base_px=256, largest_px=320, world=world
             )
-            assert min(sizes) >= min(2, share, num_pictures // world)
+            assert min(sizes) >= min(2, share, num_images // world)
             assert len({(pick.size_px, pick.epoch) for share in shares for pick in share}) == 1
             assert sum(sizes) == ranks[0].global_batch_size(step)
             seen.extend(pick.number for share in shares for pick in share)
-        assert sorted(seen) == list(range(num_pictures))
+        assert sorted(seen) == list(range(num_images))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -119,7 +119,7 @@ def test_batches_have_the_size_that_their_resolution_asks_for(variant: Variant):
     )
 
 
-def test_more_processes_deal_the_same_pictures_at_the_same_steps():
+def test_more_processes_deal_the_same_images_at_the_same_steps():
     (alone,) = batches(1005, variant="standard", batch_size=12)
     ranks = batches(1005, variant="standard", batch_size=3, world=4)
     assert len(alone) == len(ranks[0])
@@ -154,7 +154,7 @@ def test_the_order_is_another_each_epoch_and_seed():
     assert len({*orders, tuple(range(50))}) == 17
 
 
-def test_pictures_meet_any_other_pictures():
+def test_images_meet_any_other_images():
     firsts = [batches(20, variant="standard", batch_size=10, epoch=epoch)[0][0] for epoch in range(1000)]
     together = sum({0, 1} <= {pick.number for pick in batch} for batch in firsts)
     assert together == pytest.approx(1000 * 10 / 20 * 9 / 19, abs=55)  # four standard deviations
@@ -183,21 +183,21 @@ def test_in_any_data_loader(num_workers: int):
     ("wrong", "message"),
     [
         ({"variant": "cvnets"}, "variant is 'cvnets'.*equation"),
-        ({"num_pictures": 0}, "num_pictures is 0"),
+        ({"num_images": 0}, "num_images is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sizes_px": ()}, "name at least one size"),
         ({"rank": 2, "world": 2}, "rank is 2 of 2"),
-        ({"num_pictures": 3, "world": 4}, "3 pictures are too few for 4 processes"),
+        ({"num_images": 3, "world": 4}, "3 images are too few for 4 processes"),
     ],
 )
 def test_wrong_arguments(wrong: dict, message: str):
-    right = {"num_pictures": 10, "sizes_px": (32,), "batch_size": 4, "base_px": 32}
+    right = {"num_images": 10, "sizes_px": (32,), "batch_size": 4, "base_px": 32}
     with pytest.raises(ValueError, match=message):
         EpochBatches(**(right | wrong))
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "min_last", "sizes"),
+    ("num_images", "min_last", "sizes"),
     [
         (24, None, [8, 8, 8]),
         (25, None, [8, 8, 9]),  # one alone is too few
@@ -209,8 +209,8 @@ def test_wrong_arguments(wrong: dict, message: str):
         (3, 4, [3]),  # there is none before it
     ],
 )
-def test_fewest_pictures_of_a_last_batch(num_pictures: int, min_last: int | None, sizes: list[int]):
-    epoch = EpochBatches(num_pictures, sizes_px=(32,), batch_size=8, base_px=32, min_last=min_last)
+def test_fewest_images_of_a_last_batch(num_images: int, min_last: int | None, sizes: list[int]):
+    epoch = EpochBatches(num_images, sizes_px=(32,), batch_size=8, base_px=32, min_last=min_last)
     assert [len(batch) for batch in epoch] == sizes
     assert [epoch.global_batch_size(step) for step in range(len(epoch))] == sizes
 
@@ -252,15 +252,15 @@ def test_to_count_the_steps_draws_no_order(monkeypatch: pytest.MonkeyPatch):
 # Parts of steps
 
 
-@pytest.mark.parametrize("num_pictures", [7, 37, 100, 333])
+@pytest.mark.parametrize("num_images", [7, 37, 100, 333])
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("pictures_at_once", [0.5, 1, 2, 2.5, 3, 4.75, 7, 16, 1000])
-def test_parts_of_a_step_are_its_pictures_once(num_pictures: int, world: int, pictures_at_once: float):
-    pixels_at_once = int(pictures_at_once * 256**2)
+@pytest.mark.parametrize("micro_batch_size", [0.5, 1, 2, 2.5, 3, 4.75, 7, 16, 1000])
+def test_parts_of_a_step_are_its_images_once(num_images: int, world: int, micro_batch_size: float):
+    pixels_at_once = int(micro_batch_size * 256**2)
     for variant, batch_size, first_step in itertools.product(("standard", "main", "v0.1"), (6, 13, 32), (0, 1, 4)):
         sizes_px = (256,) if variant == "standard" else PAPER_SIZES_PX
         epoch = EpochBatches(
-            num_pictures, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world
+            num_images, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world
         )
         ranks = [
             list(
@@ -284,7 +284,7 @@ def test_parts_of_a_step_are_its_pictures_once(num_pictures: int, world: int, pi
             assert min(lengths) >= min(2, len(epoch[step]) // world)
             assert {part.size_px for part in found} == {epoch.size_px(step)}
             assert [part.share for part in found] == [length / len(epoch[step]) for length in lengths]
-            # Too many for the memory only where more parts would leave one with a single picture.
+            # Too many for the memory only where more parts would leave one with a single image.
             fits = max(lengths) * epoch.size_px(step) ** 2 <= pixels_at_once
             assert fits or len(epoch[step]) < 2 * (num_parts + world)
             # And no more parts than it takes.
@@ -297,11 +297,11 @@ def test_parts_of_a_step_are_its_pictures_once(num_pictures: int, world: int, pi
 def test_the_same_parts_in_one_process_and_in_several():
     (epoch,) = batches(200, variant="standard", batch_size=48)
 
-    def cut(world: int, pictures_at_once: int) -> list:
+    def cut(world: int, micro_batch_size: int) -> list:
         found = [
             part
             for rank in range(world)
-            for part in parts(epoch, pixels_at_once=pictures_at_once * 256**2, rank=rank, world=world)
+            for part in parts(epoch, pixels_at_once=micro_batch_size * 256**2, rank=rank, world=world)
         ]
         return sorted(found, key=lambda part: (part.step, part.number))
 
@@ -323,27 +323,27 @@ def test_parts_go_on_from_any_step():
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "size_px", "pixels_at_once", "world", "expected"),
+    ("num_images", "size_px", "pixels_at_once", "world", "expected"),
     [
         (1024, 256, 128 * 256**2, 8, 8),
         (1024, 256, 128 * 256**2, 2, 8),
         (1024, 256, 128 * 256**2, 1, 8),
         (1025, 256, 128 * 256**2, 1, 9),
         (1025, 256, 128 * 256**2, 2, 10),
-        (655, 320, 128 * 256**2, 1, 9),  # 81.92 pictures fit, that is 81
-        (12, 32, int(2.5 * 32**2), 1, 6),  # in five parts one would have three pictures
+        (655, 320, 128 * 256**2, 1, 9),  # 81.92 images fit, that is 81
+        (12, 32, int(2.5 * 32**2), 1, 6),  # in five parts one would have three images
         (12, 32, 1, 1, 6),
         (13, 32, 1, 1, 6),
         (13, 32, 1, 3, 6),
-        (3, 32, 1, 2, 2),  # one process gets a single picture, but it does get one
+        (3, 32, 1, 2, 2),  # one process gets a single image, but it does get one
     ],
 )
-def test_how_many_parts(num_pictures: int, size_px: int, pixels_at_once: int, world: int, expected: int):
-    assert count_parts(num_pictures, size_px, pixels_at_once=pixels_at_once, world=world) == expected
+def test_how_many_parts(num_images: int, size_px: int, pixels_at_once: int, world: int, expected: int):
+    assert count_parts(num_images, size_px, pixels_at_once=pixels_at_once, world=world) == expected
 
 
-@pytest.mark.parametrize(("num_pictures", "sizes"), [(1, [1]), (4, [4]), (9, [4, 4, 1])])
-def test_evaluation_goes_in_order(num_pictures: int, sizes: list[int]):
-    found = eval_batches(num_pictures, batch_size=4, size_px=32)
+@pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (4, [4]), (9, [4, 4, 1])])
+def test_evaluation_goes_in_order(num_images: int, sizes: list[int]):
+    found = eval_batches(num_images, batch_size=4, size_px=32)
     assert [len(batch) for batch in found] == sizes
-    assert [pick for batch in found for pick in batch] == [Pick(i, 0, 32) for i in range(num_pictures)]
+    assert [pick for batch in found for pick in batch] == [Pick(i, 0, 32) for i in range(num_images)]

@@ -1,4 +1,4 @@
-"""Folders of pictures and what is common to all sources: what is found, what is held out, what is refused."""
+"""Folders of images and what is common to all sources: what is found, what is held out, what is refused."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from PIL import Image
 from mobilevit.data import sources
 from mobilevit.data.annotations import find_boxes, find_masks
 from mobilevit.data.archives import Arrays
-from mobilevit.data.sample import Labelled, Sample, Source, Subset
+from mobilevit.data.samples import Labelled, Sample, Source, Subset
 from mobilevit.data.sources import (
     check_headers,
     find_evaluation,
@@ -24,11 +24,11 @@ from mobilevit.data.sources import (
     hold_out,
     notes_of,
 )
-from mobilevit.pictures import PictureError, read_picture
+from mobilevit.images import ImageError, read_image
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Files by name; what is in a picture matters to nobody before it is read."""
+    """Files by name; what is in an image matters to nobody before it is read."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -36,8 +36,8 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def files(source: Source) -> list[Path]:
-    pictures = [source[i].picture for i in range(len(source))]
-    return [picture for picture in pictures if isinstance(picture, Path)]
+    images = [source[i].image for i in range(len(source))]
+    return [image for image in images if isinstance(image, Path)]
 
 
 def names(source: Source, root: Path) -> list[str]:
@@ -61,7 +61,7 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
     assert train.class_names == val.class_names == ("a", "b")
 
 
-def test_hidden_files_and_what_is_no_picture_are_left_out(tmp_path: Path):
+def test_hidden_files_and_what_is_no_image_are_left_out(tmp_path: Path):
     data = touch(tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")  # above data it may be so
     found = {file for source in find_splits(data, 0.5) for file in files(source)}
     touch(data, ".git/x.png", "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt", "readme.png", "b/no.png.part")
@@ -100,7 +100,7 @@ def test_ignored_files_are_counted_and_named(tmp_path: Path):
         assert all(text in note for text in ("6 .svg", "1 .txt", "1 without an ending", str(tmp_path / "a/4.SVG")))
         assert "a/5.SVG" not in note
     touch(tmp_path, "c/1.mp4", "c/2.mp4")
-    with pytest.raises(ValueError, match=r"/c: no pictures in this class \(it holds 2 .mp4: .*/c/1.mp4, .*/c/2.mp4\)"):
+    with pytest.raises(ValueError, match=r"/c: no images in this class \(it holds 2 .mp4: .*/c/1.mp4, .*/c/2.mp4\)"):
         find_splits(tmp_path, 0.5)
 
 
@@ -138,7 +138,7 @@ def test_the_split_depends_on_names_below_the_folder_alone(tmp_path: Path):
 def test_the_validation_split_has_exactly_the_fraction_of_each_class(
     tmp_path: Path, fraction: float, expected: list[int]
 ):
-    # In the second class every picture has the same name, in a folder of its own.
+    # In the second class every image has the same name, in a folder of its own.
     touch(tmp_path, *numbered("a", 51), *(f"b/{i}/photo.jpg" for i in range(40)))
     train, val = find_splits(tmp_path, fraction)
     assert sorted((*files(train), *files(val))) == sorted(tmp_path.rglob("*.*"))
@@ -158,17 +158,17 @@ def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int)
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([], "found no folders; expected one folder of pictures for each of two classes"),
+        ([], "found no folders; expected one folder of images for each of two classes"),
         (["1.png"], "found no folders"),
         (numbered("a", 3), "found only the folder a; expected"),
-        ([*numbered("a", 3), "b/notes.txt"], "b: no pictures in this class"),
-        ([*numbered("a", 3), "b/._1.png"], "b: no pictures in this class"),
-        ([*numbered("a", 3), "b/1.png"], "b: one picture is too few"),
+        ([*numbered("a", 3), "b/notes.txt"], "b: no images in this class"),
+        ([*numbered("a", 3), "b/._1.png"], "b: no images in this class"),
+        ([*numbered("a", 3), "b/1.png"], "b: one image is too few"),
         (["train/a/1.png", "train/b/1.png"], "has train/ but neither val/ nor test/"),
         (["train/a/1.png", "val/a/1.png"], "train: found only the folder a"),
         (["train/a/1.png", "train/b/1.png", "val/c/1.png"], "val.c: 'c' is not one of the 2 classes .a, b."),
-        (["train/a/1.png", "train/b/1.png", "val/1.png"], "val: no class folders with pictures"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.txt"], "val.a: no pictures in this class"),
+        (["train/a/1.png", "train/b/1.png", "val/1.png"], "val: no class folders with images"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.txt"], "val.a: no images in this class"),
     ],
 )
 def test_what_cannot_be_trained_on(tmp_path: Path, found: list[str], message: str):
@@ -215,20 +215,20 @@ def test_samples(tmp_path: Path):
     for source in find_splits(tmp_path, 0.5):
         for i in range(len(source)):
             sample = source[i]
-            assert sample.name == str(sample.picture)
-            picture = read_picture(sample.picture, sample.name)
-            assert (picture.mode, picture.size) == ("RGB", (3, 2))
+            assert sample.name == str(sample.image)
+            image = read_image(sample.image, sample.name)
+            assert (image.mode, image.size) == ("RGB", (3, 2))
             assert sample.label == source.labels[i]
             assert source.class_names[sample.label] == Path(sample.name).parent.name
-            colors[Path(sample.name).relative_to(tmp_path).as_posix()] = picture.getpixel((0, 0))
+            colors[Path(sample.name).relative_to(tmp_path).as_posix()] = image.getpixel((0, 0))
     assert colors == {
         name: (c, c, c) for name, c in (("a/1.png", 10), ("a/2.png", 20), ("b/1.png", 30), ("b/2.png", 40))
     }
 
-    (tmp_path / "a" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "a" / "1.png").write_bytes(b"no image")
     sample = find_evaluation(tmp_path, ("a", "b"))[0]  # nothing is read yet
-    with pytest.raises(PictureError, match=f"^{tmp_path / 'a' / '1.png'}: not a picture"):
-        read_picture(sample.picture, sample.name)
+    with pytest.raises(ImageError, match=f"^{tmp_path / 'a' / '1.png'}: not an image"):
+        read_image(sample.image, sample.name)
 
 
 def test_named_splits_of_divided_data(tmp_path: Path):
@@ -271,7 +271,7 @@ def test_validated_on_are_the_names_with_the_smallest_digests(tmp_path: Path):
 
 
 def arrays(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> Labelled:
-    """Pictures whose every pixel is their number."""
+    """Images whose every pixel is their number."""
     pixels = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 2))
     return Labelled(Arrays(pixels, "numbers"), tuple(labels), class_names)
 
@@ -282,11 +282,11 @@ def test_subset_of_a_subset():
     assert [(s.name, s.label) for s in (some[0], some[1])] == [("numbers[2]", 0), ("numbers[4]", 1)]
 
 
-def test_hold_out_of_numbered_pictures():
+def test_hold_out_of_numbered_images():
     train, val = hold_out(arrays([0, 1] * 100), 0.25, "data")
     assert sorted((*train.indices, *val.indices)) == list(range(200))
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
-    with pytest.raises(ValueError, match=r"^data: class b: one picture is too few"):
+    with pytest.raises(ValueError, match=r"^data: class b: one image is too few"):
         hold_out(arrays([0, 0, 1]), 0.25, "data")
     train, val = hold_out(arrays([0, 0]), 0.25, "data")  # in evaluation a class may be missing
     assert (len(train), len(val)) == (1, 1)
@@ -312,7 +312,7 @@ def test_fingerprint_of_folders(tmp_path: Path):
     assert fingerprint(find_splits(here, 0.5)[0]) != before[0]
 
 
-def test_fingerprint_tells_classes_labels_and_pictures_apart():
+def test_fingerprint_tells_classes_labels_and_images_apart():
     one = arrays([0, 1, 1])
     others = [arrays([0, 1, 0]), arrays([0, 1]), arrays([0, 1, 1], ("a", "c")), arrays([0, 1, 1], ("ab", ""))]
     subsets = [Subset(one, (0, 1)), Subset(one, (0, 2)), Subset(one, (2, 0))]
@@ -324,7 +324,7 @@ def test_fingerprint_tells_classes_labels_and_pictures_apart():
 # --- Headers ----------------------------------------------------------------------------------------------------------
 
 
-def test_headers_name_what_is_no_picture(tmp_path: Path):
+def test_headers_name_what_is_no_image(tmp_path: Path):
     for name in ("a/1", "a/2", "b/1", "b/2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
@@ -332,9 +332,9 @@ def test_headers_name_what_is_no_picture(tmp_path: Path):
     assert check_headers(*folders).unreadable == []
     wrong = [str(tmp_path / name) for name in ("a/2.png", "b/1.png")]
     for name in wrong:
-        Path(name).write_text("no picture")
+        Path(name).write_text("no image")
     for max_unreadable in (0, 1):
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             check_headers(*folders, max_unreadable=max_unreadable)
         assert all(name in str(caught.value) for name in wrong)
         assert "1.png" not in str(caught.value).replace(wrong[1], "")
@@ -348,25 +348,25 @@ class Bytes:
 
     class_names = ("a", "b")
 
-    def __init__(self, *pictures: bytes):
-        self.pictures = pictures
-        self.labels = (0,) * len(pictures)
+    def __init__(self, *images: bytes):
+        self.images = images
+        self.labels = (0,) * len(images)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.pictures[index], 0, f"number {index}")
+        return Sample(self.images[index], 0, f"number {index}")
 
 
 def test_headers_of_bytes_and_pixels():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png")
-    source = Bytes(*[file.getvalue(), b"", b"no picture"] * 200)
-    with pytest.raises(PictureError, match=r"^number 1: not .*; number 7: not .*; and 395 more; replace"):
+    source = Bytes(*[file.getvalue(), b"", b"no image"] * 200)
+    with pytest.raises(ImageError, match=r"^number 1: not .*; number 7: not .*; and 395 more; replace"):
         check_headers(source, arrays([0, 1]))
     [error] = check_headers(Subset(source, (0, 1, 3)), arrays([0, 1]), max_unreadable=1).unreadable
-    assert error.startswith("number 1: not a picture")
+    assert error.startswith("number 1: not an image")
 
 
 def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -401,7 +401,7 @@ def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch:
         (["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"], ": holds idx files and a saved dataset"),
         (["train/x.tar", "train/a/1.png", "train/b/1.png", "val/a/1.png"], ": holds .tar files and class folders"),
         (["train.tar", "x.tar"], "/x.tar: its name tells no split, those of other files do; put train, val or test"),
-        (["1.png"], ": found no folders; expected one folder of pictures .* idx files, .parquet .* or .tar shards$"),
+        (["1.png"], ": found no folders; expected one folder of images .* idx files, .parquet .* or .tar shards$"),
         (["x.tar.gz"], "/x.tar.gz: compressed, .*; uncompress it with gunzip$"),
         (["train/x.tar.zst", "val/x.tar.zst"], "/train/x.tar.zst: compressed, .*; uncompress it with unzstd$"),
         (["val-0.tar", "test-0.tar"], ": has only the splits test, val; expected one to train on$"),
@@ -428,7 +428,7 @@ def test_fashion_mnist():
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert np.bincount(val.labels).tolist() == [1000] * 10
     raw = gzip.decompress((FASHION_MNIST / "t10k-images-idx3-ubyte.gz").read_bytes())
-    picture = val[9999].picture
-    assert isinstance(picture, np.ndarray)
-    assert picture.tobytes() == raw[-28 * 28 :]
+    image = val[9999].image
+    assert isinstance(image, np.ndarray)
+    assert image.tobytes() == raw[-28 * 28 :]
     assert find_evaluation(FASHION_MNIST, tuple("abcdefghij")).labels == val.labels

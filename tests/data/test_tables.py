@@ -16,13 +16,13 @@ from huggingface_hub import constants
 from PIL import Image as PillowImage
 
 from mobilevit import hub
-from mobilevit.data.loader import PictureDataset, load
-from mobilevit.data.sample import Labelled, Source
+from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import eval_batches
+from mobilevit.data.samples import Labelled, Source
 from mobilevit.data.sources import check_headers, find_evaluation, find_splits, fingerprint, held_out_name
 from mobilevit.data.tables import read_table
 from mobilevit.data.transforms import Evaluation
-from mobilevit.pictures import PictureError, Preprocessing, read_picture
+from mobilevit.images import ImageError, Preprocessing, read_image
 
 datasets = pytest.importorskip("datasets")
 
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def png(number: int) -> bytes:
-    """A picture of one grey, which is its number."""
+    """An image of one grey, which is its number."""
     file = io.BytesIO()
     PillowImage.new("L", (8, 8), number).save(file, "png")
     return file.getvalue()
@@ -58,15 +58,15 @@ def table(labels: list, feature: Any = CLASSES, first: int = 0, label: str = "la
         label: labels,
     }
     if image == BINARY:
-        columns["image"] = [picture["bytes"] for picture in columns["image"]]
+        columns["image"] = [source["bytes"] for source in columns["image"]]
     return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": image, label: feature}))
 
 
 def greys(source: Source) -> list[tuple[int, int]]:
-    """Number and label of every picture."""
+    """Number and label of every image."""
     samples = [source[i] for i in range(len(source))]
-    assert all(isinstance(sample.picture, str | bytes) for sample in samples)  # nothing is decoded before
-    pixels = [read_picture(sample.picture, sample.name).getpixel((0, 0)) for sample in samples]
+    assert all(isinstance(sample.image, str | bytes) for sample in samples)  # nothing is decoded before
+    pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
     assert [sample.label for sample in samples] == list(source.labels)
     return [(pixel[0], sample.label) for pixel, sample in zip(pixels, samples, strict=True) if isinstance(pixel, tuple)]
 
@@ -137,7 +137,7 @@ def test_shards(tmp_path: Path, cache: Path, train: str, val: str, ending: str):
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_single_file_is_divided_and_read_again_when_it_changes(tmp_path: Path, ending: str):
-    file = tmp_path / f"pictures.{ending}"
+    file = tmp_path / f"images.{ending}"
     for labels in ([0, 1] * 10, [1, 1, 0, 0] * 5):
         write(table(labels), file)
         for data in (file, tmp_path):
@@ -298,14 +298,14 @@ def test_classes_beside_numbers(tmp_path: Path):
     assert list(find_evaluation(tmp_path, ("boot", "bag")).labels) == [0]
 
 
-def test_pictures_by_path(tmp_path: Path):
+def test_images_by_path(tmp_path: Path):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     columns = {"image": [str(tmp_path / f"{i}.png") for i in range(4)], "label": [0, 1, 1, 0]}
     features = datasets.Features({"image": datasets.Image(), "label": CLASSES})
     rows = datasets.Dataset.from_dict(columns, features=features)
     source = read_table(rows, "here").source(("dog", "cat"))
-    assert source[0].picture == str(tmp_path / "0.png")
+    assert source[0].image == str(tmp_path / "0.png")
     assert greys(source) == [(0, 0), (1, 1), (2, 1), (3, 0)]
 
 
@@ -317,12 +317,12 @@ def test_numbered_class_labels_are_no_names():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.remove_columns("image"), r"no picture column, among label \(ClassLabel\); expected an Image"),
+        (lambda t: t.remove_columns("image"), r"no image column, among label \(ClassLabel\); expected an Image"),
         (lambda t: t.rename_column("label", "label2").cast_column("label2", INT), r"no label column, among image \(Im"),
         (lambda t: t.cast_column("label", datasets.Value("float32")), r"no label column, .* label \(float32\); expe"),
         (
             lambda t: datasets.concatenate_datasets([t, t.rename_columns({"image": "thumb", "label": "id"})], axis=1),
-            r"several picture columns, image, thumb, among image \(Image\), label \(ClassLabel\), thumb",
+            r"several image columns, image, thumb, among image \(Image\), label \(ClassLabel\), thumb",
         ),
         (lambda t: t.cast_column("label", INT).add_column("labels", [0, 1]), "several label columns, label, labels,"),
         (
@@ -342,10 +342,10 @@ def test_no_or_several_columns(change: Any, message: str):
     [
         ([0, 1, None], CLASSES, r"\[2\]: has no label"),
         ([0, 1, -1], CLASSES, r"\[2\]: label -1 is out of range"),
-        ([0, 1, 7], datasets.Value("int32"), ": no pictures of classes '2', '3', '4', '5', '6'; add"),
-        ([0, 0], CLASSES, ": no pictures of class 'cat'"),
-        (["a", "a"], STRING, ": all pictures are of class 'a'"),
-        ([], CLASSES, ": holds no pictures"),
+        ([0, 1, 7], datasets.Value("int32"), ": no images of classes '2', '3', '4', '5', '6'; add"),
+        ([0, 0], CLASSES, ": no images of class 'cat'"),
+        (["a", "a"], STRING, ": all images are of class 'a'"),
+        ([], CLASSES, ": holds no images"),
     ],
 )
 def test_labels_that_cannot_be_trained_on(labels: list, feature: Any, message: str):
@@ -373,20 +373,20 @@ def test_tables_in_worker_processes(tmp_path: Path, on_disk: bool):
     else:
         source = read_table(rows, "here").source(("dog", "cat"))
     assert greys(pickle.loads(pickle.dumps(source))) == greys(source)
-    dataset = PictureDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
+    dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
     batches = list(load(dataset, eval_batches(20, batch_size=3, size_px=8), num_workers=2, device="cpu"))
     assert torch.cat([batch.pixels[:, 0, 0, 0] for batch in batches]).tolist() == list(range(20))
 
 
-def test_pictures_that_are_missing_or_none():
+def test_images_that_are_missing_or_none():
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": png(0), "path": "x.png"}, None, {"bytes": b"none", "path": None}], "label": [0, 1, 1]},
         features=datasets.Features({"image": datasets.Image(), "label": CLASSES}),
     )
     source = read_table(rows, "here").source(("dog", "cat"))
     for i in (1, 2):
-        with pytest.raises(PictureError, match=rf"^here\[{i}\]: not a picture"):
-            read_picture(source[i].picture, source[i].name)
+        with pytest.raises(ImageError, match=rf"^here\[{i}\]: not an image"):
+            read_image(source[i].image, source[i].name)
     errors = check_headers(source, max_unreadable=2).unreadable
     assert [error.partition(": ")[0] for error in errors] == ["here[1]", "here[2]"]
 
@@ -399,9 +399,9 @@ def test_fingerprint_of_tables(tmp_path: Path):
 
 
 def test_parquet_of_other_makers(tmp_path: Path):
-    """Without the library's notes in the file: pictures as bytes, labels as they come."""
-    pictures = pa.array([png(i) for i in range(6)])
-    pq.write_table(pa.table({"image": pictures, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")
+    """Without the library's notes in the file: images as bytes, labels as they come."""
+    images = pa.array([png(i) for i in range(6)])
+    pq.write_table(pa.table({"image": images, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")
     source = find_evaluation(tmp_path, ("a", "b"))
     assert isinstance(source, Labelled)
     assert greys(source) == [(i, i % 2) for i in range(6)]

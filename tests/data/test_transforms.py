@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandAugment, RandomErasing, RandomResizedCrop, autoaugment
 
-from mobilevit.data.sample import Sample
 from mobilevit.data.sampler import Pick
+from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import (
     Augmentation,
     Evaluation,
@@ -26,7 +26,7 @@ from mobilevit.data.transforms import (
     random_erasing,
     resize,
 )
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 PHOTOGRAPHS = [Image.fromarray(photograph) for photograph in load_sample_images().images]
 
@@ -36,7 +36,7 @@ def noise(width: int, height: int) -> np.ndarray:
 
 
 def sample(pixels: np.ndarray) -> Sample:
-    return Sample(pixels, 0, "picture")
+    return Sample(pixels, 0, "image")
 
 
 def sizes(boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
@@ -101,7 +101,7 @@ def test_the_promised_bounds():
         ((600, 300), 1, (100, 0, 400, 300)),  # beyond 4:3 the whole is not allowed
     ],
 )
-def test_pictures_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
+def test_images_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
     random = np.random.default_rng(0)
     assert {tuple(sizes([random_box(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
     pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))[0]
@@ -133,11 +133,11 @@ def coordinates(width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("policy", ["basic", "advanced"])
 def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
-    picture = sample(noise(100, 90))
+    image = sample(noise(100, 90))
 
     def augment(seed: int = 3, epoch: int = 4, number: int = 5) -> bytes:
         augmentation = Augmentation(min_scale=0.08, flip=True, seed=seed, policy=policy)
-        return augmentation(picture, Pick(number, epoch, 32))[0].tobytes()
+        return augmentation(image, Pick(number, epoch, 32))[0].tobytes()
 
     first = augment()
     assert len({first, augment(seed=4), augment(epoch=5), augment(number=4), augment(epoch=5, number=4)}) == 5
@@ -263,15 +263,15 @@ def test_erased_is_noise():
 def test_advanced_is_basic_and_more():
     basic = Augmentation(min_scale=0.3, flip=True, seed=0)
     advanced = replace(basic, policy="advanced")
-    pictures = [sample(np.asarray(photograph)) for photograph in PHOTOGRAPHS]
+    images = [sample(np.asarray(photograph)) for photograph in PHOTOGRAPHS]
     num_same = 0
     for i in range(300):
         pick = Pick(i, 0, 32)
-        a, b = (augment(pictures[i % 2], pick)[0] for augment in (basic, advanced))
+        a, b = (augment(images[i % 2], pick)[0] for augment in (basic, advanced))
         assert a.shape == b.shape == (32, 32, 3)
         assert a.dtype == b.dtype == np.uint8
         num_same += np.array_equal(a, b)
-    # Nothing happens where both operations are the identity, or do nothing to the picture at hand, and none is erased.
+    # Nothing happens where both operations are the identity, or do nothing to the image at hand, and none is erased.
     assert 0 < num_same < 30
 
 
@@ -280,7 +280,7 @@ def test_advanced_is_basic_and_more():
 
 
 def batch(num: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Pictures whose every pixel is a different number, and one-hot targets."""
+    """Images whose every pixel is a different number, and one-hot targets."""
     return torch.arange(num * 3.0 * height * width).reshape(num, 3, height, width), torch.eye(num)
 
 
@@ -289,7 +289,7 @@ def kind(mixed: Tensor, pixels: Tensor) -> str:
 
 
 @pytest.mark.parametrize(("num", "height", "width"), [(2, 16, 16), (5, 33, 20)])
-def test_targets_tell_what_the_pictures_are_made_of(num: int, height: int, width: int):
+def test_targets_tell_what_the_images_are_made_of(num: int, height: int, width: int):
     pixels, targets = batch(num, height, width)
     kinds = []
     for seed in range(200):
@@ -299,7 +299,7 @@ def test_targets_tell_what_the_pictures_are_made_of(num: int, height: int, width
         if kinds[-1] == "mixup":
             torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", shares, pixels))
             continue
-        source = mixed.long() // (3 * height * width)  # the picture that a pixel is of
+        source = mixed.long() // (3 * height * width)  # the image that a pixel is of
         assert torch.equal(mixed.long() % (3 * height * width), pixels[0].long().expand_as(mixed))  # in its place
         for i in range(num):
             counted = torch.bincount(source[i].flatten(), minlength=num) / (3 * height * width)
@@ -318,7 +318,7 @@ def test_shares_are_distributed_as_published():
     for seed in range(1500):
         mixed, mixed_targets = mix(pixels, targets, np.random.default_rng(seed))
         is_cutmix = bool(torch.isin(mixed[:2], pixels[:, 0, 0, 0]).all())
-        own = mixed_targets.diagonal().min()  # a picture may be its own partner; not all are
+        own = mixed_targets.diagonal().min()  # an image may be its own partner; not all are
         shares[is_cutmix].append(float(own))
     assert 650 < len(shares[True]) < 850  # some of Mixup's shares are so near to 0 or 1 that nothing is seen of it
     random = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The page, in a real browser and against torch; its scaling of pictures, in node and against Pillow."""
+"""The page, in a real browser and against torch; its scaling of images, in node and against Pillow."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from conftest import randomise, ready_page
 from mobilevit.cli import parse
 from mobilevit.demo import DRAWINGS, STATIC, Server, drawing_for, runtime, write_page
 from mobilevit.draw import OPACITY, colour_of
+from mobilevit.images import FILTERS, Preprocessing
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabV3
 from mobilevit.models.ssdlite import SSDLite
-from mobilevit.models.weights import Weights, read
-from mobilevit.pictures import FILTERS, Preprocessing
 from mobilevit.predict import Classifier, detector, segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
+from mobilevit.weights import Weights, read
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -63,7 +63,7 @@ DRAWN = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the digits of scikit-learn as files, data/test/ never trained on, and of model.safetensors for them."""
     folder = tmp_path_factory.mktemp("digits")
-    runpy.run_path(str(ROOT / "examples" / "digits.py"))["write_pictures"](folder / "data")
+    runpy.run_path(str(ROOT / "examples" / "digits.py"))["write_images"](folder / "data")
     train(replace(RECIPES["tiny"], epochs=8), folder / "data", folder, console=Console(quiet=True))
     return folder
 
@@ -153,8 +153,8 @@ def draw(page: Page, digit: str) -> str:
     return answers(page)[0][0]
 
 
-def assert_same(shown: list[tuple[str, float]], model: Classifier, picture: Any) -> None:
-    expected = model.predict(picture)
+def assert_same(shown: list[tuple[str, float]], model: Classifier, image: Any) -> None:
+    expected = model.predict(image)
     assert shown[0][0] == expected[0].class_name
     # Below the first, two classes that are nearly as likely as one another may change places.
     np.testing.assert_allclose([share for _, share in shown], [p.probability for p in expected], atol=1e-3)
@@ -188,14 +188,14 @@ def test_photos_are_read_as_pillow_reads_them(page: Page, folder: Path):
     exif[0x0112] = 6
     see_through = digit.resize((90, 90), Image.Resampling.BICUBIC).convert("RGBA")
     see_through.putalpha(Image.linear_gradient("L").resize((90, 90)))
-    pictures = {
+    images = {
         "large.png": (large, {}),
         "turned.png": (large, {"exif": exif}),
         "photo.jpg": (large, {"exif": exif, "quality": 95, "subsampling": 0}),
         "see-through.png": (see_through, {}),
         "narrow.png": (digit.resize((20, 500), Image.Resampling.BICUBIC), {}),
     }
-    for name, (image, options) in pictures.items():
+    for name, (image, options) in images.items():
         file = io.BytesIO()
         image.save(file, {"jpg": "JPEG", "png": "PNG"}[name[-3:]], **options)
         shown = give(page, {"name": name, "mimeType": f"image/{name[-3:]}", "buffer": file.getvalue()})
@@ -259,19 +259,19 @@ def test_the_camera_is_read_until_it_is_left(page: Page):
     assert stream.evaluate("stream => stream.getTracks().every(track => track.readyState === 'ended')")
 
 
-def test_what_is_no_picture_is_said_and_the_rest_read(page: Page, folder: Path):
+def test_what_is_no_image_is_said_and_the_rest_read(page: Page, folder: Path):
     page.click("#tab-files")
     before = num_answers(page)
-    picture = next((folder / "data" / "test" / "5").iterdir())
+    image = next((folder / "data" / "test" / "5").iterdir())
     files: list[Any] = [
         {"name": "thesis.txt", "mimeType": "text/plain", "buffer": b"precious"},
-        {"name": "digit.png", "mimeType": "image/png", "buffer": picture.read_bytes()},
+        {"name": "digit.png", "mimeType": "image/png", "buffer": image.read_bytes()},
     ]
     page.set_input_files("#files", files)
     wait_for_answer(page, before)
     page.wait_for_selector("#trouble:not([hidden])")
-    assert page.locator("#trouble").text_content() == "thesis.txt: not a picture that this browser reads"
-    assert_same(answers(page), mobilevit.load(folder / "model.safetensors"), picture)
+    assert page.locator("#trouble").text_content() == "thesis.txt: not an image that this browser reads"
+    assert_same(answers(page), mobilevit.load(folder / "model.safetensors"), image)
 
 
 def test_the_page_says_what_it_is(page: Page):
@@ -375,9 +375,9 @@ def mask_page(
         yield page
 
 
-def as_file(picture: Image.Image) -> dict[str, Any]:
+def as_file(image: Image.Image) -> dict[str, Any]:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return {"name": "photo.png", "mimeType": "image/png", "buffer": file.getvalue()}
 
 
@@ -388,7 +388,7 @@ def rows(page: Page) -> list[dict[str, str]]:
 
 
 def marks(page: Page) -> np.ndarray:
-    """What is drawn over the picture, RGBA (H, W, 4)."""
+    """What is drawn over the image, RGBA (H, W, 4)."""
     url = page.locator("canvas.marks").evaluate("canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))
 
@@ -402,7 +402,7 @@ def slide(page: Page, *keys: str) -> str:
 
 
 def share_drawn(page: Page, places: np.ndarray, colours: np.ndarray) -> float:
-    """The share of places (N, 2), x and y in shares of the picture, that have nearly the colour (N, 3) in the marks."""
+    """The share of places (N, 2), x and y in shares of the image, that have nearly the colour (N, 3) in the marks."""
     drawn = marks(page)
     x, y = (places * drawn.shape[1::-1]).astype(int).T
     found = drawn[y, x]
@@ -438,7 +438,7 @@ def test_boxes_are_drawn_where_they_are(boxes_page: Page, boxes_weights: Weights
     x1, y1, x2, y2 = best.box
     drawn = marks(page)
     scale = drawn.shape[1] / photo.width
-    assert drawn.shape[0] == pytest.approx(scale * photo.height, abs=1)  # of the picture's own ratio
+    assert drawn.shape[0] == pytest.approx(scale * photo.height, abs=1)  # of the image's own ratio
     sides = [(x1 * scale + 1.5, y) for y in np.linspace(y1, y2, 40)[2:-2] * scale]
     sides += [(x2 * scale - 1.5, y) for y in np.linspace(y1, y2, 40)[2:-2] * scale]
     colours = np.tile(colour_of(best.class_index), (len(sides), 1))
@@ -467,9 +467,9 @@ def test_many_boxes_are_a_list_that_keys_scroll(boxes_page: Page, photo: Image.I
 def test_masks_are_those_of_torch(mask_page: Page, mask_weights: Weights, photo: Image.Image):
     page, model = mask_page, segmenter(mask_weights)
     square = photo.crop((100, 100, 196, 196))
-    for picture, tolerance in ((square, 3 / 96**2), (photo, 0.01)):  # at the network's size there is nothing to scale
-        give(page, as_file(picture))
-        mask = model.predict(picture)
+    for image, tolerance in ((square, 3 / 96**2), (photo, 0.01)):  # at the network's size there is nothing to scale
+        give(page, as_file(image))
+        mask = model.predict(image)
         shares = np.bincount(mask.ravel(), minlength=5) / mask.size
         assert (shares > 0.01).sum() >= 3
         shown = rows(page)
@@ -486,7 +486,7 @@ def test_masks_are_those_of_torch(mask_page: Page, mask_weights: Weights, photo:
         clear = (around == around[0]).all(axis=0)
         painted = clear & (around[4] != 0)
         assert painted.sum() > 30
-        places = (np.stack([x, y], 1) + 0.5) / picture.size
+        places = (np.stack([x, y], 1) + 0.5) / image.size
         colours = np.array([colour_of(int(c)) for c in around[4]])
         assert share_drawn(page, places[painted], colours[painted]) > 0.8  # names stand on the rest
 
@@ -557,7 +557,7 @@ def test_boxes_and_masks_follow_the_camera(name: str, request: pytest.FixtureReq
     assert page.locator("#drop canvas.marks").count() == 1
 
 
-def test_pages_of_boxes_and_masks_show_whole_pictures_and_no_pad(
+def test_pages_of_boxes_and_masks_show_whole_images_and_no_pad(
     boxes_weights: Weights, mask_weights: Weights, tmp_path: Path
 ):
     for weights in (boxes_weights, mask_weights):
@@ -577,7 +577,7 @@ def test_pages_of_boxes_and_masks_show_whole_pictures_and_no_pad(
 @pytest.mark.skipif(NODE is None, reason="there is no node on this machine")
 @pytest.mark.skipif(int(pillow_version.split(".")[0]) < 13, reason="Pillow before 13 orders its passes otherwise")
 @pytest.mark.parametrize("interpolation", FILTERS)
-def test_pictures_are_scaled_as_pillow_does(interpolation: str, tmp_path: Path):
+def test_images_are_scaled_as_pillow_does(interpolation: str, tmp_path: Path):
     rng = np.random.default_rng(0)
     p = Preprocessing(36, 32, interpolation, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     cases = [
@@ -585,15 +585,15 @@ def test_pictures_are_scaled_as_pillow_does(interpolation: str, tmp_path: Path):
         ((100, 300), replace(p, resize_px=(40, 33))),
         ((33, 300), replace(p, resize_px=(250, 90), crop_px=31)),
     ]
-    pictures = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for (width, height), _ in cases]
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for (width, height), _ in cases]
     given = [
         {
-            "width": picture.shape[1],
-            "height": picture.shape[0],
-            "data": np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)]).ravel().tolist(),
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "data": np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]).ravel().tolist(),
             "preprocessing": one.to_dict(),
         }
-        for picture, (_, one) in zip(pictures, cases, strict=True)
+        for image, (_, one) in zip(images, cases, strict=True)
     ]
     (tmp_path / "cases.json").write_text(json.dumps(given))
     shutil.copyfile(STATIC / "pixels.js", tmp_path / "pixels.mjs")
@@ -605,8 +605,8 @@ def test_pictures_are_scaled_as_pillow_does(interpolation: str, tmp_path: Path):
     )
     assert NODE is not None
     out = subprocess.run([NODE, "run.mjs"], cwd=tmp_path, check=True, capture_output=True).stdout
-    for picture, (size, one), values in zip(pictures, cases, json.loads(out), strict=True):
-        expected = one(picture).numpy()
+    for image, (size, one), values in zip(images, cases, json.loads(out), strict=True):
+        expected = one(image).numpy()
         std = np.array(one.std)[:, None, None]
         levels = np.abs(np.array(values).reshape(expected.shape) - expected) * std * 255
         assert levels.max() < 1e-3, size
@@ -718,7 +718,7 @@ def test_the_command_writes_a_page(
     assert "page of" in capsys.readouterr().out
     assert seen["source"] == "model.safetensors"  # without the folders that it lies in
     assert seen["drawing"] == "mnist"
-    assert len(seen["pictures"]) == len(list((folder / "data" / "test" / "3").iterdir()))
+    assert len(seen["images"]) == len(list((folder / "data" / "test" / "3").iterdir()))
     assert seen["ort"] is None
 
 

@@ -95,7 +95,7 @@ def made(rows: int, columns: int, patch_px: int, matrix_NN: Tensor, num_layers: 
 
 
 @pytest.mark.parametrize("patch_px", [2, 3])
-def test_attention_to_one_patch_lights_the_part_of_the_picture_where_it_is(patch_px: int):
+def test_attention_to_one_patch_lights_the_part_of_the_image_where_it_is(patch_px: int):
     """Of 3 x 5 patches, the one in row 0 looks at the one in row 2, column 3, wherever in the patch it is asked."""
     rows, columns = 3, 5
     matrix = torch.full((15, 15), 1 / 15)
@@ -109,7 +109,7 @@ def test_attention_to_one_patch_lights_the_part_of_the_picture_where_it_is(patch
             patches = block.attended(x, y)
             assert patches.argmax() == looked_at
             assert patches.max() == pytest.approx(1)
-            # Spread over a picture of 50 x 90 px, it is rows 60 to 90 and columns 30 to 40 that are lit.
+            # Spread over an image of 50 x 90 px, it is rows 60 to 90 and columns 30 to 40 that are lit.
             lit = patches.repeat_interleave(30, 0).repeat_interleave(10, 1) > 0.5
             assert lit.nonzero().min(0).values.tolist() == [60, 30]
             assert lit.nonzero().max(0).values.tolist() == [89, 39]

@@ -19,12 +19,12 @@ class Colours(nn.Module):
         super().__init__()
         self.stage4 = nn.AvgPool2d(16)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"stage5": F.avg_pool2d(self.stage4(pictures), 2)}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"stage5": F.avg_pool2d(self.stage4(images), 2)}
 
 
 def test_evidence_is_where_it_is_by_construction():
-    """A network that calls the picture by the colour there is most of, and a picture with a patch of each."""
+    """A network that calls the image by the colour there is most of, and an image with a patch of each."""
     model = MobileViT("xxs", num_classes=3).eval()
     model.backbone = Colours()  # pyright: ignore[reportAttributeAccessIssue]
     model.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]

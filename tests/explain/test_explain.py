@@ -28,8 +28,8 @@ from mobilevit.explain.draw import (
     scaled_attention,
     strength,
 )
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
+from mobilevit.weights import Weights
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def photo() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def explanation(weights: Weights, photo: Image.Image) -> Explanation:
-    return mobilevit.explain_picture(weights, photo, at=(40, 60), class_name="bee")
+    return mobilevit.explain_image(weights, photo, at=(40, 60), class_name="bee")
 
 
 def test_the_figure_has_three_rows_of_the_size_that_is_seen(explanation: Explanation, photo: Image.Image):
@@ -57,10 +57,10 @@ def test_the_figure_has_three_rows_of_the_size_that_is_seen(explanation: Explana
 
 @pytest.mark.parametrize("size", [(900, 30), (5000, 3), (3, 2000)])
 @pytest.mark.parametrize("resize_px", [64, (64, 64)])
-def test_pictures_that_are_hardly_more_than_a_line(
+def test_images_that_are_hardly_more_than_a_line(
     weights: Weights, size: tuple[int, int], resize_px: int | tuple[int, int]
 ):
-    made = mobilevit.explain_picture(
+    made = mobilevit.explain_image(
         replace(weights, preprocessing=Preprocessing(resize_px, 64)), Image.new("RGB", size, (90, 120, 150))
     )
     figure = draw_figure(made)
@@ -74,9 +74,9 @@ def test_light_is_on_the_patch_that_is_attended(explanation: Explanation):
     assert (block.rows, block.columns) == (4, 4)
     keys = torch.zeros_like(block.keys)
     keys[:, :, 12] = 1000
-    grey = Image.new("RGB", explanation.picture.size, (90, 90, 90))
+    grey = Image.new("RGB", explanation.image.size, (90, 90, 90))
     blocks = (replace(block, queries=torch.ones_like(block.queries), keys=keys), *explanation.blocks[1:])
-    figure = draw_figure(replace(explanation, picture=grey, blocks=blocks))
+    figure = draw_figure(replace(explanation, image=grey, blocks=blocks))
     top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
     for column, share_lit in ((0, 1 / 16), (3, 1 / 64)):
         left = MARGIN_PX + column * (PANEL_PX + GAP_PX)
@@ -91,13 +91,13 @@ def test_light_is_on_the_patch_that_is_attended(explanation: Explanation):
 
 def test_even_attention_looks_even_and_faint(explanation: Explanation):
     block = explanation.blocks[0]
-    grey = Image.new("RGB", explanation.picture.size, (90, 90, 90))
+    grey = Image.new("RGB", explanation.image.size, (90, 90, 90))
     keys = torch.zeros_like(block.keys)
     keys[:, :, 12] = 1000
     lightness = {}
     for name, to in (("even", torch.zeros_like(keys)), ("one", keys)):
         blocks = (replace(block, queries=torch.ones_like(block.queries), keys=to), *explanation.blocks[1:])
-        figure = draw_figure(replace(explanation, picture=grey, blocks=blocks)).convert("L")
+        figure = draw_figure(replace(explanation, image=grey, blocks=blocks)).convert("L")
         top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
         # Patch 12 of 4 x 4, in the lower left corner; the mark is far from it.
         panel = np.asarray(figure.crop((MARGIN_PX, top, MARGIN_PX + PANEL_PX, top + PANEL_PX)), float)
@@ -141,9 +141,9 @@ def test_values_are_scaled_by_the_largest():
 
 
 def test_what_is_written_can_be_opened(weights: Weights, photo: Image.Image, tmp_path: Path):
-    picture = tmp_path / "photo.png"
-    photo.save(picture)
-    made = mobilevit.explain_picture(weights, picture, out=tmp_path / "new" / "figure.PNG")
+    image = tmp_path / "photo.png"
+    photo.save(image)
+    made = mobilevit.explain_image(weights, image, out=tmp_path / "new" / "figure.PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.PNG"]
     with Image.open(tmp_path / "new" / "figure.PNG") as figure:
         figure.load()
@@ -151,34 +151,34 @@ def test_what_is_written_can_be_opened(weights: Weights, photo: Image.Image, tmp
         assert figure.size == draw_figure(made).size
     assert made.at == (70, 45)
     # Cut to 64 of the 99 by 64 px that it is resized to: half a pixel of those further left than its middle.
-    cut = mobilevit.explain_picture(replace(weights, preprocessing=Preprocessing(64, 64)), picture)
+    cut = mobilevit.explain_image(replace(weights, preprocessing=Preprocessing(64, 64)), image)
     assert sum(cut.view.box[::2]) / 2 < 69.5
     assert cut.at == (70, 45)
     assert made.evidence[0].class_name == max(made.evidence, key=lambda e: e.probability).class_name
-    larger = mobilevit.explain_picture(weights, picture, size_px=128)
+    larger = mobilevit.explain_image(weights, image, size_px=128)
     assert (larger.size_px, larger.blocks[0].rows) == (128, 8)
 
 
 def test_mistakes_are_said(weights: Weights, photo: Image.Image, tmp_path: Path):
-    picture = tmp_path / "photo.png"
-    photo.save(picture)
-    before = picture.read_bytes()
-    with pytest.raises(ValueError, match=r"photo.png: is the picture itself"):
-        mobilevit.explain_picture(weights, picture, out=picture)
+    image = tmp_path / "photo.png"
+    photo.save(image)
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match=r"photo.png: is the image itself"):
+        mobilevit.explain_image(weights, image, out=image)
     with pytest.raises(ValueError, match=r"x.jpg: ends in .jpg; write a .html or a .png file"):
-        mobilevit.explain_picture(weights, picture, out=tmp_path / "x.jpg")
+        mobilevit.explain_image(weights, image, out=tmp_path / "x.jpg")
     with pytest.raises(ValueError, match=r"class is 'bea', .* they are ant, bee, c"):
-        mobilevit.explain_picture(weights, picture, class_name="bea")
+        mobilevit.explain_image(weights, image, class_name="bea")
     with pytest.raises(ValueError, match="size is 31; it must be 32 px or more"):
-        mobilevit.explain_picture(weights, picture, size_px=31)
+        mobilevit.explain_image(weights, image, size_px=31)
     with pytest.raises(
-        ValueError, match="the place is 0 0; of this picture of 140 x 90 px the network sees x from 30 to"
+        ValueError, match="the place is 0 0; of this image of 140 x 90 px the network sees x from 30 to"
     ):
-        mobilevit.explain_picture(weights, picture, at=(0, 0))
+        mobilevit.explain_image(weights, image, at=(0, 0))
     headless = mobilevit.MobileViT("xxs", num_classes=0)
     nameless = Weights(headless.architecture, headless.state_dict(), Preprocessing(72, 64))
     with pytest.raises(ValueError, match=r"class is 'ant'; .* these have none"):
-        mobilevit.explain_picture(nameless, picture, class_name="ant")
-    assert mobilevit.explain_picture(nameless, picture).evidence == ()
-    assert picture.read_bytes() == before
+        mobilevit.explain_image(nameless, image, class_name="ant")
+    assert mobilevit.explain_image(nameless, image).evidence == ()
+    assert image.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}

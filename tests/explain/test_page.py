@@ -20,9 +20,9 @@ from conftest import randomise, ready_page
 from mobilevit.explain import Explanation
 from mobilevit.explain.draw import BRIGHT_TIMES
 from mobilevit.explain.page import page_of
+from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import SSDLite
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import Weights
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path
     weights = Weights(model.architecture, model.state_dict(), Preprocessing(86, 76), class_names=NAMES)
     path = tmp_path_factory.mktemp("page") / "china.html"
     photo = Image.fromarray(load_sample_image("china.jpg"))
-    return mobilevit.explain_picture(weights, photo, at=(301, 222), out=path), path
+    return mobilevit.explain_image(weights, photo, at=(301, 222), out=path), path
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def said(page: Page) -> str:
 
 
 def lit(page: Page) -> float:
-    """The share of the picture that is painted over, however faintly."""
+    """The share of the image that is painted over, however faintly."""
     return page.evaluate(
         """() => {
             const heat = document.getElementById("heat");
@@ -252,13 +252,13 @@ def test_a_detector_has_no_evidence(browser: Browser, tmp_path: Path):
     model = randomise(SSDLite("xxs", num_classes=2))
     weights = Weights(model.architecture, model.state_dict(), Preprocessing((64, 64), 64), ("a", "b"), task="detect")
     photo = Image.fromarray(load_sample_image("flower.jpg"))
-    made = mobilevit.explain_picture(weights, photo, out=tmp_path / "boxes.html")
+    made = mobilevit.explain_image(weights, photo, out=tmp_path / "boxes.html")
     assert made.evidence == ()
     assert len(made.blocks) == 3
     with opened(browser, tmp_path / "boxes.html") as page:
         assert not page.is_visible("#tab-evidence")
         assert page.get_attribute("#tab-attention", "aria-selected") == "true"
         assert page.text_content("#title") == "Where the network looks"
-        picture = page.locator("#stage").bounding_box()
-        assert picture
-        assert picture["width"] / picture["height"] == pytest.approx(640 / 427, rel=0.01)
+        image = page.locator("#stage").bounding_box()
+        assert image
+        assert image["width"] / image["height"] == pytest.approx(640 / 427, rel=0.01)

@@ -75,7 +75,7 @@ def test_the_network_is_left_as_it_was():
 
 @torch.no_grad()
 def test_what_is_outside_of_the_window_changes_nothing():
-    """A corner of the picture turned white: the layer before the transformer does not notice, that behind it does."""
+    """A corner of the image turned white: the layer before the transformer does not notice, that behind it does."""
     backbone = randomise(Backbone("xxs")).double()
     pixels = torch.rand(1, 3, 128, 128, dtype=torch.float64)
     changed = pixels.clone()
@@ -83,8 +83,8 @@ def test_what_is_outside_of_the_window_changes_nothing():
     block = find_blocks(backbone)["stage3"]
     for x, is_noticed in ((pixels, False), (changed, True)):
         maps = []
-        for picture in (pixels, x):
-            map_BCHW = picture
+        for image in (pixels, x):
+            map_BCHW = image
             for name, stage in backbone.named_children():
                 map_BCHW = stage[0](map_BCHW) if name == "stage3" else stage(map_BCHW)  # pyright: ignore
                 if name == "stage3":

@@ -1,4 +1,4 @@
-"""Places of the picture and places in what the network sees, against the preprocessing itself."""
+"""Places of the image and places in what the network sees, against the preprocessing itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mobilevit.explain.view import view_of
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 CASES = [
     ((301, 200), Preprocessing(144, 128)),
@@ -20,7 +20,7 @@ CASES = [
 
 @pytest.mark.parametrize(("size", "preprocessing"), CASES)
 def test_a_place_is_found_where_preprocessing_puts_it(size: tuple[int, int], preprocessing: Preprocessing):
-    """Two pictures that say of every pixel where it is: x in one, y in the other."""
+    """Two images that say of every pixel where it is: x in one, y in the other."""
     width, height = size
     ramps = {
         "x": np.broadcast_to(np.linspace(0, 255, width), (height, width)),
@@ -28,8 +28,8 @@ def test_a_place_is_found_where_preprocessing_puts_it(size: tuple[int, int], pre
     }
     seen = {}
     for name, ramp in ramps.items():
-        picture = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
-        seen[name] = np.asarray(preprocessing.resize_and_crop(picture))[..., 0].astype(float)
+        image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
+        seen[name] = np.asarray(preprocessing.resize_and_crop(image))[..., 0].astype(float)
     view = view_of(preprocessing, width, height)
     left, top, right, bottom = view.box
     side = preprocessing.crop_px
@@ -37,7 +37,7 @@ def test_a_place_is_found_where_preprocessing_puts_it(size: tuple[int, int], pre
         x, y = int(left + u * (right - left)), int(top + v * (bottom - top))
         share_x, share_y = view.share(x, y)
         column, row = int(share_x * side), int(share_y * side)
-        # Within two pixels of the coarser of the two pictures; grey levels are whole numbers.
+        # Within two pixels of the coarser of the two images; grey levels are whole numbers.
         assert seen["x"][row, column] == pytest.approx(
             255 * x / (width - 1), abs=2 + 2 * 255 * max(1 / side, 1 / width)
         )
@@ -57,9 +57,9 @@ def test_only_places_that_are_seen_can_be_chosen():
 
 
 def test_what_is_shown_is_what_is_seen():
-    picture = Image.new("RGB", (300, 200), "black")
-    picture.paste("white", (70, 20, 230, 180))
-    cut = view_of(Preprocessing(100, 80), 300, 200).cut(picture, 64)
+    image = Image.new("RGB", (300, 200), "black")
+    image.paste("white", (70, 20, 230, 180))
+    cut = view_of(Preprocessing(100, 80), 300, 200).cut(image, 64)
     assert cut.size == (64, 64)
     assert np.asarray(cut).min() > 200  # but for a little ringing at the edge, all white
-    assert view_of(Preprocessing((64, 64), 64), 300, 200).cut(picture, 60).size == (60, 40)
+    assert view_of(Preprocessing((64, 64), 64), 300, 200).cut(image, 60).size == (60, 40)

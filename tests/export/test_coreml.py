@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import dense_weights
 
 from conftest import SMALL, randomise
+from dense_networks import dense_weights
 from mobilevit.export import Artifact, Precision, Target, export
+from mobilevit.export.artifact import deployed
 from mobilevit.export.coreml import KNOWN, ct, operators, read_metadata
-from mobilevit.export.deployed import deployed
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export.verify import synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import Architecture, MobileViT
-from mobilevit.models.weights import TaskName, Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import TaskName, Weights
 
 PREPROCESSING = Preprocessing(70, 64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
@@ -36,9 +36,9 @@ def weights_of(architecture: Architecture | str, preprocessing: Preprocessing = 
 def difference(path: Path, weights: Weights, target: Target) -> float:
     """The largest of a number, in standard deviations of its output; of classes the share of other ones."""
     size = (target.height, target.width)
-    pictures = torch.from_numpy(np.stack(drawn_pictures(target.batch_size, size)))
-    x = pictures if target.uint8 else weights.preprocessing.scale(pictures.permute(0, 3, 1, 2))
-    found = evaluate(path, pictures.permute(0, 3, 1, 2).float() if target.uint8 else x)
+    images = torch.from_numpy(np.stack(synthetic_images(target.batch_size, size)))
+    x = images if target.uint8 else weights.preprocessing.scale(images.permute(0, 3, 1, 2))
+    found = evaluate(path, images.permute(0, 3, 1, 2).float() if target.uint8 else x)
     with torch.no_grad():
         outputs = deployed(weights, target)(x)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
@@ -53,7 +53,7 @@ def difference(path: Path, weights: Weights, target: Target) -> float:
     return max(differences)
 
 
-def evaluate(path: Path, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def evaluate(path: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The outputs of a program in float32, whatever it says it is computed in."""
     from coremltools.converters.mil.frontend.milproto.load import load as load_program
 
@@ -61,7 +61,7 @@ def evaluate(path: Path, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
     assert model.weights_dir is not None
     program: Any = load_program(model.get_spec(), ct.target.iOS16.value, model.weights_dir)
     function = program.functions["main"]
-    values = {"pictures": pictures}
+    values = {"images": images}
     for operation in function.operations:
         if operation.op_type in ("const", "constexpr_affine_dequantize"):
             continue
@@ -140,9 +140,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("artifacts")
     weights = weights_of(SMALL)
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-    black = [np.zeros((9, 9, 3), np.uint8)]  # int8 must be given pictures
+    black = [np.zeros((9, 9, 3), np.uint8)]  # int8 must be given images
     return {
-        precision: export(weights, ["coreml"], folder, precision=precision, source="here", pictures=black)[0]
+        precision: export(weights, ["coreml"], folder, precision=precision, source="here", images=black)[0]
         for precision in precisions
     }
 
@@ -180,9 +180,9 @@ def test_an_image_is_scaled_inside(mean: tuple, std: tuple, tmp_path: Path):
     weights = weights_of(SMALL, Preprocessing(70, 64, mean=mean, std=std))
     [artifact] = export(weights, ["coreml"], tmp_path, uint8=True)
     spec: Any = ct.utils.load_spec(str(artifact.path))
-    pictures = spec.description.input[0]
-    assert pictures.name == "pictures"
-    assert (pictures.type.imageType.height, pictures.type.imageType.width) == (64, 64)
+    images = spec.description.input[0]
+    assert images.name == "images"
+    assert (images.type.imageType.height, images.type.imageType.width) == (64, 64)
     assert difference(artifact.path, weights, artifact.target) < 1e-4
 
 
@@ -200,8 +200,8 @@ def test_dense(task: TaskName, tmp_path: Path):
     metadata = read_metadata(artifact.path)
     assert (metadata["task"], metadata["outputs"].split()) == (task, list(artifact.target.outputs))
     black = [np.zeros((9, 9, 3), np.uint8)]
-    [artifact] = export(dense, ["coreml"], tmp_path, size=(64, 64), precision="int8", pictures=black, uint8=True)
-    # Were the anchors in 8 bits, boxes would be out of place by more than a hundredth of the picture.
+    [artifact] = export(dense, ["coreml"], tmp_path, size=(64, 64), precision="int8", images=black, uint8=True)
+    # Were the anchors in 8 bits, boxes would be out of place by more than a hundredth of the image.
     found = evaluate(artifact.path, torch.zeros(1, 3, 64, 64))
     assert set(artifact.target.outputs) <= set(found)
     assert difference(artifact.path, dense, artifact.target) < 1.5
@@ -217,11 +217,11 @@ class Wrong(torch.nn.Module):
         super().__init__()
         self.fault = fault
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.fault == "operator":
-            pictures = pictures.cumsum(3)
-        pictures = pictures.reshape(1, -1)
-        return pictures[0] if self.fault == "shape" else pictures
+            images = images.cumsum(3)
+        images = images.reshape(1, -1)
+        return images[0] if self.fault == "shape" else images
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ class Wrong(torch.nn.Module):
         ("rank", "has 6 axes"),
         ("operator", "no MobileViT needs: cumsum"),
         ("shape", "wanted are"),
-        ("name", "has pictures, other"),
+        ("name", "has images, other"),
     ],
 )
 def test_a_wrong_program_is_refused(fault: str, message: str, tmp_path: Path):
@@ -239,7 +239,7 @@ def test_a_wrong_program_is_refused(fault: str, message: str, tmp_path: Path):
         warnings.simplefilter("ignore")  # of the converter, about itself
         model: Any = ct.convert(
             program,
-            inputs=[ct.TensorType("pictures", (1, 3, 8, 8), dtype=np.float32)],
+            inputs=[ct.TensorType("images", (1, 3, 8, 8), dtype=np.float32)],
             outputs=[ct.TensorType("other" if fault == "name" else "logits", dtype=np.float32)],
             minimum_deployment_target=ct.target.iOS16,
             compute_precision=ct.precision.FLOAT32,

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import detector, segmentation
 
 import mobilevit.export
+from dense_networks import detector, segmentation
 from mobilevit.export import Artifact, Precision, Target, export, load_artifact, read_metadata
-from mobilevit.export.deployed import NOTHING, Boxes, Classes, Found, deployed
-from mobilevit.export.verify import Tally, as_arrays, compare, drawn_pictures
+from mobilevit.export.artifact import NOTHING, Boxes, Classes, Found, deployed
+from mobilevit.export.verify import Tally, as_arrays, compare, synthetic_images
 from mobilevit.models.deeplabv3 import LATER_HEAD
 from mobilevit.models.ssdlite import MAX_GROWTH, SIZE_VARIANCE, SSDLite, decode, detect
-from mobilevit.models.weights import Weights
-from mobilevit.tasks.detection import MAX_PER_PICTURE, SCORE_THRESHOLD
+from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
+from mobilevit.weights import Weights
 
 SIZES = [(64, 64), (75, 98)]
 EXECUTORCH, OPENVINO = (pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "openvino"))
-PICTURES = drawn_pictures(6, (80, 90))
+IMAGES = synthetic_images(6, (80, 90))
 
 
 @pytest.fixture(scope="module", name="detector")
@@ -61,9 +61,9 @@ def test_found_is_what_detect_finds_filled_up(detector: Weights):
     anchors = network.anchors(64, 64)
     with torch.no_grad():
         logits, locations = network(torch.rand(2, 3, 64, 64))
-        logits[1, 5:, 1:] = -20  # nearly nothing in the second picture
+        logits[1, 5:, 1:] = -20  # nearly nothing in the second image
         boxes, scores, labels = Found(Boxes(anchors))((logits, locations))
-        options = {"score_threshold": SCORE_THRESHOLD, "max_per_picture": MAX_PER_PICTURE}
+        options = {"score_threshold": SCORE_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
         expected = detect(logits, locations, anchors, **options)
     assert (boxes.shape, scores.shape, labels.shape) == ((2, 100, 4), (2, 100), (2, 100))
     assert labels.dtype == torch.int32
@@ -88,7 +88,7 @@ def test_the_nms_of_the_documentation(detector: Weights):
         outputs = network(torch.rand(1, 3, 75, 98))
         boxes, scores = Boxes(anchors)(outputs)
         class_logits, locations = outputs
-        [expected] = detect(class_logits, locations, anchors, score_threshold=0.3, max_per_picture=1000)
+        [expected] = detect(class_logits, locations, anchors, score_threshold=0.3, max_per_image=1000)
     found = namespace["find"](boxes[0].tolist(), scores[0].tolist())
     assert len(found) == len(expected.labels) > 20
     assert [label for label, _, _ in found] == expected.labels.tolist()
@@ -141,7 +141,7 @@ def test_nothing_found_is_nothing_compared(detector: Weights):
     nothing = found([(0,) * 4], [0], [NOTHING])
     network = torch.nn.Identity()
     network.forward = lambda x: tuple(map(torch.from_numpy, nothing))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"torch finds nothing on any of the 1 pictures, .*--images"):
+    with pytest.raises(ValueError, match=r"torch finds nothing on any of the 1 images, .*--images"):
         compare(network, lambda x: nothing, [torch.zeros(1, 3, 64, 64)], target)
 
 
@@ -178,7 +178,7 @@ def test_classes_that_differ_are_the_error():
 
 
 def made(weights: Weights, backend: str, out: Path, **options) -> Artifact:
-    [artifact] = export(weights, [backend], out, pictures=PICTURES, num_threads=1, source="here", **options)
+    [artifact] = export(weights, [backend], out, images=IMAGES, num_threads=1, source="here", **options)
     return artifact
 
 
@@ -232,7 +232,7 @@ def test_found_in_a_batch(weights: dict[str, Weights], backend: str, tmp_path: P
     with torch.no_grad():
         tally.add(as_arrays(network(x)), outputs, 3)
     assert tally.num_same > 0.99 * tally.num_answers
-    assert json.loads(read_metadata(artifact.path)["nms"])["max_per_picture"] == 100
+    assert json.loads(read_metadata(artifact.path)["nms"])["max_per_image"] == 100
 
 
 @pytest.mark.parametrize("backend", ["onnx", OPENVINO])
@@ -259,8 +259,8 @@ def test_class_map(weights: dict[str, Weights], backend: str, tmp_path: Path):
     assert artifact.agreement is not None
     assert (artifact.agreement.kind, artifact.agreement.answers) == ("pixels", 6 * 75 * 98)
     assert artifact.agreement.same > 0.999
-    picture = torch.from_numpy(drawn_pictures(1, SIZES[1])[0]).permute(2, 0, 1)[None]
-    [classes] = load_artifact(artifact.path)(weights["segment"].preprocessing.scale(picture).numpy())
+    image = torch.from_numpy(synthetic_images(1, SIZES[1])[0]).permute(2, 0, 1)[None]
+    [classes] = load_artifact(artifact.path)(weights["segment"].preprocessing.scale(image).numpy())
     assert (classes.shape, classes.dtype.name) == ((1, 75, 98), "int32")
     assert len(np.unique(classes)) > 1
     if backend == "executorch":  # XNNPACK has no argmax

@@ -11,10 +11,10 @@ import pytest
 from conftest import SMALL, randomise
 from mobilevit.export import Artifact, export, load_artifact
 from mobilevit.export.executorch import read_metadata
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export.verify import synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import XXS, MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import Weights
 
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
@@ -52,8 +52,8 @@ def test_fp16_from_bytes(weights: Weights, fp32: Artifact, tmp_path: Path):
 
 
 def test_int8(weights: Weights, fp32: Artifact, tmp_path: Path):
-    pictures = drawn_pictures(12, (80, 90))
-    [artifact] = export(weights, ["executorch"], tmp_path, precision="int8", pictures=pictures)
+    images = synthetic_images(12, (80, 90))
+    [artifact] = export(weights, ["executorch"], tmp_path, precision="int8", images=images)
     assert artifact.agreement is not None
     assert 1e-3 < artifact.agreement.error < 2
     assert (artifact.operators.num_operators, artifact.operators.outside) == (1, ())
@@ -82,7 +82,7 @@ def test_only_fixed_shapes(weights: Weights, what: str, tmp_path: Path):
         export(weights, ["executorch"], tmp_path, size=(96, 96), dynamic_batch=batch, dynamic_size=size)
 
 
-def test_a_picture_of_another_size_is_refused(fp32: Artifact):
+def test_a_image_of_another_size_is_refused(fp32: Artifact):
     with pytest.raises(ValueError, match="ExecuTorch cannot take"):
         load_artifact(fp32.path)(np.zeros((1, 3, 80, 64), np.float32))
 

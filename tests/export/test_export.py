@@ -1,4 +1,4 @@
-"""What is exported agrees with torch on the same pictures, and what does not agree is not left behind."""
+"""What is exported agrees with torch on the same images, and what does not agree is not left behind."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from conftest import SMALL, randomise
 from mobilevit.export import BACKENDS, Operators, Target, export, installed, load_artifact, verify
-from mobilevit.export.deployed import Deployed
-from mobilevit.export.verify import compare, drawn_pictures
+from mobilevit.export.artifact import Deployed
+from mobilevit.export.verify import compare, synthetic_images
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.weights import Weights
 
 PREPROCESSING = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -51,10 +51,10 @@ class Fake(ModuleType):
         path.write_text(f"{target}")
 
     def load(self, path: Path, num_threads: int):
-        def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
-            self.seen.append(pictures.shape)
+        def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+            self.seen.append(images.shape)
             with torch.no_grad():
-                return (self.change(self.network(torch.from_numpy(pictures)).numpy()),)
+                return (self.change(self.network(torch.from_numpy(images)).numpy()),)
 
         return run
 
@@ -88,20 +88,20 @@ def test_files_that_exist(weights: Weights, fake: Fake, tmp_path: Path):
 
 
 def test_the_input_is_what_the_network_was_trained_on(weights: Weights, fake: Fake, tmp_path: Path):
-    picture = Image.fromarray(drawn_pictures(1, (90, 100))[0])
+    image = Image.fromarray(synthetic_images(1, (90, 100))[0])
     for uint8 in (False, True):
-        export(weights, ["fake"], tmp_path, uint8=uint8, pictures=[picture])
-        pixels = PREPROCESSING.resize_and_crop(picture)
-        x = torch.from_numpy(np.array(pixels))[None] if uint8 else PREPROCESSING(picture)[None]
-        expected = weights.build()(PREPROCESSING(picture)[None])
+        export(weights, ["fake"], tmp_path, uint8=uint8, images=[image])
+        pixels = PREPROCESSING.resize_and_crop(image)
+        x = torch.from_numpy(np.array(pixels))[None] if uint8 else PREPROCESSING(image)[None]
+        expected = weights.build()(PREPROCESSING(image)[None])
         torch.testing.assert_close(fake.network(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_is_filled_and_what_was_added_not_counted(weights: Weights, fake: Fake, tmp_path: Path):
-    [artifact] = export(weights, ["fake"], tmp_path, batch_size=4, pictures=drawn_pictures(6, (64, 64)))
+    [artifact] = export(weights, ["fake"], tmp_path, batch_size=4, images=synthetic_images(6, (64, 64)))
     assert set(fake.seen) == {(4, 3, 64, 64)}
     assert artifact.agreement is not None
-    assert (artifact.agreement.answers, artifact.agreement.kind, artifact.agreement.same) == (6, "pictures", 1.0)
+    assert (artifact.agreement.answers, artifact.agreement.kind, artifact.agreement.same) == (6, "images", 1.0)
     assert artifact.agreement.error < 1e-5
 
 
@@ -122,18 +122,18 @@ def test_what_was_left_open_is_tried_at_another_value(weights: Weights, fake: Fa
             r"\(logits\) differs by 0\.\d+ of their standard deviation, allowed are 0.001",
         ),
         ("fp32", lambda x: x * np.nan, r"differs by (nan|inf)"),
-        ("int8", lambda x: -x, r"torch's answer on only [\d.]+ % of 32 pictures, 90 % are asked for"),
+        ("int8", lambda x: -x, r"torch's answer on only [\d.]+ % of 32 images, 90 % are asked for"),
     ],
 )
 def test_what_does_not_agree_is_not_written(weights: Weights, fake: Fake, tmp_path: Path, precision, change, message):
     out = tmp_path / "exports"
-    pictures = drawn_pictures(32, (64, 64))
-    export(weights, ["fake"], out, precision=precision, pictures=pictures)
+    images = synthetic_images(32, (64, 64))
+    export(weights, ["fake"], out, precision=precision, images=images)
     [good] = out.iterdir()
     before = good.stat().st_mtime_ns
     fake.change = change
     with pytest.raises(ValueError, match=f"fake in {precision} .*{message}.*; nothing was written"):
-        export(weights, ["fake"], out, precision=precision, pictures=pictures)
+        export(weights, ["fake"], out, precision=precision, images=images)
     assert list(out.iterdir()) == [good]
     assert good.stat().st_mtime_ns == before
 
@@ -148,14 +148,14 @@ def test_metadata(weights: Weights, fake: Fake, tmp_path: Path):
     assert fake.metadata["precision"] == "fp32"
 
 
-def test_calibration_is_spread_over_the_pictures(weights: Weights, fake: Fake, tmp_path: Path):
-    pictures = [np.full((64, 64, 3), i // 4, np.uint8) for i in range(1000)]
-    export(weights, ["fake"], tmp_path, precision="int8", pictures=pictures, uint8=True)
+def test_calibration_is_spread_over_the_images(weights: Weights, fake: Fake, tmp_path: Path):
+    images = [np.full((64, 64, 3), i // 4, np.uint8) for i in range(1000)]
+    export(weights, ["fake"], tmp_path, precision="int8", images=images, uint8=True)
     levels = [int(x[0, 0, 0, 0]) for x in fake.calibration["int8"]]
     assert len(levels) == 256
     assert levels == sorted(levels)
     assert (levels[0], levels[-1]) == (0, 249)
-    export(weights, ["fake"], tmp_path, pictures=pictures)
+    export(weights, ["fake"], tmp_path, images=images)
     assert not fake.calibration["fp32"]
 
 
@@ -169,12 +169,12 @@ def test_calibration_is_spread_over_the_pictures(weights: Weights, fake: Fake, t
         (
             ["onnx"],
             {"dynamic_size": True},
-            "size is 64 x 64 px; a picture has at least 65 px, where",
+            "size is 64 x 64 px; an image has at least 65 px, where",
         ),
-        (["fake"], {"size": (16, 64)}, "size is 16 x 64 px; a picture has at least 32 px"),
+        (["fake"], {"size": (16, 64)}, "size is 16 x 64 px; an image has at least 32 px"),
         (["fake"], {"answers": True}, "with the task 'classify' the logits are all there is; leave out --answers"),
         (["fake"], {"batch_size": 0}, "batch size is 0; it must be 1 or more"),
-        (["fake"], {"precision": "int8"}, "int8 is calibrated on real pictures"),
+        (["fake"], {"precision": "int8"}, "int8 is calibrated on real images"),
     ],
 )
 def test_refused(weights: Weights, fake: Fake, tmp_path: Path, to: list[str], options: dict, message: str):
@@ -189,9 +189,9 @@ def test_features_have_no_answers(weights: Weights, tmp_path: Path):
         export(features, ["onnx"], tmp_path)
 
 
-def test_a_picture_that_cannot_be_read_is_named(weights: Weights, fake: Fake, tmp_path: Path):
-    with pytest.raises(PictureError, match=r"none\.png: no such file"):
-        export(weights, ["fake"], tmp_path, pictures=[tmp_path / "none.png"])
+def test_a_image_that_cannot_be_read_is_named(weights: Weights, fake: Fake, tmp_path: Path):
+    with pytest.raises(ImageError, match=r"none\.png: no such file"):
+        export(weights, ["fake"], tmp_path, images=[tmp_path / "none.png"])
 
 
 def test_what_is_not_installed_is_named_with_its_extra(weights: Weights, monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -222,16 +222,16 @@ def test_int8_is_timed_against_fp32(weights: Weights, fake: Fake, tmp_path: Path
     def load(path: Path, num_threads: int):
         precision = path.read_text()
 
-        def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
+        def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
             now[0] += seconds[precision]
             with torch.no_grad():
-                return (fake.network(torch.from_numpy(pictures)).numpy(),)
+                return (fake.network(torch.from_numpy(images)).numpy(),)
 
         return run
 
     fake.write, fake.load = write, load  # pyright: ignore[reportAttributeAccessIssue]
-    pictures = drawn_pictures(3, (64, 64))
-    [artifact] = export(weights, ["fake"], tmp_path, precision="int8", pictures=pictures)
+    images = synthetic_images(3, (64, 64))
+    [artifact] = export(weights, ["fake"], tmp_path, precision="int8", images=images)
     assert written == [("int8", 3), ("fp32", 0)]
     assert artifact.path.read_text() == "int8"
     assert artifact.speed_ratio == pytest.approx(3)
@@ -247,7 +247,7 @@ def test_load_artifact_refuses(tmp_path: Path):
 
 
 def test_another_size_than_that_of_the_weights(weights: Weights, fake: Fake, tmp_path: Path):
-    export(weights, ["fake"], tmp_path, size=(75, 130), pictures=drawn_pictures(2, (200, 100)))
+    export(weights, ["fake"], tmp_path, size=(75, 130), images=synthetic_images(2, (200, 100)))
     assert set(fake.seen) == {(1, 3, 75, 130)}
 
 
@@ -265,13 +265,13 @@ def test_error_is_in_deviations_of_the_logits():
     assert found.same == 0
 
 
-def test_drawn_pictures_differ_and_come_back_the_same():
-    pictures = drawn_pictures(5, (40, 60))
-    again = drawn_pictures(5, (40, 60))
-    assert all(picture.shape == (40, 60, 3) and picture.dtype == np.uint8 for picture in pictures)
-    assert all(np.array_equal(a, b) for a, b in zip(pictures, again, strict=True))
-    assert len({picture.tobytes() for picture in pictures}) == 5
-    assert min(picture.std() for picture in pictures) > 5
+def test_synthetic_images_differ_and_come_back_the_same():
+    images = synthetic_images(5, (40, 60))
+    again = synthetic_images(5, (40, 60))
+    assert all(image.shape == (40, 60, 3) and image.dtype == np.uint8 for image in images)
+    assert all(np.array_equal(a, b) for a, b in zip(images, again, strict=True))
+    assert len({image.tobytes() for image in images}) == 5
+    assert min(image.std() for image in images) > 5
 
 
 def test_target_example():

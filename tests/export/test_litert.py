@@ -11,16 +11,16 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from dense import dense_weights
 
 from conftest import randomise
+from dense_networks import dense_weights
 from mobilevit.cli import main
 from mobilevit.export import Target, export, load_artifact
-from mobilevit.export.deployed import Deployed, deployed
-from mobilevit.export.verify import as_arrays, drawn_pictures
+from mobilevit.export.artifact import Deployed, deployed
+from mobilevit.export.verify import as_arrays, synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
-from mobilevit.models.weights import TaskName, Weights, write
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import TaskName, Weights, write
 
 NAME = "mobilevit.export.litert"
 
@@ -85,7 +85,7 @@ def test_fp32(litert: ModuleType, weights: Weights, tmp_path: Path, capfd: pytes
     assert metadata["source"] == "here"
     assert "ü" in metadata["class_names"]
     (source,) = litert._interpreter(artifact.path, 1).get_signature_list().values()
-    assert source == {"inputs": ["pictures"], "outputs": ["logits"]}
+    assert source == {"inputs": ["images"], "outputs": ["logits"]}
     (logits,) = load_artifact(artifact.path)(np.zeros((1, 3, 64, 64), np.float32))
     assert logits.shape == (1, 7)
     _assert_aligned(litert, artifact.path)
@@ -111,7 +111,7 @@ def test_int8(litert: ModuleType, weights: Weights, tmp_path: Path, capfd: pytes
     # Past `export`, which asks for the same answers: those of random weights are too close to each other for that.
     network = Deployed(weights.build(), weights.preprocessing, uint8=False).eval()
     path = tmp_path / "model.tflite"
-    inputs = [weights.preprocessing(picture)[None] for picture in drawn_pictures(24, (80, 90), seed=1)]
+    inputs = [weights.preprocessing(image)[None] for image in synthetic_images(24, (80, 90), seed=1)]
     litert.write(network, Target("int8", 64, 64), path, {"precision": "int8"}, inputs)
     run = litert.load(path, num_threads=1)
     assert litert.operators(path).outside == ()
@@ -161,7 +161,7 @@ def test_dense_int8(litert: ModuleType, task: TaskName, tmp_path: Path) -> None:
     dense = dense_weights(task)
     target = Target("int8", 64, 64, task=task)
     network, path = deployed(dense, target), tmp_path / "model.tflite"
-    inputs = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in drawn_pictures(24, (64, 64), seed=1)]
+    inputs = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in synthetic_images(24, (64, 64), seed=1)]
     litert.write(network, target, path, {}, inputs)
     assert set(litert.operators(path).outside) <= {"CONCATENATION"}
     for found, expected in zip(litert.load(path, 1)(inputs[0].numpy()), as_arrays(network(inputs[0])), strict=True):

@@ -13,10 +13,10 @@ import torch
 from conftest import SMALL, randomise
 from mobilevit.export import export, load_artifact
 from mobilevit.export.onnx import read_metadata
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export.verify import synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import XXS, MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import Weights
 
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
@@ -26,8 +26,8 @@ def weights(request: pytest.FixtureRequest) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
-    return drawn_pictures(24, (80, 90))
+def images() -> list[np.ndarray]:
+    return synthetic_images(24, (80, 90))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (75, 130)])
@@ -77,10 +77,10 @@ def test_fp16_survives_a_large_residual_stream(weights: Weights, tmp_path: Path)
     [pytest.param({}, marks=pytest.mark.slow), {"dynamic_batch": True, "batch_size": 3, "uint8": True}],
     ids=str,
 )
-def test_int8(weights: Weights, pictures: list[np.ndarray], num_fp32_bytes: int, options: dict, tmp_path: Path):
-    [artifact] = export(weights, ["onnx"], tmp_path, precision="int8", pictures=pictures, **options)
+def test_int8(weights: Weights, images: list[np.ndarray], num_fp32_bytes: int, options: dict, tmp_path: Path):
+    [artifact] = export(weights, ["onnx"], tmp_path, precision="int8", images=images, **options)
     assert artifact.agreement is not None
-    assert artifact.agreement.num_pictures == 24
+    assert artifact.agreement.num_images == 24
     assert 1e-3 < artifact.agreement.error < 2
     assert artifact.num_bytes < 0.3 * num_fp32_bytes
     graph = onnx.load(artifact.path).graph

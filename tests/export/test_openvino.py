@@ -15,10 +15,10 @@ from torch import nn
 from conftest import SMALL, randomise
 from mobilevit.export import Target, export, load_artifact
 from mobilevit.export.openvino import load, read_metadata, write
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export.verify import synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import XXS, MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import Weights
 
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
@@ -29,8 +29,8 @@ def weights(request: pytest.FixtureRequest) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
-    return drawn_pictures(16, (80, 90))
+def images() -> list[np.ndarray]:
+    return synthetic_images(16, (80, 90))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def num_fp32_bytes(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -
     assert metadata["source"] == "weights.safetensors"
     assert metadata["computed_in"] == "f32"
     model = openvino.Core().read_model(artifact.path)
-    assert model.input("pictures").shape == [1, 3, 64, 64]
+    assert model.input("images").shape == [1, 3, 64, 64]
     assert model.output("logits").shape == [1, 7]
     weights_file = artifact.path.with_suffix(".bin")
     assert artifact.num_bytes == artifact.path.stat().st_size + weights_file.stat().st_size
@@ -88,14 +88,14 @@ def test_half(weights: Weights, num_fp32_bytes: int, precision, tmp_path: Path):
     assert ratio < (0.55 if precision == "fp16" else 1.1)
 
 
-def test_int8(weights: Weights, pictures: list[np.ndarray], num_fp32_bytes: int, tmp_path: Path):
-    [artifact] = export(weights, ["openvino"], tmp_path, precision="int8", batch_size=3, pictures=pictures)
+def test_int8(weights: Weights, images: list[np.ndarray], num_fp32_bytes: int, tmp_path: Path):
+    [artifact] = export(weights, ["openvino"], tmp_path, precision="int8", batch_size=3, images=images)
     assert artifact.agreement is not None
     assert 1e-3 < artifact.agreement.error < 2
     assert artifact.path.with_suffix(".bin").stat().st_size < 0.3 * num_fp32_bytes
 
 
-def test_int8_without_pictures(weights: Weights, tmp_path: Path):
+def test_int8_without_images(weights: Weights, tmp_path: Path):
     with pytest.raises(ValueError, match="calibrated"):
         write(weights.build(), Target("int8", 64, 64), tmp_path / "a.xml", {}, ())
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from conftest import SMALL, randomise
-from mobilevit.benchmark import others
+from mobilevit.benchmark import rivals
 from mobilevit.export import sensitivity
-from mobilevit.export.deployed import Deployed
+from mobilevit.export.artifact import Deployed
 from mobilevit.export.quantization import EVERYTHING, Cost, costs_of_int8, part_of
-from mobilevit.export.verify import drawn_pictures
+from mobilevit.export.verify import synthetic_images
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import TaskName, Weights
-from mobilevit.pictures import Preprocessing
+from mobilevit.weights import TaskName, Weights
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model() -> MobileViT:
 @pytest.fixture(scope="module")
 def costs(model: MobileViT) -> dict[str, Cost]:
     weights = Weights(model.architecture, model.state_dict(), Preprocessing(70, 64))
-    return {cost.part: cost for cost in sensitivity(weights, drawn_pictures(12, (64, 64)))}
+    return {cost.part: cost for cost in sensitivity(weights, synthetic_images(12, (64, 64)))}
 
 
 def test_every_layer_is_in_one_part(costs: dict[str, Cost], model: MobileViT):
@@ -46,13 +46,13 @@ def test_everything_costs_more_than_its_parts(costs: dict[str, Cost]):
 
 
 def test_the_classifier_by_hand(model: MobileViT, costs: dict[str, Cost]):
-    pictures = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in drawn_pictures(12, (64, 64))]
+    images = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in synthetic_images(12, (64, 64))]
     deployed = Deployed(model, Preprocessing(70, 64), uint8=False).eval()
-    [cost] = [cost for cost in costs_of_int8(deployed, pictures) if cost.part == "classifier"]
+    [cost] = [cost for cost in costs_of_int8(deployed, images) if cost.part == "classifier"]
     seen = []
     hook = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        expected = torch.cat([model(picture) for picture in pictures])
+        expected = torch.cat([model(image) for image in images])
     hook.remove()
     x, weight = torch.cat(seen).double(), model.classifier.weight.detach().double()  # pyright: ignore
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
@@ -96,8 +96,8 @@ def test_parts_by_name():
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_networks(task: TaskName):
-    weights = replace(others.random_weights("xxs", task=task, num_classes=5), preprocessing=Preprocessing((64, 64), 64))
-    costs = {cost.part: cost for cost in sensitivity(weights, drawn_pictures(2, (64, 64)))}
+    weights = replace(rivals.random_weights("xxs", task=task, num_classes=5), preprocessing=Preprocessing((64, 64), 64))
+    costs = {cost.part: cost for cost in sensitivity(weights, synthetic_images(2, (64, 64)))}
     heads = {"detect": {"heads", "extra layers", "pooled"}, "segment": {"pyramid", "classifier"}}[task]
     assert heads <= set(costs)
     everything = costs.pop(EVERYTHING)
@@ -106,6 +106,6 @@ def test_dense_networks(task: TaskName):
     assert all(0 < cost.same <= 1 for cost in costs.values())
 
 
-def test_pictures_are_asked_for(model: MobileViT):
-    with pytest.raises(ValueError, match="measured on real pictures"):
+def test_images_are_asked_for(model: MobileViT):
+    with pytest.raises(ValueError, match="measured on real images"):
         sensitivity(Weights(model.architecture, model.state_dict()), [])

@@ -310,10 +310,10 @@ def test_frozen_parts_do_not_change_the_gradients(size: tuple[int, int]) -> None
     model = randomise(MobileViT("xxs", num_classes=10)).double()
     x = torch.rand(2, 3, *size, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
-    by_name = dict(zip(("pictures", *(name for name, _ in model.named_parameters())), expected, strict=True))
+    by_name = dict(zip(("images", *(name for name, _ in model.named_parameters())), expected, strict=True))
     model.requires_grad_(False)
     (found,) = torch.autograd.grad(model(x).square().sum(), x)
-    torch.testing.assert_close(found, by_name["pictures"])
+    torch.testing.assert_close(found, by_name["images"])
     model.get_submodule("backbone.stage4").requires_grad_(
         True
     )  # its input needs no gradient, what comes behind it does
@@ -389,15 +389,15 @@ def test_functional_transforms(model: nn.Module) -> None:
     x, labels = torch.rand(3, 3, 64, 48), torch.tensor([0, 4, 9])
     parameters = dict(model.named_parameters())
 
-    def loss(parameters: Mapping[str, Tensor], picture: Tensor, label: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, dict(parameters), (picture[None],))
+    def loss(parameters: Mapping[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, dict(parameters), (image[None],))
         return nn.functional.cross_entropy(logits, label[None])
 
-    per_picture = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, labels)
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, labels)
     nn.functional.cross_entropy(model(x), labels, reduction="sum").backward()
     for name, parameter in parameters.items():
         assert parameter.grad is not None
-        torch.testing.assert_close(per_picture[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(per_image[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
         parameter.grad = None
 
 

@@ -39,13 +39,13 @@ def test_parameters_as_published(name: str, count: int, published: float) -> Non
 def test_anchors_against_torchvision(model: SSDLite, size: tuple[int, int]) -> None:
     maps: list[Tensor] = []
     hooks = [head.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0])) for head in model.heads]
-    pictures = torch.rand(2, 3, *size)
+    images = torch.rand(2, 3, *size)
     with torch.no_grad():
-        class_logits, locations = model(pictures)
+        class_logits, locations = model(images)
     for hook in hooks:
         hook.remove()
     generator = DefaultBoxGenerator([[2, 3]] * 5 + [[2]], scales=torch.linspace(0.1, 1.05, 7).tolist())
-    expected = generator(ImageList(pictures, [size] * 2), maps)[0] / torch.tensor([size[1], size[0]] * 2)
+    expected = generator(ImageList(images, [size] * 2), maps)[0] / torch.tensor([size[1], size[0]] * 2)
     anchors = model.anchors(*size)
     torch.testing.assert_close(anchors, box_convert(expected, "xyxy", "cxcywh"), rtol=0, atol=1e-6)
     assert class_logits.shape == (2, len(anchors), 6)
@@ -87,8 +87,8 @@ def test_encode_and_decode_against_torchvision(model: SSDLite) -> None:
     torch.testing.assert_close(decode(locations, anchors).double(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("max_per_class", "max_per_picture"), [(200, 10_000), (3, 10_000), (200, 4), (3, 7)])
-def test_detect_against_a_loop(max_per_class: int, max_per_picture: int) -> None:
+@pytest.mark.parametrize(("max_per_class", "max_per_image"), [(200, 10_000), (3, 10_000), (200, 4), (3, 7)])
+def test_detect_against_a_loop(max_per_class: int, max_per_image: int) -> None:
     class_logits, locations = 2 * torch.randn(2, 300, 5), torch.randn(2, 300, 4)
     anchors = torch.cat((torch.rand(300, 2), 0.1 + 0.4 * torch.rand(300, 2)), dim=1)
     found = detect(
@@ -98,32 +98,32 @@ def test_detect_against_a_loop(max_per_class: int, max_per_picture: int) -> None
         score_threshold=0.3,
         iou_threshold=0.4,
         max_per_class=max_per_class,
-        max_per_picture=max_per_picture,
+        max_per_image=max_per_image,
     )
-    for picture in range(2):
+    for image in range(2):
         expected = []
-        boxes = decode(locations[picture], anchors)
+        boxes = decode(locations[image], anchors)
         for label in range(4):
-            scores = class_logits[picture].softmax(-1)[:, label + 1]
+            scores = class_logits[image].softmax(-1)[:, label + 1]
             above = (scores > 0.3).nonzero()[:, 0]
             kept = above[nms(boxes[above], scores[above], 0.4)][:max_per_class]
             expected += [(scores[i].item(), label, i) for i in kept]
         expected.sort(key=lambda one: -one[0])
-        expected = expected[:max_per_picture]
-        one = found[picture]
+        expected = expected[:max_per_image]
+        one = found[image]
         assert one.scores.tolist() == [score for score, _, _ in expected]
         assert one.labels.tolist() == [label for _, label, _ in expected]
         assert torch.equal(one.boxes, torch.stack([boxes[i] for _, _, i in expected]))
 
 
-@pytest.mark.parametrize(("max_per_class", "max_per_picture"), [(200, 10), (3, 300), (7, 30), (200, 700)])
-def test_as_few_candidates_as_fill_the_picture(
-    max_per_class: int, max_per_picture: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("max_per_class", "max_per_image"), [(200, 10), (3, 300), (7, 30), (200, 700)])
+def test_as_few_candidates_as_fill_the_image(
+    max_per_class: int, max_per_image: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same boxes whether NMS begins with a few of the best or is given all; no two scores are equal."""
     class_logits, locations = 0.1 * torch.randn(2, 500, 41), 0.3 * torch.randn(2, 500, 4)
     anchors = torch.cat((torch.rand(500, 2), 0.1 + 0.1 * torch.rand(500, 2)), dim=1)
-    options = {"score_threshold": 0.01, "max_per_class": max_per_class, "max_per_picture": max_per_picture}
+    options = {"score_threshold": 0.01, "max_per_class": max_per_class, "max_per_image": max_per_image}
     found, asked = [], []
 
     def counted(boxes: Tensor, *more: Any) -> Tensor:
@@ -135,9 +135,9 @@ def test_as_few_candidates_as_fill_the_picture(
         monkeypatch.setattr(ssdlite, "MIN_CANDIDATES", least)
         asked.clear()
         found.append(detect(class_logits, locations, anchors, **options))
-        if max_per_picture <= 30:
+        if max_per_image <= 30:
             assert (max(asked) < 2000) == (least == 16)
-    assert len(found[0][0].scores.unique()) == len(found[0][0].scores) == min(max_per_picture, 40 * max_per_class)
+    assert len(found[0][0].scores.unique()) == len(found[0][0].scores) == min(max_per_image, 40 * max_per_class)
     for few, whole in zip(*found, strict=True):
         for ours, theirs in zip(few, whole, strict=True):
             assert torch.equal(ours, theirs)
@@ -147,7 +147,7 @@ def test_nothing_to_see(model: SSDLite) -> None:
     anchors = model.anchors(64, 64)
     logits = torch.zeros(1, len(anchors), 6)
     logits[..., 0] = 20
-    (found,) = detect(logits, torch.zeros(1, len(anchors), 4), anchors, score_threshold=0.5, max_per_picture=100)
+    (found,) = detect(logits, torch.zeros(1, len(anchors), 4), anchors, score_threshold=0.5, max_per_image=100)
     assert [part.shape for part in found] == [(0, 4), (0,), (0,)]
 
 
@@ -231,7 +231,7 @@ def test_initial_values() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_training_step_reaches_every_parameter(name: str) -> None:
     model = SSDLite(name, num_classes=2).train()
-    # Large enough for extra maps of several pixels: of two pictures of one pixel each, batch norm leaves only signs.
+    # Large enough for extra maps of several pixels: of two images of one pixel each, batch norm leaves only signs.
     class_logits, locations = model(torch.rand(2, 3, 96, 288))
     (class_logits.square().mean() + locations.square().mean()).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
 from mobilevit.data.sources import fingerprint
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.predict import classifier
 from mobilevit.recipes import Data, Recipe, to_dict
 from mobilevit.tasks import classification, default_split, evaluate_weights
 from mobilevit.tasks.classification import Answers, Classification
+from mobilevit.weights import Weights
 
 TASK = Classification()
 RECIPE = Recipe(architecture="xxs", data=Data(size_px=32, eval_resize=1.3, min_scale=1, flip=False, val_fraction=0.5))
 
 
 class Prepared(nn.Module):
-    """Gives the prepared logits of the picture whose number is its value, 0 to 255."""
+    """Gives the prepared logits of the image whose number is its value, 0 to 255."""
 
     def __init__(self, logits: Tensor):
         super().__init__()
@@ -56,7 +56,7 @@ def test_metrics_against_scikit_learns(num_classes: int):
         "top1": hits[1],
         "top5": hits[5],
         "loss": pytest.approx(log_loss(labels, logits.double().softmax(dim=1), labels=classes), rel=1e-6),
-        "num_pictures": 100,
+        "num_images": 100,
     }
     if num_classes > 5:
         assert metrics["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=classes))
@@ -75,7 +75,7 @@ def test_loss_against_the_formula_of_label_smoothing(smoothing: float):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four noisy pictures of each of three classes."""
+    """Four noisy images of each of three classes."""
     random = np.random.default_rng(0)
     for class_name in "abc":
         (tmp_path / class_name).mkdir()
@@ -86,7 +86,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def weights(class_names: tuple[str, ...] = ("a", "b", "c"), seed: int = 0, **values) -> Weights:
-    """Of a network whose answers differ from picture to picture."""
+    """Of a network whose answers differ from image to image."""
     torch.manual_seed(seed)
     model = MobileViT("xxs", num_classes=len(class_names))
     for weight in model.classifier.parameters():
@@ -141,7 +141,7 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
     metrics = evaluate_weights(w, folder, batch_size=5).metrics()
     assert metrics["top1"] == pytest.approx(100 * np.mean(right))
     assert metrics["loss"] == pytest.approx(-np.mean(log_p), rel=1e-4)
-    assert metrics["num_pictures"] == 12
+    assert metrics["num_images"] == 12
 
 
 def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
@@ -154,11 +154,11 @@ def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
-def test_an_unreadable_picture_leaves_no_workers_behind(folder: Path):
+def test_an_unreadable_image_leaves_no_workers_behind(folder: Path):
     file = folder / "b" / "0.png"
     file.write_bytes(file.read_bytes()[:-30])
     before = set(multiprocessing.active_children())
-    with pytest.raises(PictureError, match=f"^{file}: damaged") as caught:
+    with pytest.raises(ImageError, match=f"^{file}: damaged") as caught:
         evaluate_weights(weights(), folder, batch_size=2, num_workers=2)
     assert caught.value.__traceback__ is not None
     assert set(multiprocessing.active_children()) <= before
@@ -174,7 +174,7 @@ def test_evaluation_takes_the_validation_split_that_training_made(
     for split, expected in ((None, val), ("val", val), ("train", train)):
         found = cast(Answers, evaluate_weights(trained, folder, split=split, say=notes.append))
         assert found.labels.tolist() == list(expected.source.labels)
-    assert evaluate_weights(trained, folder, split="all").metrics()["num_pictures"] == 12
+    assert evaluate_weights(trained, folder, split="all").metrics()["num_images"] == 12
     assert notes == []
     # Of other data, and with weights that say nothing of their training, all images are evaluated.
     assert default_split(weights(), folder) == "all"
@@ -200,11 +200,11 @@ def test_evaluation_leaves_out_as_many_unreadable_images_as_are_allowed(folder: 
         file.write_bytes(file.read_bytes()[:-30])
     notes = []
     metrics = evaluate_weights(weights(), folder, batch_size=5, max_unreadable=2, say=notes.append).metrics()
-    assert metrics["num_pictures"] == 10
+    assert metrics["num_images"] == 10
     assert notes == [f"cannot be read, left out: {folder / 'a/0.png'}, {folder / 'b/1.png'}"]
-    with pytest.raises(PictureError, match=r"^2 images cannot be read \(.*a/0.png, .*b/1.png\).*--max-unreadable 2$"):
+    with pytest.raises(ImageError, match=r"^2 images cannot be read \(.*a/0.png, .*b/1.png\).*--max-unreadable 2$"):
         evaluate_weights(weights(), folder, batch_size=5, max_unreadable=1)
-    with pytest.raises(PictureError, match=r"a/0.png: damaged .*; or skip .* with --max-unreadable"):
+    with pytest.raises(ImageError, match=r"a/0.png: damaged .*; or skip .* with --max-unreadable"):
         evaluate_weights(weights(), folder)
 
 
@@ -233,7 +233,7 @@ def columns(answers: Answers) -> list[np.ndarray]:
     return [answers.numbers, answers.labels, answers.answers, answers.probabilities, answers.losses]
 
 
-def test_answers_do_not_depend_on_how_the_pictures_were_dealt_out():
+def test_answers_do_not_depend_on_how_the_images_were_dealt_out():
     torch.manual_seed(0)
     model, labels = Prepared(torch.randn(20, 7)), torch.randint(7, (20,))
     whole = TASK.evaluate(model, batches(labels, 20))
@@ -252,18 +252,18 @@ def test_answers_do_not_depend_on_how_the_pictures_were_dealt_out():
         TASK.evaluate(model, batches(labels, *[1] * 20)),
         TASK.evaluate(model, [*in_turn[::-1], empty]),
         TASK.evaluate(model, in_turn[::2], lambda mine: [mine, *halves]),
-        TASK.evaluate(model, in_turn[::2], lambda mine: [(None, 0), *halves, mine]),  # one process had no picture
+        TASK.evaluate(model, in_turn[::2], lambda mine: [(None, 0), *halves, mine]),  # one process had no image
     ):
         for ours, theirs in zip(columns(whole), columns(others), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         assert others.metrics() == whole.metrics()
         assert others.num_classes == 7
-    with pytest.raises(PictureError, match="none of the pictures"):
+    with pytest.raises(ImageError, match="none of the images"):
         TASK.evaluate(model, [empty])
 
 
-def test_loss_of_mixed_pictures_by_hand(monkeypatch: pytest.MonkeyPatch):
-    """Each picture with the next but one, three quarters to one, in pixels and in targets."""
+def test_loss_of_mixed_images_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Each image with the next but one, three quarters to one, in pixels and in targets."""
     torch.manual_seed(0)
     labels = torch.tensor([2, 0, 2, 1, 1])
     linear = nn.Linear(12, 3).double()

@@ -21,16 +21,16 @@ from torchvision.ops import box_convert, box_iou
 
 from mobilevit.data.dense import BoxBatch, BoxTruth
 from mobilevit.data.labels import Boxes
-from mobilevit.data.loader import Batch, PictureDataset, load
-from mobilevit.data.sample import Sample
+from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import eval_batches
+from mobilevit.data.samples import Sample
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite, encode
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.recipes import Data, Recipe
+from mobilevit.report.results import Drawn, boxes_html
 from mobilevit.tasks.detection import Detection, Detections, Found, match, ssd_loss
-from mobilevit.tasks.html import Drawn, boxes_html
+from mobilevit.weights import Weights
 
 TASK = Detection()
 RECIPE = Recipe(
@@ -54,7 +54,7 @@ def random_batch(nums: Sequence[int], num_classes: int = 3, seed: int = 0) -> Bo
 
 
 def slow_match(corners: Tensor, anchors: Tensor) -> list[int]:
-    """Anchor by anchor and box by box, for one picture."""
+    """Anchor by anchor and box by box, for one image."""
     overlaps = box_iou(box_convert(anchors, "cxcywh", "xyxy"), corners)
     of_anchor = []
     for row in overlaps:
@@ -164,11 +164,11 @@ def truth_of(corners: Any, labels: Any, size: tuple[int, int] = (300, 400), crow
     return BoxTruth(Boxes(corners, np.array(labels, np.int64), crowd, areas), *size)
 
 
-def random_found(num_pictures: int, num_classes: int, seed: int, shift: float = 12) -> tuple[Found, ...]:
+def random_found(num_images: int, num_classes: int, seed: int, shift: float = 12) -> tuple[Found, ...]:
     """Some boxes found, moved by some pixels, some missed, some invented, some taken for another class."""
     random = np.random.default_rng(seed)
     found = []
-    for number in range(num_pictures):
+    for number in range(num_images):
         num = int(random.integers(0, 7))
         top_left, sides = random.uniform(0, 200, (num, 2)), random.uniform(8, 150, (num, 2))
         corners, labels = np.concatenate((top_left, top_left + sides), 1), random.integers(num_classes, size=num)
@@ -199,9 +199,9 @@ def by_pycocotools(found: Sequence[Found], num_classes: int, folder: Path) -> np
             left, top, right, bottom = map(float, corners)
             answer = {"image_id": 7 + one.number, "category_id": 3 + int(label), "score": float(score)}
             answers.append({**answer, "bbox": [left, top, right - left, bottom - top]})
-    pictures = [{"id": 7 + one.number} for one in found]
+    images = [{"id": 7 + one.number} for one in found]
     classes = [{"id": 3 + i, "name": str(i)} for i in range(num_classes)]
-    content = {"info": {}, "images": pictures, "annotations": boxes, "categories": classes}
+    content = {"info": {}, "images": images, "annotations": boxes, "categories": classes}
     (folder / "truth.json").write_text(json.dumps(content))
     (folder / "found.json").write_text(json.dumps(answers))
     program = (
@@ -213,9 +213,9 @@ def by_pycocotools(found: Sequence[Found], num_classes: int, folder: Path) -> np
     return np.array([float(x) for x in out.stdout.splitlines()[-1].split()])
 
 
-@pytest.mark.parametrize(("num_pictures", "num_classes", "seed"), [(8, 2, 0), (25, 5, 1)])
-def test_metrics_against_pycocotools(num_pictures: int, num_classes: int, seed: int, tmp_path: Path):
-    found = random_found(num_pictures, num_classes, seed)
+@pytest.mark.parametrize(("num_images", "num_classes", "seed"), [(8, 2, 0), (25, 5, 1)])
+def test_metrics_against_pycocotools(num_images: int, num_classes: int, seed: int, tmp_path: Path):
+    found = random_found(num_images, num_classes, seed)
     results = Detections(found, num_classes)
     metrics = results.metrics()
     expected = dict(
@@ -228,7 +228,7 @@ def test_metrics_against_pycocotools(num_pictures: int, num_classes: int, seed: 
     assert 1 < expected["ap"] < 99
     assert metrics == {
         **{name: pytest.approx(value, abs=1e-9) for name, value in expected.items()},
-        "num_pictures": num_pictures,
+        "num_images": num_images,
     }
     names = [f"class {i}" for i in range(num_classes)]
     rows = results.per_class(names)
@@ -257,9 +257,9 @@ def test_perfect_and_shifted_boxes():
     squares = [truth_of([(10 * i, 20, 10 * i + 100, 120)], [i % 2]) for i in range(6)]
     empty = np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int64)
     nothing = [Found(i, truth, *empty) for i, truth in enumerate(squares)]
-    assert Detections(tuple(nothing), 2).metrics() == {"ap": 0, "ap50": 0, "ap75": 0, "ap_large": 0, "num_pictures": 6}
+    assert Detections(tuple(nothing), 2).metrics() == {"ap": 0, "ap50": 0, "ap75": 0, "ap_large": 0, "num_images": 6}
     metrics = Detections(perfect(nothing), 2).metrics()
-    assert metrics == {name: pytest.approx(100) for name in ("ap", "ap50", "ap75", "ap_large")} | {"num_pictures": 6}
+    assert metrics == {name: pytest.approx(100) for name in ("ap", "ap50", "ap75", "ap_large")} | {"num_images": 6}
     # 10 px to the right and down: 90^2 of 2 * 100^2 - 90^2 in common, 0.68, so that 4 of the 10 thresholds are met.
     metrics = Detections(perfect(nothing, 10), 2).metrics()
     assert metrics["ap"] == pytest.approx(40)
@@ -276,23 +276,23 @@ def test_crowds_are_no_fault_and_a_class_without_boxes_has_no_figure():
     assert results.per_class(["a", "b"])[1] == {"class": "b", "num_boxes": 0, "ap": None, "ap50": None}
     assert np.isnan(results.curves()[1]).all()
     none = Found(0, truth_of([], []), *(x[:0] for x in found[2:]))
-    assert Detections((none,), 2).metrics() == {"ap": 0, "num_pictures": 1}
+    assert Detections((none,), 2).metrics() == {"ap": 0, "num_images": 1}
 
 
 class Prepared(SSDLite):
-    """Answers with the given boxes for the picture whose number is its value, 0 to 255."""
+    """Answers with the given boxes for the image whose number is its value, 0 to 255."""
 
     def __init__(self, found: Sequence[Found], num_classes: int):
         super().__init__("xxs", num_classes)
         self.found = found
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        assert pictures.dtype == torch.float32
-        anchors = self.anchors(*pictures.shape[2:])
-        logits = torch.zeros(len(pictures), len(anchors), self.num_classes + 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.float32
+        anchors = self.anchors(*images.shape[2:])
+        logits = torch.zeros(len(images), len(anchors), self.num_classes + 1)
         logits[..., 0] = 30
-        locations = torch.zeros(len(pictures), len(anchors), 4)
-        numbers = (255 * pictures[:, 0, 0, 0]).round().long().tolist()
+        locations = torch.zeros(len(images), len(anchors), 4)
+        numbers = (255 * images[:, 0, 0, 0]).round().long().tolist()
         for i, number in enumerate(numbers):
             one = self.found[number]
             size = torch.tensor((one.truth.width, one.truth.height) * 2)
@@ -315,7 +315,7 @@ def prepared_batches(found: Sequence[Found], *sizes: int) -> list[Batch]:
 
 
 def spread_found() -> tuple[Found, ...]:
-    """Found boxes within the picture, none of which takes another's place, in pictures of several sizes."""
+    """Found boxes within the image, none of which takes another's place, in images of several sizes."""
     random = np.random.default_rng(0)
     found = []
     for number in range(9):
@@ -327,7 +327,7 @@ def spread_found() -> tuple[Found, ...]:
     return tuple(found)
 
 
-def test_evaluation_maps_boxes_back_to_the_picture():
+def test_evaluation_maps_boxes_back_to_the_image():
     found = spread_found()
     results = TASK.evaluate(Prepared(found, 2).eval(), prepared_batches(found, 5, 4))
     assert results.num_classes == 2
@@ -339,7 +339,7 @@ def test_evaluation_maps_boxes_back_to_the_picture():
     assert results.metrics() == {k: pytest.approx(v, abs=0.5) for k, v in Detections(found, 2).metrics().items()}
 
 
-def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
+def test_results_do_not_depend_on_how_the_images_were_dealt_out():
     found = spread_found()
     model = Prepared(found, 2).eval()
     whole = TASK.evaluate(model, prepared_batches(found, 9))
@@ -356,14 +356,14 @@ def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
         TASK.evaluate(model, prepared_batches(found, *[1] * 9)),
         TASK.evaluate(model, [*in_turn[::-1], empty]),
         TASK.evaluate(model, in_turn[::2], lambda mine: [mine, *halves]),
-        TASK.evaluate(model, in_turn[::2], lambda mine: [([], 0), *halves, mine]),  # one process had no picture
+        TASK.evaluate(model, in_turn[::2], lambda mine: [([], 0), *halves, mine]),  # one process had no image
     ):
         assert others.metrics() == whole.metrics()
         assert others.num_classes == 2
         for ours, theirs in zip(whole.found, others.found, strict=True):
             for a, b in zip(ours[2:], theirs[2:], strict=True):
                 np.testing.assert_array_equal(a, b)
-    with pytest.raises(PictureError, match="none of the pictures"):
+    with pytest.raises(ImageError, match="none of the images"):
         TASK.evaluate(model, [empty])
 
 
@@ -373,24 +373,24 @@ def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """COCO's layout: six pictures with a red or green rectangle each, the classes "red" and "green"."""
+    """COCO's layout: six images with a red or green rectangle each, the classes "red" and "green"."""
     random = np.random.default_rng(0)
     for split, num in (("train", 4), ("val", 2)):
         (tmp_path / f"{split}2017").mkdir()
-        pictures, boxes = [], []
+        images, boxes = [], []
         for i in range(num):
             width, height = 60 + 10 * i, 50
             pixels = random.integers(0, 60, (height, width, 3), np.uint8)
             left, top, w, h = 5 + i, 8, 30, 25 + i
             pixels[top : top + h, left : left + w] = (250, 10, 10) if i % 2 else (10, 250, 10)
             Image.fromarray(pixels).save(tmp_path / f"{split}2017" / f"{i}.png")
-            pictures.append({"id": i + 5, "file_name": f"{i}.png", "width": width, "height": height})
+            images.append({"id": i + 5, "file_name": f"{i}.png", "width": width, "height": height})
             box: dict[str, Any] = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0}
             boxes.append({"id": i + 1, "image_id": i + 5, "category_id": 3 + i % 2, **box})
         classes = [{"id": 3, "name": "green"}, {"id": 4, "name": "red"}]
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(
-            json.dumps({"images": pictures, "annotations": boxes, "categories": classes})
+            json.dumps({"images": images, "annotations": boxes, "categories": classes})
         )
     return tmp_path
 
@@ -413,7 +413,7 @@ def test_datasets_and_evaluation(folder: Path):
     assert batch.pixels.shape == (2, 3, 64, 64)
     assert [truth.boxes.labels.tolist() for truth in batch.labels] == [[1], [0]]
     assert [(truth.height, truth.width) for truth in batch.labels] == [(50, 60), (50, 70)]
-    green = batch.pixels[0, 1] > 200  # the whole picture, warped, not cut from its middle
+    green = batch.pixels[0, 1] > 200  # the whole image, warped, not cut from its middle
     rows, columns = (np.flatnonzero(green.any(axis).numpy()) for axis in (1, 0))
     np.testing.assert_allclose((columns[0], rows[0]), (5 * 64 / 60, 8 * 64 / 50), atol=1.5)
     with pytest.raises(ValueError, match="name no classes"):
@@ -483,21 +483,21 @@ def test_sections_stand_on_their_own():
             "Average precision",
             "Precision and recall",
             "Classes",
-            "Worst pictures",
-            "Best pictures",
+            "Worst images",
+            "Best images",
         ]
         html = "".join(html for _, html in sections)
         assert "a & b" not in html
         assert "<i>" not in html.replace('<i style="width', "")
         assert "nan" not in html.replace("&nbsp;", "").lower().split("base64")[0]
-    drawn = dict(Detections(spread_found(), 2).sections(source))["Worst pictures"]
+    drawn = dict(Detections(spread_found(), 2).sections(source))["Worst images"]
     assert drawn.count("<figure>") == 8
     assert drawn.count("stroke-dasharray") < drawn.count("<rect")
 
 
 @pytest.mark.parametrize(("width", "height"), [(28, 21), (21, 28), (1203, 800)])
 def test_names_of_boxes_stay_on_the_figure_and_apart(width: int, height: int):
-    """Whatever the size of the picture, letters are of one size on the page, taken to be 0.6 of that wide."""
+    """Whatever the size of the image, letters are of one size on the page, taken to be 0.6 of that wide."""
     boxes = [((0, 0, width, height), f"thing {i}") for i in range(9)]
     boxes.append(
         ((width - 1, height - 1, width, height), "a name that is much too long for a figure of this size, <so>")
@@ -526,12 +526,12 @@ def test_pycocotools_missing(monkeypatch: pytest.MonkeyPatch, folder: Path):
         TASK.datasets(RECIPE, folder)
 
 
-def test_four_pictures_are_learnt(folder: Path):
+def test_four_images_are_learnt(folder: Path):
     """From random weights, without augmentation: every box found, and found with an IoU of 0.5 or more."""
     train, _ = TASK.datasets(RECIPE, folder)
     initial = TASK.build(RECIPE, train, None)
     still = TASK.evaluation_set(initial, folder, initial.preprocessing)
-    still = PictureDataset(train.source, still.prepare, list)
+    still = ImageDataset(train.source, still.prepare, list)
     (batch,) = load(
         still,
         eval_batches(4, batch_size=4, size_px=64),
@@ -553,7 +553,7 @@ def test_four_pictures_are_learnt(folder: Path):
         optimizer.step()
         schedule.step()
     model.eval()
-    for module in model.modules():  # of so few pictures and steps, running statistics are not yet what a step sees
+    for module in model.modules():  # of so few images and steps, running statistics are not yet what a step sees
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     metrics = TASK.evaluate(model, [batch]).metrics()

@@ -12,9 +12,9 @@ from torch import nn
 import mobilevit
 from conftest import randomise
 from mobilevit.cli import main
-from mobilevit.models.weights import read
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier
+from mobilevit.weights import read
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_as_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], 
         assert result.size_px == line["size_px"] == (size_px or 32)
         assert result.metrics == pytest.approx({name: line[name] for name in result.metrics}, rel=1e-6)
         assert result.per_class == line["classes"]
-    assert result.metrics["num_pictures"] == 5
+    assert result.metrics["num_images"] == 5
 
 
 @pytest.mark.parametrize(

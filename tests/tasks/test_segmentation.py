@@ -14,16 +14,16 @@ from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 from torch import Tensor, nn
 
 from mobilevit.data.labels import Coding, MaskFile
-from mobilevit.data.loader import Batch, PictureDataset, load
-from mobilevit.data.sample import Sample
+from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import Pick, eval_batches
+from mobilevit.data.samples import Sample
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing
 from mobilevit.recipes import Data, Recipe
 from mobilevit.tasks import segmentation
 from mobilevit.tasks.segmentation import Segmentation, at_size, confusion, pixel_loss
+from mobilevit.weights import Weights
 
 TASK = Segmentation()
 RECIPE = Recipe(
@@ -93,15 +93,15 @@ def test_enlarged_some_classes_at_a_time(height: int, width: int, num_classes: i
 
 
 class Prepared(DeepLabV3):
-    """Gives the prepared logits of the picture whose number is its value, 0 to 255."""
+    """Gives the prepared logits of the image whose number is its value, 0 to 255."""
 
     def __init__(self, logits: Tensor):
         super().__init__("xxs", logits.shape[1], head=DeepLabHead(channels=8))
         self.prepared = logits
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        assert pictures.dtype == torch.float32
-        return self.prepared[(255 * pictures[:, 0, 0, 0]).round().long()]
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.float32
+        return self.prepared[(255 * images[:, 0, 0, 0]).round().long()]
 
 
 def scene(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, list[np.ndarray]]:
@@ -134,8 +134,8 @@ def test_metrics_against_scikit_learns(num_classes: int):
     logits, masks = scene(9, num_classes)
     results = TASK.evaluate(Prepared(logits).eval(), batches(masks, 5, 3, 1))
     truth, found = [], []
-    for mask, of_picture in zip(masks, logits, strict=True):
-        enlarged = F.interpolate(of_picture[None], mask.shape, mode="bilinear", align_corners=False)
+    for mask, of_image in zip(masks, logits, strict=True):
+        enlarged = F.interpolate(of_image[None], mask.shape, mode="bilinear", align_corners=False)
         truth.append(mask[mask != 255])
         found.append(enlarged[0].argmax(0).numpy()[mask != 255])
     truth, found = np.concatenate(truth), np.concatenate(found)
@@ -144,7 +144,7 @@ def test_metrics_against_scikit_learns(num_classes: int):
     assert metrics == {
         "miou": pytest.approx(100 * jaccard_score(truth, found, average="macro")),
         "pixel_accuracy": pytest.approx(100 * accuracy_score(truth, found)),
-        "num_pictures": 9,
+        "num_images": 9,
     }
     np.testing.assert_array_equal(results.counts, confusion_matrix(truth, found, labels=np.arange(num_classes)))
     rows = results.per_class([str(i) for i in range(num_classes)])
@@ -162,7 +162,7 @@ def test_confusion_leaves_out_what_is_ignored():
     assert confusion(truth, found, 3).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 1]]
 
 
-def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
+def test_results_do_not_depend_on_how_the_images_were_dealt_out():
     logits, masks = scene(20, 4)
     model = Prepared(logits).eval()
     whole = TASK.evaluate(model, batches(masks, 20))
@@ -183,7 +183,7 @@ def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
         TASK.evaluate(model, batches(masks, *[1] * 20)),
         TASK.evaluate(model, [*in_turn[::-1], empty]),
         TASK.evaluate(model, in_turn[::2], lambda mine: [mine, *halves]),
-        TASK.evaluate(model, in_turn[::2], lambda mine: [(0, 0, [], []), *halves, mine]),  # one had no picture
+        TASK.evaluate(model, in_turn[::2], lambda mine: [(0, 0, [], []), *halves, mine]),  # one had no image
     ):
         assert others.metrics() == whole.metrics()
         np.testing.assert_array_equal(others.counts, whole.counts)
@@ -191,7 +191,7 @@ def test_results_do_not_depend_on_how_the_pictures_were_dealt_out():
             assert [seen[:2] for seen in ours] == [seen[:2] for seen in theirs]
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a.found, b.found)
-    with pytest.raises(PictureError, match="none of the pictures"):
+    with pytest.raises(ImageError, match="none of the images"):
         TASK.evaluate(model, [empty])
     with pytest.raises(ValueError, match="to be ignored"):
         TASK.evaluate(model, batches([np.full((5, 6), 255, np.uint8)], 1))
@@ -205,7 +205,7 @@ CLASS_NAMES = ("background", "red", "green")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Eight pictures with a red and a green shape each, their masks, and classes.txt."""
+    """Eight images with a red and a green shape each, their masks, and classes.txt."""
     random = np.random.default_rng(0)
     for i in range(8):
         width, height = 60 + 3 * i, 66 - 2 * i
@@ -306,22 +306,22 @@ def test_sections_stand_on_their_own(tmp_path: Path):
 
     source: Any = Source()
     sections = TASK.evaluate(Prepared(logits).eval(), batches(masks, 9)).sections(source)
-    assert [title for title, _ in sections] == ["Classes", "Confusion", "Worst pictures", "Best pictures"]
+    assert [title for title, _ in sections] == ["Classes", "Confusion", "Worst images", "Best images"]
     html = "".join(html for _, html in sections)
     assert "a & b" not in html
     assert "<i>" not in html
-    assert dict(sections)["Worst pictures"].count("<figure>") == 6
-    assert dict(sections)["Worst pictures"].count("<img") == 18
+    assert dict(sections)["Worst images"].count("<figure>") == 6
+    assert dict(sections)["Worst images"].count("<img") == 18
 
 
-def test_eight_pictures_are_learnt(folder: Path):
+def test_eight_images_are_learnt(folder: Path):
     """From random weights, without augmentation, with a map of 12 x 12: the edges of what is seen are as fine as it."""
     head = DeepLabHead(channels=64, rates=(1, 2, 3))
     recipe = replace(RECIPE, data=replace(RECIPE.data, size_px=96))
     initial = TASK.build(recipe, TASK.datasets(recipe, folder)[0], weights(head=head))
     all_of_it = TASK.evaluation_set(initial, folder, initial.preprocessing)
     (batch,) = load(
-        PictureDataset(all_of_it.source, all_of_it.prepare, list),
+        ImageDataset(all_of_it.source, all_of_it.prepare, list),
         eval_batches(8, batch_size=8, size_px=96),
         num_workers=0,
         device="cpu",
@@ -342,7 +342,7 @@ def test_eight_pictures_are_learnt(folder: Path):
         optimizer.step()
         schedule.step()
     model.eval()
-    for module in model.modules():  # of so few pictures and steps, running statistics are not yet what a step sees
+    for module in model.modules():  # of so few images and steps, running statistics are not yet what a step sees
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     assert TASK.evaluate(model, [batch]).metrics()["miou"] > 95

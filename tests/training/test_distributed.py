@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mobilevit.pictures import PictureError
+from mobilevit.images import ImageError
 from mobilevit.training.distributed import Processes, join
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
@@ -48,7 +48,7 @@ def do_all(processes: Processes) -> dict[str, Any]:
         "none": processes.from_first(lambda: None),
         "errors": [
             raised_by(ValueError("the loss is nan")),
-            raised_by(PictureError("a.png: damaged")),
+            raised_by(ImageError("a.png: damaged")),
             raised_by(OSError(28, "No space left on device", "run/x")),
         ],
         "asked": asked,

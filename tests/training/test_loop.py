@@ -25,26 +25,26 @@ from torch import nn
 
 import mobilevit
 from mobilevit.cli import parse
-from mobilevit.data.loader import Batch, Item, PictureDataset
+from mobilevit.data.loader import Batch, ImageDataset, Item
 from mobilevit.data.sampler import EpochBatches, Pick
 from mobilevit.data.sources import find_splits, fingerprint
+from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
-from mobilevit.models.weights import Weights, read
-from mobilevit.pictures import PictureError
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
 from mobilevit.tasks import evaluate_weights
 from mobilevit.tasks.classification import Answers, Classification
 from mobilevit.training import loop
-from mobilevit.training.checkpoint import read_checkpoint
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.loop import TIMES, FinishedError, Run, train
 from mobilevit.training.optim import learning_rate
+from mobilevit.training.run import read_checkpoint
+from mobilevit.weights import Weights, read
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # where there is one core
     pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning"),
 ]
-# 12 pictures for training and 3 for validation: 4 steps an epoch.
+# 12 images for training and 3 for validation: 4 steps an epoch.
 RECIPE = Recipe(
     architecture="xxs",
     epochs=2,
@@ -54,7 +54,7 @@ RECIPE = Recipe(
 )
 
 # Says how much memory there is, so that the task's loss is not asked for to find that out.
-AT_ONCE = Compute(pictures_at_once=64)
+AT_ONCE = Compute(micro_batch_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_against_a_loop_without_frills(data: Path, tmp_path: Path, dropout: floa
     initial = Weights(architecture, copy.deepcopy(model.state_dict()), class_names=("circle", "line", "square"))
     done = run(RECIPE, data, tmp_path, pretrained=initial)
 
-    pictures, _ = Classification().datasets(RECIPE, data)
+    images, _ = Classification().datasets(RECIPE, data)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=RECIPE.optimizer.weight_decay, fused=True)
     model.train()
     losses = []
@@ -121,7 +121,7 @@ def test_against_a_loop_without_frills(data: Path, tmp_path: Path, dropout: floa
         rate = learning_rate(RECIPE.optimizer, step, 8, epoch=step // 4, num_epochs=2)
         optimizer.param_groups[0]["lr"] = rate
         batch = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=step // 4)[step % 4]
-        items = [cast(Item, pictures[pick]) for pick in batch]
+        items = [cast(Item, images[pick]) for pick in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2)
         torch.manual_seed(seed_of(RECIPE.seed, step // 4, step % 4, 0))
         logits = model(pixels / 255)
@@ -156,10 +156,10 @@ def test_what_a_run_leaves(first: Run, data: Path):
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert [line["step"] for line in epochs] == [4, 8]
     assert [(line["step"], line["epoch"]) for line in steps] == [(i + 1, i // 4 + 1) for i in range(8)]
-    assert all(line["size_px"] == 32 and line["pictures"] == 3 for line in steps)
+    assert all(line["size_px"] == 32 and line["images"] == 3 for line in steps)
     for epoch, of_epoch in zip(epochs, (steps[:4], steps[4:]), strict=True):
         assert epoch["train_loss"] == pytest.approx(np.mean([line["loss"] for line in of_epoch]), rel=1e-12)
-        assert epoch["pictures_per_second"] == pytest.approx(12 / epoch["seconds"])
+        assert epoch["images_per_second"] == pytest.approx(12 / epoch["seconds"])
         assert 0 < epoch["waiting_share"] < 1
 
     for name in weights:
@@ -179,8 +179,8 @@ def test_the_saved_model_does_what_the_last_line_says(first: Run, data: Path, na
     last = first.epochs[-1]
     assert {name: last.get(f"{prefix}{name}", 3) for name in metrics} == metrics
     model = mobilevit.load(file)
-    pictures = sorted((data / "val").rglob("*.png"))
-    right = [model.predict(picture)[0].class_name == picture.parent.name for picture in pictures]
+    images = sorted((data / "val").rglob("*.png"))
+    right = [model.predict(image)[0].class_name == image.parent.name for image in images]
     assert metrics["top1"] == pytest.approx(100 * np.mean(right))
 
 
@@ -202,7 +202,7 @@ def test_the_optimizer_sees_every_batch_once_at_its_rate(data: Path, tmp_path: P
 @pytest.mark.parametrize(("batch_size", "sizes"), [(8, [8, 4]), (9, [12]), (5, [5, 5, 2]), (11, [12]), (12, [12])])
 def test_less_than_half_a_batch_joins_the_one_before(data: Path, tmp_path: Path, batch_size: int, sizes: list[int]):
     run(replace(RECIPE, epochs=1, batch_size=batch_size), data, tmp_path)
-    assert [line["pictures"] for line in lines(tmp_path / "steps.jsonl")] == sizes
+    assert [line["images"] for line in lines(tmp_path / "steps.jsonl")] == sizes
 
 
 def test_several_sizes_in_one_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,7 +214,7 @@ def test_several_sizes_in_one_run(data: Path, tmp_path: Path, monkeypatch: pytes
     done = run(recipe, data, tmp_path)
     assert {shape[2:] for shape in seen} == {(32, 32), (64, 64)}
     assert sum(shape[0] for shape in seen) == 6 * 12
-    assert all(epoch["val_num_pictures"] == 3 for epoch in done.epochs)
+    assert all(epoch["val_num_images"] == 3 for epoch in done.epochs)
     assert read(done.weights).preprocessing.crop_px == 32
 
 
@@ -234,7 +234,7 @@ def test_wrong_data_leave_nothing_behind(tmp_path: Path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_picture_stops_the_run_by_name_and_a_mended_one_goes_on(tmp_path: Path, num_workers: int):
+def test_a_damaged_image_stops_the_run_by_name_and_a_mended_one_goes_on(tmp_path: Path, num_workers: int):
     for name in ("train/a/1", "train/a/2", "train/b/1", "val/a/1", "val/b/1"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((32, 32), 50).save(tmp_path / f"{name}.png")
@@ -243,7 +243,7 @@ def test_a_damaged_picture_stops_the_run_by_name_and_a_mended_one_goes_on(tmp_pa
         file = tmp_path / split / "a" / "1.png"
         whole = file.read_bytes()
         file.write_bytes(whole[:-30])
-        with pytest.raises(PictureError, match=f"^{file}: damaged.*same name; or skip .*--max-unreadable"):
+        with pytest.raises(ImageError, match=f"^{file}: damaged.*same name; or skip .*--max-unreadable"):
             run(recipe, tmp_path, tmp_path / "out")
         file.write_bytes(whole)
     assert len(run(recipe, tmp_path, tmp_path / "out").epochs) == 1
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(
     first: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     loss, calls = Classification.loss, []
-    pictures, _ = Classification().datasets(RECIPE, data)
+    images, _ = Classification().datasets(RECIPE, data)
     bad = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=1)[1]  # not a batch of the first epoch
 
     def loss_until(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -261,9 +261,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(
         is_bad = batch.numbers == tuple(pick.number for pick in bad)
         return loss(self, recipe, model, batch) * (float("nan") if is_bad else 1)
 
-    names = ", ".join(pictures.source[pick.number].name for pick in bad)
+    names = ", ".join(images.source[pick.number].name for pick in bad)
     assert names.count(".png") == 3
-    said = rf"^the loss is nan at epoch 2, step 6, 32 px, pictures {re.escape(names)}; try a lower --lr$"
+    said = rf"^the loss is nan at epoch 2, step 6, 32 px, images {re.escape(names)}; try a lower --lr$"
     recipe = replace(RECIPE, compute=AT_ONCE)
     with monkeypatch.context() as patched:
         patched.setattr(Classification, "loss", loss_until)
@@ -492,14 +492,14 @@ def without_dropout(architecture: Architecture = XXS) -> Weights:
     return Weights(architecture, copy.deepcopy(model.state_dict()), class_names=("circle", "line", "square"))
 
 
-def pixels_of(pictures: PictureDataset, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
-    items = [cast(Item, pictures[pick]) for pick in picks]
+def pixels_of(images: ImageDataset, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
+    items = [cast(Item, images[pick]) for pick in picks]
     pixels = torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2)
     return pixels / 255, torch.tensor([item.label for item in items])
 
 
 def test_a_step_in_parts_against_float64(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The gradient is that of the mean over all pictures, each part normed by itself; statistics move once a step."""
+    """The gradient is that of the mean over all images, each part normed by itself; statistics move once a step."""
     gradients, states = [], []
     step, update = torch.optim.AdamW.step, MovingAverage.update
 
@@ -516,13 +516,13 @@ def test_a_step_in_parts_against_float64(data: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.optim.AdamW, "step", note_gradients)
     monkeypatch.setattr(MovingAverage, "update", note_state)
     data_options = replace(RECIPE.data, size_px=64)
-    recipe = replace(RECIPE, epochs=1, batch_size=7, data=data_options, compute=Compute(pictures_at_once=3))
+    recipe = replace(RECIPE, epochs=1, batch_size=7, data=data_options, compute=Compute(micro_batch_size=3))
     initial, said = without_dropout(), io.StringIO()
     train(recipe, data, tmp_path, pretrained=initial, console=Console(file=said, width=200))
     assert "2 steps in 1 epochs" in said.getvalue()
-    assert "at 64 px 7 pictures a step: 1 process x 3 parts x about 2 pictures" in said.getvalue()
+    assert "at 64 px 7 images a step: 1 process x 3 parts x about 2 images" in said.getvalue()
 
-    pictures, _ = Classification().datasets(recipe, data)
+    images, _ = Classification().datasets(recipe, data)
     batches = EpochBatches(12, sizes_px=(64,), batch_size=7, base_px=64, min_last=3)
     before = {name: x.double() for name, x in initial.tensors.items()}
     lengths = []
@@ -537,7 +537,7 @@ def test_a_step_in_parts_against_float64(data: Path, tmp_path: Path, monkeypatch
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 1.0
-            pixels, labels = pixels_of(pictures, part)
+            pixels, labels = pixels_of(images, part)
             total += nn.functional.cross_entropy(model(pixels.double()), labels, label_smoothing=0.1, reduction="sum")
             for name, x in model.named_buffers():
                 statistics[name] = statistics.get(name, torch.zeros_like(x)) + x.detach().clone()
@@ -556,7 +556,7 @@ def test_a_step_in_parts_against_float64(data: Path, tmp_path: Path, monkeypatch
     assert lengths == [[3, 2, 2], [3, 2]]
 
 
-def test_no_picture_is_computed_twice_and_none_with_more_than_are_allowed(
+def test_no_image_is_computed_twice_and_none_with_more_than_are_allowed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen, evaluated, loss, evaluate = [], [], Classification.loss, Classification.evaluate
@@ -572,7 +572,7 @@ def test_no_picture_is_computed_twice_and_none_with_more_than_are_allowed(
 
     monkeypatch.setattr(Classification, "loss", note)
     monkeypatch.setattr(Classification, "evaluate", note_evaluated)
-    run(replace(RECIPE, epochs=1, batch_size=7, compute=Compute(pictures_at_once=2)), data, tmp_path)
+    run(replace(RECIPE, epochs=1, batch_size=7, compute=Compute(micro_batch_size=2)), data, tmp_path)
     assert [len(numbers) for numbers in seen] == [3, 2, 2, 3, 2]  # two where possible, and never one alone
     assert sorted(number for numbers in seen for number in numbers) == list(range(12))
     assert evaluated == [2, 1] * 2
@@ -582,7 +582,7 @@ def test_no_picture_is_computed_twice_and_none_with_more_than_are_allowed(
 # How a step is computed
 
 
-# At 32 px the last norm of three pictures sees three numbers, and whatever is rounded grows too much to be compared.
+# At 32 px the last norm of three images sees three numbers, and whatever is rounded grows too much to be compared.
 STEADY = replace(RECIPE, epochs=1, batch_size=6, data=replace(RECIPE.data, size_px=64), compute=AT_ONCE)
 
 
@@ -680,7 +680,7 @@ def test_the_gradient_is_clipped_as_the_optimizer_sees_it(
     for clip_norm in (0.0, 0.25, 1e4):
         norms.clear()
         recipe = replace(STEADY, optimizer=replace(RECIPE.optimizer, clip_norm=clip_norm))
-        recipe = replace(recipe, compute=Compute(precision=precision, pictures_at_once=3))
+        recipe = replace(recipe, compute=Compute(precision=precision, micro_batch_size=3))
         run(recipe, data, tmp_path / str(clip_norm))
         found[clip_norm] = norms.copy()
     assert min(found[0.0]) > 0.5
@@ -711,11 +711,11 @@ def test_compiled_once_for_every_shape(data: Path, tmp_path: Path, monkeypatch: 
 
     recipe = replace(RECIPE, epochs=3, batch_size=7, sampler=Sampler("v0.1", (32, 64)))
     initial = without_dropout(SHALLOW)
-    plain = run(replace(recipe, compute=Compute(pictures_at_once=4)), data, tmp_path / "plain", pretrained=initial)
+    plain = run(replace(recipe, compute=Compute(micro_batch_size=4)), data, tmp_path / "plain", pretrained=initial)
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=backend, **options))
     monkeypatch.setattr(Classification, "loss", note)
-    recipe = replace(recipe, compute=Compute(pictures_at_once=4, compile=True))
+    recipe = replace(recipe, compute=Compute(micro_batch_size=4, compile=True))
     out, said = tmp_path / "compiled", io.StringIO()
     done = train(recipe, data, out, pretrained=initial, console=Console(file=said, width=200))
 
@@ -803,7 +803,7 @@ def test_from_a_thread_that_hears_no_signals(first: Run, data: Path, tmp_path: P
         assert same(first.weights, threads.submit(run, RECIPE, data, tmp_path).result().weights)
 
 
-def test_weights_keep_the_scale_of_their_pictures(data: Path, tmp_path: Path):
+def test_weights_keep_the_scale_of_their_images(data: Path, tmp_path: Path):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
     initial = without_dropout()
     initial = replace(initial, preprocessing=replace(initial.preprocessing, mean=mean, std=std))
@@ -826,11 +826,11 @@ def test_weights_keep_the_scale_of_their_pictures(data: Path, tmp_path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 def damage(data: Path, folder: Path, *names: str) -> Path:
-    """A copy of `data` in which some pictures are cut short."""
+    """A copy of `data` in which some images are cut short."""
     shutil.copytree(data, folder)
     for name in names:
         (folder / name).write_bytes((folder / name).read_bytes()[:-30])
@@ -851,7 +851,7 @@ def batches_of(recipe: Recipe, data: Path, out: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unreadable_picture_is_replaced_by_the_next_of_its_batch(
+def test_an_unreadable_image_is_replaced_by_the_next_of_its_batch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ):
     damaged = damage(data, tmp_path / "data", "train/line/1.png")
@@ -873,14 +873,14 @@ def test_an_unreadable_picture_is_replaced_by_the_next_of_its_batch(
     assert num_replaced == 2
 
 
-def test_more_unreadable_pictures_than_are_allowed(data: Path, tmp_path: Path):
+def test_more_unreadable_images_than_are_allowed(data: Path, tmp_path: Path):
     damaged = damage(data, tmp_path / "data", "train/line/1.png", "train/circle/0.png")
     for limit, said in (
         (0, r"^.*/train/(line/1|circle/0)\.png: damaged"),
-        (1, r"^2 pictures of epoch 1 cannot be read; .* 1; replace .* names, or .*--max-unreadable 2 or more$"),
+        (1, r"^2 images of epoch 1 cannot be read; .* 1; replace .* names, or .*--max-unreadable 2 or more$"),
     ):
         recipe = replace(RECIPE, data=replace(RECIPE.data, max_unreadable=limit))
-        with pytest.raises(PictureError, match=said):
+        with pytest.raises(ImageError, match=said):
             run(recipe, damaged, tmp_path / str(limit))
         assert not list((tmp_path / str(limit) / "checkpoints").iterdir())
     recipe = replace(RECIPE, data=replace(RECIPE.data, max_unreadable=2))
@@ -896,7 +896,7 @@ def test_the_limit_on_unreadable_images_may_change_and_a_removed_file_may_not(da
     whole = file.read_bytes()
     recipe = replace(RECIPE, epochs=1)
     file.write_bytes(whole[:-30])
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         run(recipe, copied, tmp_path / "run")
     file.unlink()
     with pytest.raises(ValueError, match=r"another run \(other data\); .*file names.*put removed files back"):
@@ -923,12 +923,12 @@ def test_a_run_of_a_version_that_compared_the_limits_resumes(data: Path, tmp_pat
 
 def test_a_batch_larger_than_the_data_is_planned_with_the_images_that_exist(data: Path, tmp_path: Path):
     said = io.StringIO()
-    recipe = replace(RECIPE, epochs=1, batch_size=100_000, compute=Compute(pictures_at_once=6))
+    recipe = replace(RECIPE, epochs=1, batch_size=100_000, compute=Compute(micro_batch_size=6))
     done = train(recipe, data, tmp_path / "large", console=Console(file=said, width=200))
     text = said.getvalue()
     assert "batch size 100,000 exceeds the 12 images for training" in text
     assert "--batch-size" in text
-    assert "at 32 px 12 pictures a step: 1 process x 2 parts x 6 pictures" in text
+    assert "at 32 px 12 images a step: 1 process x 2 parts x 6 images" in text
     fitting = run(replace(recipe, batch_size=12), data, tmp_path / "fitting")
     assert same(done.weights, fitting.weights)
 
@@ -949,7 +949,7 @@ def test_an_error_leaves_no_workers_behind(data: Path, tmp_path: Path):
     before = set(multiprocessing.active_children())
     for i, name in enumerate(("train/line/1.png", "val/line/0.png")):
         damaged = damage(data, tmp_path / f"data{i}", name)
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             run(replace(RECIPE, data=replace(RECIPE.data, num_workers=2)), damaged, tmp_path / f"run{i}")
         assert caught.value.__traceback__ is not None
         assert set(multiprocessing.active_children()) <= before
@@ -963,7 +963,7 @@ def test_the_best_epoch_and_the_weights_that_are_not_averaged(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     evaluate, states = Classification.evaluate, []
-    hits = iter([1, 0, 3, 0, 3, 0, 2, 0])  # of three pictures: the average, then the raw weights, after each epoch
+    hits = iter([1, 0, 3, 0, 3, 0, 2, 0])  # of three images: the average, then the raw weights, after each epoch
 
     def answer(self: Classification, model: nn.Module, *arguments: Any) -> Answers:
         states.append(copy.deepcopy(model.state_dict()))
@@ -1013,4 +1013,4 @@ def test_what_to_do_next_can_be_done(name: str, has_transformers: bool):
     commands = [command for _, command in loop._commands(RECIPES[name], "my photos", Path("runs/x"))]
     parsed = [parse(shlex.split(command)[1:]) for command in commands]
     assert [type(one).__name__ for one in parsed] == ["Evaluate", "Predict", "Export", *["Convert"] * has_transformers]
-    assert parsed[2].pictures == ("my photos",)
+    assert parsed[2].images == ("my photos",)

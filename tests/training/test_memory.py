@@ -1,4 +1,4 @@
-"""How many pictures fit into memory, against bytes worked out by hand and those of autograd."""
+"""How many images fit into memory, against bytes worked out by hand and those of autograd."""
 
 import os
 from dataclasses import replace
@@ -31,7 +31,7 @@ def blank(num: int = 2, size_px: int = 64) -> Batch:
 
 
 class Powers:
-    """A loss for which autograd keeps pictures (twice), what becomes of them, and a weight that is there anyway."""
+    """A loss for which autograd keeps images (twice), what becomes of them, and a weight that is there anyway."""
 
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         x = batch.pixels.clone().requires_grad_()
@@ -75,6 +75,6 @@ def test_the_same_machine_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_asked_for_is_not_measured():
-    recipe = replace(RECIPE, compute=Compute(pictures_at_once=7))
+    recipe = replace(RECIPE, compute=Compute(micro_batch_size=7))
     nothing = cast(Task, object())  # has no loss that could be asked for
     assert pixels_at_once(recipe, nothing, nn.Linear(1, 1), blank(), CPU) == 7 * 64**2

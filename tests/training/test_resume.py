@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.models.weights import read
 from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler
 from mobilevit.tasks.classification import Classification
 from mobilevit.training import loop
 from mobilevit.training.loop import TIMES, Stopped, train
+from mobilevit.weights import read
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed"),
@@ -39,7 +39,7 @@ RECIPE = Recipe(
     data=Data(size_px=32, eval_resize=1.0, num_workers=0),
     sampler=Sampler("equation", (32, 64)),
     optimizer=Optimizer(warmup_steps=2),
-    compute=Compute(pictures_at_once=4),
+    compute=Compute(micro_batch_size=4),
 )
 # What torchrun starts; its processes need the recipe from somewhere.
 PROGRAM = """
@@ -300,16 +300,16 @@ def test_two_processes_compute_what_one_does(two: dict[str, Any], data: Path, tm
 
 
 def scenes(folder: Path, task: str) -> Path:
-    """Sixteen pictures to train on and six others, with a red or green rectangle each, and its box or mask."""
+    """Sixteen images to train on and six others, with a red or green rectangle each, and its box or mask."""
     draw = np.random.default_rng(0)
     for split, num in (("train", 16), ("val", 6)):
-        pictures, boxes = [], []
+        images, boxes = [], []
         for i in range(num):
             width, height = 60 + 3 * i, 70 - i
             pixels, mask = draw.integers(0, 90, (height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
             (left, top), (w, h) = draw.integers(0, 20, 2).tolist(), draw.integers(25, 35, 2).tolist()
             pixels[top : top + h, left : left + w, i % 2], mask[top : top + h, left : left + w] = 240, 1 + i % 2
-            pictures.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+            images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
             where = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0}
             boxes.append({"id": i + 1, "image_id": i, "category_id": 1 + i % 2, **where})
             for file, array in ((f"{split}/images/{i}.png", pixels), (f"{split}/masks/{i}.png", mask)):
@@ -319,7 +319,7 @@ def scenes(folder: Path, task: str) -> Path:
                     Image.fromarray(array).save(file)
         if task == "detect":
             classes = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
-            content = {"images": pictures, "annotations": boxes, "categories": classes}
+            content = {"images": images, "annotations": boxes, "categories": classes}
             (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
     if task == "segment":
         (folder / "classes.txt").write_text("nothing\nred\ngreen\n")
@@ -353,7 +353,7 @@ def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metri
     for ours, theirs in zip(one["steps"] + one["epochs"], two["steps"] + two["epochs"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
     assert one["epochs"][-1][f"raw_{metric}"] > 0
-    assert one["epochs"][-1]["val_num_pictures"] == 6
+    assert one["epochs"][-1]["val_num_images"] == 6
     for key, value in one["raw"][0].items():
         if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
             theirs = np.frombuffer(two["raw"][0][key], np.float32)

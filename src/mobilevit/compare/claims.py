@@ -107,7 +107,7 @@ def check_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as long as MobileViT-XS others take for a picture, as published for a phone, and as timed here."""
+    """How many times as long as MobileViT-XS others take for an image, as published for a phone, and as timed here."""
     return [
         {
             "ours": "mobilevit-xs",

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from mobilevit.compare.show import TITLES, where
-from mobilevit.compare.systems import OWN_PAPER
+from mobilevit.compare.models import OWN_PAPER
+from mobilevit.compare.tables import TITLES, where
 
 Row = Mapping[str, Any]
 Place = tuple[float, float]
@@ -70,7 +70,7 @@ def measured_against_parameters(report: Mapping[str, Any]) -> Figure:
 
 
 def measured_against_latency(report: Mapping[str, Any], runtime: str, batch_size: int) -> Figure:
-    """The same against the time that a picture takes, of what was timed in `runtime` in batches of `batch_size`; the
+    """The same against the time that an image takes, of what was timed in `runtime` in batches of `batch_size`; the
     bars across go from the 10th to the 90th percentile."""
     timings = _latencies(report, runtime, batch_size)
     timed = {**report, "rows": [row for row in report["rows"] if row["name"] in timings]}
@@ -119,8 +119,8 @@ def _across(latency_ms: Mapping[str, float], y: float) -> Bar:
 
 
 def _time_label(runtime: str, batch_size: int) -> str:
-    pictures = "a picture" if batch_size == 1 else f"{batch_size} pictures"
-    return f"ms for {pictures}, {TITLES[runtime]}, float32"
+    images = "an image" if batch_size == 1 else f"{batch_size} images"
+    return f"ms for {images}, {TITLES[runtime]}, float32"
 
 
 def learning_curves(report: Mapping[str, Any]) -> Figure:

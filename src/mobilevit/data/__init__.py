@@ -1,1 +1,1 @@
-"""From files to batches: sources of pictures, what is done to them, and in which order they come."""
+"""From files to batches: sources of images, what is done to them, and in which order they come."""

@@ -1,8 +1,8 @@
-"""Pictures with boxes or masks: COCO, VOC, folders of masks; what is found, held out, and known to be wrong beforehand.
+"""Images with boxes or masks: COCO, VOC, folders of masks; what is found, held out, and known to be wrong beforehand.
 
-Boxes and masks are those of the upright picture, as its EXIF tag turns it and `read_picture` shows it. That is
-detectron2's reading; pycocotools and torchvision pass over the tag. The two differ in few pictures, and where the
-annotation tells the picture's size, a quarter turn is noticed: `check_annotations` refuses it.
+Boxes and masks are those of the upright image, as its EXIF tag turns it and `read_image` shows it. That is
+detectron2's reading; pycocotools and torchvision pass over the tag. The two differ in few images, and where the
+annotation tells the image's size, a quarter turn is noticed: `check_annotations` refuses it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mobilevit.data.labels import (
     part_of_masks,
     read_coding,
 )
-from mobilevit.data.sample import Label, Source, few, listed
+from mobilevit.data.samples import Label, Source, few, listed
 from mobilevit.data.sources import (
     SPLITS,
     Folder,
@@ -43,7 +43,7 @@ from mobilevit.data.sources import (
     smallest,
 )
 from mobilevit.data.voc import voc_box_parts, voc_mask_parts
-from mobilevit.pictures import PictureError, picture_files, read_header
+from mobilevit.images import ImageError, image_files, read_header
 
 BOXES_EXPECTED = (
     "COCO (annotations/instances_train*.json and train*/; train/_annotations.coco.json; or one .json and images/) or "
@@ -57,7 +57,7 @@ MASKS_EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class Annotated(Folder[Label]):
-    """Pictures in files, with `Boxes` or a `MaskFile` each.
+    """Images in files, with `Boxes` or a `MaskFile` each.
 
     `category_ids` are the numbers that the annotations have for the classes, where they have any.
     """
@@ -66,28 +66,28 @@ class Annotated(Folder[Label]):
 
 
 def find_boxes(data: str | Path, val_fraction: float) -> tuple[Annotated[Boxes], Annotated[Boxes]]:
-    """Training and validation pictures of `data` with boxes.
+    """Training and validation images of `data` with boxes.
 
     `data` is one of
 
-    - COCO: annotations/instances_train*.json and instances_val*.json, and pictures in folders of the same name
+    - COCO: annotations/instances_train*.json and instances_val*.json, and images in folders of the same name
       (train2017/), or below images/; or train/_annotations.coco.json and valid/_annotations.coco.json among their
-      pictures, as Roboflow exports it; or one .json, and pictures in images/ or beside it;
+      images, as Roboflow exports it; or one .json, and images in images/ or beside it;
     - VOC: JPEGImages/, Annotations/*.xml, ImageSets/Main/train.txt and val.txt, or a folder with VOCdevkit/VOC2012 or
       the like.
 
-    Classes are numbered in the order of COCO's ids, whatever holes these have; VOC's by name. Pictures without boxes
-    stay. Data without a validation split are divided: validated on is the `val_fraction` of the pictures whose names
+    Classes are numbered in the order of COCO's ids, whatever holes these have; VOC's by name. Images without boxes
+    stay. Data without a validation split are divided: validated on is the `val_fraction` of the images whose names
     have the smallest hashes. test is taken where there is no val.
 
     Raises:
-        ValueError: nothing or several things found, a file that is damaged or missing, an unknown picture or class, no
+        ValueError: nothing or several things found, a file that is damaged or missing, an unknown image or class, no
             boxes to learn from.
     """
     train, val = _splits(_box_parts(Path(data)), Path(data), val_fraction)
     counts = Counter(int(label) for boxes in train.labels for label in boxes.labels[~boxes.crowd])
     if not counts:
-        raise ValueError(f"{data}: no boxes in the pictures to train on; add some")
+        raise ValueError(f"{data}: no boxes in the images to train on; add some")
     missing = [name for number, name in enumerate(train.class_names) if not counts[number]]
     if missing:
         train = replace(train, notes=(*train.notes, f"no boxes of {listed(missing)} to train on"))
@@ -97,7 +97,7 @@ def find_boxes(data: str | Path, val_fraction: float) -> tuple[Annotated[Boxes],
 def find_boxes_to_evaluate(
     data: str | Path, class_names: Sequence[str], split: str | None = None, val_fraction: float | None = None
 ) -> Annotated[Boxes]:
-    """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of it.
+    """The images that a network with `class_names` is evaluated on: val or else test of `data`, or all of it.
 
     `split` and `val_fraction` as for `find_evaluation`. Classes are matched by name: their order may be another, some
     may be missing.
@@ -110,7 +110,7 @@ def find_boxes_to_evaluate(
 
 
 def find_masks(data: str | Path, val_fraction: float) -> tuple[Annotated[MaskFile], Annotated[MaskFile]]:
-    """Training and validation pictures of `data` with masks.
+    """Training and validation images of `data` with masks.
 
     `data` is one of
 
@@ -123,7 +123,7 @@ def find_masks(data: str | Path, val_fraction: float) -> tuple[Annotated[MaskFil
     masks are coloured, every line ends with the colour, as in "road #804080", and what is called "ignore" is.
 
     Raises:
-        ValueError: nothing or several things found, a picture without mask, no or odd names of classes.
+        ValueError: nothing or several things found, an image without mask, no or odd names of classes.
     """
     return _splits(_mask_parts(Path(data)), Path(data), val_fraction)
 
@@ -150,13 +150,13 @@ def masks_held_out_name(data: str | Path) -> str | None:
 
 
 def check_annotations(*sources: Source[Boxes] | Source[MaskFile], max_unreadable: int = 0) -> Scan:
-    """Compare the header of every picture with its annotation, so that what is wrong is known before training starts.
+    """Compare the header of every image with its annotation, so that what is wrong is known before training starts.
 
-    Pictures must be of the size that their boxes or masks are for. Values in masks are looked at when they are read.
-    At most `max_unreadable` are no pictures or too large.
+    Images must be of the size that their boxes or masks are for. Values in masks are looked at when they are read.
+    At most `max_unreadable` are no images or too large.
 
     Raises:
-        PictureError: more of them, or whatever else is wrong; five by name.
+        ImageError: more of them, or whatever else is wrong; five by name.
     """
     found = Scan()
     wrong: list[str] = []
@@ -168,7 +168,7 @@ def check_annotations(*sources: Source[Boxes] | Source[MaskFile], max_unreadable
                 wrong += faults
     refuse_unreadable(found.unreadable, max_unreadable)
     if wrong:
-        raise PictureError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        raise ImageError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
     return found
 
 
@@ -177,8 +177,8 @@ def _faults(source: Source[Boxes] | Source[MaskFile], indices: Iterable[int]) ->
     for i in indices:
         sample = source[i]
         try:
-            header = read_header(sample.picture, sample.name)
-        except PictureError as error:
+            header = read_header(sample.image, sample.name)
+        except ImageError as error:
             found.unreadable.append(str(error))
             continue
         found.add(sample.name, header)
@@ -218,7 +218,7 @@ def _splits(parts: Parts[Label], data: Path, val_fraction: float) -> tuple[Annot
 def _divided(source: Annotated[Label], data: Path, val_fraction: float) -> tuple[Annotated[Label], Annotated[Label]]:
     """As `hold_out`, but of all classes together."""
     if len(source) < 2:
-        raise ValueError(f"{data}: one picture is too few to train on some and validate on others; add more")
+        raise ValueError(f"{data}: one image is too few to train on some and validate on others; add more")
     chances = [chance(key) for key in keys(source)]
     val = set(smallest(val_fraction, range(len(source)), chances))
     train = [i for i in range(len(source)) if i not in val]
@@ -248,7 +248,7 @@ def _to_evaluate(
 def _annotated(part: AnnotatedPart[Any], data: Path, class_names: tuple[str, ...]) -> Annotated[Any]:
     """With the numbers that `class_names` give the classes."""
     if not part.files:
-        raise ValueError(f"{part.where}: holds no pictures")
+        raise ValueError(f"{part.where}: holds no images")
     labels, ids = part.labels, part.category_ids
     if part.class_names != class_names:
         ids = ()  # numbers of other classes, or in another order
@@ -310,10 +310,10 @@ def _folder_parts(data: Path) -> Parts[MaskFile]:
         named = read_coding(data, images.parent)
         if named is None:
             raise ValueError(f"{data / 'classes.txt'}: no such file; name the classes in it, line 1 for the value 0")
-        pairs = [(image, (masks / image.relative_to(images)).with_suffix(".png")) for image in picture_files(images)]
+        pairs = [(image, (masks / image.relative_to(images)).with_suffix(".png")) for image in image_files(images)]
         part = part_of_masks(pairs, str(images), *named)
         unused = sorted(set(masks.rglob("*.png")) - {mask for _, mask in pairs})
-        note = f"{masks}: masks without a picture left out: {few([file.name for file in unused])}"
+        note = f"{masks}: masks without an image left out: {few([file.name for file in unused])}"
         return replace(part, notes=(note,)) if unused else part
 
     return {split: partial(read, *folders) for split, folders in found.items()}

@@ -1,4 +1,4 @@
-"""Pictures packed in files: idx, as MNIST is published, and the tar shards of WebDataset."""
+"""Images packed in files: idx, as MNIST is published, and the tar shards of WebDataset."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from mobilevit.data.sample import Part
-from mobilevit.pictures import PictureError, first_line
+from mobilevit.data.samples import Part
+from mobilevit.images import ImageError, first_line
 
 BLOCK = 512  # a tar is made of these
 
@@ -48,7 +48,7 @@ def read_class_names(*folders: Path) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Pictures in memory, uint8 (pictures, H, W) or (pictures, H, W, channels)."""
+    """Images in memory, uint8 (images, H, W) or (images, H, W, channels)."""
 
     pixels: np.ndarray
     where: str
@@ -69,44 +69,44 @@ class Arrays:
 
 
 def idx_files(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Pictures and labels of each split under one of their usual names, gzipped or not.
+    """Images and labels of each split under one of their usual names, gzipped or not.
 
     Raises:
-        ValueError: pictures without labels or labels without pictures.
+        ValueError: images without labels or labels without images.
     """
     found: dict[str, tuple[Path, Path]] = {}
     for split, prefixes in (("train", ("train",)), ("test", ("t10k", "test"))):
         for prefix in prefixes:
-            pictures = _idx_file(folder, f"{prefix}-images", (3, 4))
+            images = _idx_file(folder, f"{prefix}-images", (3, 4))
             labels = _idx_file(folder, f"{prefix}-labels", (1,))
-            if (pictures is None) != (labels is None):
-                missing = f"{prefix}-images-idx3-ubyte" if pictures is None else f"{prefix}-labels-idx1-ubyte"
-                raise ValueError(f"{pictures or labels}: stands alone; put {missing} or {missing}.gz beside it")
-            if pictures is not None and labels is not None:
-                found.setdefault(split, (pictures, labels))
+            if (images is None) != (labels is None):
+                missing = f"{prefix}-images-idx3-ubyte" if images is None else f"{prefix}-labels-idx1-ubyte"
+                raise ValueError(f"{images or labels}: stands alone; put {missing} or {missing}.gz beside it")
+            if images is not None and labels is not None:
+                found.setdefault(split, (images, labels))
     return found
 
 
-def read_idx(pictures: Path, labels: Path) -> Part:
+def read_idx(images: Path, labels: Path) -> Part:
     """A split of idx files; classes.txt beside them names the classes, one a line.
 
     Raises:
         ValueError: a file that is no such file, is cut short or does not fit the other.
     """
-    pixels, numbers = read_idx_file(pictures), read_idx_file(labels)
+    pixels, numbers = read_idx_file(images), read_idx_file(labels)
     if pixels.ndim == 4 and pixels.shape[3] == 1:
         pixels = pixels[..., 0]
     if pixels.ndim not in (3, 4) or 0 in pixels.shape[1:] or (pixels.ndim == 4 and pixels.shape[3] not in (3, 4)):
         raise ValueError(
-            f"{pictures}: shape {pixels.shape} is not that of pictures; it must be (pictures, height, width), with 1, "
+            f"{images}: shape {pixels.shape} is not that of images; it must be (images, height, width), with 1, "
             "3 or 4 channels after these, if at all"
         )
     if numbers.ndim != 1 or len(pixels) != len(numbers):
         raise ValueError(
-            f"{pictures}: {len(pixels)} pictures do not fit labels of shape {numbers.shape} in {labels.name}; "
+            f"{images}: {len(pixels)} images do not fit labels of shape {numbers.shape} in {labels.name}; "
             "take both from the same place"
         )
-    return Part(str(pictures), Arrays(pixels, str(pictures)), numbers.tolist(), read_class_names(pictures.parent))
+    return Part(str(images), Arrays(pixels, str(images)), numbers.tolist(), read_class_names(images.parent))
 
 
 def read_idx_file(file: Path) -> np.ndarray:
@@ -139,14 +139,14 @@ def _idx_file(folder: Path, stem: str, num_axes: tuple[int, ...]) -> Path | None
 
 @dataclass(frozen=True)
 class Members:
-    """Pictures in tar files, found by their place.
+    """Images in tar files, found by their place.
 
-    Nothing is kept open: a read opens its shard, as a folder of pictures opens its file, so that processes may fork and
+    Nothing is kept open: a read opens its shard, as a folder of images opens its file, so that processes may fork and
     the index be sent to others as it is.
     """
 
     shards: tuple[Path, ...]
-    shard: np.ndarray  # whose number holds the picture; arrays, because forked processes share them as they are
+    shard: np.ndarray  # whose number holds the image; arrays, because forked processes share them as they are
     offset: np.ndarray
     size: np.ndarray
     keys: tuple[str, ...]
@@ -158,16 +158,14 @@ class Members:
         return self.read(index)
 
     def read(self, index: int, most: int | None = None) -> bytes:
-        """The bytes of a picture, the first `most` of them if given. Raises PictureError where the shard is gone."""
+        """The bytes of an image, the first `most` of them if given. Raises ImageError where the shard is gone."""
         size = int(self.size[index])
         try:
             with self.shards[self.shard[index]].open("rb", buffering=0) as file:
                 file.seek(int(self.offset[index]))
                 return file.read(size if most is None else min(size, most))
         except OSError as error:
-            raise PictureError(
-                f"{self.name(index)}: cannot be read ({(error.strerror or str(error)).lower()})"
-            ) from None
+            raise ImageError(f"{self.name(index)}: cannot be read ({(error.strerror or str(error)).lower()})") from None
 
     def key(self, index: int) -> str:
         """Shard and key."""
@@ -190,13 +188,13 @@ class _Member:
 
 
 def read_tars(shards: Sequence[Path], where: str, class_names: tuple[str, ...] | None) -> Part:
-    """Pictures of tar files and their labels, found in one pass over the headers.
+    """Images of tar files and their labels, found in one pass over the headers.
 
-    Files whose names are the same up to the first dot belong together: one picture, and its label in a .cls file (a
+    Files whose names are the same up to the first dot belong together: one image, and its label in a .cls file (a
     number or the name of a class) or in a .json file (an object with "label" or "cls"). Others are passed over.
 
     Raises:
-        ValueError: a file that is no plain tar or is cut short, a label without a picture, two pictures or labels.
+        ValueError: a file that is no plain tar or is cut short, a label without an image, two images or labels.
     """
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
@@ -209,17 +207,17 @@ def read_tars(shards: Sequence[Path], where: str, class_names: tuple[str, ...] |
                 labels.append(_label(member, f"{shard}/{key}"))
             elif member.cls is not None:
                 found = ", ".join(member.endings)
-                raise ValueError(f"{shard}/{key}: has a label but no picture (found {found}); add or remove it")
+                raise ValueError(f"{shard}/{key}: has a label but no image (found {found}); add or remove it")
     table = np.array(places, np.int64).reshape(-1, 3)
     members = Members(tuple(shards), *table.T.copy(), keys=tuple(keys))
     if not keys:
-        raise ValueError(f"{where}: no pictures in the tar; expected pairs like 0001.jpg and 0001.cls")
+        raise ValueError(f"{where}: no images in the tar; expected pairs like 0001.jpg and 0001.cls")
     return Part(where, members, labels, class_names)
 
 
 def _index(shard: Path) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
-    pictures = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+    images = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
     with shard.open("rb") as file:
         refuse_compressed(shard, file.read(6))
         file.seek(0, 2)
@@ -236,13 +234,13 @@ def _index(shard: Path) -> dict[str, _Member]:
                     if not info.isreg() or not stem or end > length:
                         continue
                     ending = "." + ending.lower()
-                    if ending not in (".cls", ".json") and ending not in pictures:
+                    if ending not in (".cls", ".json") and ending not in images:
                         continue
                     member = members.setdefault(str(path.with_name(stem)), _Member())
-                    if ending in member.endings or (ending in pictures and member.offset >= 0):
+                    if ending in member.endings or (ending in images and member.offset >= 0):
                         raise ValueError(f"{shard}: {info.name} is the second of its kind and key; rename or remove it")
                     member.endings += (ending,)
-                    if ending in pictures:
+                    if ending in images:
                         member.offset, member.size = info.offset_data, info.size
                         continue
                     file.seek(info.offset_data)
@@ -292,7 +290,7 @@ def refuse_compressed(file: Path, beginning: bytes = b"") -> None:
     remedy = by_name or next((tool for mark, tool in marks.items() if beginning.startswith(mark)), None)
     if remedy:
         raise ValueError(
-            f"{file}: compressed, so its pictures cannot be found by their place (and hardly get smaller); "
+            f"{file}: compressed, so its images cannot be found by their place (and hardly get smaller); "
             f"uncompress it with {remedy}"
         )
 

@@ -13,16 +13,16 @@ from typing import Any
 from PIL import Image
 
 from mobilevit.data.labels import AnnotatedPart, Boxes, Found, Parts, part_of_boxes
-from mobilevit.data.sample import few
+from mobilevit.data.samples import few
 from mobilevit.data.sources import SPLITS
-from mobilevit.pictures import first_line
+from mobilevit.images import first_line
 
 
 def coco_parts(data: Path) -> Parts[Boxes]:
     """How to read what is found in `data`; nothing where there is nothing of the kind.
 
     Raises:
-        ValueError: two files for one split, pictures for validation without one; and when a part is read, whatever is
+        ValueError: two files for one split, images for validation without one; and when a part is read, whatever is
             wrong with it.
     """
     found: dict[str, list[tuple[Path, Path]]] = {}
@@ -40,7 +40,7 @@ def coco_parts(data: Path) -> Parts[Boxes]:
         _refuse_unannotated(data)
     if not found:
         folder = data / "images" if (data / "images").is_dir() else data
-        for file in sorted(data.glob("*.json")) if folder != data or _has_pictures(data) else ():
+        for file in sorted(data.glob("*.json")) if folder != data or _has_images(data) else ():
             words = {SPLITS[word] for word in re.split("[^a-z]+", file.stem.lower()) if word in SPLITS}
             found.setdefault(words.pop() if len(words) == 1 else "all", []).append((file, folder))
     for files in found.values():
@@ -51,18 +51,18 @@ def coco_parts(data: Path) -> Parts[Boxes]:
 
 
 def _refuse_unannotated(data: Path) -> None:
-    """Of pictures in val2017/ or the like: to hold out others instead is not what whoever put them there meant."""
+    """Of images in val2017/ or the like: to hold out others instead is not what whoever put them there meant."""
     for root in (data, data / "images"):
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
             word = re.match("[a-z]*", folder.name.lower())
-            if word and SPLITS.get(word[0]) == "val" and _has_pictures(folder):
+            if word and SPLITS.get(word[0]) == "val" and _has_images(folder):
                 raise ValueError(
-                    f"{folder}: pictures for validation, but no annotations of them (instances_{folder.name}.json, or "
+                    f"{folder}: images for validation, but no annotations of them (instances_{folder.name}.json, or "
                     "_annotations.coco.json among them); add these or move the folder elsewhere"
                 )
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     """Whether some lie in the folder itself, so that a .json beside something else is not taken for COCO's."""
     endings = Image.registered_extensions()
     return folder.is_dir() and any(file.suffix.lower() in endings for file in folder.iterdir())
@@ -87,16 +87,16 @@ def _read_coco(file: Path, folder: Path) -> AnnotatedPart[Boxes]:
 
     found: dict[int, Found] = {}
     for number, entry in _entries(file, content, "images", ("id", "file_name")):
-        picture = folder / str(entry["file_name"])
+        image = folder / str(entry["file_name"])
         if number in found:
             raise ValueError(f"{file}: image {number} ({entry['file_name']}) is listed twice; remove one")
-        if ".." in picture.parts[len(folder.parts) :] or not picture.is_relative_to(folder):
+        if ".." in image.parts[len(folder.parts) :] or not image.is_relative_to(folder):
             raise ValueError(f"{file}: image {number} ({entry['file_name']}) is not below {folder}; move it there")
-        if not picture.is_file():
-            raise ValueError(f"{picture}: no such file, but {file.name} lists it; add it or remove the entry")
+        if not image.is_file():
+            raise ValueError(f"{image}: no such file, but {file.name} lists it; add it or remove the entry")
         width, height = entry.get("width"), entry.get("height")
         size = (width, height) if isinstance(width, int) and isinstance(height, int) else None
-        found[number] = Found(picture, size if size and min(size) > 0 else None)
+        found[number] = Found(image, size if size and min(size) > 0 else None)
 
     for number, entry in _entries(file, content, "annotations", ("id", "image_id", "category_id", "bbox")):
         for key, known in (("image_id", found), ("category_id", label_of)):

@@ -1,7 +1,7 @@
-"""Transforms of detection and segmentation: what is done to a picture is done to its boxes or its mask.
+"""Transforms of detection and segmentation: what is done to an image is done to its boxes or its mask.
 
-Every number is drawn from a generator made from (seed, epoch, number of the picture), as in `transforms.py`. The square
-that a network sees is the whole picture, warped, wherever there is no chance in it: in evaluation, prediction and
+Every number is drawn from a generator made from (seed, epoch, number of the image), as in `transforms.py`. The square
+that a network sees is the whole image, warped, wherever there is no chance in it: in evaluation, prediction and
 deployment.
 """
 
@@ -21,20 +21,20 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from mobilevit.data.labels import IGNORE, Boxes, MaskFile
-from mobilevit.data.sample import Sample
 from mobilevit.data.sampler import Pick
+from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import Box, resize
-from mobilevit.pictures import Preprocessing, read_part, read_picture
+from mobilevit.images import Preprocessing, read_image, read_part
 
 # JPEG hands parts over at 1/2, 1/4 or 1/8 of their size, from 8 pixels to 8 pixels; a part that began between two of
-# them would be moved against its boxes. Parts of pictures from LARGE_PX up therefore keep to such a grid, and no other
+# them would be moved against its boxes. Parts of images from LARGE_PX up therefore keep to such a grid, and no other
 # part is made smaller while it is read.
 GRID_PX = 8
 LARGE_PX = 256
 
 
 def warp(size_px: int) -> Preprocessing:
-    """The whole picture as a square, whatever its ratio was."""
+    """The whole image as a square, whatever its ratio was."""
     return Preprocessing(resize_px=(size_px, size_px), crop_px=size_px)
 
 
@@ -45,21 +45,21 @@ def _grid_px(width: int, height: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Boxes
 
-MIN_OVERLAPS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # of a part with a box; None is the whole picture, 0.0 any part
+MIN_OVERLAPS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # of a part with a box; None is the whole image, 0.0 any part
 NUM_TRIES = 50
 
 
 class BoxTarget(NamedTuple):
-    """What is in one picture: corners (N, 4) float32, x1 y1 x2 y2 in units of the picture; classes (N,) int64."""
+    """What is in one image: corners (N, 4) float32, x1 y1 x2 y2 in units of the image; classes (N,) int64."""
 
     corners: np.ndarray
     labels: np.ndarray
 
 
 class BoxBatch(NamedTuple):
-    """What is in the pictures of a batch: corners (B, M, 4) float32 in units of the picture, classes (B, M) int64.
+    """What is in the images of a batch: corners (B, M, 4) float32 in units of the image, classes (B, M) int64.
 
-    M is 1 or more; where a picture has fewer boxes, classes are -1 and corners 0.
+    M is 1 or more; where an image has fewer boxes, classes are -1 and corners 0.
     """
 
     corners: Tensor
@@ -67,7 +67,7 @@ class BoxBatch(NamedTuple):
 
 
 class BoxTruth(NamedTuple):
-    """The boxes of a picture as they were annotated, and its size in pixels."""
+    """The boxes of an image as they were annotated, and its size in pixels."""
 
     boxes: Boxes
     height: int
@@ -79,7 +79,7 @@ class BoxAugmentation:
     """The published augmentation of SSDLite: a random part, other colours, a mirror image half of the time.
 
     The part is SSD's (arXiv 1512.02325, section 2.2): see `random_part`; its sides are at least the root of `min_scale`
-    of the picture's (SSD's 0.3 is a `min_scale` of 0.09). Zooming out, which SSD found to help with small objects, is
+    of the image's (SSD's 0.3 is a `min_scale` of 0.09). Zooming out, which SSD found to help with small objects, is
     neither in the released recipe nor in torchvision's of SSDLite, and not here.
     """
 
@@ -88,9 +88,9 @@ class BoxAugmentation:
     seed: int
 
     def __call__(self, sample: Sample[Boxes], pick: Pick) -> tuple[np.ndarray, BoxTarget]:
-        """A picture of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its boxes.
+        """An image of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its boxes.
 
-        Boxes of crowds are left out, and those whose centre is not in the part. Raises PictureError.
+        Boxes of crowds are left out, and those whose centre is not in the part. Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.number))
         boxes = sample.label
@@ -108,7 +108,7 @@ class BoxAugmentation:
             labels = labels[is_seen]
             return part
 
-        part = read_part(sample.picture, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
+        part = read_part(sample.image, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
         pixels = distort(Image.fromarray(resize(part, pick.size_px).numpy()), random)
         if self.flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -118,23 +118,23 @@ class BoxAugmentation:
 
 @dataclass(frozen=True)
 class BoxEvaluation:
-    """No chance: what the network will do to pictures once it is trained."""
+    """No chance: what the network will do to images once it is trained."""
 
     preprocessing: Preprocessing
 
     def __call__(self, sample: Sample[Boxes], pick: Pick) -> tuple[np.ndarray, BoxTruth]:
-        """A picture of any size -> uint8 (crop_px, crop_px, 3); its boxes as they are. Raises PictureError."""
-        picture = read_picture(sample.picture, sample.name)
-        pixels = np.asarray(self.preprocessing.resize_and_crop(picture))
-        return pixels, BoxTruth(sample.label, picture.height, picture.width)
+        """An image of any size -> uint8 (crop_px, crop_px, 3); its boxes as they are. Raises ImageError."""
+        image = read_image(sample.image, sample.name)
+        pixels = np.asarray(self.preprocessing.resize_and_crop(image))
+        return pixels, BoxTruth(sample.label, image.height, image.width)
 
 
 def random_part(width: int, height: int, corners: np.ndarray, min_scale: float, random: np.random.Generator) -> Box:
-    """A part of a picture for a detector to learn from (SSD, section 2.2).
+    """A part of an image for a detector to learn from (SSD, section 2.2).
 
-    `corners` (N, 4) are boxes in pixels. The sides of the part are the root of `min_scale` to 1 of the picture's, its
+    `corners` (N, 4) are boxes in pixels. The sides of the part are the root of `min_scale` to 1 of the image's, its
     shape is 1:2 to 2:1, some box has its centre in it, and the intersection over union of the part and some box is at
-    least a number that is drawn from `MIN_OVERLAPS`. The whole picture is one of the draws; it is also what remains
+    least a number that is drawn from `MIN_OVERLAPS`. The whole image is one of the draws; it is also what remains
     where nothing of the kind is found. Without boxes all parts of these shapes will do.
     """
     whole = (0, 0, width, height)
@@ -142,11 +142,11 @@ def random_part(width: int, height: int, corners: np.ndarray, min_scale: float, 
     if min_overlap is None:
         return whole
     grid = _grid_px(width, height)
-    picture = np.array((width, height))
-    cells = -(-picture // grid)
-    lengths = np.round(random.uniform(math.sqrt(min_scale), 1, (NUM_TRIES, 2)) * picture / grid).clip(1, cells)
+    image = np.array((width, height))
+    cells = -(-image // grid)
+    lengths = np.round(random.uniform(math.sqrt(min_scale), 1, (NUM_TRIES, 2)) * image / grid).clip(1, cells)
     starts = np.floor(random.random((NUM_TRIES, 2)) * (cells - lengths + 1))
-    parts = np.concatenate((starts * grid, ((starts + lengths) * grid).clip(max=picture)), 1)
+    parts = np.concatenate((starts * grid, ((starts + lengths) * grid).clip(max=image)), 1)
     ratio = (parts[:, 2] - parts[:, 0]) / (parts[:, 3] - parts[:, 1])
     fits = (ratio >= 0.5) & (ratio <= 2)
     if len(corners):
@@ -168,7 +168,7 @@ def distort(image: Image.Image, random: np.random.Generator) -> np.ndarray:
     contrast_first = random.random() < 0.5
     is_on = random.random(4) < 0.5
     brightness, contrast, saturation, hue = random.uniform((0.875, 0.5, 0.5, -0.05), (1.125, 1.5, 1.5, 0.05))
-    # On a picture of Pillow, where hue is several times as fast as on a tensor.
+    # On an image of Pillow, where hue is several times as fast as on a tensor.
     steps: list[tuple[bool, Callable[[Any, float], Any], float]] = [
         (is_on[0], V.adjust_brightness, brightness),
         (is_on[2], V.adjust_saturation, saturation),
@@ -209,7 +209,7 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks
 
-MIN_SIZE, MAX_SIZE = 0.5, 2.0  # of the short side of the resized picture, in sides of the square cut from it
+MIN_SIZE, MAX_SIZE = 0.5, 2.0  # of the short side of the resized image, in sides of the square cut from it
 MAX_DEGREES = 10.0
 
 
@@ -218,9 +218,9 @@ class MaskAugmentation:
     """The augmentation of DeepLabv3: another size, a part, a mirror image and a small rotation half of the time each.
 
     Size, part and mirror image are the paper's released recipe (short side 1/2 to 2 of the square's), except that what
-    lies beyond a small picture is black and ignored, where that recipe enlarges the picture. The rotation, up to 10
+    lies beyond a small image is black and ignored, where that recipe enlarges the image. The rotation, up to 10
     degrees either way, is of its later release, which also distorts colours; here they stay. `min_scale` is the
-    smallest share of the picture's area that a part of a square picture keeps: 1 never cuts anything off.
+    smallest share of the image's area that a part of a square image keeps: 1 never cuts anything off.
     """
 
     min_scale: float
@@ -228,9 +228,9 @@ class MaskAugmentation:
     seed: int
 
     def __call__(self, sample: Sample[MaskFile], pick: Pick) -> tuple[np.ndarray, np.ndarray]:
-        """A picture of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone.
+        """An image of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone.
 
-        And its mask, uint8 (size_px, size_px), 255 where it is to be ignored. Raises PictureError.
+        And its mask, uint8 (size_px, size_px), 255 where it is to be ignored. Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.number))
         side = pick.size_px
@@ -242,7 +242,7 @@ class MaskAugmentation:
         def choose(width: int, height: int) -> Box:
             nonlocal whole, out, box
             whole = width, height
-            shrink = min(whole) / size  # pixels of the picture in one of the square
+            shrink = min(whole) / size  # pixels of the image in one of the square
             grid = _grid_px(width, height)
             edges = []
             for length, at in ((width, at_x), (height, at_y)):
@@ -254,7 +254,7 @@ class MaskAugmentation:
             box = (left, top, right, bottom)
             return box
 
-        part = read_part(sample.picture, choose, max(side, LARGE_PX // 2), sample.name)
+        part = read_part(sample.image, choose, max(side, LARGE_PX // 2), sample.name)
         left, top, right, bottom = box
         classes = torch.from_numpy(sample.label.read(*whole)[top:bottom, left:right].copy())
         pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
@@ -275,15 +275,15 @@ class MaskAugmentation:
 
 @dataclass(frozen=True)
 class MaskEvaluation:
-    """No chance: what the network will do to pictures once it is trained."""
+    """No chance: what the network will do to images once it is trained."""
 
     preprocessing: Preprocessing
 
     def __call__(self, sample: Sample[MaskFile], pick: Pick) -> tuple[np.ndarray, np.ndarray]:
-        """A picture of any size -> uint8 (crop_px, crop_px, 3); its own mask, uint8 (H, W). Raises PictureError."""
-        picture = read_picture(sample.picture, sample.name)
-        mask = sample.label.read(*picture.size)
-        return np.asarray(self.preprocessing.resize_and_crop(picture)), mask
+        """An image of any size -> uint8 (crop_px, crop_px, 3); its own mask, uint8 (H, W). Raises ImageError."""
+        image = read_image(sample.image, sample.name)
+        mask = sample.label.read(*image.size)
+        return np.asarray(self.preprocessing.resize_and_crop(image)), mask
 
 
 def stack_masks(masks: list[np.ndarray]) -> Tensor:

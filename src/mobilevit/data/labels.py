@@ -1,4 +1,4 @@
-"""What is known of a picture beyond one class: boxes, a mask; and a split of such pictures as it was found."""
+"""What is known of an image beyond one class: boxes, a mask; and a split of such images as it was found."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import numpy as np
 from PIL import Image
 
 from mobilevit.data.archives import read_class_names
-from mobilevit.data.sample import Label, few
-from mobilevit.pictures import PictureError, first_line, read_header
+from mobilevit.data.samples import Label, few
+from mobilevit.images import ImageError, first_line, read_header
 
 IGNORE = 255  # the value in a mask of what is neither learnt from nor counted
 
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """What is in a picture: N boxes, none of them empty, none beyond the picture's edge.
+    """What is in an image: N boxes, none of them empty, none beyond the image's edge.
 
     `crowd` is COCO's iscrowd or VOC's difficult: nothing to learn from, and no fault to miss. `areas` are the objects'
-    own where the annotation tells them, else those of the boxes. `size` is the picture's width and height in pixels as
+    own where the annotation tells them, else those of the boxes. `size` is the image's width and height in pixels as
     the annotation has it, None where it does not tell.
     """
 
-    corners: np.ndarray  # (N, 4) float32, x1 y1 x2 y2 in pixels of the upright picture
+    corners: np.ndarray  # (N, 4) float32, x1 y1 x2 y2 in pixels of the upright image
     labels: np.ndarray  # (N,) int64, class numbers from 0; there is none for the background
     crowd: np.ndarray  # (N,) bool
     areas: np.ndarray  # (N,) float32, px^2
@@ -55,28 +55,28 @@ class Coding:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """The class of every pixel of a picture, in a file still to be read."""
+    """The class of every pixel of an image, in a file still to be read."""
 
     file: Path
     classes: Coding
 
     def read(self, width: int, height: int) -> np.ndarray:
-        """(H, W) uint8, class numbers and IGNORE. `width` and `height` are those of the upright picture.
+        """(H, W) uint8, class numbers and IGNORE. `width` and `height` are those of the upright image.
 
         Raises:
-            PictureError: no such file, no picture, another size, a value or colour that is no class.
+            ImageError: no such file, no image, another size, a value or colour that is no class.
         """
         try:
             with Image.open(self.file) as image:
                 size, mode = image.size, image.mode
                 if fault := self._fault(size, mode, (width, height)):
-                    raise PictureError(fault)
+                    raise ImageError(fault)
                 values = np.asarray(image if self.classes.colors is None else image.convert("RGB"))
-        except PictureError:
+        except ImageError:
             raise
         except Exception as error:  # Pillow raises nearly anything
             why = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else first_line(error)
-            raise PictureError(f"{self.file}: mask cannot be read ({why})") from None
+            raise ImageError(f"{self.file}: mask cannot be read ({why})") from None
         return self._of_colors(values) if self.classes.colors is not None else self._of_values(values)
 
     def fault(self, width: int, height: int) -> str | None:
@@ -94,7 +94,7 @@ class MaskFile:
 
     def _fault(self, size: tuple[int, int], mode: str, expected: tuple[int, int]) -> str | None:
         if size != expected:
-            return f"{self.file}: {by(size)} px, but its picture is {by(expected)}; they must be of one size"
+            return f"{self.file}: {by(size)} px, but its image is {by(expected)}; they must be of one size"
         if self.classes.colors is None and not (mode in ("1", "L", "P", "I") or mode.startswith("I;16")):
             return (
                 f"{self.file}: a mask of kind {mode}, while the classes have no colours; save class numbers as palette "
@@ -122,7 +122,7 @@ class MaskFile:
     def _check(self, known: np.ndarray, what: Callable[[int, int], str], expected: str) -> None:
         if not known.all():
             y, x = (int(i) for i in np.argwhere(~known)[0])
-            raise PictureError(
+            raise ImageError(
                 f"{self.file}: {what(y, x)} at x {x}, y {y} is no class; expected {expected}; mend it or classes.txt"
             )
 
@@ -142,10 +142,10 @@ class AnnotatedPart(Generic[Label]):
 Parts = Mapping[str, Callable[[], AnnotatedPart[Label]]]
 
 
-def upright_size(picture: Path) -> tuple[int, int] | None:
-    """Width and height by the header, as `read_picture` turns it; None for what is no picture."""
-    with contextlib.suppress(PictureError):
-        return read_header(picture, of_any_size=True).size  # a limit must not change the boxes
+def upright_size(image: Path) -> tuple[int, int] | None:
+    """Width and height by the header, as `read_image` turns it; None for what is no image."""
+    with contextlib.suppress(ImageError):
+        return read_header(image, of_any_size=True).size  # a limit must not change the boxes
     return None
 
 
@@ -159,7 +159,7 @@ def by(size: tuple[int, int]) -> str:
 
 @dataclass
 class Found:
-    """The boxes of a picture, one by one."""
+    """The boxes of an image, one by one."""
 
     file: Path
     size: tuple[int, int] | None
@@ -170,11 +170,11 @@ class Found:
 
 
 def part_of_boxes(found: Iterable[Found], where: str, class_names: tuple[str, ...]) -> AnnotatedPart[Boxes]:
-    """With what sticks out of pictures cut off, and boxes that are then empty left out."""
+    """With what sticks out of images cut off, and boxes that are then empty left out."""
     files, labels, empty = [], [], []
     for one in found:
         files.append(one.file)
-        # Without a size there is nothing to compare with later on; what is no picture is found then.
+        # Without a size there is nothing to compare with later on; what is no image is found then.
         width, height = one.size or upright_size(one.file) or (np.inf, np.inf)
         corners = np.array(one.corners, np.float64).reshape(-1, 4).clip(0, np.array([width, height] * 2))
         corners = corners.astype(np.float32)
@@ -194,7 +194,7 @@ def part_of_boxes(found: Iterable[Found], where: str, class_names: tuple[str, ..
     notes = ()
     if empty:
         num = f"{len(empty)} boxes" if len(empty) > 1 else "1 box"
-        notes = (f"{where}: {num} without area in the picture left out, first in {empty[0].name}",)
+        notes = (f"{where}: {num} without area in the image left out, first in {empty[0].name}",)
     return AnnotatedPart(where, files, labels, class_names, notes)
 
 
@@ -204,16 +204,16 @@ def part_of_boxes(found: Iterable[Found], where: str, class_names: tuple[str, ..
 def part_of_masks(
     pairs: Sequence[tuple[Path, Path]], where: str, class_names: tuple[str, ...], coding: Coding
 ) -> AnnotatedPart[MaskFile]:
-    """Pictures with their masks, all of which are there.
+    """Images with their masks, all of which are there.
 
     Raises:
         ValueError: masks that are not.
     """
     missing = [str(mask) for _, mask in pairs if not mask.is_file()]
     if missing:
-        raise ValueError(f"{few(missing)}: no such mask; add it or remove its picture")
+        raise ValueError(f"{few(missing)}: no such mask; add it or remove its image")
     masks = [MaskFile(mask, coding) for _, mask in pairs]
-    return AnnotatedPart(where, [picture for picture, _ in pairs], masks, class_names)
+    return AnnotatedPart(where, [image for image, _ in pairs], masks, class_names)
 
 
 def read_coding(*folders: Path) -> tuple[tuple[str, ...], Coding] | None:

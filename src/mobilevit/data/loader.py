@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mobilevit.data.sample import Sample, Source
 from mobilevit.data.sampler import Pick
-from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, megapixel_limit
+from mobilevit.data.samples import Sample, Source
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels, megapixel_limit
 
 
 class Batch(NamedTuple):
-    """Pictures (B, 3, H, W) in channels-last layout, their labels and their numbers in the source.
+    """Images (B, 3, H, W) in channels-last layout, their labels and their numbers in the source.
 
     What labels are is up to the task: class numbers (B,), or whatever its datasets stack them to. `unreadable` names
-    the pictures that should be here and could not be read.
+    the images that should be here and could not be read.
     """
 
     pixels: Tensor
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A picture of a batch, uint8 (H, W, 3), its label and its number in the source."""
+    """An image of a batch, uint8 (H, W, 3), its label and its number in the source."""
 
     pixels: np.ndarray
     label: Any
@@ -45,11 +45,11 @@ class Item(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A picture that could not be read, the side in pixels it was wanted at, and why it could not."""
+    """An image that could not be read, the side in pixels it was wanted at, and why it could not."""
 
     name: str
     size_px: int
-    error: PictureError
+    error: ImageError
 
 
 def stack_numbers(labels: Sequence[int]) -> Tensor:
@@ -57,11 +57,11 @@ def stack_numbers(labels: Sequence[int]) -> Tensor:
     return torch.tensor(labels, dtype=torch.long)
 
 
-class PictureDataset(Dataset):
-    """Pictures of a source, each made ready by `prepare(sample, pick)`, which raises PictureError.
+class ImageDataset(Dataset):
+    """Images of a source, each made ready by `prepare(sample, pick)`, which raises ImageError.
 
-    That gives the picture as uint8 (H, W, 3), and its label; `stack` makes one of the labels of a batch. An item is
-    asked for by a `Pick`. A picture that cannot be read is handed on as `Unreadable`, so that whoever reads the batches
+    That gives the image as uint8 (H, W, 3), and its label; `stack` makes one of the labels of a batch. An item is
+    asked for by a `Pick`. An image that cannot be read is handed on as `Unreadable`, so that whoever reads the batches
     can say which one it was, whatever process met it.
     """
 
@@ -88,7 +88,7 @@ class PictureDataset(Dataset):
             sample = self.source[pick.number]
             name = sample.name
             return Item(*self.prepare(sample, pick), pick.number)
-        except PictureError as error:
+        except ImageError as error:
             return Unreadable(name or str(error), pick.size_px, error)
 
 
@@ -96,14 +96,14 @@ class Loader(Iterator[Batch]):
     """What `load` returns: an iterator that goes once through the batches.
 
     `waited_seconds` is how long it has kept its user waiting for data so far, the start of the workers included;
-    `unreadable` names the pictures that could not be read so far. Who may leave it before its end calls `close`.
+    `unreadable` names the images that could not be read so far. Who may leave it before its end calls `close`.
     """
 
     def __init__(self, batches: DataLoader, device: str, preprocessing: Preprocessing | None):
         self.waited_seconds = 0.0
         self.unreadable: list[str] = []
         self._loader = batches
-        self._batches: Iterator[Batch | PictureError] | None = None
+        self._batches: Iterator[Batch | ImageError] | None = None
         self._device = device
         self._preprocessing = preprocessing
 
@@ -115,7 +115,7 @@ class Loader(Iterator[Batch]):
                 self._batches = iter(self._loader)
                 _workers.update(worker for worker in active_children() if worker not in others)
             batch = next(self._batches)
-            if isinstance(batch, PictureError):
+            if isinstance(batch, ImageError):
                 raise batch
         except Exception:
             self.close()
@@ -134,7 +134,7 @@ class Loader(Iterator[Batch]):
 
 
 def load(
-    dataset: PictureDataset,
+    dataset: ImageDataset,
     batches: Iterable[list[Pick]],
     *,
     num_workers: int,
@@ -147,12 +147,12 @@ def load(
 
     Pixels are uint8, or where `preprocessing` is given float32 as the network expects them, scaled on `device`.
 
-    With `max_unreadable` above 0 a picture that cannot be read is replaced by the next one of its batch, in a circle,
+    With `max_unreadable` above 0 an image that cannot be read is replaced by the next one of its batch, in a circle,
     and named in `unreadable`; to count them is up to the caller. Without `stand_in` it is left out, and the batch is
     smaller, or empty.
 
     Raises:
-        PictureError: when a batch comes in which a picture, or with `max_unreadable` above 0 each, cannot be read.
+        ImageError: when a batch comes in which an image, or with `max_unreadable` above 0 each, cannot be read.
     """
     loader = DataLoader(
         dataset,
@@ -200,10 +200,10 @@ def moved(values: Any, device: str) -> Any:
 
 def _collate(
     items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, stand_in: bool
-) -> Batch | PictureError:
+) -> Batch | ImageError:
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     if unreadable and not skip:
-        return PictureError(f"{unreadable[0].error}; or skip up to NUMBER of them with --max-unreadable NUMBER")
+        return ImageError(f"{unreadable[0].error}; or skip up to NUMBER of them with --max-unreadable NUMBER")
     if unreadable and stand_in and len(unreadable) == len(items):
         return unreadable[0].error
     chosen: list[Item] = []

@@ -1,4 +1,4 @@
-"""Where pictures come from: what is in a place, which part is held out, what can be known to be wrong beforehand."""
+"""Where images come from: what is in a place, which part is held out, what can be known to be wrong beforehand."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mobilevit.data.archives import (
     read_tars,
     refuse_compressed,
 )
-from mobilevit.data.sample import Label, Labelled, Part, Sample, Source, Subset, few
+from mobilevit.data.samples import Label, Labelled, Part, Sample, Source, Subset, few
 from mobilevit.data.tables import file_split, hub_splits, read_table, saved_splits
-from mobilevit.pictures import BACKGROUND, Header, PictureError, picture_files, pictures_and_others, read_header
+from mobilevit.images import BACKGROUND, Header, ImageError, image_files, images_and_others, read_header
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,10 +36,10 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 SPLITS |= {"test": "test"}
 SHARDS = (".parquet", ".arrow", ".tar")
 EXPECTED = (
-    "one folder of pictures for each of two classes or more, or train/ and val/ of those; or idx files, .parquet or "
+    "one folder of images for each of two classes or more, or train/ and val/ of those; or idx files, .parquet or "
     ".arrow files, or .tar shards"
 )
-HEAD_BYTES = 1 << 16  # where the header of nearly every picture ends
+HEAD_BYTES = 1 << 16  # where the header of nearly every image ends
 LARGE_MEGAPIXELS = 50  # of an image, from which the cost of decoding it is worth a warning
 # What one core decodes for training, as measured; JPEG is decoded at a reduced scale.
 JPEG_MEGAPIXELS_PER_SECOND = 400
@@ -50,7 +50,7 @@ Parts = dict[str, Callable[[], Part]]
 
 @dataclass(frozen=True)
 class Folder(Generic[Label]):
-    """Pictures in files, in folders named after their class say. Below the folder `root` names stay the same.
+    """Images in files, in folders named after their class say. Below the folder `root` names stay the same.
 
     `notes` say in a line each what was left out of what was found, or assumed of it, for whoever trains on it to know.
     """
@@ -70,11 +70,11 @@ class Folder(Generic[Label]):
 
 
 def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Source[int]]:
-    """Training and validation pictures of `data`, wherever they are kept.
+    """Training and validation images of `data`, wherever they are kept.
 
     `data` is one of
 
-    - a folder with a folder of pictures a class, or with `train/` and `val/` (or `test/`) that hold those;
+    - a folder with a folder of images a class, or with `train/` and `val/` (or `test/`) that hold those;
     - a folder with idx files as MNIST's (train-images-idx3-ubyte, t10k-... and so on, gzipped or not);
     - a folder that `datasets.Dataset.save_to_disk` wrote; .parquet or .arrow files; `hf:owner/name`, a dataset of the
       hub (these need the extra `datasets`);
@@ -89,7 +89,7 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Sou
 
     Raises:
         ValueError: nothing or several things found, no label or one out of range, an empty class or only one, a class
-            in val that train lacks, too few pictures to hold some out.
+            in val that train lacks, too few images to hold some out.
     """
     parts = _find_parts(data)
     if parts is None:
@@ -110,7 +110,7 @@ def find_splits(data: str | Path, val_fraction: float) -> tuple[Source[int], Sou
 def find_evaluation(
     data: str | Path, class_names: Sequence[str], split: str | None = None, val_fraction: float | None = None
 ) -> Source[int]:
-    """The pictures that a network with `class_names` is evaluated on: val or else test of `data`, or all of `data`.
+    """The images that a network with `class_names` is evaluated on: val or else test of `data`, or all of `data`.
 
     `split` names one: "train", "val", "test", or "all" of data without a validation split. "train" and "val" of such
     data are those that `find_splits` makes with `val_fraction`.
@@ -172,14 +172,14 @@ def held_out_name(data: str | Path) -> str | None:
 
 
 def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subset[int], Subset[int]]:
-    """Divide `source` into pictures to train on and to validate on: `val_fraction` of every class, rounded.
+    """Divide `source` into images to train on and to validate on: `val_fraction` of every class, rounded.
 
     Validated on are those whose keys (name below the data folder; name in the tar; index where there is no name) have
-    the smallest hashes. The division is the same wherever the data lie, and each picture that is added or removed moves
-    at most one other between the splits. Both have a picture of every class. `where` is for the error message.
+    the smallest hashes. The division is the same wherever the data lie, and each image that is added or removed moves
+    at most one other between the splits. Both have an image of every class. `where` is for the error message.
 
     Raises:
-        ValueError: a fraction that is not between 0 and 1, a class of one picture.
+        ValueError: a fraction that is not between 0 and 1, a class of one image.
     """
     check_fraction(val_fraction)
     chances = [chance(key) for key in keys(source)]
@@ -192,7 +192,7 @@ def hold_out(source: Source[int], val_fraction: float, where: str) -> tuple[Subs
             continue
         if len(indices) < 2:
             raise ValueError(
-                f"{where}: class {class_name}: one picture is too few to train on some and validate on others; add "
+                f"{where}: class {class_name}: one image is too few to train on some and validate on others; add "
                 "more or remove the class"
             )
         val.update(smallest(val_fraction, indices, chances))
@@ -213,7 +213,7 @@ def notes_of(source: Source) -> tuple[str, ...]:
 
 
 def fingerprint(source: Source) -> str:
-    """16 hexadecimal digits that tell whether classes, labels or names of pictures have changed.
+    """16 hexadecimal digits that tell whether classes, labels or names of images have changed.
 
     Names are those below the data folder, which may be moved; the pixels are not read.
     """
@@ -272,18 +272,18 @@ def _rate(header: Header) -> float:
 
 
 def check_headers(*sources: Source, max_unreadable: int = 0) -> Scan:
-    """Look at the beginning of every picture, so that what is none is known before training starts.
+    """Look at the beginning of every image, so that what is none is known before training starts.
 
-    That is quick for files and tars, while tables hand over whole pictures. At most `max_unreadable` are no pictures or
-    too large. (A picture cut short is found when it is read.)
+    That is quick for files and tars, while tables hand over whole images. At most `max_unreadable` are no images or
+    too large. (An image cut short is found when it is read.)
 
     Raises:
-        PictureError: more of them, five by name.
+        ImageError: more of them, five by name.
     """
     found = Scan()
     with ThreadPoolExecutor() as pool:
         for source in sources:
-            # Some at once: a task for each of a million pictures would fill the memory.
+            # Some at once: a task for each of a million images would fill the memory.
             ranges = (range(start, min(start + 256, len(source))) for start in range(0, len(source), 256))
             for one in pool.map(partial(_scan, source), ranges):
                 found.merge(one)
@@ -292,10 +292,10 @@ def check_headers(*sources: Source, max_unreadable: int = 0) -> Scan:
 
 
 def refuse_unreadable(errors: Sequence[str], max_unreadable: int) -> None:
-    """Raise PictureError, with five of the errors, where there are more than `max_unreadable`."""
+    """Raise ImageError, with five of the errors, where there are more than `max_unreadable`."""
     if len(errors) > max_unreadable:
         more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise PictureError(
+        raise ImageError(
             f"{'; '.join(errors[:5])}{more}; replace the files under the same names, or skip them with "
             f"--max-unreadable {len(errors)}"
         )
@@ -305,35 +305,35 @@ def _scan(source: Source, indices: Iterable[int]) -> Scan:
     found = Scan()
     for i in indices:
         base, index = _unwrap(source, i)
-        if isinstance(base, Labelled) and isinstance(base.pictures, Members):
-            with contextlib.suppress(PictureError):  # said below
-                name = base.pictures.name(index)
-                found.add(name, read_header(base.pictures.read(index, HEAD_BYTES), name))
+        if isinstance(base, Labelled) and isinstance(base.images, Members):
+            with contextlib.suppress(ImageError):  # said below
+                name = base.images.name(index)
+                found.add(name, read_header(base.images.read(index, HEAD_BYTES), name))
                 continue
         try:
             sample = base[index]
-            found.add(sample.name, read_header(sample.picture, sample.name))
-        except PictureError as error:
+            found.add(sample.name, read_header(sample.image, sample.name))
+        except ImageError as error:
             found.unreadable.append(str(error))
     return found
 
 
 def _unwrap(source: Source, index: int) -> tuple[Source, int]:
-    """The same picture in the source that a subset, or a subset of one, is taken from."""
+    """The same image in the source that a subset, or a subset of one, is taken from."""
     while isinstance(source, Subset):
         source, index = source.source, source.indices[index]
     return source, index
 
 
 def keys(source: Source) -> Iterator[str]:
-    """What tells each picture from the others, and stays the same where the data are moved."""
+    """What tells each image from the others, and stays the same where the data are moved."""
     for i in range(len(source)):
         base, index = _unwrap(source, i)
         if isinstance(base, Folder):
             file = base.files[index]
             yield (file.relative_to(base.root) if base.root else file).as_posix()
         else:
-            yield base.pictures.key(index) if isinstance(base, Labelled) else str(index)
+            yield base.images.key(index) if isinstance(base, Labelled) else str(index)
 
 
 # --- What is in a place -----------------------------------------------------------------------------------------------
@@ -444,10 +444,10 @@ def _files(data: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def _has_class_folders(data: Path) -> bool:
-    """Whether at least two folders of `data`, or of its train/, hold a picture."""
+    """Whether at least two folders of `data`, or of its train/, hold an image."""
     root = data / "train" if (data / "train").is_dir() else data
     folders = (p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return len(list(itertools.islice((p for p in folders if picture_files(p)), 2))) == 2
+    return len(list(itertools.islice((p for p in folders if image_files(p)), 2))) == 2
 
 
 # --- Class folders ----------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def _folder_splits(data: Path, val_fraction: float) -> tuple[Source, Source]:
     val = held_out_folder(data)
     if val is None:
         raise ValueError(f"{data}: has train/ but neither val/ nor test/; add one, or put the class folders in {data}")
-    class_names = _class_names(data / "train", "one folder of pictures for each of two classes or more")
+    class_names = _class_names(data / "train", "one folder of images for each of two classes or more")
     return _read_folder(data / "train", class_names, data), _read_folder(val, class_names, data)
 
 
@@ -487,15 +487,15 @@ def _read_folder(root: Path, class_names: tuple[str, ...], data: Path) -> Folder
             raise ValueError(
                 f"{folder}: {folder.name!r} is not one of the {len(class_names)} classes ({few(class_names)})"
             )
-        found, others = pictures_and_others(folder)
+        found, others = images_and_others(folder)
         if not found:
             holds = f" (it holds {_by_ending(others)})" if others else ""
-            raise ValueError(f"{folder}: no pictures in this class{holds}; fill or remove it")
+            raise ValueError(f"{folder}: no images in this class{holds}; fill or remove it")
         files.extend(found)
         labels.extend([label_of[folder.name]] * len(found))
         ignored.extend(others)
     if not files:
-        raise ValueError(f"{root}: no class folders with pictures")
+        raise ValueError(f"{root}: no class folders with images")
     notes = (f"{root}: ignored, not images: {_by_ending(ignored)}",) if ignored else ()
     return Folder(tuple(files), tuple(labels), class_names, data, notes)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 
 from mobilevit import hub
-from mobilevit.data.sample import Part
-from mobilevit.pictures import first_line
+from mobilevit.data.samples import Part
+from mobilevit.images import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,7 @@ LABELS = ("label", "labels", "fine_label")
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of a table, undecoded."""
+    """The images of a table, undecoded."""
 
     rows: Dataset
     column: str
@@ -37,7 +37,7 @@ class Column:
         value = self.rows[index][self.column]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        return value or b""  # an empty cell is a picture that cannot be read, and named where it is
+        return value or b""  # an empty cell is an image that cannot be read, and named where it is
 
     def key(self, index: int) -> str:
         """Its number."""
@@ -83,18 +83,18 @@ def file_split(files: Sequence[Path], where: str) -> Dataset:
 
 
 def read_table(rows: Dataset, where: str, class_names: tuple[str, ...] | None = None) -> Part:
-    """Pictures and labels of a table; `class_names` are for numbers that the table has no names for.
+    """Images and labels of a table; `class_names` are for numbers that the table has no names for.
 
-    Pictures are in the one column that holds some. Labels are in the one column of class labels, or of numbers or
+    Images are in the one column that holds some. Labels are in the one column of class labels, or of numbers or
     strings called label, labels or fine_label, which also decides where several columns hold class labels.
 
     Raises:
         ValueError: none or several of either column.
     """
     datasets = _library(where)
-    pictures, labels = _picture_columns(rows.features), _label_columns(rows.features)
+    images, labels = _image_columns(rows.features), _label_columns(rows.features)
     for what, found, expected in (
-        ("picture", pictures, "an Image column, or one of bytes"),
+        ("image", images, "an Image column, or one of bytes"),
         ("label", labels, f"a ClassLabel column, or one called {', '.join(LABELS[:-1])} or {LABELS[-1]}"),
     ):
         if len(found) != 1:
@@ -105,15 +105,15 @@ def read_table(rows: Dataset, where: str, class_names: tuple[str, ...] | None = 
     table: Any = rows.select_columns(labels).with_format("arrow")[:]
     if isinstance(feature, datasets.ClassLabel) and not _is_numbered(feature.names):
         class_names = tuple(feature.names)
-    rows = rows.select_columns(pictures).with_format(None)
-    if isinstance(rows.features[pictures[0]], datasets.Image):
-        rows = rows.cast_column(pictures[0], datasets.Image(decode=False))
-    return Part(where, Column(rows, pictures[0], where), table.column(0).to_pylist(), class_names)
+    rows = rows.select_columns(images).with_format(None)
+    if isinstance(rows.features[images[0]], datasets.Image):
+        rows = rows.cast_column(images[0], datasets.Image(decode=False))
+    return Part(where, Column(rows, images[0], where), table.column(0).to_pylist(), class_names)
 
 
-def _picture_columns(features: Any) -> list[str]:
+def _image_columns(features: Any) -> list[str]:
     images = [name for name, feature in features.items() if _kind(feature) == "Image"]
-    # Written by other means than the library, a picture is a struct or just bytes.
+    # Written by other means than the library, an image is a struct or just bytes.
     structs = [n for n, f in features.items() if isinstance(f, dict) and "bytes" in f and f.keys() <= {"bytes", "path"}]
     return images or structs or [n for n, f in features.items() if _kind(f) in ("binary", "large_binary")]
 

@@ -1,7 +1,7 @@
-"""What training does to a picture, and to a batch.
+"""What training does to an image, and to a batch.
 
-Every number is drawn from a generator that is handed in or made from (seed, epoch, number of the picture), so what is
-done to a picture depends on these alone: not on workers, not on the pictures before it, not on what anyone else draws.
+Every number is drawn from a generator that is handed in or made from (seed, epoch, number of the image), so what is
+done to an image depends on these alone: not on workers, not on the images before it, not on what anyone else draws.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mobilevit.data.sample import Sample
 from mobilevit.data.sampler import Pick
-from mobilevit.pictures import Preprocessing, read_part, read_picture
+from mobilevit.data.samples import Sample
+from mobilevit.images import Preprocessing, read_image, read_part
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Policy = Literal["basic", "advanced"]
@@ -27,10 +27,10 @@ Policy = Literal["basic", "advanced"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random part of the picture, and a mirror image half of the time: the paper's "basic" augmentation.
+    """A random part of the image, and a mirror image half of the time: the paper's "basic" augmentation.
 
     "advanced" goes on with RandAugment (two operations of strength 9 of 30) and random erasing (a quarter of the
-    pictures). Mixup and CutMix, which need a batch, are done by `mix`.
+    images). Mixup and CutMix, which need a batch, are done by `mix`.
     """
 
     min_scale: float
@@ -39,13 +39,13 @@ class Augmentation:
     policy: Policy = "basic"
 
     def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
-        """A picture of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its class.
+        """An image of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its class.
 
-        Raises PictureError.
+        Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.number))
         part = read_part(
-            sample.picture,
+            sample.image,
             lambda width, height: random_box(width, height, self.min_scale, random),
             pick.size_px,
             sample.name,
@@ -60,18 +60,18 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """No chance: what the network will do to pictures once it is trained."""
+    """No chance: what the network will do to images once it is trained."""
 
     preprocessing: Preprocessing
 
     def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
-        """A picture of any size -> uint8 (crop_px, crop_px, 3); its class. Raises PictureError."""
-        picture = read_picture(sample.picture, sample.name)
-        return np.asarray(self.preprocessing.resize_and_crop(picture)), sample.label
+        """An image of any size -> uint8 (crop_px, crop_px, 3); its class. Raises ImageError."""
+        image = read_image(sample.image, sample.name)
+        return np.asarray(self.preprocessing.resize_and_crop(image)), sample.label
 
 
 def random_box(width: int, height: int, min_scale: float, random: np.random.Generator) -> Box:
-    """A random part of a picture, `min_scale` to 1 of its area and 3:4 to 4:3 in shape."""
+    """A random part of an image, `min_scale` to 1 of its area and 3:4 to 4:3 in shape."""
     for _ in range(10):
         area = random.uniform(min_scale, 1) * width * height
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -79,7 +79,7 @@ def random_box(width: int, height: int, min_scale: float, random: np.random.Gene
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
             return left, top, left + w, top + h
-    # A picture so long and thin that no such part fits: its middle, as square as allowed.
+    # An image so long and thin that no such part fits: its middle, as square as allowed.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
@@ -94,7 +94,7 @@ def resize(pixels: np.ndarray, size_px: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RandAugment (Cubuk et al. 2019) at the strength and with the ranges of torchvision: 14 operations on uint8 pictures,
+# RandAugment (Cubuk et al. 2019) at the strength and with the ranges of torchvision: 14 operations on uint8 images,
 # black where nothing is left.
 
 NUM_OPERATIONS = 2
@@ -107,7 +107,7 @@ def _affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Calla
 
 
 def operations(size_px: int, sign: int) -> dict[str, Callable[[Image.Image], Image.Image]]:
-    """The operations on a square picture; `sign`, 1 or -1, is their direction where they have one."""
+    """The operations on a square image; `sign`, 1 or -1, is their direction where they have one."""
     shear, shift = sign * 0.3 * STRENGTH, int(sign * 150 / 331 * size_px * STRENGTH)
     factor = 1 + sign * 0.9 * STRENGTH
     return {
@@ -129,7 +129,7 @@ def operations(size_px: int, sign: int) -> dict[str, Callable[[Image.Image], Ima
 
 
 def rand_augment(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A square picture after two of the operations, drawn one by one."""
+    """A square image after two of the operations, drawn one by one."""
     for _ in range(NUM_OPERATIONS):
         by_name = operations(image.width, 1 if random.random() < 0.5 else -1)
         image = list(by_name.values())[random.integers(len(by_name))](image)
@@ -165,8 +165,8 @@ CUTMIX_ALPHA = 1.0
 def mix(pixels: Tensor, targets: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019), one as likely as the other, on any device.
 
-    Pixels (B, 3, H, W) and targets (B, num_classes), both of floats, each picture with one partner of the same batch
-    and all in the same proportions. What is handed in stays as it is; a single picture comes back unchanged.
+    Pixels (B, 3, H, W) and targets (B, num_classes), both of floats, each image with one partner of the same batch
+    and all in the same proportions. What is handed in stays as it is; a single image comes back unchanged.
     """
     batch_size, _, height, width = pixels.shape
     if batch_size == 1:

@@ -1,4 +1,4 @@
-"""Boxes and masks as PASCAL VOC keeps them: a .xml or a .png for a picture."""
+"""Boxes and masks as PASCAL VOC keeps them: a .xml or a .png for an image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mobilevit.data.labels import (
     part_of_masks,
     read_coding,
 )
-from mobilevit.data.sample import few
-from mobilevit.pictures import first_line
+from mobilevit.data.samples import few
+from mobilevit.images import first_line
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -43,7 +43,7 @@ def _voc_root(data: Path) -> Path:
 
 
 def _voc_stems(root: Path, sets: str, default: Iterable[Path]) -> dict[str, list[str]]:
-    """Names of pictures by split, as ImageSets tells them; all of those in `default` where it does not."""
+    """Names of images by split, as ImageSets tells them; all of those in `default` where it does not."""
     stems: dict[str, list[str]] = {}
     for split, name in (("train", "train"), ("val", "val"), ("test", "test"), ("all", "trainval")):
         file = root / "ImageSets" / sets / f"{name}.txt"
@@ -54,11 +54,11 @@ def _voc_stems(root: Path, sets: str, default: Iterable[Path]) -> dict[str, list
     return {split: found for split, found in stems.items() if found}
 
 
-def _voc_picture(root: Path, stem: str) -> Path:
-    pictures = [root / "JPEGImages" / f"{stem}{ending}" for ending in (".jpg", ".jpeg", ".png", ".JPG")]
-    found = next((picture for picture in pictures if picture.is_file()), None)
+def _voc_image(root: Path, stem: str) -> Path:
+    images = [root / "JPEGImages" / f"{stem}{ending}" for ending in (".jpg", ".jpeg", ".png", ".JPG")]
+    found = next((image for image in images if image.is_file()), None)
     if found is None:
-        raise ValueError(f"{pictures[0]}: no such file, but the annotations name it; add it or take it off the list")
+        raise ValueError(f"{images[0]}: no such file, but the annotations name it; add it or take it off the list")
     return found
 
 
@@ -78,18 +78,18 @@ def voc_box_parts(data: Path) -> Parts[Boxes]:
 def _read_voc(root: Path, split: str, stems: Sequence[str]) -> AnnotatedPart[Boxes]:
     objects = []
     for stem in stems:
-        picture = _voc_picture(root, stem)
+        image = _voc_image(root, stem)
         file = root / "Annotations" / f"{stem}.xml"
         if not file.is_file():
             raise ValueError(
                 f"{file}: no such file; add it, or take {stem} out of the lists in {root / 'ImageSets' / 'Main'}"
             )
-        objects.append((picture, *_read_xml(file)))
+        objects.append((image, *_read_xml(file)))
     class_names = tuple(sorted({name for _, _, things in objects for name, _, _ in things}))
     label_of = {name: label for label, name in enumerate(class_names)}
     found = []
-    for picture, size, things in objects:
-        one = Found(picture, size)
+    for image, size, things in objects:
+        one = Found(image, size)
         for name, corners, difficult in things:
             one.corners.append(corners)
             one.labels.append(label_of[name])
@@ -103,7 +103,7 @@ _Thing = tuple[str, tuple[float, float, float, float], bool]
 
 
 def _read_xml(file: Path) -> tuple[tuple[int, int] | None, list[_Thing]]:
-    """Width and height of the picture, and name, corners and difficulty of the things in it."""
+    """Width and height of the image, and name, corners and difficulty of the things in it."""
     root = _parse(file)
     sides = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     size = (int(sides[0]), int(sides[1])) if all(re.fullmatch("0*[1-9][0-9]*", side) for side in sides) else None
@@ -137,7 +137,7 @@ def voc_mask_parts(data: Path) -> Parts[MaskFile]:
         return {}
 
     def read(split: str, stems: Sequence[str]) -> AnnotatedPart[MaskFile]:
-        pairs = [(_voc_picture(root, stem), root / "SegmentationClass" / f"{stem}.png") for stem in stems]
+        pairs = [(_voc_image(root, stem), root / "SegmentationClass" / f"{stem}.png") for stem in stems]
         where = str(root) if split == "all" else f"{root} ({split})"
         if named := read_coding(root, data):
             return part_of_masks(pairs, where, *named)

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 from mobilevit.demo import runtime
 from mobilevit.draw import LOOK, OPACITY, PALETTE
 from mobilevit.export import export
-from mobilevit.models.weights import TaskName, Weights
-from mobilevit.pictures import Picture
+from mobilevit.images import ImageInput
 from mobilevit.tasks.detection import SHOWN_SCORE
+from mobilevit.weights import TaskName, Weights
 
 STATIC = Path(__file__).parent / "static"
 MODEL = "model.onnx"
@@ -55,7 +55,7 @@ DrawingName = Literal["optdigits", "mnist"]
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures of handwriting look, white on black: `side_px` pixels square, the rest in shares of the side.
+    """How images of handwriting look, white on black: `side_px` pixels square, the rest in shares of the side.
 
     `height` and `width` is the most that the writing takes up, `stroke` how thick it is.
     """
@@ -89,7 +89,7 @@ def write_page(
     *,
     source: str = "",
     drawing: DrawingName | None = None,
-    pictures: Sequence[Picture] = (),
+    images: Sequence[ImageInput] = (),
     ort: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -100,13 +100,13 @@ def write_page(
         out: a folder; files there that have the same names are replaced.
         source: where the weights come from, for the ONNX file's metadata. It is published with the page.
         drawing: how drawings are brought to a classifier, see `DRAWINGS`; what `drawing_for` says, unless given.
-        pictures: to compare the exported network with torch on, see `mobilevit.export.export`; else drawn ones.
+        images: to compare the exported network with torch on, see `mobilevit.export.export`; else drawn ones.
         ort: a folder with ONNX Runtime Web, see `mobilevit.demo.runtime.find`.
         say: told what takes long.
 
     Raises:
         ValueError: no classifier, no ONNX installed, no ONNX Runtime Web; `drawing` for a network that does not
-            classify, a network for boxes or masks that sees only a part of the picture.
+            classify, a network for boxes or masks that sees only a part of the image.
     """
     out = Path(out)
     dense = weights.task != "classify"
@@ -116,12 +116,12 @@ def write_page(
     if dense and p.resize_px != (p.crop_px, p.crop_px):
         raise ValueError(
             f"resize_px is {p.resize_px} and crop_px {p.crop_px}; where things are can be shown for networks that see "
-            f"whole pictures: set preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
+            f"whole images: set preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
         )
     ort = runtime.find(ort, say)  # first: it fails sooner than the export
     with tempfile.TemporaryDirectory() as aside:
         say("exporting to ONNX ...")
-        (artifact,) = export(weights, ["onnx"], aside, answers=dense, pictures=pictures, source=source)
+        (artifact,) = export(weights, ["onnx"], aside, answers=dense, images=images, source=source)
         (out / "ort").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path, out / MODEL)
     for file in (LOOK, *STATIC.iterdir()):

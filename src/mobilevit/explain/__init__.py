@@ -1,4 +1,4 @@
-"""Why a network answers as it does: where it attends, how far it sees, and what in the picture speaks for a class."""
+"""Why a network answers as it does: where it attends, how far it sees, and what in the image speaks for a class."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mobilevit.explain.page import page_of
 from mobilevit.explain.receptive import fields_of
 from mobilevit.explain.view import view_of
 from mobilevit.files import write_whole
+from mobilevit.images import ImageInput, read_image
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights, read
-from mobilevit.pictures import Picture, read_picture
+from mobilevit.weights import Weights, read
 
 ENDINGS = (".html", ".png")
 
 
-def explain_picture(
+def explain_image(
     weights: Weights | str | os.PathLike[str],
-    picture: Picture,
+    image: ImageInput,
     *,
     at: tuple[float, float] | None = None,
     class_name: str | None = None,
@@ -34,8 +34,8 @@ def explain_picture(
 
     Args:
         weights: of any task, or where they are, see `mobilevit.load`.
-        picture: a path, a PIL image or a uint8 array (H, W, 3).
-        at: the place to ask about, a pixel (x, y) of the upright picture; the middle of it unless given.
+        image: a path, a PIL image or a uint8 array (H, W, 3).
+        at: the place to ask about, a pixel (x, y) of the upright image; the middle of it unless given.
         class_name: the class to show the evidence for; unless given, the likeliest.
         size_px: side of what the network is given; unless given, what the weights were made for. A larger one has
             finer maps.
@@ -43,17 +43,17 @@ def explain_picture(
         device: where to compute, as for `torch.device`.
 
     Raises:
-        PictureError: a picture that cannot be read.
+        ImageError: an image that cannot be read.
         ValueError: a place that the network does not see, an unknown class, a class where there are none, a size below
-            32 px, another ending of `out`, or the picture itself.
+            32 px, another ending of `out`, or the image itself.
 
-    >>> mobilevit.explain_picture("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
+    >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
     """
     path = None if out is None else Path(out)
     if path and path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path}: ends in {path.suffix or 'nothing'}; write a {' or a '.join(ENDINGS)} file")
-    if path and isinstance(picture, str | os.PathLike) and path.resolve() == Path(picture).resolve():
-        raise ValueError(f"{path}: is the picture itself; name another file to write")
+    if path and isinstance(image, str | os.PathLike) and path.resolve() == Path(image).resolve():
+        raise ValueError(f"{path}: is the image itself; name another file to write")
     if not isinstance(weights, Weights):
         weights = read(weights)
     preprocessing = weights.preprocessing
@@ -66,7 +66,7 @@ def explain_picture(
         has_none = "these have none" if weights.task == "classify" else f"these are weights to {weights.task}"
         raise ValueError(f"class is {class_name!r}; evidence is shown for the classes of classifiers, and {has_none}")
     chosen = None if class_name is None else find_class(class_name, weights.class_names, weights.num_classes)
-    upright = read_picture(picture)
+    upright = read_image(image)
     view = view_of(preprocessing, *upright.size)
     at = at or (upright.width // 2, upright.height // 2)
     place = view.share(*at)
@@ -76,7 +76,7 @@ def explain_picture(
     explanation = Explanation(
         network=weights.name,
         task=weights.task,
-        picture=upright,
+        image=upright,
         view=view,
         at=at,
         place=place,

@@ -22,7 +22,7 @@ from mobilevit.models.mobilevit import Attention, Backbone, MobileViTBlock, fold
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """What the L layers of one MobileViT block attended to in one picture.
+    """What the L layers of one MobileViT block attended to in one image.
 
     The map was cut into `rows` by `columns` patches, N together, of `patch_px` by `patch_px` pixels, P together.
     `queries` and `keys` are (L, P, N, heads, d).
@@ -131,7 +131,7 @@ def record(network: nn.Module, pixels: Tensor, modules: Mapping[str, nn.Module])
 
 @torch.no_grad()
 def attention_of(backbone: Backbone, pixels: Tensor) -> tuple[BlockAttention, ...]:
-    """What every MobileViT block attends to in one preprocessed picture (1, 3, H, W), from the first to the last."""
+    """What every MobileViT block attends to in one preprocessed image (1, 3, H, W), from the first to the last."""
     blocks = find_blocks(backbone)
     projections: dict[str, list[nn.Module]] = {
         stage: [module.qkv for module in block.layers.modules() if isinstance(module, Attention)]

@@ -1,4 +1,4 @@
-"""An explanation as one picture: rows of panels, each what the network sees with something painted over it."""
+"""An explanation as one image: rows of panels, each what the network sees with something painted over it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ACCENT, BAR = (31, 111, 92), (217, 230, 223)
 RAMP: tuple[Colour, ...] = ((122, 24, 72), (190, 50, 52), (236, 116, 30), (250, 188, 66), (255, 245, 190))
 PANEL_PX, GAP_PX, MARGIN_PX = 372, 24, 36
 HEADING_PX, CAPTION_PX = 56, 60
-LEAST_HEIGHT_PX = 6 * 26  # of a row, however wide the picture: that of the bars of the classes
+LEAST_HEIGHT_PX = 6 * 26  # of a row, however wide the image: that of the bars of the classes
 NUM_COLUMNS = 4
 WIDTH_PX = 2 * MARGIN_PX + NUM_COLUMNS * PANEL_PX + (NUM_COLUMNS - 1) * GAP_PX
 OPACITY = 0.75  # of the lightest colour
@@ -32,7 +32,7 @@ LEAST_GRADIENT = 0.1  # how bright a trace of a gradient is, and all that is wea
 BRIGHT_TIMES = 3.0
 EVEN_TIMES = 1.1  # attention whose largest is below this many times its mean points at nothing
 SCALE_PX = (140, 12)
-SCALE_GREY = 72.0  # of a picture of middle grey, dimmed
+SCALE_GREY = 72.0  # of an image of middle grey, dimmed
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ FIELD_SCALE = Scale(
 def draw_figure(explanation: Explanation) -> Image.Image:
     """Three rows: what speaks for the class or reaches the place, what it attends to, and what it depends on."""
     e = explanation
-    cut = e.view.cut(e.picture, PANEL_PX)
+    cut = e.view.cut(e.image, PANEL_PX)
     first = (_evidence_panels(e.evidence), EVIDENCE_SCALE) if e.evidence else (_rollout_panels(e), ATTENTION_SCALE)
     rows: list[tuple[str, list[Panel], Scale]] = [
         (_heading(e), *first),
@@ -89,7 +89,7 @@ def draw_figure(explanation: Explanation) -> Image.Image:
         lefts = [MARGIN_PX + column * (PANEL_PX + GAP_PX) for column in range(NUM_COLUMNS)]
         top += HEADING_PX
         if i == 0:
-            _put_picture(figure, lefts.pop(0), top, height, e)
+            _put_image(figure, lefts.pop(0), top, height, e)
         for left, panel in zip(lefts, panels, strict=False):
             painted = _painted(cut, panel, e.place)
             figure.paste(painted, (left, top + (height - cut.height) // 2))
@@ -97,7 +97,7 @@ def draw_figure(explanation: Explanation) -> Image.Image:
             _write(draw, left, top + height + 44, panel.note, 14, SOFT, PANEL_PX)
         if i == 0 and e.evidence:
             _put_classes(draw, lefts[-1], top, height, e.evidence)
-            _write(draw, lefts[-1], top + height + 23, "What it takes the picture for", 17, INK, PANEL_PX)
+            _write(draw, lefts[-1], top + height + 23, "What it takes the image for", 17, INK, PANEL_PX)
             _write(draw, lefts[-1], top + height + 44, "the likeliest classes", 14, SOFT, PANEL_PX)
     return figure
 
@@ -223,11 +223,11 @@ def _put_scale(figure: Image.Image, right: int, baseline: int, scale: Scale) -> 
     return left - 8 - round(font.getlength(scale.low))
 
 
-def _put_picture(figure: Image.Image, left: int, top: int, height: int, e: Explanation) -> None:
-    """The whole picture, fitted into a panel, with a frame around what the network sees and a mark at the place."""
-    scale = min(PANEL_PX / e.picture.width, height / e.picture.height)
-    size = (max(1, round(e.picture.width * scale)), max(1, round(e.picture.height * scale)))
-    shown = e.picture.resize(size, Image.Resampling.LANCZOS)
+def _put_image(figure: Image.Image, left: int, top: int, height: int, e: Explanation) -> None:
+    """The whole image, fitted into a panel, with a frame around what the network sees and a mark at the place."""
+    scale = min(PANEL_PX / e.image.width, height / e.image.height)
+    size = (max(1, round(e.image.width * scale)), max(1, round(e.image.height * scale)))
+    shown = e.image.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(shown)
     for inset, colour, width in ((0, INK, 4), (1, PAPER, 2)):
         left_px, top_px, right_px, bottom_px = (value * scale for value in e.view.box)
@@ -237,7 +237,7 @@ def _put_picture(figure: Image.Image, left: int, top: int, height: int, e: Expla
     _mark(draw, (e.at[0] + 0.5) * scale, (e.at[1] + 0.5) * scale)
     figure.paste(shown, (left, top + (height - size[1]) // 2))
     draw = ImageDraw.Draw(figure)
-    _write(draw, left, top + height + 23, f"The picture, {e.picture.width} x {e.picture.height} px", 17, INK, PANEL_PX)
+    _write(draw, left, top + height + 23, f"The image, {e.image.width} x {e.image.height} px", 17, INK, PANEL_PX)
     note = f"framed: what the network sees; marked: {e.at[0]:g} {e.at[1]:g}"
     _write(draw, left, top + height + 44, note, 14, SOFT, PANEL_PX)
 

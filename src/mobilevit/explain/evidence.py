@@ -1,4 +1,4 @@
-"""What in the picture speaks for a class, by Grad-CAM and LayerCAM.
+"""What in the image speaks for a class, by Grad-CAM and LayerCAM.
 
 Behind the last map of MobileViT stand a mean and a linear layer, and there Grad-CAM (Selvaraju et al. 2017) is exact:
 it shares out the logit, but for its bias, among the places of the map. LayerCAM (Jiang et al. 2021) weighs every place
@@ -40,7 +40,7 @@ class Evidence:
 def evidence_of(
     model: MobileViT, pixels: Tensor, class_names: Sequence[str], chosen: int | None = None
 ) -> tuple[Evidence, ...]:
-    """What speaks for a class in one preprocessed picture (1, 3, H, W): for the one chosen, then for the likeliest.
+    """What speaks for a class in one preprocessed image (1, 3, H, W): for the one chosen, then for the likeliest.
 
     Raises:
         ValueError: a network without a classifier.

@@ -19,10 +19,10 @@ from mobilevit.explain.attention import BlockAttention
 from mobilevit.explain.draw import BRIGHT_TIMES, EVEN_TIMES, FIELD_SCALE, OPACITY, RAMP, SCALE_GREY, in_decades, scaled
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.receptive import Field
-from mobilevit.tasks.html import jpeg_url
+from mobilevit.report.results import jpeg_url
 
 TEMPLATE = Path(__file__).with_name("page.html")
-PICTURE_PX = 720  # the longer side of the picture in the page
+IMAGE_PX = 720  # the longer side of the image in the page
 FIELD_PX = 128  # the longer side of a map of gradients
 
 
@@ -32,7 +32,7 @@ def page_of(explanation: Explanation) -> str:
     data = {
         "network": e.network,
         "task": e.task,
-        "picture": jpeg_url(e.view.cut(e.picture, PICTURE_PX), quality=82),
+        "image": jpeg_url(e.view.cut(e.image, IMAGE_PX), quality=82),
         "width": e.view.width,
         "height": e.view.height,
         "box": e.view.box,

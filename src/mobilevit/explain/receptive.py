@@ -1,6 +1,6 @@
-"""What a place of a layer depends on: the gradient of its response with respect to the pixels of the picture.
+"""What a place of a layer depends on: the gradient of its response with respect to the pixels of the image.
 
-Where it is exactly 0, no change of the picture, small as it may be, reaches the place. Of convolutions that is all but
+Where it is exactly 0, no change of the image, small as it may be, reaches the place. Of convolutions that is all but
 a window; behind the first transformer it is nothing.
 """
 
@@ -20,7 +20,7 @@ from mobilevit.models.mobilevit import Attention, Backbone
 
 @dataclass(frozen=True)
 class Field:
-    """What one place of a layer depends on in one picture.
+    """What one place of a layer depends on in one image.
 
     `gradient` (H, W), of the pixels that the network sees, is the length of the gradient over R, G and B. `window` is
     (left, top, right, bottom) in the same pixels: as far as the place would see through convolutions alone.
@@ -45,7 +45,7 @@ class Field:
 
 
 def fields_of(backbone: Backbone, pixels: Tensor, x: float, y: float) -> tuple[Field, ...]:
-    """What the place (x, y) of several layers depends on in one preprocessed picture (1, 3, H, W), in their order.
+    """What the place (x, y) of several layers depends on in one preprocessed image (1, 3, H, W), in their order.
 
     The layers are the last stage without a transformer, the map that the first transformer is given, and every stage
     with a transformer. (x, y) are shares of the width and the height, from 0 up to but not including 1.

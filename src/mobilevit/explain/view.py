@@ -1,4 +1,4 @@
-"""Which part of a picture a network sees, and where in it a place of the picture is."""
+"""Which part of an image a network sees, and where in it a place of the image is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 
 
 @dataclass(frozen=True)
 class View:
-    """What preprocessing leaves of a picture of `width` by `height` px.
+    """What preprocessing leaves of an image of `width` by `height` px.
 
-    `box` is (left, top, right, bottom) in pixels of the upright picture: (0, 0) is its upper left corner. Places in it
+    `box` is (left, top, right, bottom) in pixels of the upright image: (0, 0) is its upper left corner. Places in it
     are given as shares of its sides, (x, y) from 0 to 1, since every map of the network is spread evenly over it.
     """
 
@@ -23,7 +23,7 @@ class View:
     box: tuple[float, float, float, float]
 
     def share(self, x: float, y: float) -> tuple[float, float]:
-        """Where the middle of pixel (x, y) of the picture is in the box.
+        """Where the middle of pixel (x, y) of the image is in the box.
 
         Raises:
             ValueError: the network does not see this pixel.
@@ -33,22 +33,22 @@ class View:
         if not (0 <= share_x < 1 and 0 <= share_y < 1):
             first_x, first_y, end_x, end_y = (math.ceil(edge - 0.5) for edge in self.box)
             raise ValueError(
-                f"the place is {x:g} {y:g}; of this picture of {self.width} x {self.height} px the network sees "
+                f"the place is {x:g} {y:g}; of this image of {self.width} x {self.height} px the network sees "
                 f"x from {first_x} to {end_x - 1} and y from {first_y} to {end_y - 1}: choose a place in there"
             )
         return share_x, share_y
 
-    def cut(self, picture: Image.Image, longest_px: int) -> Image.Image:
-        """The part of the picture that the network sees, in the picture's own proportions and at a size to look at."""
+    def cut(self, image: Image.Image, longest_px: int) -> Image.Image:
+        """The part of the image that the network sees, in the image's own proportions and at a size to look at."""
         left, top, right, bottom = self.box
         scale = longest_px / max(right - left, bottom - top)
         size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
         filter = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-        return picture.resize(size, filter, box=self.box)
+        return image.resize(size, filter, box=self.box)
 
 
 def view_of(preprocessing: Preprocessing, width: int, height: int) -> View:
-    """What `preprocessing` leaves of a picture of this size; it mirrors `Preprocessing.resize_and_crop`."""
+    """What `preprocessing` leaves of an image of this size; it mirrors `Preprocessing.resize_and_crop`."""
     p = preprocessing
     if isinstance(p.resize_px, int):
         short = min(width, height)

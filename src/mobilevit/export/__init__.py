@@ -18,28 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.deployed import (
+from mobilevit.export.artifact import (
     ANSWERS,
     IOU_THRESHOLD,
-    MAX_PER_PICTURE,
+    MAX_PER_IMAGE,
     SCORE_THRESHOLD,
     Precision,
     Target,
     deployed,
 )
 from mobilevit.export.quantization import Cost, costs_of_int8
-from mobilevit.export.verify import Agreement, Run, compare, drawn_pictures, speed_ratio
-from mobilevit.models.weights import TaskName, Weights
-from mobilevit.pictures import Picture, Preprocessing, read_picture
+from mobilevit.export.verify import Agreement, Run, compare, speed_ratio, synthetic_images
+from mobilevit.images import ImageInput, Preprocessing, read_image
+from mobilevit.weights import TaskName, Weights
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # The largest difference of a number from torch's, in standard deviations of torch's, that an artifact may have, see
 # `Agreement`. What int8 does to the numbers says little; there the answers count.
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5, "int8": math.inf}
 LEAST_AGREEMENT = 0.9  # of the answers, whatever the precision
-CALIBRATION_PICTURES = 256
+CALIBRATION_IMAGES = 256
 LITERT_ENVIRONMENT = "python3 -m venv .venv-litert && .venv-litert/bin/pip install 'mobilevit[litert]'"
-VERIFY_PICTURES = 32
+VERIFY_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def export(
     dynamic_size: bool = False,
     uint8: bool = False,
     answers: bool = False,
-    pictures: Sequence[Picture] = (),
+    images: Sequence[ImageInput] = (),
     source: str = "",
     prefix: str = "",
     overwrite: bool = True,
@@ -130,20 +130,20 @@ def export(
     on_start: Callable[[str], None] = lambda backend: None,
     on_written: Callable[[Artifact], None] = lambda artifact: None,
 ) -> list[Artifact]:
-    """Write one artifact a backend into the folder `out`, each run and compared with torch on `pictures` first.
+    """Write one artifact a backend into the folder `out`, each run and compared with torch on `images` first.
 
     Args:
-        weights: of any origin, see `mobilevit.models.weights.read`.
+        weights: of any origin, see `mobilevit.weights.read`.
         to: names of `BACKENDS`.
         out: a folder.
-        precision: int8 needs `pictures`: those calibrate it.
+        precision: int8 needs `images`: those calibrate it.
         size: (height, width) in pixels; what the weights were made for, unless given.
         batch_size: of the input.
         dynamic_batch: leave the batch open, where the runtime can; `dynamic_size` likewise.
         dynamic_size: leave height and width open, from 65 px up.
         uint8: bake the scaling of pixels in, see `Target`.
         answers: of a detector what it has found, after NMS, and of a segmentation network the class of every pixel.
-        pictures: real ones to compare on, and to calibrate with; drawn ones take their place.
+        images: real ones to compare on, and to calibrate with; drawn ones take their place.
         source: where the weights come from, for the artifact's metadata.
         prefix: what the files' names begin with; "mobilevit" and the architecture unless given.
         overwrite: replace files that exist.
@@ -155,13 +155,13 @@ def export(
         ValueError: a backend that is unknown or not installed, what it cannot do, a file that exists without
             `overwrite`, an artifact that does not agree with torch (it is not left in `out`). Artifacts of backends
             before it stay.
-        PictureError: a picture that cannot be read.
+        ImageError: an image that cannot be read.
     """
     p = weights.preprocessing
     height, width = size or (p.crop_px, p.crop_px)
     if min(height, width) < (65 if dynamic_size else 32):
         least = "65 px, where the size is dynamic" if dynamic_size else "32 px"
-        raise ValueError(f"size is {height} x {width} px; a picture has at least {least}")
+        raise ValueError(f"size is {height} x {width} px; an image has at least {least}")
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
     if not weights.num_classes:
@@ -171,8 +171,8 @@ def export(
     target = Target(precision, height, width, batch_size, dynamic_batch, dynamic_size, uint8, weights.task, answers)
     # All of them first: what is missing or impossible is said before minutes of work.
     backends = {name: find_backend(name, target) for name in dict.fromkeys(to)}
-    if precision == "int8" and not pictures:
-        raise ValueError("int8 is calibrated on real pictures; name some of those that the network is for (--images)")
+    if precision == "int8" and not images:
+        raise ValueError("int8 is calibrated on real images; name some of those that the network is for (--images)")
     out = Path(out)
     stem = file_stem(prefix or f"mobilevit_{weights.architecture.name}", target)
     for path in (out / f"{stem}{BACKENDS[backend]}" for backend in backends):
@@ -180,10 +180,10 @@ def export(
             raise ValueError(f"{path}: already exists; replace it with --overwrite, or write elsewhere with --out")
 
     network = deployed(weights, target)
-    wanted = CALIBRATION_PICTURES if precision == "int8" else VERIFY_PICTURES
-    chosen = _spread(pictures, wanted) or drawn_pictures(VERIFY_PICTURES, (height, width))
-    inputs = [artifact_input(picture, p, target) for picture in chosen]
-    checks = _spread(inputs, VERIFY_PICTURES)
+    wanted = CALIBRATION_IMAGES if precision == "int8" else VERIFY_IMAGES
+    chosen = _spread(images, wanted) or synthetic_images(VERIFY_IMAGES, (height, width))
+    inputs = [artifact_input(image, p, target) for image in chosen]
+    checks = _spread(inputs, VERIFY_IMAGES)
     metadata = _metadata(weights, target, source)
     out.mkdir(parents=True, exist_ok=True)
     artifacts = []
@@ -198,7 +198,7 @@ def export(
             if run and agreement:
                 _check(name, target, agreement)
                 for other in _others(target):  # what was left open is tried at another value
-                    few = [artifact_input(picture, p, other) for picture in chosen[:4]]
+                    few = [artifact_input(image, p, other) for image in chosen[:4]]
                     _check(name, other, compare(network, run, few, other))
             ratio = None
             if run and precision == "int8":  # not faster everywhere, and better said here than found out later
@@ -216,17 +216,17 @@ def export(
     return artifacts
 
 
-def sensitivity(weights: Weights, pictures: Sequence[Picture]) -> list[Cost]:
-    """What int8 costs each part of the network on real `pictures`; see `mobilevit.export.quantization`.
+def sensitivity(weights: Weights, images: Sequence[ImageInput]) -> list[Cost]:
+    """What int8 costs each part of the network on real `images`; see `mobilevit.export.quantization`.
 
     Raises:
-        ValueError: no pictures. PictureError: one that cannot be read.
+        ValueError: no images. ImageError: one that cannot be read.
     """
-    if not pictures:
-        raise ValueError("what int8 costs is measured on real pictures; name some (--images)")
+    if not images:
+        raise ValueError("what int8 costs is measured on real images; name some (--images)")
     p = weights.preprocessing
     target = Target("int8", p.crop_px, p.crop_px, task=weights.task)
-    inputs = [artifact_input(picture, p, target) for picture in _spread(pictures, CALIBRATION_PICTURES)]
+    inputs = [artifact_input(image, p, target) for image in _spread(images, CALIBRATION_IMAGES)]
     return costs_of_int8(deployed(weights, target), inputs, target.outputs)
 
 
@@ -327,15 +327,15 @@ def _spread(things: Sequence[Any], number: int) -> list[Any]:
     return [things[i * len(things) // number] for i in range(number)]
 
 
-def artifact_input(picture: Picture, preprocessing: Preprocessing, target: Target) -> Tensor:
-    """One picture as the artifact gets it, (1, ...)."""
+def artifact_input(source: ImageInput, preprocessing: Preprocessing, target: Target) -> Tensor:
+    """One image as the artifact gets it, (1, ...)."""
     p = preprocessing
     if (target.height, target.width) == (p.crop_px, p.crop_px):
-        image = p.resize_and_crop(read_picture(picture))
+        image = p.resize_and_crop(read_image(source))
     elif target.height == target.width:
-        image = p.at_size(target.height).resize_and_crop(read_picture(picture))
-    else:  # no preprocessing keeps the ratio of any picture at any size
-        image = read_picture(picture).resize((target.width, target.height))
+        image = p.at_size(target.height).resize_and_crop(read_image(source))
+    else:  # no preprocessing keeps the ratio of any image at any size
+        image = read_image(source).resize((target.width, target.height))
     pixels = torch.from_numpy(np.array(image))[None]
     return pixels if target.uint8 else p.scale(pixels.permute(0, 3, 1, 2)).contiguous()
 
@@ -346,7 +346,7 @@ def _metadata(weights: Weights, target: Target, source: str) -> dict[str, str]:
     nms = {
         "score_threshold": SCORE_THRESHOLD,
         "iou_threshold": IOU_THRESHOLD,
-        "max_per_picture": MAX_PER_PICTURE,
+        "max_per_image": MAX_PER_IMAGE,
     }
     return {
         "mobilevit": version("mobilevit"),

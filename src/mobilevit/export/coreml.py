@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.export.deployed import Deployed
+from mobilevit.export.artifact import Deployed
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, fast
-from mobilevit.pictures import first_line
+from mobilevit.images import first_line
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
@@ -47,7 +47,7 @@ def write(
 ) -> None:
     """See `Backend.write`. The program is for iOS 16, macOS 13 and later.
 
-    Its input is a float32 multi-array "pictures"; with `Target.uint8` it is an image, RGB, whose scaling is part of the
+    Its input is a float32 multi-array "images"; with `Target.uint8` it is an image, RGB, whose scaling is part of the
     program. fp16 and int8 compute in fp16. In int8 the weights alone are 8-bit (symmetric, a scale a channel), the
     activations stay fp16, so that nothing is calibrated.
 
@@ -57,7 +57,7 @@ def write(
     shape = (target.batch_size, 3, target.height, target.width)
     if not target.uint8:
         model = fast(network, FORMULATION)
-        pictures = ct.TensorType("pictures", shape, dtype=np.float32)
+        images = ct.TensorType("images", shape, dtype=np.float32)
     elif target.batch_size > 1:
         raise ValueError(f"coreml takes images (uint8) one at a time, not {target.batch_size} of them")
     else:
@@ -69,14 +69,14 @@ def write(
         before = () if torch.equal(rest, torch.ones_like(rest)) else (_Scale(rest),)
         model = nn.Sequential(*before, fast(network.network, FORMULATION), network.finish)
         color = ct.colorlayout.RGB
-        pictures = ct.ImageType("pictures", shape, scale=scale[0].item(), bias=bias, color_layout=color)
+        images = ct.ImageType("images", shape, scale=scale[0].item(), bias=bias, color_layout=color)
     precision = ct.precision.FLOAT32 if target.precision == "fp32" else ct.precision.FLOAT16
     with quiet():
         program = torch.export.export(model, (torch.zeros(shape),)).run_decompositions({})
         converted: Any = ct.convert(
             program,
             convert_to="mlprogram",
-            inputs=[pictures],
+            inputs=[images],
             outputs=[ct.TensorType(name, dtype=TYPES.get(name, np.float32)) for name in target.outputs],
             minimum_deployment_target=ct.target.iOS16,
             compute_precision=precision,
@@ -84,10 +84,10 @@ def write(
         )
         if target.precision == "int8":
             config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
-            # Not what boxes are computed with: 8 bits would move them by a hundredth of the picture.
+            # Not what boxes are computed with: 8 bits would move them by a hundredth of the image.
             left: Any = {"add": None, "mul": None}
             converted = cto.linear_quantize_weights(converted, cto.OptimizationConfig(config, op_type_configs=left))
-        converted.short_description = f"MobileViT: RGB pictures to {', '.join(target.outputs)}"
+        converted.short_description = f"MobileViT: RGB images to {', '.join(target.outputs)}"
         for key, value in metadata.items():
             converted.user_defined_metadata[key] = value
         converted.save(str(path))
@@ -102,9 +102,9 @@ def load(path: Path, num_threads: int) -> Run | None:
     takes_image = description.input[0].type.HasField("imageType")
     names = [output.name for output in description.output]
 
-    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
-        value = Image.fromarray(pictures[0]) if takes_image else pictures
-        outputs = model.predict({"pictures": value})
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        value = Image.fromarray(images[0]) if takes_image else images
+        outputs = model.predict({"images": value})
         return tuple(np.asarray(outputs[name]) for name in names)
 
     return run
@@ -115,23 +115,23 @@ def operators(path: Path) -> Operators:
     from mobilevit.export import Operators
 
     spec = _read(path)
-    wanted = ["pictures", *read_metadata(path).get("outputs", "logits").split()]
+    wanted = ["images", *read_metadata(path).get("outputs", "logits").split()]
     found = {x.name: x.type for x in (*spec.description.input, *spec.description.output)}
     if list(found) != wanted:
         raise ValueError(f"{path}: has {', '.join(found)}; wanted are {', '.join(wanted)}")
-    pictures = found.pop("pictures")
-    if pictures.HasField("imageType"):
-        is_picture = pictures.imageType.colorSpace == pictures.imageType.RGB
+    images = found.pop("images")
+    if images.HasField("imageType"):
+        is_image = images.imageType.colorSpace == images.imageType.RGB
     else:
-        shape = tuple(pictures.multiArrayType.shape)
-        is_picture = len(shape) == 4 and shape[1] == 3 and _is(np.float32, pictures)
+        shape = tuple(images.multiArrayType.shape)
+        is_image = len(shape) == 4 and shape[1] == 3 and _is(np.float32, images)
     as_wanted = [
         len(type.multiArrayType.shape) in AXES[name] and _is(TYPES.get(name, np.float32), type)
         for name, type in found.items()
     ]
-    if not is_picture or not all(as_wanted):
-        kinds = " and ".join(" ".join(str(type).split()) for type in (pictures, *found.values()))
-        raise ValueError(f"{path}: takes and gives {kinds}; wanted are RGB pictures, float32 or an image, and outputs")
+    if not is_image or not all(as_wanted):
+        kinds = " and ".join(" ".join(str(type).split()) for type in (images, *found.values()))
+        raise ValueError(f"{path}: takes and gives {kinds}; wanted are RGB images, float32 or an image, and outputs")
 
     operations = [
         x for block in spec.mlProgram.functions["main"].block_specializations.values() for x in block.operations
@@ -158,8 +158,8 @@ class _Scale(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures * self.scale
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale
 
 
 def _read(path: Path) -> Any:

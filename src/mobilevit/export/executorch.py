@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.deployed import Deployed, in_half
+from mobilevit.export.artifact import Deployed, in_half
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, fast
 from mobilevit.export.verify import filled_batches
@@ -64,11 +64,11 @@ def load(path: Path, num_threads: int) -> Run:
             portable_lib._unsafe_reset_threadpool(num_threads)  # whatever was loaded before must not run again
         forward = _method(path, "forward")
 
-    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
-            outputs = forward.execute([torch.from_numpy(np.ascontiguousarray(pictures))])
+            outputs = forward.execute([torch.from_numpy(np.ascontiguousarray(images))])
         except RuntimeError as error:
-            raise ValueError(f"{path}: ExecuTorch cannot take {pictures.dtype} {pictures.shape} ({error})") from None
+            raise ValueError(f"{path}: ExecuTorch cannot take {images.dtype} {images.shape} ({error})") from None
         return tuple(output.numpy().copy() for output in outputs)  # the next run writes to the same place
 
     return run

@@ -34,8 +34,8 @@ ANSWERS = ("segment",)
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
 FIRST_TORCH_TOO_NEW = "2.15"
 METADATA = "mobilevit"  # the name of the buffer
-# More change neither the ranges nor the answers by much, and the calibration keeps every tensor of every picture.
-CALIBRATION_PICTURES = 128
+# More change neither the ranges nor the answers by much, and the calibration keeps every tensor of every image.
+CALIBRATION_IMAGES = 128
 
 
 def write(
@@ -64,8 +64,8 @@ def load(path: Path, num_threads: int) -> Run:
     interpreter = _interpreter(path, num_threads)
     (source,), sinks = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
-        interpreter.set_tensor(source["index"], pictures)
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
         return tuple(interpreter.get_tensor(sink["index"]) for sink in sinks)
 
@@ -154,7 +154,7 @@ def _quantized(model: bytes, target: Target, calibration: Sequence[Tensor]) -> b
         recipe.add_dynamic_config(".*", name, num_bits=8)
     ((signature, names),) = Interpreter(model_content=model).get_signature_list().items()
     (name,) = names["inputs"]
-    number = min(CALIBRATION_PICTURES, len(calibration))
+    number = min(CALIBRATION_IMAGES, len(calibration))
     chosen = [calibration[i * len(calibration) // number] for i in range(number)]
     batches = filled_batches(chosen, target.batch_size)
     ranges = recipe.calibrate({signature: [{name: batch.numpy()} for batch in batches]})
@@ -196,7 +196,7 @@ def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str])
     signature.outputs.sort(key=lambda output: int(re.sub(r"\D", "", _text(output.name)) or 0))
     graph.outputs = [output.tensorIndex for output in signature.outputs]
     for tensors, values, names in (
-        (graph.inputs, signature.inputs, ("pictures",)),
+        (graph.inputs, signature.inputs, ("images",)),
         (graph.outputs, signature.outputs, outputs),
     ):
         for tensor, value, name in zip(tensors, values, names, strict=True):

@@ -18,9 +18,9 @@ from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from mobilevit.export.deployed import (
+from mobilevit.export.artifact import (
     IOU_THRESHOLD,
-    MAX_PER_PICTURE,
+    MAX_PER_IMAGE,
     NOTHING,
     OUTPUTS,
     SCORE_THRESHOLD,
@@ -41,15 +41,15 @@ FORMULATION = Formulation(attention="onnx", norm="layer")
 OPSET = 23  # the first that has attention as an operator
 CALIBRATION_BATCH = 16
 QUANTIZED = ("Conv", "Gemm", "MatMul")  # the rest costs accuracy and, between float neighbours, time
-# What NMS leaves of every class, put where its score was among zeros, then the best of all. So any number of pictures
+# What NMS leaves of every class, put where its score was among zeros, then the best of all. So any number of images
 # goes through at once, and what comes out has always the same shape: a score of 0 and a label of -1 are no box.
 NMS = f"""
 <ir_version: IR_VERSION, opset_import: ["": {OPSET}]>
 nms (float[B, A, 4] all_boxes, float[B, A, K] all_scores)
-    => (float[B, {MAX_PER_PICTURE}, 4] boxes, float[B, {MAX_PER_PICTURE}] scores, int32[B, {MAX_PER_PICTURE}] labels)
-<int64[1] nms_number = {{{MAX_PER_PICTURE}}}, float[1] nms_iou = {{{IOU_THRESHOLD}}},
+    => (float[B, {MAX_PER_IMAGE}, 4] boxes, float[B, {MAX_PER_IMAGE}] scores, int32[B, {MAX_PER_IMAGE}] labels)
+<int64[1] nms_number = {{{MAX_PER_IMAGE}}}, float[1] nms_iou = {{{IOU_THRESHOLD}}},
  float[1] nms_threshold = {{{SCORE_THRESHOLD}}}, float nms_zero = {{0}}, int32 nms_nothing = {{{NOTHING}}},
- int64[4] nms_pads = {{0, 0, 0, {MAX_PER_PICTURE}}}, int64[1] nms_last = {{-1}}>
+ int64[4] nms_pads = {{0, 0, 0, {MAX_PER_IMAGE}}}, int64[1] nms_last = {{-1}}>
 {{
     nms_by_class = Transpose <perm = [0, 2, 1]> (all_scores)
     nms_kept = NonMaxSuppression (all_boxes, nms_by_class, nms_number, nms_iou, nms_threshold)
@@ -87,7 +87,7 @@ def write(
             (target.example(),),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["pictures"],
+            input_names=["images"],
             output_names=[f"all_{name}" for name in OUTPUTS["detect"]] if nms else target.outputs,
             dynamic_shapes=target.dynamic_shapes(),
             verbose=False,
@@ -119,8 +119,8 @@ def load(path: Path, num_threads: int) -> Run:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(np.asarray(output) for output in session.run(None, {name: pictures}))
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(output) for output in session.run(None, {name: images}))
 
     return run
 
@@ -143,7 +143,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 class _Calibration(CalibrationDataReader):
-    """Pictures in batches, as the quantizer asks for them."""
+    """Images in batches, as the quantizer asks for them."""
 
     def __init__(self, batches: Iterator[Tensor]):
         self._batches = batches
@@ -151,7 +151,7 @@ class _Calibration(CalibrationDataReader):
     def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The next batch, None after the last."""
         batch = next(self._batches, None)
-        return None if batch is None else {"pictures": batch.numpy()}
+        return None if batch is None else {"images": batch.numpy()}
 
 
 def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.ModelProto:

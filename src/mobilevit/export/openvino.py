@@ -14,9 +14,9 @@ from openvino import opset13 as ops
 from openvino.passes import ConstantFolding, Manager
 from torch import Tensor, nn
 
-from mobilevit.export.deployed import (
+from mobilevit.export.artifact import (
     IOU_THRESHOLD,
-    MAX_PER_PICTURE,
+    MAX_PER_IMAGE,
     NOTHING,
     SCORE_THRESHOLD,
     Deployed,
@@ -25,7 +25,7 @@ from mobilevit.export.deployed import (
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, fast
 from mobilevit.export.verify import filled_batches
-from mobilevit.pictures import first_line
+from mobilevit.images import first_line
 
 if TYPE_CHECKING:
     from mobilevit.export import Operators, Run, Target
@@ -71,7 +71,7 @@ def write(
             model = _joined(model, _behind(finish, outputs, model))
         if nms:
             model = _with_nms(model)
-    model.inputs[0].tensor.set_names({"pictures"})
+    model.inputs[0].tensor.set_names({"images"})
     for output, name in zip(model.outputs, target.outputs, strict=True):
         output.tensor.set_names({name})
     for key, value in (*metadata.items(), ("computed_in", COMPUTED_IN[target.precision])):
@@ -85,8 +85,8 @@ def load(path: Path, num_threads: int) -> Run:
     compiled = _compile(path, num_threads)
     request = compiled.create_infer_request()
 
-    def run(pictures: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(output.copy() for output in request.infer([pictures]).to_tuple())
+    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(output.copy() for output in request.infer([images]).to_tuple())
 
     return run
 
@@ -135,14 +135,14 @@ def _model(results: Sequence[Any], parameters: Sequence[Any]) -> openvino.Model:
 def _with_nms(model: openvino.Model) -> openvino.Model:
     """`model`, which gives boxes and scores, with what `onnx.NMS` does behind it, operator by operator."""
     boxes, scores = (result.input_value(0) for result in model.get_results())
-    number = ops.constant(MAX_PER_PICTURE, np.int64)
+    number = ops.constant(MAX_PER_IMAGE, np.int64)
     by_class = ops.transpose(scores, [0, 2, 1])
     limits = (number, ops.constant(IOU_THRESHOLD, np.float32), ops.constant(SCORE_THRESHOLD, np.float32))
     kept = ops.non_max_suppression(boxes, by_class, *limits, sort_result_descending=False, output_type="i64").output(0)
     zeros = ops.broadcast(ops.constant(0, np.float32), ops.shape_of(by_class))
     kept_scores = ops.scatter_nd_update(zeros, kept, ops.gather_nd(by_class, kept))
     row = ops.reshape(kept_scores, [0, -1], special_zero=True)
-    long_row = ops.pad(row, [0, 0], [0, MAX_PER_PICTURE], "constant", ops.constant(0, np.float32))
+    long_row = ops.pad(row, [0, 0], [0, MAX_PER_IMAGE], "constant", ops.constant(0, np.float32))
     best = ops.topk(long_row, number, axis=1, mode="max", sort="value", index_element_type="i64")
     num_anchors = ops.gather(ops.shape_of(by_class), [2], 0)
     is_box = ops.greater(best.output(0), ops.constant(0, np.float32))

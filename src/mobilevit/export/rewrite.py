@@ -255,7 +255,7 @@ class FlatBlock(nn.Module):
         p = self.patch_px
         h, w = (H + p - 1) // p, (W + p - 1) // p
         y = resize_map(self.local(x), h * p, w * p).permute(0, 2, 3, 1)
-        # Position in the patch, picture, patch: (P * B * N, C). To attend, the order of pictures does not matter.
+        # Position in the patch, image, patch: (P * B * N, C). To attend, the order of images does not matter.
         if always(y.shape[1] % h == 0) and always(y.shape[2] % w == 0):
             y = y.reshape(B * h, p, w, p, C).permute(1, 3, 0, 2, 4).reshape(-1, C)
         else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
@@ -325,9 +325,9 @@ class BareDetector(nn.Module):
         self.backbone, self.extra_layers, self.pooled = model.backbone, model.extra_layers, model.pooled
         self.heads = nn.ModuleList(BareHead(cast(MapHead, head)) for head in model.heads)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, A, classes + 1) and locations (B, A, 4), as an `SSDLite` gives them."""
-        maps = list(self.backbone(pictures).values())
+        maps = list(self.backbone(images).values())
         for layer in self.extra_layers:
             maps.append(layer(maps[-1]))
         maps.append(F.relu(self.pooled(maps[-1].mean(dim=(-2, -1), keepdim=True))))
@@ -362,7 +362,7 @@ class RootMeanSquare(nn.Module):
 
 
 class Half(nn.Module):
-    """A network in half precision between float32 pictures and float32 outputs."""
+    """A network in half precision between float32 images and float32 outputs."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -371,9 +371,9 @@ class Half(nn.Module):
                 _shrink_residuals(block)
         self.network = network.half()
 
-    def forward(self, pictures: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What the network gives."""
-        outputs = self.network(pictures.half())
+        outputs = self.network(images.half())
         return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 

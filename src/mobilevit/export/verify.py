@@ -1,4 +1,4 @@
-"""The same pictures through torch and through an artifact."""
+"""The same images through torch and through an artifact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from mobilevit.export.deployed import ANSWERS, IOU_THRESHOLD, MAX_PER_PICTURE, NOTHING, SCORE_THRESHOLD, Target
+from mobilevit.export.artifact import ANSWERS, IOU_THRESHOLD, MAX_PER_IMAGE, NOTHING, SCORE_THRESHOLD, Target
 
 TIMED_SECONDS = 0.5
 Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
@@ -29,11 +29,11 @@ class Agreement:
 
     `error` is the largest difference of a number, in standard deviations of torch's numbers of the same output; scores
     are compared by their logarithms. `same` is the share of answers that are the same, `answers` of them, which are
-    `kind`: of pictures, of pixels, or of boxes that either side would show, or has found where nothing would be shown.
+    `kind`: of images, of pixels, or of boxes that either side would show, or has found where nothing would be shown.
     `latency_ms` is the median time of a batch.
     """
 
-    num_pictures: int
+    num_images: int
     error: float
     same: float
     answers: int
@@ -57,7 +57,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
         missing -= len(batch)
     if not tally.num_answers and (target.answers or target.precision == "int8"):  # elsewhere the numbers are enough
         raise ValueError(
-            f"torch finds nothing on any of the {len(inputs)} pictures, so nothing can be compared; give pictures "
+            f"torch finds nothing on any of the {len(inputs)} images, so nothing can be compared; give images "
             "(--images) with something to detect"
         )
     example = batches[0].numpy()
@@ -67,7 +67,7 @@ def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Targ
         run(example)
         times_ms.append(1e3 * (time.perf_counter() - started))
     return Agreement(
-        num_pictures=len(inputs),
+        num_images=len(inputs),
         error=tally.error,
         same=tally.num_same / tally.num_answers if tally.num_answers else 1.0,
         answers=tally.num_answers,
@@ -160,14 +160,14 @@ class Tally:
         return max((spread.mean_error for spread in self.spreads.values() if spread.count), key=_nan_last, default=0.0)
 
     def add(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray], number: int) -> None:
-        """The outputs for a batch, whose first `number` pictures have not been seen yet."""
+        """The outputs for a batch, whose first `number` images have not been seen yet."""
         shapes = [x.shape for x in found], [x.shape for x in expected]
         assert shapes[0] == shapes[1], f"the artifact answers {shapes[0]}, torch {shapes[1]}"
         theirs, ours = (dict(zip(self.names, (x[:number] for x in side), strict=True)) for side in (expected, found))
         if "labels" in theirs:
             for i in range(len(theirs["labels"])):
-                of_picture = [{name: side[name][i] for name in self.names} for side in (theirs, ours)]
-                pairs = self._count_found(*of_picture)
+                of_image = [{name: side[name][i] for name in self.names} for side in (theirs, ours)]
+                pairs = self._count_found(*of_image)
                 close = [(a, b) for a, b in pairs if _iou(theirs["boxes"][i, a], ours["boxes"][i, b]) >= CLOSE_IOU]
                 a, b = (np.array([pair[side] for pair in close], int) for side in (0, 1))
                 self._add_numbers("boxes", ours["boxes"][i, b], theirs["boxes"][i, a])
@@ -180,14 +180,14 @@ class Tally:
         elif "classes" in theirs:
             self._add_answers(ours["classes"], theirs["classes"])
         else:
-            self.kind = "pictures" if theirs["logits"].ndim == 2 else "pixels"
+            self.kind = "images" if theirs["logits"].ndim == 2 else "pixels"
             self._add_numbers("logits", ours["logits"], theirs["logits"])
             self._add_answers(ours["logits"].argmax(1), theirs["logits"].argmax(1))
 
     def _count_found(
         self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
     ) -> list[tuple[int, int]]:
-        """Match the boxes that were found in one picture, best first; which belong together."""
+        """Match the boxes that were found in one image, best first; which belong together."""
         theirs, ours = (np.flatnonzero(side["labels"] != NOTHING) for side in (expected, found))
         pairs, left = [], list(ours)
         for i in theirs:
@@ -223,14 +223,14 @@ def _nan_last(x: float) -> float:
 
 
 def _found(boxes: np.ndarray, scores: np.ndarray) -> Mapping[str, np.ndarray]:
-    """What NMS leaves of the outputs for one picture, as an artifact with it inside would answer.
+    """What NMS leaves of the outputs for one image, as an artifact with it inside would answer.
 
     Anchors are not compared one by one: of the many that an object has, some are always about to change their mind.
     """
     of_anchor, labels = np.nonzero(scores > SCORE_THRESHOLD)
     candidates = (boxes[of_anchor].astype(np.float32), scores[of_anchor, labels].astype(np.float32), labels)
     places, values, classes = map(torch.from_numpy, candidates)
-    kept = batched_nms(places, values, classes, IOU_THRESHOLD)[:MAX_PER_PICTURE].numpy()
+    kept = batched_nms(places, values, classes, IOU_THRESHOLD)[:MAX_PER_IMAGE].numpy()
     return dict(zip(ANSWERS["detect"], (values[kept] for values in candidates), strict=True))
 
 
@@ -254,16 +254,16 @@ def speed_ratio(run: Run, other: Run, example: np.ndarray, num_rounds: int = 21)
     return float(np.median(ratios))
 
 
-def drawn_pictures(number: int, size: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
-    """Pictures (H, W, 3) of overlapping discs and bars with shading and noise, for where there are no real ones."""
+def synthetic_images(number: int, size: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Images (H, W, 3) of overlapping discs and bars with shading and noise, for where there are no real ones."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     x, y = x / width, y / height
-    pictures = []
+    images = []
     for i in range(number):
         random = np.random.default_rng((seed, i))
         a, b, c = random.uniform(0, 1, (3, 3))
-        picture = a + (b - a) * x[..., None] + (c - a) * y[..., None]
+        image = a + (b - a) * x[..., None] + (c - a) * y[..., None]
         for _ in range(random.integers(2, 9)):
             cx, cy, angle = random.uniform(0, (1, 1, np.pi))
             u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
@@ -272,7 +272,7 @@ def drawn_pictures(number: int, size: tuple[int, int], seed: int = 0) -> list[np
             round_shape = (u / long) ** 2 + (v / short) ** 2 < 1
             inside = round_shape if random.random() < 0.5 else (abs(u) < long) & (abs(v) < short)
             shade = random.uniform(0, 1, 3) * (1 + random.uniform(-0.5, 0.5) * u[..., None] / long)
-            picture = np.where(inside[..., None], shade, picture)
-        picture += random.normal(0, random.uniform(0, 0.08), picture.shape)
-        pictures.append((255 * picture.clip(0, 1)).astype(np.uint8))
-    return pictures
+            image = np.where(inside[..., None], shade, image)
+        image += random.normal(0, random.uniform(0, 0.08), image.shape)
+        images.append((255 * image.clip(0, 1)).astype(np.uint8))
+    return images

@@ -2,7 +2,7 @@
 
 The last stages of the backbone keep the size of their input, so that the map is not too coarse. On it stand
 convolutions of several dilations side by side, each with another field of view (atrous spatial pyramid pooling), and
-the mean of the whole map; what they see together is classified pixel by pixel and resized to the size of the picture.
+the mean of the whole map; what they see together is classified pixel by pixel and resized to the size of the image.
 
 Shapes as in `mobilevit.py`.
 """
@@ -25,7 +25,7 @@ class DeepLabHead:
     `channels` is the width of the pyramid, `rates` are the dilations of its 3x3 convolutions in pixels of the map, and
     `dropout` the share of its channels that training leaves out. `auxiliary_channels` is the width of a second, small
     classifier on stage 4 that serves training alone; 0 means that there is none. `align_corners` says how the logits
-    are resized to the picture, as in `torch.nn.functional.interpolate`.
+    are resized to the image, as in `torch.nn.functional.interpolate`.
 
     Raises:
         ValueError: a width or a rate below 1, no three rates.
@@ -56,7 +56,7 @@ class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling; (B, C, H, W) -> (B, out, H, W).
 
     It looks at one pixel, at three dilated windows around it and at the mean of the map, and mixes what it saw. In
-    training mode the batch norm on the mean needs at least two pictures.
+    training mode the batch norm on the mean needs at least two images.
     """
 
     def __init__(self, in_channels: int, head: DeepLabHead):
@@ -95,12 +95,12 @@ class AuxiliaryHead(nn.Module):
 
 
 class DeepLabV3(nn.Module):
-    """The segmentation network; pictures (B, 3, H, W) -> logits (B, num_classes, H, W).
+    """The segmentation network; images (B, 3, H, W) -> logits (B, num_classes, H, W).
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
         num_classes: with the background, where there is one.
-        output_stride: how many pixels of the picture one of the classified map stands for; see `Backbone`.
+        output_stride: how many pixels of the image one of the classified map stands for; see `Backbone`.
         head: see `DeepLabHead`.
 
     Raises:
@@ -149,15 +149,15 @@ class DeepLabV3(nn.Module):
                 new = nn.Conv2d(old.in_channels, num_classes, 1).apply(_initialise_with_bias)
                 module.classifier = new.to(old.weight).to(memory_format=torch.channels_last)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 px up."""
-        return self._resize(self.coarse(pictures), pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of RGB `images` (B, 3, H, W) in [0, 1], H and W from 32 px up."""
+        return self._resize(self.coarse(images), images)
 
-    def coarse(self, pictures: Tensor) -> Tensor:
+    def coarse(self, images: Tensor) -> Tensor:
         """The logits before they are resized, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
-        return self._classify(self.backbone(pictures)["stage5"])
+        return self._classify(self.backbone(images)["stage5"])
 
-    def with_auxiliary(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits and those of the auxiliary head, for a loss of both; each as `forward` gives them.
 
         Raises:
@@ -165,15 +165,15 @@ class DeepLabV3(nn.Module):
         """
         if self.auxiliary is None:
             raise ValueError("this network has no auxiliary head; build it with auxiliary_channels above 0")
-        maps = self.backbone(pictures)
+        maps = self.backbone(images)
         main, auxiliary = self._classify(maps["stage5"]), self.auxiliary(maps["stage4"])
-        return self._resize(main, pictures), self._resize(auxiliary, pictures)
+        return self._resize(main, images), self._resize(auxiliary, images)
 
     def _classify(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.pyramid(x)))
 
-    def _resize(self, logits: Tensor, pictures: Tensor) -> Tensor:
-        size = pictures.shape[-2:]
+    def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
+        size = images.shape[-2:]
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.head.align_corners)
 
 

@@ -4,7 +4,7 @@ A convolution unfolds its input into windows, multiplies each by one matrix, and
 MobileViT keeps the unfold and the fold and puts a transformer where the matrix was: a map is cut into patches of p by p
 pixels, the pixels that stand at the same place in their patch attend to each other across all patches, and the map is
 put together again. A 3x3 convolution before the unfold has already shown each pixel its own patch, so afterwards every
-pixel has seen the whole picture.
+pixel has seen the whole image.
 
 Shapes: B batch, C channels of a map, H W its height and width, p patch side, P = p * p pixel positions in a patch,
 N patches in a map, D width of a token. Maps are (B, C, H, W) and lie channels-last in memory, so that the channels of a
@@ -30,7 +30,7 @@ class Transformer:
     num_layers: int
     ffn_dim: int
     num_heads: int = 4
-    patch_px: int = 2  # of the map, not of the picture
+    patch_px: int = 2  # of the map, not of the image
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def round_to_8(channels: float) -> int:
 
 
 class Backbone(nn.Module):
-    """The stem and the stages: pictures in, named feature maps out.
+    """The stem and the stages: images in, named feature maps out.
 
     Args:
         architecture: one of the published sizes by name, or an `Architecture`.
@@ -295,7 +295,7 @@ class Backbone(nn.Module):
         output_stride: of stage 5. At 16 stage 5 keeps the size of its input; at 8 stage 4 does too, and the depthwise
             convolution of stage 5 is dilated by 2 (the rule of the released code).
 
-    `channels` and `strides` give, by name, the width of each returned map and how many pixels of the picture one of its
+    `channels` and `strides` give, by name, the width of each returned map and how many pixels of the image one of its
     pixels stands for.
 
     Raises:
@@ -354,11 +354,11 @@ class Backbone(nn.Module):
         self.apply(initialise)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Maps by name, in the order of `out_stages`, of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 up."""
-        check_input(pictures)
-        maps = dict.fromkeys(self.out_stages, pictures)  # to be replaced; fixes the order
-        x = pictures  # in any layout: the convolutions hand on that of their weights
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps by name, in the order of `out_stages`, of RGB `images` (B, 3, H, W) in [0, 1], H and W from 32 up."""
+        check_input(images)
+        maps = dict.fromkeys(self.out_stages, images)  # to be replaced; fixes the order
+        x = images  # in any layout: the convolutions hand on that of their weights
         for name, stage in self.named_children():
             x = stage(x)
             if name in maps:
@@ -367,7 +367,7 @@ class Backbone(nn.Module):
 
 
 class MobileViT(nn.Module):
-    """The classifier: backbone, 1x1 convolution, global average, linear; pictures (B, 3, H, W) -> logits (B, classes).
+    """The classifier: backbone, 1x1 convolution, global average, linear; images (B, 3, H, W) -> logits (B, classes).
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
@@ -400,27 +400,25 @@ class MobileViT(nn.Module):
         self.classifier = nn.Linear(self.architecture.head_channels, num_classes) if num_classes else nn.Identity()
         self.classifier.apply(initialise).to(self.head.norm.weight)  # its device and dtype
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, num_classes) of RGB `pictures` (B, 3, H, W) in [0, 1], H and W from 32 px up, of any ratio."""
-        (x,) = self.backbone(pictures).values()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W from 32 px up, of any ratio."""
+        (x,) = self.backbone(images).values()
         x = (
             self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)
         )  # a mean that keeps its axes, runtimes know as a pool
         return self.classifier(self.dropout(x))
 
 
-def check_input(pictures: Tensor) -> None:
+def check_input(images: Tensor) -> None:
     """Raise TypeError or ValueError, with the fix, for anything but a float tensor of shape (B, 3, H, W)."""
     expected = "expected a float tensor of shape (B, 3, H, W)"
-    if not isinstance(pictures, Tensor):
-        raise TypeError(
-            f"{expected}, found {type(pictures).__name__}; use model.preprocess(...) or torch.from_numpy(x)"
-        )
-    if not pictures.is_floating_point():
-        raise TypeError(f"{expected}, found {pictures.dtype}; use model.preprocess(...) or x.float() / 255")
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{expected}, found {type(images).__name__}; use model.preprocess(...) or torch.from_numpy(x)")
+    if not images.is_floating_point():
+        raise TypeError(f"{expected}, found {images.dtype}; use model.preprocess(...) or x.float() / 255")
+    if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"{expected}, found shape {tuple(pictures.shape)}; use model.preprocess(...), x[None] for one image, or "
+            f"{expected}, found shape {tuple(images.shape)}; use model.preprocess(...), x[None] for one image, or "
             "x.permute(0, 3, 1, 2) for channels last"
         )
 

@@ -1,11 +1,11 @@
 """SSDLite on MobileViT (arXiv 2110.02178, section 4.2.1; SSD arXiv 1512.02325, SSDLite arXiv 1801.04381).
 
-Six maps of a picture, each coarser than the one before, are looked at by one small head each. In every pixel of a map
+Six maps of an image, each coarser than the one before, are looked at by one small head each. In every pixel of a map
 stand a few anchors, boxes of fixed shapes; for each of them the head says what is there (class logits, 0 means nothing)
 and how the anchor is to be moved and stretched to fit it (locations).
 
-Shapes: as in `mobilevit.py`, and A anchors of a picture, K logits of an anchor (classes and background). Boxes are in
-units of the picture: (0, 0) is its upper left corner and (1, 1) its lower right one, whatever its ratio.
+Shapes: as in `mobilevit.py`, and A anchors of an image, K logits of an anchor (classes and background). Boxes are in
+units of the image: (0, 0) is its upper left corner and (1, 1) its lower right one, whatever its ratio.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S
 
 EXTRA_CHANNELS = (256, 128, 128)  # of the maps behind the backbone, each half as wide as the one before
-POOLED_CHANNELS = 64  # of the last map, one pixel for the whole picture
+POOLED_CHANNELS = 64  # of the last map, one pixel for the whole image
 HEAD_CHANNELS = (512, 256, *EXTRA_CHANNELS)  # in the heads of all maps but the last
 RATIOS = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))  # of the sides of the anchors that are no squares, by map
 NUM_ANCHORS = tuple(2 + 2 * len(ratios) for ratios in RATIOS)  # in a pixel: two squares, each ratio wide and tall
 MIN_SCALE, MAX_SCALE = 0.1, 1.05  # sides of the smallest square, and of the one that a seventh map would begin with
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # locations are divided by these, so that their size is about 1
 MAX_GROWTH = math.log(1000 / 16)  # of an anchor's side; keeps exp finite (torchvision's bound)
-MIN_CANDIDATES = 1000  # for NMS to begin with, all classes of a picture together
+MIN_CANDIDATES = 1000  # for NMS to begin with, all classes of an image together
 
 
 class SeparableConv(nn.Module):
@@ -76,7 +76,7 @@ class MapHead(nn.Module):
 
 
 class SSDLite(nn.Module):
-    """The detector; pictures (B, 3, H, W) -> class logits (B, A, num_classes + 1) and locations (B, A, 4).
+    """The detector; images (B, 3, H, W) -> class logits (B, A, num_classes + 1) and locations (B, A, 4).
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
@@ -129,13 +129,13 @@ class SSDLite(nn.Module):
                     ours.unflatten(0, (head.num_anchors, -1))[:, :5] = kept
             head.out = new.to(memory_format=torch.channels_last)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, A, num_classes + 1) and locations (B, A, 4) of RGB `pictures` (B, 3, H, W) in [0, 1].
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, A, num_classes + 1) and locations (B, A, 4) of RGB `images` (B, 3, H, W) in [0, 1].
 
         Any H and W from 32 px up; under torch.export with symbols for them from 257 px up, where no map but the last is
         sure to be one pixel. `decode` makes boxes of locations and `anchors`, `detect` finds what to show.
         """
-        maps = list(self.backbone(pictures).values())
+        maps = list(self.backbone(images).values())
         for layer in self.extra_layers:
             maps.append(layer(maps[-1]))
         maps.append(F.relu(self.pooled(maps[-1].mean(dim=(-2, -1), keepdim=True))))
@@ -143,9 +143,9 @@ class SSDLite(nn.Module):
         return found[..., 4:], found[..., :4]
 
     def anchors(self, height_px: int, width_px: int) -> Tensor:
-        """Anchors (A, 4) of a picture of this size, in the order of the outputs: centre x, y, width, height.
+        """Anchors (A, 4) of an image of this size, in the order of the outputs: centre x, y, width, height.
 
-        In units of the picture, each value clipped to [0, 1], float32 on the device of the network.
+        In units of the image, each value clipped to [0, 1], float32 on the device of the network.
         """
         strides = list(self.backbone.strides.values())
         for _ in self.extra_layers:
@@ -190,9 +190,9 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode(locations: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes (..., 4; x1 y1 x2 y2, in units of the picture) of `locations` (..., 4); undoes `encode`.
+    """Boxes (..., 4; x1 y1 x2 y2, in units of the image) of `locations` (..., 4); undoes `encode`.
 
-    They are not clipped, and may reach out of the picture.
+    They are not clipped, and may reach out of the image.
     """
     centres = anchors[..., :2] + locations[..., :2] * CENTRE_VARIANCE * anchors[..., 2:]
     sides = anchors[..., 2:] * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
@@ -200,10 +200,10 @@ def decode(locations: Tensor, anchors: Tensor) -> Tensor:
 
 
 class Detections(NamedTuple):
-    """What was found in one picture, best first."""
+    """What was found in one image, best first."""
 
     boxes: Tensor
-    """(found, 4): x1 y1 x2 y2 in units of the picture, not clipped."""
+    """(found, 4): x1 y1 x2 y2 in units of the image, not clipped."""
     scores: Tensor
     """(found,): probabilities."""
     labels: Tensor
@@ -218,18 +218,18 @@ def detect(
     score_threshold: float,
     iou_threshold: float = 0.5,
     max_per_class: int = 200,
-    max_per_picture: int,
+    max_per_image: int,
 ) -> list[Detections]:
-    """What the outputs of an `SSDLite` show, picture by picture.
+    """What the outputs of an `SSDLite` show, image by image.
 
     Args:
         class_logits: (B, A, num_classes + 1).
         locations: (B, A, 4).
-        anchors: (A, 4), of pictures of this size.
+        anchors: (A, 4), of images of this size.
         score_threshold: probability that a class must exceed; 0.01 where mean average precision is measured.
         iou_threshold: of two boxes of a class that overlap more than this, the better one stays.
         max_per_class: how many of a class stay, best first.
-        max_per_picture: how many of all classes then stay, best first.
+        max_per_image: how many of all classes then stay, best first.
     """
     return suppress(
         decode(locations.float(), anchors),
@@ -237,7 +237,7 @@ def detect(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         max_per_class=max_per_class,
-        max_per_picture=max_per_picture,
+        max_per_image=max_per_image,
     )
 
 
@@ -248,7 +248,7 @@ def suppress(
     score_threshold: float,
     iou_threshold: float = 0.5,
     max_per_class: int = 200,
-    max_per_picture: int,
+    max_per_image: int,
 ) -> list[Detections]:
     """Non-maximum suppression: the rest of `detect`, from boxes (B, A, 4) and probabilities (B, A, num_classes)."""
     from torchvision.ops import batched_nms  # on use: importing it takes a second, and classifiers do not need it
@@ -260,11 +260,11 @@ def suppress(
         sorted_boxes, labels = boxes_A4[of_anchor[order]], labels[order]
         # A box falls to better ones alone, so what stays of the best few are the first of what stays of all. An
         # untrained network shows nearly all its anchors in every class: all of them would take a second.
-        num = max(MIN_CANDIDATES, 4 * max_per_picture)
+        num = max(MIN_CANDIDATES, 4 * max_per_image)
         while True:
             kept = batched_nms(sorted_boxes[:num], sorted_scores[:num], labels[:num], iou_threshold)  # best first
-            kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_picture]
-            if len(kept) == max_per_picture or num >= len(order):
+            kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_image]
+            if len(kept) == max_per_image or num >= len(order):
                 break
             num *= 4
         found.append(Detections(sorted_boxes[kept], sorted_scores[kept], labels[kept]))

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from mobilevit.data.loader import Batch, PictureDataset, load
-from mobilevit.data.sample import few
+from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import eval_batches
+from mobilevit.data.samples import few
 from mobilevit.data.sources import Source, fingerprint
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Classification, Gather, alone
 from mobilevit.tasks.detection import Detection
 from mobilevit.tasks.segmentation import Segmentation
+from mobilevit.weights import Weights
 
 
 class Results(Protocol):
@@ -36,20 +36,20 @@ class Results(Protocol):
         ...
 
     def sections(self, source: Source) -> list[tuple[str, str]]:
-        """Titles and HTML for the report of a run; `source` has the pictures that were evaluated."""
+        """Titles and HTML for the report of a run; `source` has the images that were evaluated."""
         ...
 
 
 class Task(Protocol):
     """The seam between a task and the loop."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         """Training and validation data; raises ValueError for whatever can be known to be wrong before training."""
         ...
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
-    ) -> PictureDataset:
+    ) -> ImageDataset:
         """The images of a split of `data`, for weights that are trained already; see `find_evaluation`."""
         ...
 
@@ -57,12 +57,12 @@ class Task(Protocol):
         """Which split of `data` evaluation takes; None where it takes all there is."""
         ...
 
-    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
+    def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         """The initial weights, with the preprocessing and class names that will travel with the trained ones."""
         ...
 
     def blank_labels(self, batch_size: int, size_px: int) -> Any:
-        """Labels for black pictures, of the kind that training data come with: to try what a step costs."""
+        """Labels for black images, of the kind that training data come with: to try what a step costs."""
         ...
 
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
@@ -70,7 +70,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Results:
-        """What a model in eval mode makes of pictures; `gather` brings together what several processes found."""
+        """What a model in eval mode makes of images; `gather` brings together what several processes found."""
         ...
 
 
@@ -94,7 +94,7 @@ def default_split(weights: Weights, data: str | Path) -> str:
     return "all"
 
 
-def _is_val_of_training(weights: Weights, dataset: PictureDataset) -> bool:
+def _is_val_of_training(weights: Weights, dataset: ImageDataset) -> bool:
     return fingerprint(dataset.source) == weights.training.get("val_data")
 
 
@@ -149,7 +149,7 @@ def evaluate_weights(
     with contextlib.closing(loaded):
         results = task.evaluate(weights.build().to(device), loaded)
     if len(loaded.unreadable) > max_unreadable:
-        raise PictureError(
+        raise ImageError(
             f"{len(loaded.unreadable)} images cannot be read ({few(loaded.unreadable)}), and max_unreadable is "
             f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
         )

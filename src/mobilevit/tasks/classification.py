@@ -1,4 +1,4 @@
-"""Classification: one class a picture (paper, section 4.1)."""
+"""Classification: one class an image (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.data.loader import Batch, PictureDataset
-from mobilevit.data.sample import Subset
+from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.data.samples import Subset
 from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name, notes_of
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.models.weights import Weights
-from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
-from mobilevit.tasks.html import confusion_html, mistakes_html, per_class_html
+from mobilevit.report.results import confusion_html, mistakes_html, per_class_html
+from mobilevit.weights import Weights
 
 Gather = Callable[[Any], list[Any]]
 """From what one process has to the list of what all have."""
@@ -35,9 +35,9 @@ def alone(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network made of N pictures; `mobilevit.tasks.Results` for classification."""
+    """What a network made of N images; `mobilevit.tasks.Results` for classification."""
 
-    numbers: np.ndarray  # (N,) of the pictures in their source, ascending
+    numbers: np.ndarray  # (N,) of the images in their source, ascending
     labels: np.ndarray  # (N,) the right classes
     answers: np.ndarray  # (N, 5 or as many as there are classes) the likeliest classes, best first
     probabilities: np.ndarray  # (N,) of the likeliest
@@ -46,28 +46,28 @@ class Answers:
     main_metric = "top1"
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 in per cent, the mean loss, the number of pictures."""
+        """Top-1 and top-5 in per cent, the mean loss, the number of images."""
         hits = self.answers == self.labels[:, None]
         return {
             "top1": 100 * int(hits[:, 0].sum()) / len(hits),
             "top5": 100 * int(hits.any(1).sum()) / len(hits),
             "loss": float(self.losses.mean()),
-            "num_pictures": len(self.labels),
+            "num_images": len(self.labels),
         }
 
     def counts(self) -> np.ndarray:
-        """Pictures by right class (rows) and first answer (columns)."""
+        """Images by right class (rows) and first answer (columns)."""
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         np.add.at(counts, (self.labels, self.answers[:, 0]), 1)
         return counts
 
     def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
-        """Pictures of every class, recall and precision in per cent; None where they are undefined."""
+        """Images of every class, recall and precision in per cent; None where they are undefined."""
         counts = self.counts()
         return [
             {
                 "class": class_name,
-                "num_pictures": int(counts[i].sum()),
+                "num_images": int(counts[i].sum()),
                 "recall": 100 * int(counts[i, i]) / int(counts[i].sum()) if counts[i].sum() else None,
                 "precision": 100 * int(counts[i, i]) / int(counts[:, i].sum()) if counts[:, i].sum() else None,
             }
@@ -83,23 +83,23 @@ class Answers:
         for i in worst:
             sample = source[int(self.numbers[i])]
             try:
-                picture = read_picture(sample.picture, sample.name)
-            except PictureError:  # gone since it was evaluated: the report has one mistake less
+                image = read_image(sample.image, sample.name)
+            except ImageError:  # gone since it was evaluated: the report has one mistake less
                 continue
             answer = names[self.answers[i, 0]]
-            mistakes.append((picture, names[self.labels[i]], answer, float(self.probabilities[i]), sample.name))
+            mistakes.append((image, names[self.labels[i]], answer, float(self.probabilities[i]), sample.name))
         counts = self.counts()
         return [
             ("Confusion", confusion_html(counts, names)),
             ("Classes", per_class_html(counts, names)),
-            ("Surest mistakes", mistakes_html(mistakes) if mistakes else "<p>None: every picture was right.</p>"),
+            ("Surest mistakes", mistakes_html(mistakes) if mistakes else "<p>None: every image was right.</p>"),
         ]
 
 
 class Classification:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
         train, val = find_splits(data, recipe.data.val_fraction)
         scan = check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
@@ -111,11 +111,11 @@ class Classification:
         else:
             notes += notes_of(val)
         return (
-            PictureDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),
-            PictureDataset(val, Evaluation(preprocessing_of(recipe))),
+            ImageDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),
+            ImageDataset(val, Evaluation(preprocessing_of(recipe))),
         )
 
-    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
+    def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
         preprocessing = preprocessing_of(recipe)
         if pretrained is None:
@@ -136,11 +136,11 @@ class Classification:
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
-    ) -> PictureDataset:
+    ) -> ImageDataset:
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
         source = find_evaluation(data, weights.class_names, split, weights.val_fraction)
-        return PictureDataset(source, Evaluation(preprocessing), notes=notes_of(source))
+        return ImageDataset(source, Evaluation(preprocessing), notes=notes_of(source))
 
     def held_out_name(self, data: str | Path) -> str | None:
         return held_out_name(data)
@@ -151,7 +151,7 @@ class Classification:
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         if recipe.data.policy == "basic":
             return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
-        # Rows: how much of which picture of the batch is in each mixed one. How many classes there are, logits say.
+        # Rows: how much of which image of the batch is in each mixed one. How many classes there are, logits say.
         random = np.random.default_rng(int(torch.randint(2**62, ())))
         pixels, shares = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
         logits = model(pixels)
@@ -176,13 +176,13 @@ class Classification:
         mine = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
         everything = [one for one in gather((mine, num_classes)) if one[0] is not None]
         if not everything:
-            raise PictureError("none of the pictures to evaluate on can be read")
+            raise ImageError("none of the images to evaluate on can be read")
         merged = [np.concatenate(arrays) for arrays in zip(*(one[0] for one in everything), strict=True)]
         order = np.argsort(merged[0])  # the same sums in the same order, however many processes there were
         return Answers(*(array[order] for array in merged), num_classes=everything[0][1])
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:
-    """How a network that is trained by `recipe` from random weights gets to see a picture in evaluation."""
+    """How a network that is trained by `recipe` from random weights gets to see an image in evaluation."""
     size_px = recipe.data.size_px
     return Preprocessing(resize_px=round(recipe.data.eval_resize * size_px), crop_px=size_px)

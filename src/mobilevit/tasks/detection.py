@@ -26,21 +26,21 @@ from mobilevit.data.annotations import (
 )
 from mobilevit.data.dense import BoxAugmentation, BoxBatch, BoxEvaluation, BoxTruth, stack_boxes, warp
 from mobilevit.data.labels import Boxes
-from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.sources import Source
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.ssdlite import SSDLite, detect, encode
-from mobilevit.models.weights import Weights, backbone_tensors
-from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
+from mobilevit.report.results import NOTHING, Drawn, boxes_html, curves_html, figures_html, table
 from mobilevit.tasks.classification import Gather, alone
-from mobilevit.tasks.html import NOTHING, Drawn, boxes_html, curves_html, figures_html, table
+from mobilevit.weights import Weights, backbone_tensors
 
 MATCH_IOU = 0.5  # from which an anchor answers for a box
 NEGATIVES_PER_POSITIVE = 3
-MIN_NEGATIVES = 3  # in a picture without boxes, which teaches nothing otherwise
+MIN_NEGATIVES = 3  # in an image without boxes, which teaches nothing otherwise
 SCORE_THRESHOLD = 0.01  # of what is found, as published
-MAX_PER_PICTURE = 100  # of what COCO's average precision counts
-NUM_SHOWN = 8  # best and worst pictures of a report, each
+MAX_PER_IMAGE = 100  # of what COCO's average precision counts
+NUM_SHOWN = 8  # best and worst images of a report, each
 SHOWN_SCORE = 0.3  # from which a report draws what was found
 
 METRICS = {  # what a report says of them
@@ -55,7 +55,7 @@ COLUMNS = {"num_boxes": "boxes", "ap50": "AP at IoU 0.5, %", "ap": "AP, %"}
 
 
 class Found(NamedTuple):
-    """One picture of an evaluation: what is in it, and what a network found there, both in pixels of the picture."""
+    """One image of an evaluation: what is in it, and what a network found there, both in pixels of the image."""
 
     number: int  # in the source
     truth: BoxTruth
@@ -66,14 +66,14 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Detections:
-    """What a network found in pictures; `mobilevit.tasks.Results` for detection, computed by pycocotools."""
+    """What a network found in images; `mobilevit.tasks.Results` for detection, computed by pycocotools."""
 
     found: tuple[Found, ...]  # by ascending number
     num_classes: int
     main_metric = "ap"
 
     def metrics(self) -> dict[str, float]:
-        """COCO's average precision in per cent, and the number of pictures.
+        """COCO's average precision in per cent, and the number of images.
 
         Over the IoU thresholds 0.5 to 0.95, at 0.5, at 0.75, and of boxes of up to 32, up to 96 and more px a side;
         those last three only where the data have any. Without any box at all in the data, "ap" is 0.
@@ -82,7 +82,7 @@ class Detections:
         names |= {"ap_medium": (None, 2), "ap_large": (None, 3)}
         values = {name: self._average(*where) for name, where in names.items()}
         found = {name: 100 * value for name, value in values.items() if value is not None}
-        return {"ap": 0.0, **found, "num_pictures": len(self.found)}
+        return {"ap": 0.0, **found, "num_images": len(self.found)}
 
     def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
         """Boxes of every class and its average precisions in per cent; None for a class without boxes."""
@@ -102,19 +102,19 @@ class Detections:
         return np.where(precision < 0, np.nan, precision)
 
     def sections(self, source: Source[Boxes]) -> list[tuple[str, str]]:
-        """Average precision, its curves, classes, and the pictures that came out best and worst."""
+        """Average precision, its curves, classes, and the images that came out best and worst."""
         names = source.class_names
         shares = [(_share_right(one), -len(one.truth.boxes.labels), one.number, one) for one in self.found]
         order = [one for share, *_, one in sorted(shares, key=lambda x: x[:3]) if not math.isnan(share)]
         worst = order[:NUM_SHOWN]
         best = sorted(order[len(worst) :], key=lambda one: (-_share_right(one), -len(one.truth.boxes.labels)))
-        none = "<p>No more pictures with boxes.</p>"
+        none = "<p>No more images with boxes.</p>"
         return [
             ("Average precision", table(("Boxes that count", "%"), self._rows())),
             ("Precision and recall", curves_html(self.curves(), names)),
             ("Classes", figures_html(self.per_class(names), COLUMNS, "The class that is found worst comes first.")),
-            ("Worst pictures", boxes_html(_drawn(source, worst)) if worst else none),
-            ("Best pictures", boxes_html(_drawn(source, best[:NUM_SHOWN])) if best else none),
+            ("Worst images", boxes_html(_drawn(source, worst)) if worst else none),
+            ("Best images", boxes_html(_drawn(source, best[:NUM_SHOWN])) if best else none),
         ]
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -137,11 +137,11 @@ class Detections:
 
     @cached_property
     def _precision(self) -> np.ndarray:
-        """COCO's precision by (IoU threshold, recall, class, area), -1 where undefined, at 100 boxes a picture."""
+        """COCO's precision by (IoU threshold, recall, class, area), -1 where undefined, at 100 boxes an image."""
         coco, evaluation = _pycocotools()
         truth, answers = coco(), coco()
         classes = [{"id": i} for i in range(self.num_classes)]
-        pictures = [{"id": one.number, "height": one.truth.height, "width": one.truth.width} for one in self.found]
+        images = [{"id": one.number, "height": one.truth.height, "width": one.truth.width} for one in self.found]
         boxes, found = [], []
         for one in self.found:
             of = one.truth.boxes
@@ -152,7 +152,7 @@ class Detections:
                 found.append(_annotation(len(found), one.number, corners, label, iscrowd=0, score=score))
         with contextlib.redirect_stdout(io.StringIO()):  # it tells how far it is
             for index, annotations in ((truth, boxes), (answers, found)):
-                index.dataset = {"images": pictures, "categories": classes, "annotations": annotations}
+                index.dataset = {"images": images, "categories": classes, "annotations": annotations}
                 index.createIndex()
             evaluated = evaluation(truth, answers, "bbox")
             evaluated.evaluate()
@@ -163,7 +163,7 @@ class Detections:
 class Detection:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         _pycocotools()  # that it is missing is to be said before the first epoch, not after it
         limit_megapixels(recipe.data.max_megapixels)
         train, val = find_boxes(data, recipe.data.val_fraction)
@@ -171,25 +171,25 @@ class Detection:
         augmentation = BoxAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
         return (
-            PictureDataset(train, augmentation, stack_boxes, (*train.notes, *scan.notes()), scan.num_transparent),
-            PictureDataset(val, evaluation, list, val.notes),
+            ImageDataset(train, augmentation, stack_boxes, (*train.notes, *scan.notes()), scan.num_transparent),
+            ImageDataset(val, evaluation, list, val.notes),
         )
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
-    ) -> PictureDataset:
+    ) -> ImageDataset:
         _pycocotools()
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
         source = find_boxes_to_evaluate(data, weights.class_names, split, weights.val_fraction)
-        # Whatever the weights are used with, the whole picture is looked at: boxes may stand at its edge.
+        # Whatever the weights are used with, the whole image is looked at: boxes may stand at its edge.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
-        return PictureDataset(source, BoxEvaluation(whole), list, source.notes)
+        return ImageDataset(source, BoxEvaluation(whole), list, source.notes)
 
     def held_out_name(self, data: str | Path) -> str | None:
         return boxes_held_out_name(data)
 
-    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
+    def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         source = train_set.source
         class_names = source.class_names
         preprocessing = warp(recipe.data.size_px)
@@ -215,7 +215,7 @@ class Detection:
         )
 
     def blank_labels(self, batch_size: int, size_px: int) -> BoxBatch:
-        # As many boxes as few pictures have: the table of their overlaps with the anchors takes memory too.
+        # As many boxes as few images have: the table of their overlaps with the anchors takes memory too.
         corners = torch.tensor((0.25, 0.25, 0.75, 0.75)).expand(batch_size, 64, 4).clone()
         return BoxBatch(corners, torch.zeros(batch_size, 64, dtype=torch.long))
 
@@ -234,26 +234,26 @@ class Detection:
             class_logits, locations = model(batch.pixels)
             num_classes = class_logits.shape[2] - 1
             anchors = _anchors(model, batch)
-            of_pictures = detect(
+            of_images = detect(
                 class_logits,
                 locations,
                 anchors,
                 score_threshold=SCORE_THRESHOLD,
-                max_per_picture=MAX_PER_PICTURE,
+                max_per_image=MAX_PER_IMAGE,
             )
-            for number, truth, one in zip(batch.numbers, batch.labels, of_pictures, strict=True):
+            for number, truth, one in zip(batch.numbers, batch.labels, of_images, strict=True):
                 size = np.array((truth.width, truth.height) * 2, np.float32)
                 boxes = (one.boxes.cpu().numpy().clip(0, 1) * size).astype(np.float32)
                 found.append(Found(number, truth, boxes, one.scores.cpu().numpy(), one.labels.cpu().numpy()))
         everything = gather((found, num_classes))
         merged = sorted((one for part, _ in everything for one in part), key=lambda one: one.number)
         if not merged:
-            raise PictureError("none of the pictures to evaluate on can be read")
+            raise ImageError("none of the images to evaluate on can be read")
         return Detections(tuple(merged), max(num for _, num in everything))
 
 
 def match(targets: BoxBatch, anchors: Tensor) -> Tensor:
-    """Which box every anchor answers for: (B, A) indices into the boxes of the picture, -1 for none.
+    """Which box every anchor answers for: (B, A) indices into the boxes of the image, -1 for none.
 
     `anchors` (A, 4) are in centre form. An anchor answers for the box it overlaps most, if that is by an intersection
     over union of 0.5 or more; and every box has the anchor that overlaps it most, whatever that one's best box is (SSD,
@@ -278,10 +278,10 @@ def ssd_loss(
     """SSD's loss (section 2.2), a scalar of float32, of an `SSDLite`'s outputs.
 
     Smooth L1 of the locations of the matched anchors, and the cross entropy of these and of the three times as many
-    others of the picture that are taken for something with most confidence; the sum of both over the number of matched
+    others of the image that are taken for something with most confidence; the sum of both over the number of matched
     anchors. That number is the batch's: where a step is computed in parts or by several processes, each part is divided
-    by its own. A picture without boxes counts with its three worst anchors, so that the loss of a batch of such
-    pictures still teaches what nothing looks like.
+    by its own. An image without boxes counts with its three worst anchors, so that the loss of a batch of such
+    images still teaches what nothing looks like.
     """
     class_logits, locations = class_logits.float(), locations.float()
     of_anchor = match(targets, anchors)
@@ -329,11 +329,11 @@ def _pycocotools() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return COCO, COCOeval
 
 
-def _annotation(number: int, picture: int, corners: list[float], label: int, **values: float) -> dict[str, Any]:
+def _annotation(number: int, image: int, corners: list[float], label: int, **values: float) -> dict[str, Any]:
     left, top, right, bottom = corners
     box = [left, top, right - left, bottom - top]
     # From 1: for pycocotools 0 is the number of no box at all.
-    return {"id": number + 1, "image_id": picture, "category_id": label, "bbox": box, "area": box[2] * box[3], **values}
+    return {"id": number + 1, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], **values}
 
 
 def _share_right(one: Found) -> float:
@@ -362,8 +362,8 @@ def _drawn(source: Source[Boxes], found: Sequence[Found]) -> list[Drawn]:
     for one in found:
         sample = source[one.number]
         try:
-            picture = read_picture(sample.picture, sample.name)
-        except PictureError:  # gone since it was evaluated
+            image = read_image(sample.image, sample.name)
+        except ImageError:  # gone since it was evaluated
             continue
         boxes = one.truth.boxes
         names = source.class_names
@@ -376,5 +376,5 @@ def _drawn(source: Source[Boxes], found: Sequence[Found]) -> list[Drawn]:
             for corners, label, score in zip(one.boxes.tolist(), one.labels, one.scores, strict=True)
             if score >= SHOWN_SCORE
         ]
-        drawn.append(Drawn(picture, sample.name, truth, answers))
+        drawn.append(Drawn(image, sample.name, truth, answers))
     return drawn

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mobilevit.device import choose_device
-from mobilevit.models.weights import Weights, to_weights
 from mobilevit.tasks import default_split, evaluate_weights
+from mobilevit.weights import Weights, to_weights
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EvaluationResult:
     """Metrics of weights on data, those that `mobilevit evaluate --json --per-class` prints.
 
     `metrics` has a number by name: "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector,
-    "miou" and others of a segmentation network, in per cent except for the loss, and "num_pictures". `per_class` has a
+    "miou" and others of a segmentation network, in per cent except for the loss, and "num_images". `per_class` has a
     row per class with its name under "class"; a metric that is undefined for a class is None.
     """
 

@@ -22,23 +22,23 @@ from mobilevit.data.annotations import (
 )
 from mobilevit.data.dense import MaskAugmentation, MaskEvaluation, stack_masks, warp
 from mobilevit.data.labels import IGNORE, MaskFile
-from mobilevit.data.loader import Batch, PictureDataset
+from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.sources import Source
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
-from mobilevit.models.weights import Weights, backbone_tensors
-from mobilevit.pictures import PictureError, Preprocessing, limit_megapixels, read_picture
 from mobilevit.recipes import Recipe
+from mobilevit.report.results import FIGURE_PX, Painted, confusion_html, figures_html, masks_html
 from mobilevit.tasks.classification import Gather, alone
-from mobilevit.tasks.html import FIGURE_PX, Painted, confusion_html, figures_html, masks_html
+from mobilevit.weights import Weights, backbone_tensors
 
 OUTPUT_STRIDE = 16  # of a new network, as published
 AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, where there is one (as the later release has it)
-MAX_ENLARGED = 1 << 26  # logits at the size of the picture, a quarter of a gigabyte
-NUM_SHOWN = 6  # best and worst pictures of a report, each
+MAX_ENLARGED = 1 << 26  # logits at the size of the image, a quarter of a gigabyte
+NUM_SHOWN = 6  # best and worst images of a report, each
 
 
 class Seen(NamedTuple):
-    """A picture to show in a report: its mean IoU (0..1), its number, what was found (h, w), made small."""
+    """An image to show in a report: its mean IoU (0..1), its number, what was found (h, w), made small."""
 
     share: float
     number: int
@@ -47,28 +47,28 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Segmented:
-    """What a network made of the pixels of pictures; `mobilevit.tasks.Results` for segmentation.
+    """What a network made of the pixels of images; `mobilevit.tasks.Results` for segmentation.
 
-    `counts` (C, C) are pixels of the pictures as they were annotated, a row for the true class and a column for the
+    `counts` (C, C) are pixels of the images as they were annotated, a row for the true class and a column for the
     predicted one; what is to be ignored is not in them.
     """
 
     counts: np.ndarray
-    num_pictures: int
+    num_images: int
     worst: tuple[Seen, ...]  # worst first
     best: tuple[Seen, ...]  # best first
     main_metric = "miou"
 
     def metrics(self) -> dict[str, float]:
-        """Mean IoU over the classes and right pixels, both in per cent, and the number of pictures.
+        """Mean IoU over the classes and right pixels, both in per cent, and the number of images.
 
-        IoU is of all pictures together. A class that is neither annotated nor found anywhere is left out of its mean.
+        IoU is of all images together. A class that is neither annotated nor found anywhere is left out of its mean.
         """
         ious = _ious(self.counts)
         return {
             "miou": 100 * float(np.nanmean(ious)),
             "pixel_accuracy": 100 * int(np.trace(self.counts)) / int(self.counts.sum()),
-            "num_pictures": self.num_pictures,
+            "num_images": self.num_images,
         }
 
     def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -84,48 +84,48 @@ class Segmented:
         ]
 
     def sections(self, source: Source[MaskFile]) -> list[tuple[str, str]]:
-        """Classes, which is taken for which, and the pictures that came out best and worst."""
+        """Classes, which is taken for which, and the images that came out best and worst."""
         names = source.class_names
         columns = {"num_pixels": "pixels", "iou": "IoU, %"}
         classes = figures_html(self.per_class(names), columns, "The class with the lowest IoU comes first.")
         worst, best = (_painted(source, seen) for seen in (self.worst, self.best))
-        none = "<p>No pictures to show.</p>"
+        none = "<p>No images to show.</p>"
         return [
             ("Classes", classes),
             ("Confusion", confusion_html(self.counts, names, unit="pixels")),
-            ("Worst pictures", masks_html(worst, names) if worst else none),
-            ("Best pictures", masks_html(best, names) if best else none),
+            ("Worst images", masks_html(worst, names) if worst else none),
+            ("Best images", masks_html(best, names) if best else none),
         ]
 
 
 class Segmentation:
     """See `mobilevit.tasks.Task` for what the methods do."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[PictureDataset, PictureDataset]:
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
         train, val = find_masks(data, recipe.data.val_fraction)
         scan = check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
         return (
-            PictureDataset(train, augmentation, stack_masks, (*train.notes, *scan.notes()), scan.num_transparent),
-            PictureDataset(val, evaluation, list, val.notes),
+            ImageDataset(train, augmentation, stack_masks, (*train.notes, *scan.notes()), scan.num_transparent),
+            ImageDataset(val, evaluation, list, val.notes),
         )
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
-    ) -> PictureDataset:
+    ) -> ImageDataset:
         if not weights.class_names:
             raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
         source = find_masks_to_evaluate(data, weights.class_names, split, weights.val_fraction)
-        # Whatever the weights are used with, the whole picture is looked at: its margins count like its middle.
+        # Whatever the weights are used with, the whole image is looked at: its margins count like its middle.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
-        return PictureDataset(source, MaskEvaluation(whole), list, source.notes)
+        return ImageDataset(source, MaskEvaluation(whole), list, source.notes)
 
     def held_out_name(self, data: str | Path) -> str | None:
         return masks_held_out_name(data)
 
-    def build(self, recipe: Recipe, train_set: PictureDataset, pretrained: Weights | None) -> Weights:
+    def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
         preprocessing = warp(recipe.data.size_px)
         output_stride, head = OUTPUT_STRIDE, DeepLabHead()
@@ -173,25 +173,25 @@ class Segmentation:
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Segmented:
         counts: np.ndarray | int = 0
-        num_pictures = 0
+        num_images = 0
         worst: list[Seen] = []
         best: list[Seen] = []
         for batch in batches:
             if not batch.numbers:  # none of it could be read
                 continue
             logits = model(batch.pixels)
-            for number, mask, of_picture in zip(batch.numbers, batch.labels, logits, strict=True):
-                found = at_size(of_picture, *mask.shape)
+            for number, mask, of_image in zip(batch.numbers, batch.labels, logits, strict=True):
+                found = at_size(of_image, *mask.shape)
                 of_pixels = confusion(torch.from_numpy(mask).to(found.device), found, logits.shape[1])
                 counts += of_pixels
-                num_pictures += 1
+                num_images += 1
                 if not of_pixels.any():  # all of it is to be ignored
                     continue
                 seen = Seen(float(np.nanmean(_ious(of_pixels))), number, _small(found))
                 worst, best = _sorted([*worst, seen]), _sorted([*best, seen], best=True)
-        everything = [one for one in gather((counts, num_pictures, worst, best)) if one[1]]
+        everything = [one for one in gather((counts, num_images, worst, best)) if one[1]]
         if not everything:
-            raise PictureError("none of the pictures to evaluate on can be read")
+            raise ImageError("none of the images to evaluate on can be read")
         all_counts = np.sum([one[0] for one in everything], 0)
         if not all_counts.sum():
             raise ValueError("the masks to evaluate on say of every pixel that it is to be ignored (255); mend them")
@@ -215,7 +215,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
 
 
 def at_size(logits: Tensor, height: int, width: int) -> Tensor:
-    """Logits (C, H, W) of the warped picture -> the likeliest classes of the picture itself, (height, width) int64."""
+    """Logits (C, H, W) of the warped image -> the likeliest classes of the image itself, (height, width) int64."""
     best = classes = None
     # Undoes the warp, which goes by the middles of pixels whatever the head does: `align_corners` is the network's own.
     # Some classes at a time: all of them, enlarged to a large photograph, are gigabytes.
@@ -250,7 +250,7 @@ def _ious(counts: np.ndarray) -> np.ndarray:
 
 
 def _sorted(seen: Iterable[Seen], *, best: bool = False) -> list[Seen]:
-    """The first that a report shows; the same ones however the pictures were dealt out."""
+    """The first that a report shows; the same ones however the images were dealt out."""
     return sorted(seen, key=lambda one: (-one.share if best else one.share, one.number))[:NUM_SHOWN]
 
 
@@ -267,9 +267,9 @@ def _painted(source: Source[MaskFile], seen: Iterable[Seen]) -> list[Painted]:
     for share, number, found in seen:
         sample = source[number]
         try:
-            picture = read_picture(sample.picture, sample.name)
-            truth = sample.label.read(*picture.size)
-        except PictureError:  # gone since it was evaluated
+            image = read_image(sample.image, sample.name)
+            truth = sample.label.read(*image.size)
+        except ImageError:  # gone since it was evaluated
             continue
-        painted.append(Painted(picture, sample.name, truth, found, share))
+        painted.append(Painted(image, sample.name, truth, found, share))
     return painted

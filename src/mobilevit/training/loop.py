@@ -26,25 +26,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import recipes
-from mobilevit.data.loader import Batch, Loader, PictureDataset, load, moved
+from mobilevit.data.loader import Batch, ImageDataset, Loader, load, moved
 from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
 from mobilevit.data.sources import fingerprint
 from mobilevit.device import choose_device, thread_advice
-from mobilevit.models.weights import TASK_FORMATS, Weights, to_weights, write
-from mobilevit.pictures import PictureError, megapixel_limit_restored
+from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.recipes import Recipe
+from mobilevit.report.training import Origin, write_report
 from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
-from mobilevit.training.checkpoint import Lines, RunFolder, read_checkpoint, read_facts
 from mobilevit.training.distributed import Processes, join
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.memory import pixels_at_once
 from mobilevit.training.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from mobilevit.training.other import OtherNetwork, OtherWeights, check_recipe, start
-from mobilevit.training.report import Origin, write_report
+from mobilevit.training.run import Lines, RunFolder, read_checkpoint, read_facts
 from mobilevit.training.signals import StopOnSignal
+from mobilevit.weights import TASK_FORMATS, Weights, to_weights, write
 
-TIMES = ("seconds", "pictures_per_second", "waiting_share")  # of a record: what differs from run to run
+TIMES = ("seconds", "images_per_second", "waiting_share")  # of a record: what differs from run to run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,7 +106,7 @@ def train(
     origin: Origin | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Train by `recipe` on the pictures in `data`; `training/checkpoint.py` lists what is left in `out`.
+    """Train by `recipe` on the images in `data`; `training/checkpoint.py` lists what is left in `out`.
 
     `recipe` is a `Recipe` or the name of one ("small"), `pretrained` are weights to start from: a path, a hub id, which
     is fetched only with `download=True`, or `Weights`. `device` "auto" is the first of cuda, mps and cpu that there is.
@@ -199,7 +199,7 @@ def _train(
     # --- Data -------------------------------------------------------------------------------------------------------
     train_set, val_set = task.datasets(recipe, data)
     if len(train_set) < 2 * world:
-        raise ValueError(f"{data}: {len(train_set)} pictures are too few to train on")
+        raise ValueError(f"{data}: {len(train_set)} images are too few to train on")
     if (
         Path(data).is_dir()
         and out.resolve().is_relative_to(Path(data).resolve())
@@ -276,7 +276,7 @@ def _train(
         )
     say(
         f"{initial.name} from {'the given' if pretrained else 'random'} weights; "
-        f"{len(train_set):,} pictures of {len(initial.class_names)} classes for training, "
+        f"{len(train_set):,} images of {len(initial.class_names)} classes for training, "
         f"{len(val_set):,} for validation"
     )
     for note in (*train_set.notes, *val_set.notes):
@@ -332,11 +332,11 @@ def _train(
         optimizer.zero_grad()
         model.load_state_dict(before)
 
-    pictures: Loader | None = None  # those being read
+    images: Loader | None = None  # those being read
 
     def end_workers() -> None:
-        if pictures is not None:
-            pictures.close()
+        if images is not None:
+            images.close()
 
     opened.callback(end_workers)
 
@@ -364,12 +364,12 @@ def _train(
                 "preprocessing": initial.preprocessing,
                 "max_unreadable": recipe.data.max_unreadable,
             }
-            pictures = load(train_set, todo, **reading)
+            images = load(train_set, todo, **reading)
             unseen: list[_Step] = []  # steps whose loss has not been looked at
-            sums = torch.zeros(3, device=device)  # of the step: its loss, processes told to stop, unreadable pictures
+            sums = torch.zeros(3, device=device)  # of the step: its loss, processes told to stop, unreadable images
             looked_at, waited = time.perf_counter(), 0.0
             for part in parts(batches, first_step=position.step, **division):
-                batch = next(pictures)
+                batch = next(images)
                 rate = learning_rate(
                     recipe.optimizer, position.total_step, schedule_steps, epoch=epoch, num_epochs=schedule_epochs
                 )
@@ -414,10 +414,10 @@ def _train(
                 seen = torch.stack([step.sums for step in unseen]).tolist()
                 now = time.perf_counter()
                 seconds, looked_at = now - looked_at, now
-                num_pictures = sum(batches.global_batch_size(step.of_epoch) for step in unseen)
+                num_images = sum(batches.global_batch_size(step.of_epoch) for step in unseen)
                 position.seconds += seconds
-                position.waited += pictures.waited_seconds - waited
-                waited = pictures.waited_seconds
+                position.waited += images.waited_seconds - waited
+                waited = images.waited_seconds
                 told_to_stop = False
                 for step, (loss_of_step, num_told, num_unreadable) in zip(unseen, seen, strict=True):
                     if not math.isfinite(loss_of_step):
@@ -429,15 +429,15 @@ def _train(
                         "step": step.total + 1,
                         "epoch": epoch + 1,
                         "size_px": batches.size_px(step.of_epoch),
-                        "pictures": batches.global_batch_size(step.of_epoch),
+                        "images": batches.global_batch_size(step.of_epoch),
                         "loss": loss_of_step,
                         "lr": step.rate,
-                        "pictures_per_second": num_pictures / seconds,
+                        "images_per_second": num_images / seconds,
                     }
                     if step_lines is not None:
                         step_lines.add(line)
                     if board is not None:
-                        for name in ("loss", "lr", "pictures_per_second"):
+                        for name in ("loss", "lr", "images_per_second"):
                             board.add_scalar(f"train/{name}", line[name], line["step"])
                 unseen = []
                 _check_unreadable(position.num_unreadable, f"epoch {epoch + 1}", recipe)
@@ -445,7 +445,7 @@ def _train(
                     bar,
                     completed=position.total_step,
                     description=f"epoch {epoch + 1}/{recipe.epochs}  {batches.size_px(part.step)} px  "
-                    f"loss {position.loss / position.step:.3f}  {num_pictures / seconds:,.0f} pictures/s",
+                    f"loss {position.loss / position.step:.3f}  {num_images / seconds:,.0f} images/s",
                 )
                 if told_to_stop or now - kept_at > 60 * checkpoint_minutes:
                     keep()
@@ -461,9 +461,9 @@ def _train(
             evaluated: dict[str, Results] = {}
             for name, network_ in (("average", average.model), ("raw", model)):
                 network_.eval()
-                pictures = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
-                evaluated[name] = task.evaluate(network_, pictures, processes.gather)
-            val_unreadable = [name for names in processes.gather(pictures.unreadable) for name in names]
+                images = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
+                evaluated[name] = task.evaluate(network_, images, processes.gather)
+            val_unreadable = [name for names in processes.gather(images.unreadable) for name in names]
             if val_unreadable:
                 _check_unreadable(len(val_unreadable), "validation", recipe)
                 say(f"cannot be read, left out of validation: {', '.join(val_unreadable)}")
@@ -479,11 +479,11 @@ def _train(
                 "step": position.total_step,
                 "train_loss": position.loss / len(batches),
                 **{f"val_{name}": value for name, value in metrics.items()},
-                **{f"raw_{name}": value for name, value in raw.items() if name != "num_pictures"},
+                **{f"raw_{name}": value for name, value in raw.items() if name != "num_images"},
                 "unreadable": position.num_unreadable,
                 "val_unreadable": len(val_unreadable),
                 "seconds": position.seconds,
-                "pictures_per_second": len(train_set) / position.seconds,
+                "images_per_second": len(train_set) / position.seconds,
                 "waiting_share": position.waited / position.seconds,
             }
             history = [*position.history, record]
@@ -505,7 +505,7 @@ def _train(
                     board.flush()
             say(
                 f"epoch {epoch + 1:>3}  loss {record['train_loss']:.3f}  validation {results.main_metric} "
-                f"{record[f'val_{results.main_metric}']:.2f} %  {record['pictures_per_second']:,.0f} pictures/s, "
+                f"{record[f'val_{results.main_metric}']:.2f} %  {record['images_per_second']:,.0f} images/s, "
                 f"{100 * record['waiting_share']:.0f} % of the time waiting for data"
             )
             position = Position(epoch=epoch + 1, total_step=position.total_step, history=history)
@@ -540,7 +540,7 @@ def _to_training(model: nn.Module, recipe: Recipe) -> None:
     freeze(model, recipe.optimizer.freeze)
 
 
-def _batches(recipe: Recipe, num_pictures: int, epoch: int, world: int) -> EpochBatches:
+def _batches(recipe: Recipe, num_images: int, epoch: int, world: int) -> EpochBatches:
     """The batches of all processes together, the same however many there are."""
     sampler = recipe.sampler
     sizes_px = (recipe.data.size_px,) if sampler.variant == "standard" else sampler.sizes_px
@@ -557,20 +557,20 @@ def _batches(recipe: Recipe, num_pictures: int, epoch: int, world: int) -> Epoch
     if smallest < 4 * world and world > 1:
         raise ValueError(f"batch_size is {recipe.batch_size}, with {world} processes too few; give each 4 or more")
     return EpochBatches(
-        num_pictures,
+        num_images,
         sizes_px=sizes_px,
         batch_size=recipe.batch_size,
         base_px=recipe.data.size_px,
         variant=sampler.variant,
         seed=recipe.seed,
         epoch=epoch,
-        # Half a batch has two pictures for each process, so that nothing here depends on how many there are.
+        # Half a batch has two images for each process, so that nothing here depends on how many there are.
         min_last=max(2, smallest // 2),
     )
 
 
 def _blank(task: Task, recipe: Recipe, model: nn.Module, shape: tuple[int, ...] | None = None) -> Batch:
-    """A batch of black pictures, two of the base size unless `shape` says otherwise."""
+    """A batch of black images, two of the base size unless `shape` says otherwise."""
     shape = shape or (2, 3, recipe.data.size_px, recipe.data.size_px)
     device = next(model.parameters()).device
     pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
@@ -578,36 +578,36 @@ def _blank(task: Task, recipe: Recipe, model: nn.Module, shape: tuple[int, ...] 
     return Batch(pixels, labels, tuple(range(shape[0])))
 
 
-def _shapes(recipe: Recipe, num_pictures: int, at_once: int, world: int) -> set[tuple[int, ...]]:
+def _shapes(recipe: Recipe, num_images: int, at_once: int, world: int) -> set[tuple[int, ...]]:
     """The shapes of the parts of whole steps: one for each size, or two where a step does not divide evenly."""
     shapes = set()
-    for size_px, batch_size in _step_sizes(recipe, num_pictures, world).items():
+    for size_px, batch_size in _step_sizes(recipe, num_images, world).items():
         num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
         for length in (batch_size // num_parts, -(-batch_size // num_parts)):
             shapes.add((length, 3, size_px, size_px))
     return shapes
 
 
-def _step_sizes(recipe: Recipe, num_pictures: int, world: int) -> dict[int, int]:
+def _step_sizes(recipe: Recipe, num_images: int, world: int) -> dict[int, int]:
     """Images of a whole step by size in pixels; no more than there are."""
-    sizes = _batches(recipe, num_pictures, 0, world).batch_sizes
-    return {size_px: min(batch_size, num_pictures) for size_px, batch_size in sizes.items()}
+    sizes = _batches(recipe, num_images, 0, world).batch_sizes
+    return {size_px: min(batch_size, num_images) for size_px, batch_size in sizes.items()}
 
 
-def _say_steps(recipe: Recipe, num_pictures: int, num_steps: int, at_once: int, world: int) -> Iterator[str]:
+def _say_steps(recipe: Recipe, num_images: int, num_steps: int, at_once: int, world: int) -> Iterator[str]:
     processes = f"{world} processes" if world > 1 else "1 process"
     yield f"{num_steps:,} steps in {recipe.epochs} epochs"
-    if recipe.batch_size > num_pictures:
+    if recipe.batch_size > num_images:
         yield (
-            f"batch size {recipe.batch_size:,} exceeds the {num_pictures:,} images for training: every step uses all "
+            f"batch size {recipe.batch_size:,} exceeds the {num_images:,} images for training: every step uses all "
             "of them, and an epoch is one step; for more steps give a smaller --batch-size"
         )
-    for size_px, batch_size in _step_sizes(recipe, num_pictures, world).items():
+    for size_px, batch_size in _step_sizes(recipe, num_images, world).items():
         num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
         rounds = num_parts // world
         yield (
-            f"at {size_px} px {batch_size:,} pictures a step: {processes} x {rounds} part{'s' if rounds > 1 else ''} x "
-            f"{'about ' if batch_size % num_parts else ''}{round(batch_size / num_parts):,} pictures"
+            f"at {size_px} px {batch_size:,} images a step: {processes} x {rounds} part{'s' if rounds > 1 else ''} x "
+            f"{'about ' if batch_size % num_parts else ''}{round(batch_size / num_parts):,} images"
         )
 
 
@@ -641,8 +641,8 @@ def _say_start(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]
 
 def _check_unreadable(num: int, where: str, recipe: Recipe) -> None:
     if num > recipe.data.max_unreadable:
-        raise PictureError(
-            f"{num} pictures of {where} cannot be read; allowed are {recipe.data.max_unreadable}; "
+        raise ImageError(
+            f"{num} images of {where} cannot be read; allowed are {recipe.data.max_unreadable}; "
             f"replace them by readable images of the same names, or resume with --max-unreadable {num} or more"
         )
 
@@ -651,12 +651,12 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, pictures: PictureDataset) -> str:
-    names = [pictures.source[pick.number].name for pick in batches[step.of_epoch]]
+def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, images: ImageDataset) -> str:
+    names = [images.source[pick.number].name for pick in batches[step.of_epoch]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"the loss is {loss} at epoch {epoch + 1}, step {step.total + 1}, {batches.size_px(step.of_epoch)} px, "
-        f"pictures {', '.join(names[:8])}{more}; try a lower --lr"
+        f"images {', '.join(names[:8])}{more}; try a lower --lr"
     )
 
 
@@ -702,7 +702,7 @@ def _environment(processes: Processes, at_once: int, recipe: Recipe, schedule_ep
         "device": f"{device} ({name})",
         "processes": str(processes.world),
         "threads of each": str(torch.get_num_threads()),
-        f"pictures of {recipe.data.size_px} px at once, at most": f"{at_once // recipe.data.size_px**2:,}",
+        f"images of {recipe.data.size_px} px at once, at most": f"{at_once // recipe.data.size_px**2:,}",
     }
 
 
@@ -711,8 +711,8 @@ def _commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, st
     evaluate = f"mobilevit evaluate {shlex.quote(str(out))} --data {data} --per-class"
     commands = [
         ("Evaluate, the average and the raw weights", evaluate),
-        ("Predict", f"mobilevit predict {weights} PICTURE..."),
-        ("Export, compared with torch on these pictures", f"mobilevit export {weights} --to onnx --images {data}"),
+        ("Predict", f"mobilevit predict {weights} IMAGE..."),
+        ("Export, compared with torch on these images", f"mobilevit export {weights} --to onnx --images {data}"),
     ]
     if "transformers" in TASK_FORMATS[recipe.task]:
         commands.append(("Write in transformers' layout", f"mobilevit convert {weights} FOLDER --to transformers"))

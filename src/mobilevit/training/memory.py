@@ -1,4 +1,4 @@
-"""How many pictures fit into memory at once."""
+"""How many images fit into memory at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SHARE = 0.4
 
 
 def pixels_at_once(recipe: Recipe, task: Task, model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """Pixels of pictures, height times width, that one process can compute forward and backward on `device`.
+    """Pixels of images, height times width, that one process can compute forward and backward on `device`.
 
     What autograd keeps for `batch` is measured. The same machine gives the same answer, whatever else runs on it, so
     that a run that starts again is cut into the same parts. Changes the running statistics of `model`.
     """
-    if recipe.compute.pictures_at_once:
-        return recipe.compute.pictures_at_once * recipe.data.size_px**2
+    if recipe.compute.micro_batch_size:
+        return recipe.compute.micro_batch_size * recipe.data.size_px**2
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

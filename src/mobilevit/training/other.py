@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from mobilevit.data.loader import PictureDataset
+from mobilevit.data.loader import ImageDataset
 from mobilevit.files import write_whole
-from mobilevit.models.weights import OTHER, to_safetensors
-from mobilevit.pictures import Preprocessing
+from mobilevit.images import Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import preprocessing_of
+from mobilevit.weights import OTHER, to_safetensors
 
 
 class OtherNetwork(Protocol):
@@ -27,7 +27,7 @@ class OtherNetwork(Protocol):
         ...
 
     def build(self, num_classes: int, size_px: int) -> nn.Module:
-        """The network with random weights: RGB pictures (B, 3, size, size) from 0 to 1 -> logits (B, num_classes)."""
+        """The network with random weights: RGB images (B, 3, size, size) from 0 to 1 -> logits (B, num_classes)."""
         ...
 
 
@@ -65,7 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse a recipe that asks for what other networks than MobileViT do not have.
 
     Raises:
-        ValueError: another task than classification, several sizes of pictures, parts of the network treated apart, or
+        ValueError: another task than classification, several sizes of images, parts of the network treated apart, or
             batch norm over several processes.
     """
     for name, value, needed in (
@@ -79,7 +79,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{name} is {value}; to train other networks than MobileViT it must be {needed}")
 
 
-def start(network: OtherNetwork, recipe: Recipe, train_set: PictureDataset) -> OtherWeights:
+def start(network: OtherNetwork, recipe: Recipe, train_set: ImageDataset) -> OtherWeights:
     """The initial weights of `network` for the classes of `train_set`."""
     class_names = train_set.source.class_names
     built = network.build(len(class_names), recipe.data.size_px)

@@ -48,7 +48,7 @@ class RelativeAttention(nn.Module):
 
 
 def botnet50(num_classes: int, size_px: int) -> ResNet:
-    """BoTNet-50, the classifier for pictures (B, 3, size, size), the size a multiple of 32, -> logits (B, classes)."""
+    """BoTNet-50, the classifier for images (B, 3, size, size), the size a multiple of 32, -> logits (B, classes)."""
     network = resnet50(num_classes=num_classes)
     side = size_px // 16
     for block in network.layer4:

@@ -92,7 +92,7 @@ class LayerwiseClassAttention(nn.Module):
 
 
 class CeiT(nn.Module):
-    """CeiT-T, the classifier for pictures of `size_px` squared, a multiple of 16."""
+    """CeiT-T, the classifier for images of `size_px` squared, a multiple of 16."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -111,9 +111,9 @@ class CeiT(nn.Module):
         self.classifier = nn.Linear(DIM, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, size, size)."""
-        x = to_tokens(self.patches(self.stem(pictures)))
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, size, size)."""
+        x = to_tokens(self.patches(self.stem(images)))
         x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
         class_tokens = []
         for layer in self.layers:

@@ -4,10 +4,10 @@ Network", arXiv 1811.11431.
 Characteristic: the EESP unit narrows its input by a grouped 1x1 convolution, looks at it through four depthwise 3x3
 convolutions of growing dilation at once, adds each branch to the one of the next larger dilation, so that the holes of
 a dilated kernel are filled by its smaller neighbour, and mixes the branches by a grouped 1x1 convolution. Where the map
-is halved, an average pool keeps the input and the picture itself, pooled to the same size, is added again.
+is halved, an average pool keeps the input and the image itself, pooled to the same size, is added again.
 (B, 3, H, W) -> maps at strides 2, 4, 8, 16, 32 -> mean -> (B, classes).
 
-The released code also builds, and never uses, a shortcut from the picture to the last stage; it is left out here.
+The released code also builds, and never uses, a shortcut from the image to the last stage; it is left out here.
 """
 
 from __future__ import annotations
@@ -68,23 +68,23 @@ class Residual(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve a map and look at the picture again; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
+    """Halve a map and look at the image again; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, max_field_px: int, *, picture: bool):
+    def __init__(self, in_channels: int, out_channels: int, max_field_px: int, *, image: bool):
         super().__init__()
         self.unit = EESP(in_channels, out_channels - in_channels, max_field_px, stride=2)
-        self.picture = None
-        if picture:
-            self.picture = nn.Sequential(_conv_norm(3, 3, 3, activation=True), _conv_norm(3, out_channels, 1))
+        self.image = None
+        if image:
+            self.image = nn.Sequential(_conv_norm(3, 3, 3, activation=True), _conv_norm(3, out_channels, 1))
         self.activation = nn.PReLU(out_channels)
 
-    def forward(self, x: Tensor, pictures: Tensor) -> Tensor:
-        """`pictures` (B, 3, ...) may have any size that is `x`'s halved backwards by pools of stride 2."""
+    def forward(self, x: Tensor, images: Tensor) -> Tensor:
+        """`images` (B, 3, ...) may have any size that is `x`'s halved backwards by pools of stride 2."""
         x = torch.cat((_halve(x), self.unit(x)), dim=1)
-        if self.picture is not None:
-            while pictures.shape[-1] > x.shape[-1]:
-                pictures = _halve(pictures)
-            x = x + self.picture(pictures)
+        if self.image is not None:
+            while images.shape[-1] > x.shape[-1]:
+                images = _halve(images)
+            x = x + self.image(images)
         return self.activation(x)
 
 
@@ -98,7 +98,7 @@ class ESPNetV2(nn.Module):
         self.downsamples, self.stages = nn.ModuleList(), nn.ModuleList()
         for i, (num_units, first_field_px, field_px) in enumerate(STAGES):
             out_channels = int(BASE_CHANNELS * width) * 2 ** (i + 1)
-            self.downsamples.append(Downsample(channels, out_channels, first_field_px, picture=i < len(STAGES) - 1))
+            self.downsamples.append(Downsample(channels, out_channels, first_field_px, image=i < len(STAGES) - 1))
             self.stages.append(nn.Sequential(*(Residual(out_channels, field_px) for _ in range(num_units))))
             channels = out_channels
         self.head = nn.Sequential(
@@ -109,11 +109,11 @@ class ESPNetV2(nn.Module):
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, H, W)."""
-        x = self.stem(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W)."""
+        x = self.stem(images)
         for downsample, stage in zip(self.downsamples, self.stages, strict=True):
-            x = stage(downsample(x, pictures))
+            x = stage(downsample(x, images))
         return self.classifier(self.dropout(self.head(x).mean(dim=(-2, -1))))
 
 

@@ -61,7 +61,7 @@ class Layer(nn.Module):
 
 
 class LocalViT(nn.Module):
-    """The classifier for pictures of `size_px` squared, a multiple of 16."""
+    """The classifier for images of `size_px` squared, a multiple of 16."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -74,8 +74,8 @@ class LocalViT(nn.Module):
         self.classifier = nn.Linear(DIM, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, size, size)."""
-        x = to_tokens(self.patches(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, size, size)."""
+        x = to_tokens(self.patches(images))
         x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
         return self.classifier(self.norm(self.layers(x))[:, 0])

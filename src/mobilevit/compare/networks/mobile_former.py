@@ -231,9 +231,9 @@ class MobileFormer(nn.Module):
         self.classifier = nn.Linear(a.head_dim, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, H, W)."""
-        x = self.stem(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W)."""
+        x = self.stem(images)
         x = x + self.lite(x)
         tokens = self.tokens.expand(len(x), -1, -1)
         for block in self.blocks:

@@ -31,9 +31,9 @@ class MobileNetV1(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, H, W)."""
-        return self.classifier(self.layers(pictures).mean(dim=(-2, -1)))
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W)."""
+        return self.classifier(self.layers(images).mean(dim=(-2, -1)))
 
 
 def _conv_norm(in_channels: int, out_channels: int, kernel_px: int, *, stride: int = 1, groups: int = 1) -> nn.Module:

@@ -1,6 +1,6 @@
 """T2T-ViT: Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", arXiv 2101.11986.
 
-Characteristic: the picture becomes tokens in three soft splits, which cut overlapping windows (7x7, 3x3, 3x3 pixels
+Characteristic: the image becomes tokens in three soft splits, which cut overlapping windows (7x7, 3x3, 3x3 pixels
 at strides 4, 2, 2), so that neighbouring tokens share pixels; between them a thin transformer mixes the tokens. There
 are thousands of these, so its attention is a Performer's, linear in their number: softmax is replaced by a product of
 random positive features. A deep and narrow vision transformer with a class token and fixed sine positions follows.
@@ -77,7 +77,7 @@ class TransformerLayer(nn.Module):
 
 
 class T2TViT(nn.Module):
-    """The classifier for pictures of `size_px` squared; 7 layers are T2T-ViT-7, 12 are T2T-ViT-12."""
+    """The classifier for images of `size_px` squared; 7 layers are T2T-ViT-7, 12 are T2T-ViT-12."""
 
     positions: Tensor
 
@@ -98,9 +98,9 @@ class T2TViT(nn.Module):
         self.classifier = nn.Linear(DIM, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, size, size)."""
-        x = soft_split(pictures, *SPLITS[0])
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, size, size)."""
+        x = soft_split(images, *SPLITS[0])
         for performer, split in zip(self.performers, SPLITS[1:], strict=True):
             x = soft_split(to_map(performer(x)), *split)
         x = torch.cat((self.class_token.expand(len(x), -1, -1), self.project(x)), dim=1) + self.positions

@@ -189,7 +189,7 @@ class MultiScaleStage(nn.Module):
 
 
 class ViL(nn.Module):
-    """ViL-Tiny, the classifier for pictures of `size_px` squared, a multiple of 32."""
+    """ViL-Tiny, the classifier for images of `size_px` squared, a multiple of 32."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -203,10 +203,10 @@ class ViL(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         self.apply(initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, 3, size, size)."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, size, size)."""
         first, *later = self.stages
-        x = first(pictures)
+        x = first(images)
         for stage in later:
             x = stage(to_map(x[:, 1:]))  # the global token stays behind
         return self.classifier(self.norm(x).mean(dim=1))

@@ -1,13 +1,13 @@
 // How answers are shown: bars of a classifier, boxes of a detector, the mask of a segmentation network.
 //
-// Each of the three has `show(result, picture, stage)`, `clear(invitation)`, `summary(result)`, short and long, of any
+// Each of the three has `show(result, image, stage)`, `clear(invitation)`, `summary(result)`, short and long, of any
 // result, and `spoken` for what is shown.
 
 const TOP = 5;
 const SPOKEN = 8; // of things found; nobody listens to a hundred
 const FRAME = 3; // CSS pixels, as below
 const FONT = 13;
-const LEAST_NAMED = 0.005; // of the pixels, on the picture and to listeners
+const LEAST_NAMED = 0.005; // of the pixels, on the image and to listeners
 const $ = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const whole = (share) => `${Math.round(100 * share)} %`;
@@ -87,7 +87,7 @@ export class Bars extends View {
   }
 }
 
-/** What draws on the picture: a canvas over it, of its ratio, and a slider that says how. */
+/** What draws on the image: a canvas over it, of its ratio, and a slider that says how. */
 class Overlay extends View {
   places = true;
 
@@ -119,15 +119,15 @@ class Overlay extends View {
     this.resized = new ResizeObserver(() => this.result && this.#draw());
   }
 
-  show(result, picture, stage) {
+  show(result, image, stage) {
     this.result = result;
     if (this.canvas.parentElement !== stage) {
       this.resized.disconnect();
       stage.append(this.canvas);
       this.resized.observe(stage);
     }
-    stage.style.aspectRatio = `${picture.width} / ${picture.height}`;
-    this.picture = picture;
+    stage.style.aspectRatio = `${image.width} / ${image.height}`;
+    this.image = image;
     this.#update(true);
   }
 
@@ -153,7 +153,7 @@ class Overlay extends View {
   }
 
   #draw() {
-    const { width, height, canvas: frame } = this.picture;
+    const { width, height, canvas: frame } = this.image;
     const { clientWidth, clientHeight } = this.canvas.parentElement;
     const pixels = devicePixelRatio || 1;
     const scale = Math.min(clientWidth / width, clientHeight / height) * pixels;
@@ -180,7 +180,7 @@ class Overlay extends View {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "black" : "white";
   }
 
-  /** Write `text` at the first of `places` (width, height -> [x, y] each) that is free; in the picture in any case. */
+  /** Write `text` at the first of `places` (width, height -> [x, y] each) that is free; in the image in any case. */
   label(context, index, text, taken, places, frame) {
     context.font = `600 ${FONT}px ${getComputedStyle(document.body).fontFamily}`;
     context.textBaseline = "middle";
@@ -207,7 +207,7 @@ export class Boxes extends Overlay {
     super(network, changed, { list: "What was found, best first", slider: "Score above", least: 0.01 });
   }
 
-  /** What has a score above the slider's: its class, score and box [x1, y1, x2, y2] in shares of the picture. */
+  /** What has a score above the slider's: its class, score and box [x1, y1, x2, y2] in shares of the image. */
   #found({ boxes, scores, labels }) {
     const found = [];
     for (let i = 0; i < labels.length && labels[i] >= 0 && scores[i] > this.slid; i++) {
@@ -224,7 +224,7 @@ export class Boxes extends Overlay {
   }
 
   describe() {
-    const { width, height } = this.picture;
+    const { width, height } = this.image;
     const found = (this.found = this.#found(this.result));
     this.headline(found.length ? `${found.length} found` : `Nothing above ${whole(this.slid)}`);
     this.rows(
@@ -270,7 +270,7 @@ export class Boxes extends Overlay {
 
 export class Mask extends Overlay {
   constructor(network, changed) {
-    super(network, changed, { list: "Classes and their shares of the picture", slider: "Opacity", least: 0 });
+    super(network, changed, { list: "Classes and their shares of the image", slider: "Opacity", least: 0 });
     this.paintings = [document.createElement("canvas"), document.createElement("canvas")];
   }
 
@@ -312,7 +312,7 @@ export class Mask extends Overlay {
     this.#tint(painted);
   }
 
-  /** Two pictures of the size of the network's input: the regions in their colours, and their edges alone. */
+  /** Two images of the size of the network's input: the regions in their colours, and their edges alone. */
   #tint(painted) {
     const { classes } = this.result;
     const side = this.network.preprocessing.crop_px;

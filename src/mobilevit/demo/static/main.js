@@ -1,4 +1,4 @@
-// The page: where pictures come from, what is asked of the worker, how the answers are shown.
+// The page: where images come from, what is asked of the worker, how the answers are shown.
 
 import { Bars, Boxes, Mask } from "./answers.js";
 import { Pad } from "./pad.js";
@@ -89,18 +89,18 @@ async function startOn(provider) {
   return undefined;
 }
 
-/** Picture {data, width, height} -> the worker's answer. */
+/** Image {data, width, height} -> the worker's answer. */
 async function ask({ data, width, height }) {
   await ready;
   const id = ++asked;
   return new Promise((resolve, reject) => {
     waiting.set(id, { resolve, reject });
-    worker.postMessage({ id, picture: { data, width, height } }, [data.buffer]);
+    worker.postMessage({ id, image: { data, width, height } }, [data.buffer]);
   });
 }
 
 /**
- * Of the live source of a tab: one picture at a time, and after it the newest; `take` makes the picture when its turn
+ * Of the live source of a tab: one image at a time, and after it the newest; `take` makes the image when its turn
  * has come.
  */
 function follower(tab, take) {
@@ -113,9 +113,9 @@ function follower(tab, take) {
     try {
       while (again) {
         again = false;
-        const picture = take();
-        const result = picture && (await ask(picture));
-        if (result && tab === chosenTab()) show(result, picture);
+        const image = take();
+        const result = image && (await ask(image));
+        if (result && tab === chosenTab()) show(result, image);
       }
     } catch (error) {
       if (document.body.dataset.state === "ready") trouble(error.message);
@@ -130,16 +130,16 @@ function follower(tab, take) {
 
 const view = new { classify: Bars, detect: Boxes, segment: Mask }[network.task](network, () => {
   say(view.spoken, true);
-  for (const picture of pictures) label(picture);
+  for (const image of images) label(image);
 });
-const trace = []; // milliseconds of the last pictures
+const trace = []; // milliseconds of the last images
 
 const chosenTab = () => document.querySelector("[role=tab][aria-selected=true]").id;
 
-/** `picture` is what the worker's `result` is of: its width and height, and its canvas if it passes by. */
-function show(result, picture) {
+/** `image` is what the worker's `result` is of: its width and height, and its canvas if it passes by. */
+function show(result, image) {
   document.body.classList.remove("waiting");
-  view.show(result, picture, document.querySelector(".panel:not([hidden]) .stage"));
+  view.show(result, image, document.querySelector(".panel:not([hidden]) .stage"));
   const side = network.preprocessing.crop_px;
   const canvas = $("seen");
   canvas.width = canvas.height = side;
@@ -154,7 +154,7 @@ function showNothing() {
   document.body.classList.add("waiting");
   const invitations = {
     "tab-draw": "Draw, and it reads along.",
-    "tab-files": "Choose a picture.",
+    "tab-files": "Choose an image.",
     "tab-camera": "Start the camera.",
   };
   view.clear(invitations[chosenTab()]);
@@ -167,7 +167,7 @@ function measure({ milliseconds, prepared }) {
   const median = [...trace].sort((a, b) => a - b)[trace.length >> 1];
   $("latency").textContent = round(milliseconds);
   $("latency-more").textContent =
-    `median of ${trace.length}: ${round(median)} ms; scaling the picture took ${round(prepared)} ms`;
+    `median of ${trace.length}: ${round(median)} ms; scaling the image took ${round(prepared)} ms`;
   const most = Math.max(...trace);
   const points = trace.map((ms, i) => `${(160 * i) / Math.max(1, trace.length - 1)},${34 - (32 * ms) / most}`);
   if (points.length === 1) points.push(`160,${34 - 32}`);
@@ -212,7 +212,7 @@ const readPad = follower("tab-draw", () => {
     showNothing();
     return null;
   }
-  return pad.picture();
+  return pad.image();
 });
 if (glyphs) {
   pad = new Pad($("pad"), network.drawing, readPad, say);
@@ -221,12 +221,12 @@ if (glyphs) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Picture files
+// Image files
 
-const pictures = [];
+const images = [];
 let chosen = null;
 
-/** The pixels of a picture, of a file or a video, upright and on white, without a colour profile's changes. */
+/** The pixels of an image, of a file or a video, upright and on white, without a colour profile's changes. */
 function pixelsOf(source, width, height) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
@@ -251,7 +251,7 @@ async function read(file) {
       await image.decode();
     } catch {
       URL.revokeObjectURL(url);
-      throw new Error(`${file.name}: not a picture that this browser reads`);
+      throw new Error(`${file.name}: not an image that this browser reads`);
     }
     bitmap = image;
   }
@@ -276,22 +276,22 @@ async function addFiles(files) {
   if (errors.length) trouble(errors.join("; "));
 }
 
-function addThumb(picture) {
+function addThumb(image) {
   const button = document.createElement("button");
   const image = new Image();
-  image.src = picture.url;
+  image.src = image.url;
   image.alt = "";
-  image.classList.toggle("tiny", picture.width < 100);
+  image.classList.toggle("tiny", image.width < 100);
   button.append(image, document.createElement("span"));
-  button.title = picture.name;
-  button.addEventListener("click", () => select(picture));
+  button.title = image.name;
+  button.addEventListener("click", () => select(image));
   const item = document.createElement("li");
   item.append(button);
   $("thumbs").append(item);
-  pictures.push(picture);
-  picture.button = button;
-  label(picture);
-  select(picture);
+  images.push(image);
+  image.button = button;
+  label(image);
+  select(image);
 }
 
 function label({ name, button, result }) {
@@ -300,15 +300,15 @@ function label({ name, button, result }) {
   button.setAttribute("aria-label", `${name}: ${long}`);
 }
 
-function select(picture) {
-  chosen = picture;
-  for (const { button } of pictures) button.setAttribute("aria-pressed", button === picture.button);
-  picture.button.scrollIntoView({ block: "nearest", inline: "nearest" });
-  $("shown").src = picture.url;
-  $("shown").alt = picture.name;
+function select(image) {
+  chosen = image;
+  for (const { button } of images) button.setAttribute("aria-pressed", button === image.button);
+  image.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  $("shown").src = image.url;
+  $("shown").alt = image.name;
   $("shown").hidden = false;
-  $("shown").classList.toggle("tiny", picture.width < 100);
-  show(picture.result, picture);
+  $("shown").classList.toggle("tiny", image.width < 100);
+  show(image.result, image);
 }
 
 $("files").addEventListener("change", async (event) => {
@@ -402,10 +402,10 @@ const validation = ({ per_cent: value, meaning }) => `${value.toFixed(1)} % ${me
 function describe() {
   const digits = names.length > 0 && names.every((name) => /^\d$/.test(name));
   if (glyphs) $("title").textContent = digits ? "Which digit is it?" : "Which letter is it?";
-  else if (view.places) $("title").textContent = "What is in the picture, and where?";
+  else if (view.places) $("title").textContent = "What is in the image, and where?";
   document.body.classList.toggle("glyphs", glyphs);
   document.body.classList.toggle("places", view.places);
-  if (view.places) $("camera-hint").textContent = "The network sees the whole picture.";
+  if (view.places) $("camera-hint").textContent = "The network sees the whole image.";
   document.title = `${$("title").textContent.replace("?", "")} \u00b7 ${network.name}`;
   const side = network.preprocessing.crop_px;
   $("lead").textContent =

@@ -5,7 +5,7 @@ const STEP = SIDE / 32; // of the pen when a key moves it
 const LINE = SIDE / 16;
 
 export class Pad {
-  /** `style` says how the training pictures look; `changed` is told after every stroke that grows. */
+  /** `style` says how the training images look; `changed` is told after every stroke that grows. */
   constructor(canvas, style, changed, say) {
     Object.assign(this, { canvas, style, changed, say });
     this.strokes = [];
@@ -42,10 +42,10 @@ export class Pad {
   }
 
   /**
-   * The drawing as a picture like those that the network was trained on: the strokes are moved and scaled to fill as
+   * The drawing as an image like those that the network was trained on: the strokes are moved and scaled to fill as
    * much of the frame, drawn as thick, and brought to as few pixels, grey by how much of a pixel they cover.
    */
-  picture() {
+  image() {
     const { side_px: side, height, width, stroke } = this.style;
     const { context, fit } = { context: this.small, fit: this.#fit(height, width, stroke) };
     const large = 8 * side;

@@ -1,4 +1,4 @@
-// From the pixels of a picture to the numbers that the network reads, as mobilevit.pictures does it with Pillow.
+// From the pixels of an image to the numbers that the network reads, as mobilevit.images does it with Pillow.
 //
 // A canvas resizes by a filter of its browser's choice, and the network answers otherwise than it was tested. So this
 // is Pillow's resampling: two passes, weights in 22-bit fixed point, 8 bits in between. The results are the same bytes.
@@ -27,7 +27,7 @@ const FILTERS = {
 function weigh(size, from, to, length, first, count, filter) {
   const [reach, weight] = FILTERS[filter];
   const scale = Math.fround(to - from) / length;
-  const stretch = Math.max(scale, 1); // smaller pictures: as wide as the pixels that become one
+  const stretch = Math.max(scale, 1); // smaller images: as wide as the pixels that become one
   const taps = Math.ceil(reach * stretch) * 2 + 1;
   const starts = new Int32Array(count);
   const ends = new Int32Array(count);
@@ -74,39 +74,39 @@ function pass(source, target, plan, lines, lineStep, step, targetLineStep, targe
 }
 
 /**
- * The part `crop` of what `picture` (RGBA, opaque) is when its part `box` is resized to width x height.
+ * The part `crop` of what `image` (RGBA, opaque) is when its part `box` is resized to width x height.
  * `crop` is [left, top, width, height] in the new pixels, `box` [left, top, right, bottom] in the old ones.
  */
-export function resize(picture, width, height, filter, crop, box = [0, 0, picture.width, picture.height]) {
-  const { data } = picture;
+export function resize(image, width, height, filter, crop, box = [0, 0, image.width, image.height]) {
+  const { data } = image;
   const [left, top, cropWidth, cropHeight] = crop;
   const [x0, y0, x1, y1] = box.map(Math.fround);
   const out = new Uint8ClampedArray(4 * cropWidth * cropHeight);
   if (filter === "nearest") {
-    const columns = nearest(x0, x1, width, picture.width);
-    const rows = nearest(y0, y1, height, picture.height);
+    const columns = nearest(x0, x1, width, image.width);
+    const rows = nearest(y0, y1, height, image.height);
     for (let y = 0; y < cropHeight; y++) {
       for (let x = 0; x < cropWidth; x++) {
-        const at = 4 * (rows[top + y] * picture.width + columns[left + x]);
+        const at = 4 * (rows[top + y] * image.width + columns[left + x]);
         out.set(data.subarray(at, at + 4), 4 * (y * cropWidth + x));
       }
     }
     return out;
   }
-  const across = weigh(picture.width, x0, x1, width, left, cropWidth, filter);
-  const down = weigh(picture.height, y0, y1, height, top, cropHeight, filter);
+  const across = weigh(image.width, x0, x1, width, left, cropWidth, filter);
+  const down = weigh(image.height, y0, y1, height, top, cropHeight, filter);
   // Which pass comes first shows in the last bits, more so with bicubic. This is Pillow's choice since version 13.
-  if (picture.height - height > 2 * Math.max(0, picture.width - width)) {
+  if (image.height - height > 2 * Math.max(0, image.width - width)) {
     const from = across.starts[0];
     const columns = Math.max(...across.ends) - from;
     const between = new Uint8ClampedArray(4 * columns * cropHeight);
-    pass(data.subarray(4 * from), between, down, columns, 4, 4 * picture.width, 4, 4 * columns, 0);
+    pass(data.subarray(4 * from), between, down, columns, 4, 4 * image.width, 4, 4 * columns, 0);
     pass(between, out, across, cropHeight, 4 * columns, 4, 4 * cropWidth, 4, from);
   } else {
     const from = down.starts[0];
     const rows = Math.max(...down.ends) - from;
     const between = new Uint8ClampedArray(4 * cropWidth * rows);
-    pass(data.subarray(4 * from * picture.width), between, across, rows, 4 * picture.width, 4, 4 * cropWidth, 4, 0);
+    pass(data.subarray(4 * from * image.width), between, across, rows, 4 * image.width, 4, 4 * cropWidth, 4, 0);
     pass(between, out, down, cropWidth, 4, 4 * cropWidth, 4, 4 * cropWidth, from);
   }
   return out;
@@ -120,12 +120,12 @@ function nearest(from, to, length, size) {
 }
 
 /**
- * A picture {data, width, height} -> {seen, input}: the square that is left of it as RGBA, and the same as the network
- * reads it, three planes of floats. `preprocessing` is what the weights say, see mobilevit.pictures.Preprocessing.
+ * An image {data, width, height} -> {seen, input}: the square that is left of it as RGBA, and the same as the network
+ * reads it, three planes of floats. `preprocessing` is what the weights say, see mobilevit.images.Preprocessing.
  */
-export function prepare(picture, preprocessing) {
+export function prepare(image, preprocessing) {
   const { resize_px: side, crop_px: crop, interpolation, mean, std } = preprocessing;
-  const { width, height } = picture;
+  const { width, height } = image;
   const short = Math.min(width, height);
   const [newHeight, newWidth] = Array.isArray(side)
     ? side
@@ -134,12 +134,12 @@ export function prepare(picture, preprocessing) {
   const top = Math.floor((newHeight - crop) / 2);
   let seen;
   if (Math.max(width, height) <= 10 * short) {
-    seen = resize(picture, newWidth, newHeight, interpolation, [left, top, crop, crop]);
+    seen = resize(image, newWidth, newHeight, interpolation, [left, top, crop, crop]);
   } else {
     const x = width / newWidth;
     const y = height / newHeight;
     const box = [left * x, top * y, Math.min((left + crop) * x, width), Math.min((top + crop) * y, height)];
-    seen = resize(picture, crop, crop, interpolation, [0, 0, crop, crop], box);
+    seen = resize(image, crop, crop, interpolation, [0, 0, crop, crop], box);
   }
   const plane = crop * crop;
   const input = new Float32Array(3 * plane);

@@ -23,15 +23,15 @@ async function start(provider, url) {
 async function run(input) {
   const { crop_px: side } = preprocessing;
   const started = performance.now();
-  const tensors = await session.run({ pictures: new Tensor("float32", input, [1, 3, side, side]) });
+  const tensors = await session.run({ images: new Tensor("float32", input, [1, 3, side, side]) });
   const outputs = {};
   for (const [name, tensor] of Object.entries(tensors)) outputs[name] = await tensor.getData();
   return { outputs, milliseconds: performance.now() - started };
 }
 
-async function answer(picture) {
+async function answer(image) {
   const started = performance.now();
-  const { seen, input } = prepare(picture, preprocessing);
+  const { seen, input } = prepare(image, preprocessing);
   const prepared = performance.now() - started;
   const { outputs, milliseconds } = await run(input);
   if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
@@ -47,7 +47,7 @@ self.onmessage = async ({ data }) => {
       ({ task, preprocessing } = data);
       self.postMessage({ started: data.start, threads: await start(data.start, data.url) });
     } else {
-      const result = await answer(data.picture);
+      const result = await answer(data.image);
       self.postMessage({ id: data.id, result }, [result.seen.buffer]);
     }
   } catch (error) {

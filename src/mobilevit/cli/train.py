@@ -1,0 +1,108 @@
+"""`mobilevit train`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mobilevit.cli import parser
+from mobilevit.recipes import RECIPES, Recipe, describe
+
+if TYPE_CHECKING:
+    pass
+from mobilevit.cli.console import warn
+from mobilevit.cli.evaluate import _metric
+from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand, expand_data, read_weights, use_threads
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network on your images, or resume a run that was stopped.
+
+    mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
+    """
+
+    data: str
+    """A folder with a folder of images for each class, or with train/ and val/ that hold those; idx files, tar
+    shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub. To detect, COCO's or VOC's layout; to
+    segment, VOC's, or images/ and masks/."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder for checkpoints, weights, metrics and report; unless given, runs/ and the name of the data."""
+    weights: Annotated[
+        str | None,
+        tyro.conf.arg(
+            aliases=["--backbone"],
+            help=f"Start from these weights instead of random ones: {WEIGHTS}. Of another task, their backbone.",
+        ),
+    ] = None
+    download: Download = False
+    device: Device = "auto"
+    num_threads: NumThreads = None
+    checkpoint_minutes: float = 5.0
+    """A checkpoint is kept this often, and after every epoch."""
+    tensorboard: bool = False
+    """Write for TensorBoard as well."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe_name: tyro.conf.Suppress[str] = "plain"
+    command: tyro.conf.Suppress[str] = ""
+
+    def run(self) -> int:
+        """Train, then say what to do next."""
+        from mobilevit.report.training import Origin
+        from mobilevit.training.loop import FinishedError, train
+
+        use_threads(self.num_threads)
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
+        data = expand_data(self.data)
+        out = expand(self.out or Path("runs") / Path(data).resolve().name)
+        pretrained = read_weights(self.weights, self.download) if self.weights else None
+        architecture = self.recipe.architecture
+        # The weights override the recipe's default, but not what the command names.
+        is_given = any(arg.partition("=")[0] == "--architecture" for arg in shlex.split(self.command))
+        if pretrained and is_given and architecture != pretrained.architecture.name:
+            raise ValueError(
+                f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
+                f"or give weights of MobileViT-{architecture.upper()}"
+            )
+        try:
+            run = train(
+                self.recipe,
+                data,
+                out,
+                pretrained=pretrained,
+                device=self.device,
+                checkpoint_minutes=self.checkpoint_minutes,
+                tensorboard=self.tensorboard,
+                extend=True,
+                origin=Origin(self.recipe_name, self.command),
+            )
+        except FinishedError as finished:  # scripts that repeat the command until it succeeds end here
+            warn(str(finished))
+            return 0
+        if os.environ.get("RANK", "0") == "0":
+            value = run.epochs[-1][f"val_{run.main_metric}"]
+            print(
+                f"{run.weights}: weights of the last epoch, validation {_metric(run.main_metric, value)}\n"
+                f"{out / 'report.html'}: curves, metrics by class, images\n"
+                f"try next: mobilevit predict {run.weights} IMAGE..."
+            )
+        return 0
+
+
+def recipe_list() -> str:
+    """The recipes, each with the first line of its description; those that differ in size alone together."""
+    purposes: dict[str, list[str]] = {}
+    for name in RECIPES:
+        purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
+    lines = ["Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
+    for purpose, names in purposes.items():
+        family = names[0].rpartition("-")[0]
+        title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"
+        lines.append(f"  {title:22}{parser.wrapped(purpose, 24).strip()}")
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""Messages: modules log with `logging.getLogger(__name__)`, and one handler writes them to standard error."""
+
+from __future__ import annotations
+
+import logging
+
+from rich.console import Console
+
+CONSOLE = Console(stderr=True)
+"""Standard error. Progress bars use it as well, so that messages appear above a bar and not inside it."""
+
+
+class _StderrHandler(logging.Handler):
+    """Writes a message as one line; from warnings on, the line starts with the program's name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                text = f"mobilevit: {' '.join(text.splitlines())}"
+            CONSOLE.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        except Exception:
+            self.handleError(record)
+
+
+def log_to_stderr() -> None:
+    """Write the package's messages of level INFO and above to standard error; does nothing if a handler is present.
+
+    The command line and `mobilevit.train` call it. A program that configures `logging` itself keeps its configuration.
+    """
+    logger = logging.getLogger("mobilevit")
+    if not logger.hasHandlers():
+        logger.addHandler(_StderrHandler())
+        logger.setLevel(logging.INFO)

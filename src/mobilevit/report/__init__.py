@@ -1,0 +1,1 @@
+"""Reports: Jinja2 templates, one stylesheet, matplotlib charts."""

@@ -1,0 +1,562 @@
+"""Images of every kind against pixels worked out by hand; preprocessing against transformers and timm."""
+
+import io
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from sklearn.datasets import load_sample_images
+
+from mobilevit import images
+from mobilevit.images import (
+    Header,
+    ImageError,
+    Preprocessing,
+    limit_megapixels,
+    megapixel_limit,
+    read_header,
+    read_image,
+    read_part,
+)
+
+# An upright image in which no two corners, rows or columns are alike: 48 wide, 32 high, in flat blocks of 16 px, so
+# that JPEG leaves it nearly as it is.
+BLOCKS = np.array([[[250, 20, 20], [20, 240, 20], [20, 20, 230]], [[240, 240, 20], [128, 128, 128], [20, 20, 20]]])
+UPRIGHT = BLOCKS.repeat(16, 0).repeat(16, 1).astype(np.uint8)
+# EXIF: where the image's first row and first column are -> how a camera that says so stores the upright image.
+STORED = {
+    1: UPRIGHT,  # top, left
+    2: UPRIGHT[:, ::-1],  # top, right
+    3: UPRIGHT[::-1, ::-1],  # bottom, right
+    4: UPRIGHT[::-1],  # bottom, left
+    5: UPRIGHT.transpose(1, 0, 2),  # left, top
+    6: UPRIGHT[:, ::-1].transpose(1, 0, 2),  # right, top
+    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),  # right, bottom
+    8: UPRIGHT[::-1].transpose(1, 0, 2),  # left, bottom
+}
+
+
+def pixels(source: Any) -> np.ndarray:
+    """What `read_image` makes of it, as int so that differences do not wrap."""
+    image = read_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def grey(*values: int) -> np.ndarray:
+    return np.array(values)[None, :, None].repeat(3, 2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_turned_upright(tmp_path: Path, suffix: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    file = tmp_path / f"turned.{suffix}"
+    Image.fromarray(STORED[orientation]).save(file, exif=exif, quality=95)
+    result = pixels(file)
+    assert result.shape == UPRIGHT.shape
+    assert np.abs(result - UPRIGHT)[8::16, 8::16].max() <= 12  # in the middle of the blocks
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_other_modes_are_turned_too(tmp_path: Path, mode: str):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    straight, turned = tmp_path / "straight.tiff", tmp_path / "turned.tiff"
+    image = Image.fromarray(UPRIGHT).convert("L" if mode in ("1", "I;16") else "RGB").convert(mode)
+    image.save(straight)
+    image.save(turned, exif=exif)
+    assert np.array_equal(pixels(turned), np.rot90(pixels(straight), -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+def test_turned_once(tmp_path: Path, suffix: str):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(STORED[6]).save(tmp_path / f"turned.{suffix}", exif=exif)
+    image = read_image(tmp_path / f"turned.{suffix}")
+    assert np.array_equal(pixels(image), np.asarray(image))
+
+
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, value of 4 bytes), written by hand."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+ORIENTATION_6 = (0x112, 3, 1, b"\x06\0\0\0")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_damaged_exif_hides_no_image(tmp_path: Path, suffix: str):
+    file = tmp_path / f"image.{suffix}"
+    Image.fromarray(UPRIGHT).save(file, exif=b"Exif\0\0rubbish!rubbish!", quality=95)
+    assert np.abs(pixels(file) - UPRIGHT)[8::16, 8::16].max() <= 12
+    # The orientation can be read, but the resolution's unit, a number, is said to be a text.
+    Image.fromarray(STORED[6]).save(file, exif=exif_of(ORIENTATION_6, (0x128, 2, 4, b"abc\0")), quality=95)
+    assert np.abs(pixels(file) - UPRIGHT)[8::16, 8::16].max() <= 12
+
+
+PALETTE = [10, 20, 30, 200, 100, 50, 0, 255, 0]
+
+
+def palette(**save: Any) -> tuple[Image.Image, dict[str, Any]]:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    image.putpalette(PALETTE)
+    return image, save
+
+
+RGBA = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 200, 128]]], np.uint8)
+LA = np.array([[[90, 255], [90, 0], [0, 64]]], np.uint8)
+GREY_16 = np.array([[0, 256, 32768, 65535]], np.uint16)
+KINDS: dict[str, tuple[str, Callable[[], tuple[Image.Image, dict[str, Any]]], np.ndarray]] = {
+    "grey": ("png", lambda: (Image.fromarray(np.array([[0, 77, 255]], np.uint8)), {}), grey(0, 77, 255)),
+    "one bit": ("png", lambda: (Image.fromarray(np.array([[True, False, True]])), {}), grey(255, 0, 255)),
+    "one bit tiff": ("tiff", lambda: (Image.fromarray(np.array([[True, False, True]])), {}), grey(255, 0, 255)),
+    "palette": ("png", palette, np.array(PALETTE).reshape(1, 3, 3)),
+    "palette gif": ("gif", palette, np.array(PALETTE).reshape(1, 3, 3)),
+    "one colour of a palette see-through": (
+        "png",
+        lambda: palette(transparency=1),
+        np.array([[PALETTE[:3], [255] * 3, PALETTE[6:]]]),
+    ),
+    "one colour of a gif see-through": (
+        "gif",
+        lambda: palette(transparency=1),
+        np.array([[PALETTE[:3], [255] * 3, PALETTE[6:]]]),
+    ),
+    "a palette half see-through": (
+        "png",
+        lambda: palette(transparency=bytes([128, 0, 255])),  # (10, 20, 30) at 128 / 255 over white
+        np.array([[[132, 137, 142], [255] * 3, PALETTE[6:]]]),
+    ),
+    "rgba": ("png", lambda: (Image.fromarray(RGBA), {}), np.array([[[255, 0, 0], [255] * 3, [127, 127, 227]]])),
+    "rgba webp": (
+        "webp",
+        lambda: (Image.fromarray(RGBA), {"lossless": True}),
+        np.array([[[255, 0, 0], [255] * 3, [127, 127, 227]]]),
+    ),
+    "rgb with one colour see-through": (
+        "png",
+        lambda: (Image.fromarray(RGBA[..., :3]), {"transparency": (255, 0, 0)}),
+        np.array([[[255] * 3, [255] * 3, [0, 0, 200]]]),
+    ),
+    "grey with one grey see-through": (
+        "png",
+        lambda: (Image.fromarray(np.array([[0, 77, 255]], np.uint8)), {"transparency": 0}),
+        grey(255, 77, 255),
+    ),
+    "la": ("png", lambda: (la(), {}), grey(90, 255, 191)),
+    "16 bits png": ("png", lambda: (Image.fromarray(GREY_16), {}), grey(0, 1, 128, 255)),
+    "16 bits tiff": ("tiff", lambda: (Image.fromarray(GREY_16), {}), grey(0, 1, 128, 255)),
+    "32 bits tiff": ("tiff", lambda: (Image.fromarray(GREY_16.astype(np.int32)), {}), grey(0, 1, 128, 255)),
+}
+
+
+def la() -> Image.Image:
+    return Image.merge("LA", [Image.fromarray(np.ascontiguousarray(LA[..., i])) for i in (0, 1)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_pixels(tmp_path: Path, kind: str):
+    suffix, make, expected = KINDS[kind]
+    image, save = make()
+    image.save(tmp_path / f"image.{suffix}", **save)
+    assert np.array_equal(pixels(tmp_path / f"image.{suffix}"), expected)
+
+
+def test_cmyk_jpeg(tmp_path: Path):
+    inks = np.array([[0, 0, 0, 0], [255, 0, 0, 0], [0, 100, 200, 0], [0, 0, 0, 155]], np.uint8)
+    channels = [Image.fromarray(inks[None, :, i].repeat(16, 0).repeat(16, 1)) for i in range(4)]
+    Image.merge("CMYK", channels).save(tmp_path / "inks.jpg", quality=100)
+    expected = [[255, 255, 255], [0, 255, 255], [255, 155, 55], [100, 100, 100]]
+    assert np.abs(pixels(tmp_path / "inks.jpg")[8, 8::16] - expected).max() <= 4
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_first_frame(tmp_path: Path, suffix: str):
+    frames = [Image.new("RGB", (9, 7), color) for color in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
+    frames[0].save(tmp_path / f"moves.{suffix}", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / f"moves.{suffix}") as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert np.abs(pixels(tmp_path / f"moves.{suffix}") - [200, 30, 30]).max() <= 8
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tiff", "bmp"])
+def test_cut_short(tmp_path: Path, suffix: str):
+    file = tmp_path / f"half.{suffix}"
+    noise(120, 90).save(file)
+    halve(file)
+    with pytest.raises(ImageError, match=rf"half.{suffix}: damaged image \(.+\); replace it with an intact image.+$"):
+        read_image(file)
+
+
+def test_cut_short_and_opened_by_the_caller(tmp_path: Path):
+    noise(120, 90).save(tmp_path / "half.jpg")
+    halve(tmp_path / "half.jpg")
+    with Image.open(tmp_path / "half.jpg") as image, pytest.raises(ImageError, match="damaged"):
+        read_image(image)
+
+
+def test_no_image(tmp_path: Path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    for name, reason in {
+        "empty.jpg": "not an image",
+        "text.jpg": "not an image",
+        "missing.jpg": "no such file",
+        "": "directory",
+        "text.jpg/below.jpg": "not a directory",
+        "x" * 5000: "too long",
+    }.items():
+        with pytest.raises(ImageError, match=reason) as caught:
+            read_image(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    noise(120, 90).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="too large"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_limit_on_megapixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "large.png"
+    noise(120, 90).save(file)  # 0.0108 megapixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow warns, and warnings are errors here
+    monkeypatch.setattr(images, "_max_megapixels", math.inf)
+    with pytest.raises(ImageError, match="exceeds limit"):
+        read_image(file)
+    limit_megapixels(0.02)
+    assert megapixel_limit() == 0.02
+    assert read_image(file).size == read_header(file).size == (120, 90)
+    assert read_part(file, lambda *_: (0, 0, 120, 90), 32).shape == (90, 120, 3)
+    limit_megapixels(0.01)
+    reads: list[Callable[[], object]] = [
+        lambda: read_image(file),
+        lambda: read_header(file),
+        lambda: read_part(file, lambda *_: (0, 0, 9, 9), 9),
+    ]
+    for read in reads:
+        with pytest.raises(ImageError, match=rf"^{file}: too large \(120 x 90 px, .*limit 0.01\).*--max-megapixels"):
+            read()
+    assert read_image(noise(120, 90)).size == (120, 90)  # it is in memory already
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "has_transparency"), [("RGB", "png", False), ("RGBA", "png", True), ("LA", "png", True)]
+)
+def test_header(tmp_path: Path, mode: str, suffix: str, has_transparency: bool):
+    file = tmp_path / f"x.{suffix}"
+    Image.new(mode, (5, 3)).save(file)
+    for image in (file, file.read_bytes(), Image.open(io.BytesIO(file.read_bytes()))):
+        assert read_header(image) == Header((5, 3), "PNG", has_transparency)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (5, 3)).save(tmp_path / "x.jpg", exif=turned)
+    assert read_header(tmp_path / "x.jpg") == Header((3, 5), "JPEG", False)
+    with pytest.raises(ImageError, match=r"^here: not an image"):
+        read_header(b"none", "here")
+
+
+def test_background_of_preprocessing():
+    values = Preprocessing().to_dict()
+    assert values["background"] == "white"
+    del values["background"]  # as earlier versions wrote it
+    assert Preprocessing.from_dict(values) == Preprocessing()
+    with pytest.raises(ValueError, match=r"^background is 'black'; .*'white'$"):
+        Preprocessing(background="black")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(0.5, np.float32), (70_000, np.int32), (-1, np.int32)], ids=["float", "large", "negative"]
+)
+def test_numbers_without_agreed_meaning(tmp_path: Path, value: float, dtype: type):
+    Image.fromarray(np.full((2, 3), value, dtype)).save(tmp_path / "numbers.tiff")
+    with pytest.raises(ImageError, match=r"numbers\.tiff: .*save it with 8 or 16 bits"):
+        read_image(tmp_path / "numbers.tiff")
+
+
+def test_arrays():
+    assert np.array_equal(pixels(UPRIGHT), UPRIGHT)
+    assert np.array_equal(pixels(UPRIGHT[::-1, ::2]), UPRIGHT[::-1, ::2])  # not contiguous
+    assert np.array_equal(pixels(np.array([[0, 9]], np.uint8)), grey(0, 9))
+    assert np.abs(pixels(RGBA) - [[[255, 0, 0], [255] * 3, [127, 127, 227]]]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        UPRIGHT / 255,
+        UPRIGHT.astype(np.uint16),
+        UPRIGHT > 100,
+        UPRIGHT.transpose(2, 0, 1),
+        UPRIGHT[..., :2],
+        UPRIGHT[None],
+        UPRIGHT[0, 0],
+        UPRIGHT[:0],
+        UPRIGHT[:, :0],
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_that_are_no_images(array: np.ndarray):
+    with pytest.raises(ImageError, match=r"array of|nothing to see"):
+        read_image(array)
+
+
+def test_a_image_is_left_as_it_was():
+    image = Image.fromarray(UPRIGHT)
+    read_image(image).putpixel((0, 0), (1, 2, 3))
+    assert np.array_equal(np.asarray(image), UPRIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+PHOTOGRAPHS = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+
+
+def part(image: Any, box: tuple[int, int, int, int], least_px: int) -> np.ndarray:
+    """What `read_part` makes of it; the size that it tells must be that of `read_image`."""
+    told = []
+    values = read_part(image, lambda *size: told.append(size) or box, least_px)
+    assert told == [read_image(image).size]
+    assert values.dtype == np.uint8
+    return values.astype(int)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_all_kinds(tmp_path: Path, kind: str):
+    suffix, make, expected = KINDS[kind]
+    image, save = make()
+    image.save(tmp_path / f"image.{suffix}", **save)
+    assert np.array_equal(part(tmp_path / f"image.{suffix}", (1, 0, 3, 1), 1), expected[:, 1:3])
+
+
+@pytest.fixture(
+    params=[
+        {"quality": 90},
+        {"quality": 75, "subsampling": 0},
+        {"quality": 60, "subsampling": 1, "progressive": True},
+        {"restart_marker_blocks": 5},
+        {"quality": 90, "keep_rgb": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        *({"orientation": orientation} for orientation in STORED),
+    ],
+    ids=str,
+)
+def jpeg(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A photograph of odd sides, in one of the ways that JPEG can hold it."""
+    save = dict(request.param)
+    save["exif"] = Image.Exif()
+    save["exif"][0x112] = save.pop("orientation", 1)
+    PHOTOGRAPHS[0].resize((333, 245)).convert(save.pop("mode", "RGB")).save(tmp_path / "photograph.jpg", **save)
+    return tmp_path / "photograph.jpg"
+
+
+def test_parts_of_jpeg_are_exact_where_nothing_can_be_saved(jpeg: Path):
+    left, top, right, bottom = box = (21, 30, 232, 241)
+    expected = pixels(jpeg)[top:bottom, left:right]
+    for source in (jpeg, jpeg.read_bytes(), read_image(jpeg)):
+        assert np.array_equal(part(source, box, 106), expected)
+    with Image.open(jpeg) as image:
+        assert np.array_equal(part(image, box, 8), expected)
+
+
+@pytest.mark.parametrize(("least_px", "scale"), [(105, 2), (53, 2), (52, 4), (27, 4), (26, 8), (3, 8)])
+def test_parts_of_jpeg_that_come_smaller(jpeg: Path, least_px: int, scale: int):
+    left, top, right, bottom = box = (21, 30, 232, 241)
+    found = part(jpeg, box, least_px)
+    assert np.array_equal(part(jpeg.read_bytes(), box, least_px), found)
+    if read_mode(jpeg) == "CMYK":  # one of the kinds that come whole
+        assert np.array_equal(found, pixels(jpeg)[top:bottom, left:right])
+        return
+    assert min(found.shape[:2]) >= least_px
+    assert all(side in (211 // scale, -(-211 // scale), -(-211 // scale) + 1) for side in found.shape[:2])
+    height, width = found.shape[:2]
+    whole = read_image(jpeg).crop((left, top, right, bottom))
+    expected = np.asarray(whole.resize((width, height), Image.Resampling.BOX)).astype(int)
+    # The same image, up to how it is made smaller, and the part up to a pixel of the smaller one.
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.92
+    assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() < 10
+
+
+def read_mode(file: Path) -> str:
+    with Image.open(file) as image:
+        return image.mode
+
+
+def test_a_part_that_reaches_the_edges_comes_smaller_too(jpeg: Path):
+    width, height = read_image(jpeg).size
+    assert min(part(jpeg, (0, 0, width, height), 30).shape[:2]) >= 30
+
+
+@pytest.mark.parametrize("least_px", [100, 10])
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_parts_of_a_image_cut_short(tmp_path: Path, least_px: int, kept: float):
+    file = tmp_path / "short.jpg"
+    noise(120, 150).save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    # The part itself would be whole.
+    with pytest.raises(ImageError, match=rf"^{file}: damaged image \(.+\); replace it with an intact image.+$"):
+        read_part(file, lambda *_: (0, 0, 120, 40), least_px)
+    with pytest.raises(ImageError, match=r"^a name: damaged image"):
+        read_part(file.read_bytes(), lambda *_: (0, 0, 120, 40), least_px, "a name")
+
+
+def test_parts_of_no_image(tmp_path: Path):
+    (tmp_path / "text.jpg").write_text("hello")
+    for name, reason in (("text.jpg", "not an image"), ("missing.jpg", "no such file"), ("", "directory")):
+        with pytest.raises(ImageError, match=f"^{tmp_path / name}: .*{reason}"):
+            read_part(tmp_path / name, lambda *_: (0, 0, 1, 1), 1)
+
+
+def test_what_the_caller_does_wrong_is_not_said_of_the_image():
+    with pytest.raises(ZeroDivisionError):
+        read_part(UPRIGHT, lambda width, height: (0, 0, width // 0, height), 1)
+
+
+def test_simplejpeg_changes_nothing(jpeg: Path, monkeypatch: pytest.MonkeyPatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    box = (21, 30, 232, 241)
+    with monkeypatch.context() as without:
+        without.setattr(images, "simplejpeg", None)
+        expected = part(jpeg, box, 106)
+    asked = []
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda data, decode=simplejpeg.decode_jpeg: asked.append(1) or decode(data)
+    )
+    assert np.array_equal(part(jpeg, box, 106), expected)
+    has_turn = images._orientation(Image.open(io.BytesIO(jpeg.read_bytes()))) in images.TURNS
+    assert bool(asked) == (read_mode(jpeg) == "RGB" and not has_turn)
+    # A damaged spot that Pillow overlooks: neither an error nor another image.
+    content = bytearray(jpeg.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4] = b"\x12\x34\x56\x78"
+    with monkeypatch.context() as without:
+        without.setattr(images, "simplejpeg", None)
+        expected = part(bytes(content), box, 106)
+    assert np.array_equal(part(bytes(content), box, 106), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing
+SIZES = [(640, 427), (427, 640), (333, 501), (501, 333), (257, 300), (131, 97), (288, 288), (900, 301)]
+
+
+# torchvision, and so timm, rounds half a pixel of margin to the even side; transformers and we round it down.
+SAME_MIDDLE = [
+    size for size in SIZES if all(round(m / 2) == m // 2 for m in (int(284 * x / min(size)) - 256 for x in size))
+]
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def photograph(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    PHOTOGRAPHS[sum(request.param) % 2].resize(request.param).save(tmp_path / "photograph.jpg", quality=92)
+    return tmp_path / "photograph.jpg"
+
+
+def opened(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+@pytest.mark.parametrize(("backend", "num_levels"), [("pil_mobilevit", 0), ("mobilevit", 1)])
+def test_against_transformers(photograph: Path, backend: str, num_levels: int):
+    module = pytest.importorskip(f"transformers.models.mobilevit.image_processing_{backend}")
+    processor = getattr(module, "MobileViTImageProcessor" + ("Pil" if backend.startswith("pil") else ""))
+    processor = processor(
+        size={"shortest_edge": 288}, crop_size={"height": 256, "width": 256}, resample=2, do_flip_channel_order=True
+    )
+    bgr = processor(opened(photograph), return_tensors="pt")["pixel_values"][0]
+    assert (Preprocessing()(photograph) - bgr.flip(0)).abs().max() <= (num_levels + 0.01) / 255
+
+
+@pytest.mark.parametrize("photograph", SAME_MIDDLE, indirect=True, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_against_timm(photograph: Path):
+    data = pytest.importorskip("timm.data")
+    config = {"input_size": (3, 256, 256), "interpolation": "bicubic", "crop_pct": 0.9}
+    config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"}
+    theirs = data.create_transform(**data.resolve_data_config({}, pretrained_cfg=config))(opened(photograph))
+    ours = Preprocessing(284, 256, "bicubic", mean=config["mean"], std=config["std"])(photograph)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_height_comes_before_width():
+    image = PHOTOGRAPHS[0]
+    expected = np.asarray(image.resize((90, 70), Image.Resampling.LANCZOS).crop((13, 3, 77, 67)))
+    ours = Preprocessing(resize_px=(70, 90), crop_px=64, interpolation="lanczos")(image)
+    np.testing.assert_allclose(ours, expected.transpose(2, 0, 1) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (1, 100_000)])
+def test_smallest_and_longest(size: tuple[int, int]):
+    ours = Preprocessing()(Image.new("RGB", size, (255, 51, 0)))
+    assert ours.dtype == torch.float32
+    assert ours.equal(torch.tensor([1.0, 51 / 255, 0.0])[:, None, None].expand(3, 256, 256))
+
+
+@pytest.mark.parametrize("size", [(31, 640), (640, 31)])
+def test_middle_of_a_long_image(size: tuple[int, int]):
+    image = PHOTOGRAPHS[1].resize(size)
+    width, height = (int(72 * side / 31) for side in size)
+    left, top = (width - 64) // 2, (height - 64) // 2
+    expected = np.asarray(
+        image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 64, top + 64))
+    )
+    ours = Preprocessing(72, 64)(image)
+    assert np.abs(255 * ours.numpy() - expected.transpose(2, 0, 1)).max() < 2.01
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("resize_px", 0),
+        ("resize_px", 288.0),
+        ("resize_px", (288,)),
+        ("resize_px", (288, 0)),
+        ("resize_px", "288"),
+        ("crop_px", 0),
+        ("crop_px", 289),
+        ("crop_px", 256.0),
+        ("interpolation", "cubic"),
+        ("mean", (0.5, 0.5)),
+        ("mean", (0.0, 0.0, math.nan)),
+        ("std", (1.0,)),
+        ("std", (1.0, 1.0, 0.0)),
+        ("std", (1.0, 1.0, math.inf)),
+    ],
+    ids=str,
+)
+def test_values_without_sense(field: str, value: Any):
+    with pytest.raises(ValueError, match=f"^{field} is ") as caught:
+        Preprocessing(**{field: value})
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [Preprocessing(), Preprocessing((300, 280), 224, "hamming", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))],
+    ids=["default", "all other"],
+)
+def test_through_json(preprocessing: Preprocessing):
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
