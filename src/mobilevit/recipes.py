@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
+from mobilevit.defaults import MAX_MEGAPIXELS
+
 Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
@@ -16,7 +18,6 @@ Policy = Literal["basic", "advanced"]
 Cosine = Literal["step", "epoch"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
-MAX_MEGAPIXELS = 180.0  # of an image file that is read: twice what Pillow warns of, about as much as it refuses
 
 
 @dataclass(frozen=True)

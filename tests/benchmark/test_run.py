@@ -69,7 +69,7 @@ def tiny() -> nn.Module:
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "run_alone", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": None})
-    monkeypatch.setattr(run, "PEAK_SIDE", 256)
+    monkeypatch.setattr(timing, "PEAK_SIDE", 256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

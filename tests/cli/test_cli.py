@@ -1022,9 +1022,13 @@ def test_large_images_name_the_limit_and_the_option(capsys: pytest.CaptureFixtur
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mobilevit.benchmark import run as benchmark_run
+    from mobilevit.benchmark import timing
 
-    monkeypatch.setattr(run, "run_alone", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000})
-    monkeypatch.setattr(run, "PEAK_SIDE", 256)
+    monkeypatch.setattr(
+        benchmark_run, "run_alone", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000}
+    )
+    monkeypatch.setattr(timing, "PEAK_SIDE", 256)
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, weights: str, no_processes: None):
@@ -1163,7 +1167,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], here: Path):
 
 
 def test_what_compare_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from mobilevit.compare import run
+    from mobilevit.compare import run as compare_run
 
     asked: list[Any] = []
 
@@ -1171,7 +1175,7 @@ def test_what_compare_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: 
         asked.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr(run, "compare", note)
+    monkeypatch.setattr(compare_run, "compare", note)
     assert "enough" in mistake(capsys, "compare")
     options = ["--runtime", "onnx", "--batch", "2", "1", "2", "--baseline", "mobilevit-s", "--size", "96"]
     assert "enough" in mistake(capsys, "compare", *options, "--rounds", "3", "--num-threads", "1")

@@ -224,7 +224,7 @@ def test_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no such operator\nand more")
         return write_side(name, *args)
 
-    monkeypatch.setattr(run.timing, "write_side", write)
+    monkeypatch.setattr(run, "write_side", write)
     found = run.compare(
         run.choose(["mobilenetv3-small", "shufflenetv2"]),
         runtimes=["onnx"],

@@ -455,7 +455,7 @@ def test_what_cannot_be_timed_is_told(
     def refuse(*args: Any) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(run.timing, "write_side", refuse)
+    monkeypatch.setattr(run, "write_side", refuse)
     told: list[str] = []
     report = compare_trained([NARROW, XXS], data, out, RECIPE, seeds=(0,), runtimes=["onnx"], on_problem=told.append)
     assert told == [

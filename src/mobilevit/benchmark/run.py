@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.benchmark import rivals
+from mobilevit.benchmark import rivals, timing
 from mobilevit.benchmark.cost import profile
-from mobilevit.benchmark.timing import PEAK_SIDE, WARM_UP_CALLS, matrix_product, measure, processor, ratio, versions
+from mobilevit.benchmark.timing import WARM_UP_CALLS, matrix_product, measure, processor, ratio, versions
 from mobilevit.export import BACKENDS, PRECISIONS, TOLERANCE, find_backend, load_artifact, read_metadata
 from mobilevit.export.artifact import Precision, Target
 from mobilevit.export.rewrite import fast
@@ -462,7 +462,7 @@ def _rows(
         errors.append(_error(side, run(images)))
         runs.append(lambda run=run, images=images: run(images))
     times_ms = measure([*runs, matrix_product()], num_rounds)
-    peak_gflops = 2 * PEAK_SIDE**3 / 1e6 / times_ms[-1]
+    peak_gflops = 2 * timing.PEAK_SIDE**3 / 1e6 / times_ms[-1]
     times_of = {side.label: times_ms[i] for i, side in enumerate(sides)}
     in_fp32 = {_same_but_precision(side): side for side in sides if side.precision == "fp32"}
     rows = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mobilevit.recipes import MAX_MEGAPIXELS
+from mobilevit.defaults import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,18 @@
+"""Defaults and limits that several modules and the command line share. Each is written here and nowhere else."""
+
+from __future__ import annotations
+
+MIN_SIZE_PX = 32
+"""Smallest height or width of an input: the output stride of the network."""
+MAX_MEGAPIXELS = 180.0
+"""Largest image file to read, in millions of pixels: about where Pillow refuses a file as a decompression bomb."""
+TOP_K = 5
+"""Classes that a prediction lists."""
+SCORE_THRESHOLD = 0.3
+"""Detections below this score are not shown."""
+MAX_PER_IMAGE = 100
+"""Boxes per image after non-maximum suppression."""
+NUM_THREADS = 2
+"""CPU threads of a benchmark, and of the check of an exported artifact."""
+NUM_ROUNDS = 40
+"""Interleaved rounds of a benchmark."""
