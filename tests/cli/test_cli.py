@@ -1187,7 +1187,7 @@ def test_what_compare_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 def test_mistakes_of_compare(capsys: pytest.CaptureFixture[str], here: Path):
     for args, said in {
-        ("--only", "mobilnetv2"): "no system 'mobilnetv2'; near are mobilenetv2-",
+        ("--only", "mobilnetv2"): "no system 'mobilnetv2'; did you mean mobilenetv2-",
         ("--only", "deit-tiny", "--size", "100"): "size_px is 100; deit-tiny takes multiples of 32",
         ("--rounds", "0"): "rounds is 0; it must be 1 or more",
         ("--num-threads", "0"): "num threads is 0",
@@ -1252,7 +1252,7 @@ def test_an_option_given_twice_by_two_names(capsys: pytest.CaptureFixture[str], 
 def test_mistakes_of_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
     for args, said in {
         ("--data", "nowhere"): "nowhere: ",
-        ("--data", "classes", "--only", "deit-84"): "no system 'deit-84'; near are deit-84-patch8",
+        ("--data", "classes", "--only", "deit-84"): "no system 'deit-84'; did you mean deit-84-patch8",
         ("--data", "classes", "--epochs", "0"): "epochs is 0; it must be 1 or more",
         ("--data", "classes", "--lr", "0"): r"--lr is 0\.0",
         ("--data", "classes", "--batch-size", "8", "16"): r"batch size is \(8, 16\); with --data give one",

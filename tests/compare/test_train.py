@@ -312,7 +312,7 @@ def test_choose() -> None:
     assert [network.name for network in choose(["pit-tiny"], RECIPES["plain"])] == ["pit-tiny", "mobilevit-xs"]
     assert [network.name for network in choose(["mobilevit-s"], small)] == ["mobilevit-s"]
     assert [network.name for network in choose(["pit-tiny"], small, "mobilevit-s")] == ["pit-tiny", "mobilevit-s"]
-    with pytest.raises(ValueError, match=r"no system 'deit-84'; near are deit-84-patch8"):
+    with pytest.raises(ValueError, match=r"no system 'deit-84'; did you mean deit-84-patch8"):
         choose(["deit-84"], small)
     with pytest.raises(ValueError, match="deit-tiny-basic is the same network as deit-tiny; name one of them"):
         choose(["deit-tiny-basic", "deit-tiny"], small)

@@ -366,7 +366,7 @@ def test_names_and_paths_for_what_is_given(first: Run, data: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "said"),
     [
-        (("smal", "data", "out"), {}, ValueError, r"no recipe 'smal'; there are plain, .*small"),
+        (("smal", "data", "out"), {}, ValueError, r"no recipe 'smal'; did you mean small"),
         (
             ({"epochs": 3}, "data", "out"),
             {},

@@ -7,7 +7,6 @@ of an earlier, finer map by its own gradient, where that is positive.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mobilevit.explain.attention import record
 from mobilevit.models.mobilevit import MobileViT
+from mobilevit.names import nearest
 
 TOP_K = 5
 FEW_CLASSES = 20  # so many names are all listed for whoever asks for another
@@ -83,6 +83,5 @@ def find_class(name: str, class_names: Sequence[str], num_classes: int) -> int:
     said = f"class is {name!r}, which none of the {num_classes} classes of these weights is called"
     if num_classes <= FEW_CLASSES:
         raise ValueError(f"{said}; they are {', '.join(shown)}")
-    near = [shown[names.index(one)] for one in difflib.get_close_matches(name.casefold(), names, n=5, cutoff=0.5)]
-    few = ", ".join(near or shown[:5])
-    raise ValueError(f"{said}; {'near to it are' if near else 'the first are'} {few}")
+    hint = nearest(name, shown) or f"the first are {', '.join(shown[:5])}"
+    raise ValueError(f"{said}; {hint.strip()}")
