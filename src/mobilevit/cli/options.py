@@ -130,7 +130,7 @@ def choose_device(name: str) -> str:
 
 
 def warn_of_assumptions(source: str, weights: Weights) -> None:
-    if not weights.described:
+    if not weights.has_description:
         p = weights.preprocessing
         names = {"classify": "ImageNet", "detect": "COCO", "segment": "PASCAL VOC"}[weights.task]
         warn(

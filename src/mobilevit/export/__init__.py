@@ -331,11 +331,11 @@ def artifact_input(source: ImageInput, preprocessing: Preprocessing, target: Tar
     """One image as the artifact gets it, (1, ...)."""
     p = preprocessing
     if (target.height, target.width) == (p.crop_px, p.crop_px):
-        image = p.resize_and_crop(read_image(source))
+        image = p.resize_and_crop(read_image(source, copy=False))
     elif target.height == target.width:
-        image = p.at_size(target.height).resize_and_crop(read_image(source))
+        image = p.at_size(target.height).resize_and_crop(read_image(source, copy=False))
     else:  # no preprocessing keeps the ratio of any image at any size
-        image = read_image(source).resize((target.width, target.height))
+        image = read_image(source, copy=False).resize((target.width, target.height))
     pixels = torch.from_numpy(np.array(image))[None]
     return pixels if target.uint8 else p.scale(pixels.permute(0, 3, 1, 2)).contiguous()
 
