@@ -481,6 +481,20 @@ class ImageResult(Generic[Result]):
     result: Result | ImageError
     image: Image.Image | None
 
+    def value(self) -> Result:
+        """The prediction.
+
+        Raises:
+            ImageError: the file could not be read.
+        """
+        if isinstance(self.result, ImageError):
+            raise self.result
+        return self.result
+
+    def decoded(self) -> Image.Image:
+        """The decoded image; read again if it was not kept. Errors as for `read_image`."""
+        return read_image(self.path) if self.image is None else self.image
+
 
 def predict_images(
     model: Predictor,

@@ -24,7 +24,7 @@ from mobilevit.data.labels import IGNORE, Boxes, MaskFile
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import Box, resize
-from mobilevit.images import Preprocessing, read_image, read_crop
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 # JPEG hands parts over at 1/2, 1/4 or 1/8 of their size, from 8 pixels to 8 pixels; a part that began between two of
 # them would be moved against its boxes. Parts of images from LARGE_PX up therefore keep to such a grid, and no other

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
-from mobilevit.images import Preprocessing, read_image, read_crop
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Policy = Literal["basic", "advanced"]

@@ -83,13 +83,13 @@ class Weights:
             )
         if self.task == "detect" and self.output_stride != 32:
             raise ValueError(f"output_stride is {self.output_stride}; it must be 32 for a detector")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes; give one per class")
         if self.category_ids and (self.task != "detect" or len(self.category_ids) != len(self.class_names)):
             raise ValueError(
                 f"category_ids are {len(self.category_ids)} for {len(self.class_names)} class names and the task "
                 f"{self.task!r}; give one for each named class of a detector, or none"
             )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes; give one per class")
 
     @property
     def name(self) -> str:
