@@ -179,7 +179,7 @@ def test_networks_without_a_classifier_have_no_class_evidence(photo: Image.Image
     model = mobilevit.MobileViT("xxs", num_classes=0)
     weights = Weights(model.architecture, model.state_dict(), Preprocessing(72, 64))
     assert mobilevit.explain_image(weights, photo).class_evidence == ()
-    with pytest.raises(ValueError, match="'ant'.*no classifier"):
+    with pytest.raises(ValueError, match=r"'ant'.*no classifier"):
         mobilevit.explain_image(weights, photo, class_name="ant")
 
 

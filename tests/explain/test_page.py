@@ -65,7 +65,8 @@ def test_the_file_is_self_contained(written: tuple[Explanation, Path]):
 
 def test_attention_matches_python(page: Page, written: tuple[Explanation, Path]):
     explanation = written[0]
-    attention = "([i, x, y, layer, head]) => Array.from(explanation.attentionFrom(explanation.data.blocks[i], x, y, layer, head))"
+    attention = """([i, ...options]) =>
+        Array.from(explanation.attentionFrom(explanation.data.blocks[i], ...options))"""
     rollout = "([i, x, y]) => Array.from(explanation.rollout(explanation.data.blocks[i], x, y))"
     to_map = """([i, x, y]) => {
         const block = explanation.data.blocks[i];

@@ -247,7 +247,7 @@ class _Masks:
         """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
         import numpy as np
 
-        from mobilevit.draw import draw_mask, write_mask_png, write_jpeg
+        from mobilevit.draw import draw_mask, write_jpeg, write_mask_png
         from mobilevit.images import read_image
 
         counts = np.bincount(found.ravel(), minlength=256)

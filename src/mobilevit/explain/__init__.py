@@ -94,7 +94,7 @@ def explain_image(
     )
     if any(one.grad_cam.numel() == 1 for one in explanation.class_evidence):
         logger.warning(
-            "at %d px the last feature map has a single position, so the Grad-CAM heat map is uniform; use a larger size",
+            "at %d px the last feature map has one position, so the Grad-CAM heat map is uniform; use a larger size",
             explanation.size_px,
         )
     if path and path.suffix.lower() == ".png":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -241,7 +242,7 @@ def _draw_marker(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
 def _draw_dashed(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], dash_px: int = 7) -> None:
     left, top, right, bottom = box
     corners = ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
-    for (x1, y1), (x2, y2) in zip(corners, corners[1:], strict=False):
+    for (x1, y1), (x2, y2) in pairwise(corners):
         length = abs(x2 - x1) + abs(y2 - y1)
         for start in range(0, round(length), 2 * dash_px):
             a, b = start / length, min(start + dash_px, length) / length

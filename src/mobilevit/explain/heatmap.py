@@ -1,4 +1,4 @@
-"""Heat maps over an image: scaling of values to [0, 1], and the color ramp. The figure and the page use the same ones."""
+"""Heat maps over an image: scaling of values to [0, 1] and the color ramp, for the figure and the page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mobilevit.draw import Color
 # From low to high values. Lightness increases as well, for readers who cannot tell the hues apart.
 RAMP: tuple[Color, ...] = ((122, 24, 72), (190, 50, 52), (236, 116, 30), (250, 188, 66), (255, 245, 190))
 MAX_OPACITY = 0.75  # of the brightest color
-# The brightest color stands for the largest attention, or for this multiple of the mean if that is larger. Scaled by the
-# largest value alone, uniform attention would be as bright as attention to a single patch.
+# The brightest color stands for the largest attention, or for this multiple of the mean if that is larger. Scaled by
+# the largest value alone, uniform attention would be as bright as attention to a single patch.
 MIN_BRIGHTEST = 3.0
 UNIFORM_BELOW = 1.1  # attention counts as uniform if its maximum is below this multiple of the mean
 GRADIENT_DECADES = 4  # of the logarithmic scale, from the darkest to the brightest color
