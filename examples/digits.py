@@ -61,7 +61,7 @@ def main(out: Path) -> None:
             sys.exit(f"{out}: holds something else than a run of this example; give a folder of its own")
         shutil.rmtree(out)
     write_images(out / "data")
-    run = train(RECIPES["tiny"], out / "data", out, console=console)
+    run = train(RECIPES["tiny"], out / "data", out)
 
     model = mobilevit.load(run.weights)
     read = [
