@@ -27,7 +27,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL import __version__ as pillow_version
-from rich.console import Console
 from sklearn.datasets import load_sample_image
 
 import mobilevit
@@ -65,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as image files, with data/test/ as the test split, and model.safetensors."""
     folder = tmp_path_factory.mktemp("digits")
     runpy.run_path(str(ROOT / "examples" / "digits.py"))["write_images"](folder / "data")
-    train(replace(RECIPES["tiny"], epochs=8), folder / "data", folder, console=Console(quiet=True))
+    train(replace(RECIPES["tiny"], epochs=8), folder / "data", folder)
     return folder
 
 
