@@ -71,7 +71,6 @@ class Predictor(nn.Module):
 
     task: TaskName
     preprocessing: Preprocessing
-    num_classes: int
     _class_names: tuple[str, ...] = ()
 
     @property

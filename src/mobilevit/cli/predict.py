@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mobilevit.predict import Classifier, Detection, Detector, ImageResult, Prediction, Segmenter
 
 Rows = list[tuple[str, ...]]  # of the table, without the column of the image
+Predictions = Callable[[Any, Any], list[Any]]  # (pixels, sizes) of a batch -> a result per image
 MIN_IMAGES_FOR_PROGRESS = 32
 
 
@@ -177,7 +178,7 @@ class _Classes:
 
     def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
         top_k = TOP_K if command.top_k is None else command.top_k
-        self.predict: Callable[..., list[list[Prediction]]] = lambda *batch: model.predict_pixels(*batch, top_k)
+        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, top_k)
 
     def write(self, one: ImageResult[list[Prediction]]) -> tuple[dict[str, Any], Rows]:
         """JSON values and table rows.
@@ -205,7 +206,7 @@ class _Boxes:
         if not model.category_ids:
             warn(f"{command.weights}: no category ids; detections.json has class index + 1 instead")
         threshold = SCORE_THRESHOLD if command.score_threshold is None else command.score_threshold
-        self.predict: Callable[..., list[list[Detection]]] = lambda *batch: model.predict_pixels(*batch, threshold)
+        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, threshold)
         self.coco: list[dict[str, Any]] = []
 
     def write(self, one: ImageResult[list[Detection]]) -> tuple[dict[str, Any], Rows]:
@@ -250,13 +251,13 @@ class _Masks:
     def __init__(self, command: Predict, model: Segmenter, paths: list[Path]):
         self.out = _output_folder(command, {path: path.stem for path in paths})
         self.class_name = model.class_name
-        self.predict: Callable[..., list[np.ndarray]] = model.predict_pixels
+        self.predict: Predictions = model.predict_pixels
 
     def write(self, one: ImageResult[np.ndarray]) -> tuple[dict[str, Any], Rows]:
         """JSON values and table rows, the largest class first; writes the mask and the overlay."""
         import numpy as np
 
-        from mobilevit.draw import draw_mask, palette_png, write_jpeg
+        from mobilevit.draw import draw_mask, write_jpeg, write_mask_png
 
         mask = one.value()
         counts = np.bincount(mask.ravel(), minlength=256)
@@ -265,7 +266,7 @@ class _Masks:
         legend = {c: f"{name} {100 * part:.1f} %" for c, (name, part) in classes.items() if name != "background"}
         mask_path, overlay_path = self.out / f"{one.path.stem}.png", self.out / f"{one.path.stem}_overlay.jpg"
         write_jpeg(draw_mask(one.decoded(), mask, legend), overlay_path)
-        palette_png(mask, mask_path)
+        write_mask_png(mask, mask_path)
         line = [{"class": name, "index": c, "fraction": fraction} for c, (name, fraction) in classes.items()]
         rows: Rows = [(name, f"{100 * fraction:.1f} %") for name, fraction in classes.values()]
         return {"classes": line, "mask": str(mask_path), "overlay": str(overlay_path)}, rows

@@ -33,6 +33,7 @@ from mobilevit.names import nearest
 from mobilevit.weights.configs import (
     METADATA,
     OTHER,
+    PUBLISHED_STRIDES,
     check_published,
     coco_category_ids,
     coco_class_names,
@@ -75,6 +76,7 @@ __all__ = [
     "OTHER",
     "PAPER_PREPROCESSING",
     "PREPROCESSING",
+    "PUBLISHED_STRIDES",
     "TASK_FORMATS",
     "TIMM_PREPROCESSING",
     "Format",
