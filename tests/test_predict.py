@@ -112,7 +112,9 @@ def test_pixels_have_the_dtype_of_the_network(model: Classifier, images: list[Pa
 def test_batch_size_does_not_change_predictions(model: Classifier, images: list[Path], batch_size: int):
     shuffled = [images[i] for i in (5, 0, 3, 6, 2, 1, 4, 5)]
     results = list(
-        predict_images(model, shuffled, lambda *batch: model.predict_pixels(*batch, 3), batch_size=batch_size)
+        predict_images(
+            model, shuffled, lambda pixels, sizes: model.predict_pixels(pixels, sizes, 3), batch_size=batch_size
+        )
     )
     assert [one.path for one in results] == shuffled
     for one in results:
