@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from mobilevit.demo import runtime
 from mobilevit.draw import LOOK, OPACITY, PALETTE
-from mobilevit.export import export
+from mobilevit.export import ExportOptions, export
 from mobilevit.images import ImageInput
 from mobilevit.tasks.detection import SHOWN_SCORE
 from mobilevit.weights import TaskName, Weights
@@ -121,7 +121,7 @@ def write_page(
     ort = runtime.find(ort, say)  # first: it fails sooner than the export
     with tempfile.TemporaryDirectory() as aside:
         say("exporting to ONNX ...")
-        (artifact,) = export(weights, ["onnx"], aside, answers=dense, images=images, source=source)
+        (artifact,) = export(weights, ["onnx"], aside, ExportOptions(postprocess=dense), images=images, source=source)
         (out / "ort").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path, out / MODEL)
     for file in (LOOK, *STATIC.iterdir()):
