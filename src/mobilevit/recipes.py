@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 from mobilevit.defaults import MAX_MEGAPIXELS
+from mobilevit.names import nearest
 
 Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment"]
@@ -382,9 +383,9 @@ RECIPES: dict[str, Recipe] = {name: make() for name, make in NAMED.items()}
 
 
 def named(name: str) -> Recipe:
-    """The recipe called `name`. Raises ValueError, with the names that there are, for another name."""
+    """The recipe called `name`. Raises ValueError, with the nearest names, for an unknown name."""
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise ValueError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}the recipes are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 

@@ -98,7 +98,7 @@ def test_activations_by_hand() -> None:
 def test_choose() -> None:
     assert [system.name for system in run.choose([])] == list(SYSTEMS)
     assert [system.name for system in run.choose(["pit-tiny", "espnetv2"])] == ["espnetv2", "pit-tiny", *OURS]
-    with pytest.raises(ValueError, match=r"no system 'mobilenetv2', 'x'; near are mobilenetv"):
+    with pytest.raises(ValueError, match=r"no system 'mobilenetv2', 'x'; did you mean mobilenetv"):
         run.choose(["mobilenetv2", "x", "espnetv2"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import tempfile
@@ -17,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
+from mobilevit.names import nearest
 from mobilevit.weights import (
     NETWORKS,
     PAPER_PREPROCESSING,
@@ -92,7 +92,7 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
         module = randomise(_create("torchvision", name, weights, exportable), seed)
     else:
         raise ValueError(
-            f"there is no network {name!r} to compare with; {_near('timm', name, task)}there are self, timm, "
+            f"there is no network {name!r} to compare with; {nearest(name, _names('timm', task))}there are self, timm, "
             "transformers, timm:NAME, torchvision:NAME, or the name of a network of timm"
         )
     return keep_silu(module.eval().requires_grad_(False))
@@ -227,7 +227,7 @@ def _create(library: str, network: str, weights: Weights, exportable: bool) -> n
     task = weights.task
     if not _has(library, network, task):
         raise ValueError(
-            f"{library} has no network {network!r}; {_near(library, network, task)}"
+            f"{library} has no network {network!r}; {nearest(network, _names(library, task))}"
             f"{_listing(library, task)} lists those it has"
         )
     if library == "timm":
@@ -256,12 +256,6 @@ def _names(library: str, task: TaskName) -> list[str]:
         return _import("timm").list_models() if task == "classify" else []
     models = _import("torchvision").models
     return models.list_models(getattr(models, TORCHVISION[task]) if task in TORCHVISION else models)
-
-
-def _near(library: str, network: str, task: TaskName) -> str:
-    """The names most similar to `network`, as the start of a hint; empty if there is none."""
-    near = difflib.get_close_matches(network, _names(library, task), n=3)
-    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def _listing(library: str, task: TaskName) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import inspect
 import io
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
+
+from mobilevit.names import nearest
 
 # The options of a recipe that most commands share or that are used most, under the names that other commands use.
 SHORT = {
@@ -43,12 +44,6 @@ _ArgConf: Any = type(tyro.conf.arg())
 
 class _BadValueError(Exception):
     """A value that does not fit. Not a ValueError, which tyro would catch and print in its own way."""
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The names most similar to `name`, as the start of a hint; empty if there is none."""
-    near = difflib.get_close_matches(name, list(names), n=3)
-    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def parse(command: Any, args: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:

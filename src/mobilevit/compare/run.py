@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import difflib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +29,7 @@ from mobilevit.compare.models import SYSTEMS, Network, System
 from mobilevit.export import TOLERANCE, find_backend
 from mobilevit.export.artifact import ArtifactSpec
 from mobilevit.images import first_line
+from mobilevit.names import nearest
 
 Runtime = Literal["torch", "onnx"]
 Baseline = Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"]
@@ -59,9 +59,8 @@ def check_names(names: Sequence[str], known: Collection[str]) -> None:
     """
     unknown = [name for name in names if name not in known]
     if unknown:
-        near = [close for name in unknown for close in difflib.get_close_matches(name, known, n=3)]
-        hint = f"near are {', '.join(dict.fromkeys(near))}" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"there is no system {', '.join(repr(name) for name in unknown)}; {hint}")
+        hint = nearest(unknown[0], known) or f"there are {', '.join(known)}"
+        raise ValueError(f"there is no system {', '.join(repr(name) for name in unknown)}; {hint.strip()}")
 
 
 def compare(
