@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.export import artifact_input, load_artifact, read_metadata
-from mobilevit.export.artifact import OUTPUTS, SCORE_THRESHOLD, Target
-from mobilevit.export.verify import filled_batches
+from mobilevit.export.artifact import RAW_OUTPUTS, SCORE_THRESHOLD, ArtifactSpec, artifact_input, fill_batches
+from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
 from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
@@ -37,14 +36,14 @@ class Artifact(Predictor):
             preprocessing = json.loads(metadata["preprocessing"])
             uint8 = preprocessing.pop("scaled_inside")
             height, width = map(int, metadata["size"].split())
-            self.target = Target(
+            self.spec = ArtifactSpec(
                 precision=metadata["precision"],  # pyright: ignore[reportArgumentType] - one of ours
                 height=height,
                 width=width,
                 batch_size=int(metadata["batch_size"]),
                 uint8=uint8,
                 task=self.task,
-                answers=metadata["outputs"] != " ".join(OUTPUTS[self.task]),
+                postprocess=metadata["outputs"] != " ".join(RAW_OUTPUTS[self.task]),
             )
             self.preprocessing = Preprocessing.from_dict(preprocessing)
             self._num_classes = int(metadata["num_classes"])
@@ -61,11 +60,11 @@ class Artifact(Predictor):
 
     def outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the artifact, from as many runs as its batch size requires."""
-        batches = [self._run(batch.numpy()) for batch in filled_batches(pixels.split(1), self.target.batch_size)]
+        batches = [self._run(batch.numpy()) for batch in fill_batches(pixels.split(1), self.spec.batch_size)]
         return tuple(torch.from_numpy(np.concatenate(parts)[: len(pixels)]) for parts in zip(*batches, strict=True))
 
     def _pixels(self, image: Image.Image) -> Tensor:
-        return artifact_input(image, self.preprocessing, self.target)[0]
+        return artifact_input(image, self.preprocessing, self.spec)[0]
 
     def _batch(self, pixels: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(pixels))
@@ -84,13 +83,13 @@ class ArtifactDetector(Artifact, Detector):
     """An exported detector; with decoded outputs, NMS is part of the artifact."""
 
     def _detect(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
-        if not self.target.answers:
+        if not self.spec.postprocess:
             boxes, scores = self.outputs(pixels)
             return suppress(boxes.float(), scores.float(), score_threshold=score_threshold, max_per_image=max_per_image)
         if score_threshold < SCORE_THRESHOLD:
             raise ValueError(
                 f"score threshold is {score_threshold}, but this artifact omits boxes below {SCORE_THRESHOLD}; use a "
-                "higher threshold, or export without --answers"
+                "higher threshold, or export without --postprocess"
             )
         detections = []
         for boxes, scores, labels in zip(*self.outputs(pixels), strict=True):
@@ -105,7 +104,7 @@ class ArtifactSegmenter(Artifact, Segmenter):
     def coarse(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes, H, W), or the class indices one-hot encoded."""
         (output,) = self.outputs(images)
-        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.target.answers else output
+        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.spec.postprocess else output
 
     def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
         return logits  # part of the artifact

@@ -31,7 +31,7 @@ def fold_batch_norm(model: Network, *, inplace: bool = False) -> Network:
 
 
 def frozen_copy(model: Network) -> Network:
-    """A deep copy of `model` without gradients.
+    """Return a deep copy of `model` without gradients.
 
     Raises:
         ValueError: `model` is in training mode.
