@@ -200,9 +200,9 @@ def test_image_files_match_pillow(page: Page, folder: Path):
         with Image.open(file) as again:
             expected = model.predict(again)
         assert shown[0][0] == expected[0].class_name, name
-        found = [probability for _, probability in shown]
+        probabilities = [probability for _, probability in shown]
         # Decoders and blending may round differently by one gray level.
-        np.testing.assert_allclose(found, [p.probability for p in expected], atol=1e-2, err_msg=name)
+        np.testing.assert_allclose(probabilities, [p.probability for p in expected], atol=1e-2, err_msg=name)
 
 
 def test_digits_drawn_with_the_mouse(page: Page):
@@ -407,8 +407,8 @@ def fraction_drawn(page: Page, points: np.ndarray, colors: np.ndarray) -> float:
     """The fraction of relative points (N, 2) at which the overlay has nearly the colors (N, 3)."""
     drawn = overlay(page)
     x, y = (points * drawn.shape[1::-1]).astype(int).T
-    found = drawn[y, x]
-    return float(((np.abs(found[:, :3].astype(int) - colors).max(axis=1) < 8) & (found[:, 3] > 250)).mean())
+    pixels = drawn[y, x]
+    return float(((np.abs(pixels[:, :3].astype(int) - colors).max(axis=1) < 8) & (pixels[:, 3] > 250)).mean())
 
 
 def test_boxes_match_torch(boxes_page: Page, boxes_weights: Weights, photo: Image.Image):
@@ -423,8 +423,8 @@ def test_boxes_match_torch(boxes_page: Page, boxes_weights: Weights, photo: Imag
         assert [row["text"].split("\n")[0] for row in shown] == [one.class_name for one in expected]
         scores = [float(row["score"]) for row in shown]
         np.testing.assert_allclose(scores, [one.score for one in expected], atol=1e-3)
-        found = np.array([row["box"].split() for row in shown], float).reshape(-1, 4)
-        np.testing.assert_allclose(found, np.array([one.box for one in expected]).reshape(-1, 4), atol=0.5)
+        boxes = np.array([row["box"].split() for row in shown], float).reshape(-1, 4)
+        np.testing.assert_allclose(boxes, np.array([one.box for one in expected]).reshape(-1, 4), atol=0.5)
         thumb = page.locator("#thumbnails button").last
         assert thumb.inner_text().split()[0] == str(len(shown) or "none")
     assert numbers[2] > numbers[0] > numbers[1] > numbers[3] == 0
