@@ -61,7 +61,8 @@ def thread_advice() -> str:
         return ""
     return (
         f"{num_threads} threads are slower than 1 here ({speeds[num_threads]:,.0f} against {speeds[1]:,.0f} "
-        "convolutions per second), because another process uses the cores; use --num-threads 1, or set OMP_WAIT_POLICY=passive"
+        "convolutions per second), because another process uses the cores; use --num-threads 1, or set "
+        "OMP_WAIT_POLICY=passive"
     )
 
 
