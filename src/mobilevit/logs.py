@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from rich.console import Console
 
@@ -31,4 +32,5 @@ def log_to_stderr() -> None:
     logger = logging.getLogger("mobilevit")
     if not logger.hasHandlers():
         logger.addHandler(_StderrHandler())
-        logger.setLevel(logging.INFO)
+        # Of the processes of torchrun, one reports progress; each one reports its own problems.
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

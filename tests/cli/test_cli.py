@@ -1102,14 +1102,14 @@ def test_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, s
     rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("%")]
     assert rows[0][0] == ":bee:"  # the chosen class, then the likeliest
     assert [*first.class_name.split(), f"{100 * first.probability:.1f}", "%"] in rows
-    assert "Stage 3: depends on 100.0 % of the pixels\n" in out
+    assert re.search(r"^Stage 3: .* 100\.0 % of the pixels$", out, re.MULTILINE)
     assert re.search(r"^why/a\.png: \d+\.\d MB$", out, re.MULTILINE)
     assert run("explain", segmenter, "photos/d.jpg", "--size", "96") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Stage 2: depends on ")  # no classes
+    assert out.startswith("Stage 2: ")  # no classes
     assert names(here) - before == {"why/a.png", "explanation.html"}
-    assert '"size":96' in (here / "explanation.html").read_text(encoding="utf-8")
+    assert "96 \u00d7 96" in (here / "explanation.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_of_explain(capsys: pytest.CaptureFixture[str], here: Path, weights: str, detector: str):
@@ -1120,18 +1120,12 @@ def test_mistakes_of_explain(capsys: pytest.CaptureFixture[str], here: Path, wei
         (weights, "photos/c.png"): r"photos/c\.png: damaged image",
         (weights, weights): "not an image",
         ("missing.safetensors", "photos/a.png"): "missing.safetensors: no such file",
-        (weights, "photos/a.png", "--out", "a.jpg"): r"a\.jpg: ends in \.jpg; write a \.html or a \.png file",
-        (weights, "photos/a.png", "--out", "photos"): "photos: ends in nothing",
-        (weights, "photos/a.png", "--out", "photos/a.png"): r"photos/a\.png: is the image itself",
-        (weights, "photos/a.png", "--class", "bee"): r"class is 'bee', which none of the 3 .* they are \[bold\]ant",
-        (detector, "photos/a.png", "--class", ":bee:"): "class is ':bee:'; .* these are weights to detect",
-        (
-            weights,
-            "photos/a.png",
-            "--at",
-            "33",
-            "0",
-        ): "the place is 33 0; of this image of 33 x 40 px .* from 2 to 30",
+        (weights, "photos/a.png", "--out", "a.jpg"): r"a\.jpg.*\.html or \.png",
+        (weights, "photos/a.png", "--out", "photos"): "photos: unknown suffix",
+        (weights, "photos/a.png", "--out", "photos/a.png"): r"photos/a\.png: is the input image",
+        (weights, "photos/a.png", "--class", "bee"): r"'bee'.*\[bold\]ant",
+        (detector, "photos/a.png", "--class", ":bee:"): "':bee:'.*detect",
+        (weights, "photos/a.png", "--at", "33", "0"): "33 0.*x from 2 to 30",
         (weights, "photos/a.png", "--at", "10"): "--at",
         (weights, "photos/a.png", "--size", "31"): "size is 31; it must be 32 px or more",
         (weights, "photos/a.png", "--device", "toaster"): "device 'toaster' cannot be used",

@@ -35,8 +35,9 @@ from mobilevit.compare.statistics import Comparison, holm, require_scipy, welch
 from mobilevit.images import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
-from mobilevit.training.loop import DivergedError, FinishedError, train
-from mobilevit.training.other import check_recipe
+from mobilevit.training.external import check_recipe
+from mobilevit.training.loop import DivergedError, train
+from mobilevit.training.run import FinishedError
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _run(model: Model, recipe: Recipe, data: str | Path, out: Path, device: str)
         if model.family == "mobilevit":  # as `mobilevit train` does it, so that all commands accept the weights
             size: Any = model.name.removeprefix("mobilevit-")
             return train(replace(recipe, architecture=size), data, out, device=device).epochs
-        return train(recipe, data, out, other=model, device=device).epochs
+        return train(recipe, data, out, classifier=model, device=device).epochs
     except FinishedError as finished:
         return finished.epochs
 
