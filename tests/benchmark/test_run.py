@@ -17,12 +17,12 @@ from mobilevit.benchmark import models, rivals, run, timing
 from mobilevit.benchmark.cost import profile
 from mobilevit.benchmark.models import BenchmarkModel, models_from_artifact, models_from_weights, write_model
 from mobilevit.benchmark.run import Startup
-from mobilevit.benchmark.signatures import Signature, signature
 from mobilevit.benchmark.timing import Spread
-from mobilevit.export import Target, export
+from mobilevit.export import ArtifactSpec, ExportOptions, export, read_signature
+from mobilevit.export.backend import Signature
 from mobilevit.weights import TaskName, Weights
 
-TINY = Target("fp32", 32, 48)
+TINY = ArtifactSpec("fp32", 32, 48)
 
 
 class Sleeper(nn.Module):
@@ -132,7 +132,7 @@ def test_wrong_outputs_are_not_timed(tmp_path: Path, tiny: nn.Module, no_process
 
 def test_subprocess(tmp_path: Path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2048, bias=False)).eval().requires_grad_(False)
-    model = write_model("wide", network, "torch", Target("fp32", 64, 64), tmp_path)
+    model = write_model("wide", network, "torch", ArtifactSpec("fp32", 64, 64), tmp_path)
     startup = run.measure_in_subprocess(model, num_threads=1)
     assert startup.load_ms > 0
     if sys.platform == "linux":
@@ -194,13 +194,13 @@ def test_dense_models(task: TaskName, against: str, shapes: list, tmp_path: Path
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_artifact(task: TaskName, tmp_path: Path):
     weights = rivals.random_weights("xxs", task=task, num_classes=7)
-    [artifact] = export(weights, ["onnx"], tmp_path, size=(64, 96), answers=True, num_threads=1)
+    [artifact] = export(weights, ["onnx"], tmp_path, ExportOptions(size=(64, 96), postprocess=True, num_threads=1))
     (made := tmp_path / "made").mkdir()
     against = {"detect": "ssdlite320_mobilenet_v3_large", "segment": "torchvision:lraspp_mobilenet_v3_large"}[task]
     ours, theirs = models_from_artifact(artifact.path, made, against=[against])
     cost = profile(weights.build(), (64, 96))
     assert ours.num_macs == cost.num_macs + cost.num_attention_macs
-    assert (ours.precision, ours.network) == ("fp32", f"mobilevit_xxs_{task}_64x96_answers")
+    assert (ours.precision, ours.network) == ("fp32", f"mobilevit_xxs_{task}_64x96_postprocess")
     assert (theirs.name, theirs.baseline) == (against, ours.label)
 
 
@@ -226,7 +226,7 @@ def test_artifact(tmp_path: Path, no_processes: None):
     (tmp_path / "made").mkdir()
     (written,) = models_from_weights("xxs", weights, tmp_path / "made", runtimes=["onnx"], size=(32, 64))
     path = written.path.rename(tmp_path / "mobilevit_xxs_32x64_fp32.onnx")
-    assert signature(path) == Signature((1, 3, 32, 64), False, 1000)
+    assert read_signature(path) == Signature((1, 3, 32, 64), False, 1000)
     ours, control = models_from_artifact(path, tmp_path / "made", against=["self"])
     assert (ours.runtime, ours.precision, ours.network) == ("onnx", "fp32", "mobilevit_xxs_32x64")
     assert (ours.shape, ours.num_macs, ours.num_bytes) == ((1, 3, 32, 64), written.num_macs, path.stat().st_size)

@@ -642,7 +642,7 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
         out,
     )
     assert "classes: has no validation split: 2 of 6 images are used for validation" in err
-    assert "MobileViT-XXS from the given weights; 4 images of 2 classes for training, 2 for validation" in err
+    assert "MobileViT-XXS from pretrained weights; 4 training images and 2 validation images of 2 classes" in err
     files = {"model.safetensors", "best.safetensors", "raw.safetensors", "metrics.jsonl", "steps.jsonl", "report.html"}
     files |= {"run.json", ".lock", "checkpoints/000000001.pt", "checkpoints/000000002.pt"}  # a step an epoch
     assert names(here / "runs") == {f"classes/{name}" for name in files}
@@ -662,9 +662,9 @@ def test_train_then_use(capsys: pytest.CaptureFixture[str], here: Path, weights:
     again = capsys.readouterr().err
     assert all(part in again for part in ("runs/classes", "finished", "--epochs"))
     other = mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides, "--seed", "3")
-    said = "runs/classes: holds another run (recipe.seed is 0 there, 3 here); name another folder, or remove this one"
+    said = "runs/classes: contains another run (recipe.seed was 0, is now 3); name another folder, or remove this one"
     assert other == f"mobilevit: {said}\n"
-    assert "weights is " in mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides[:-2])
+    assert "weights was " in mistake(capsys, "train", "tiny", "--data", "classes", *TRAIN, *overrides[:-2])
     assert {name: (here / "runs" / name).read_bytes() for name in names(here / "runs")} == before
 
 
@@ -690,7 +690,7 @@ def test_a_disk_that_fills_up(capsys: pytest.CaptureFixture[str], here: Path, mo
     assert names(here / "runs/classes/checkpoints") == {"000000001.pt"}
     assert run(*train) == 0  # there is space again
     out, err = capsys.readouterr()
-    assert "going on after step 1, in epoch 2" in err
+    assert "resuming after step 1, in epoch 2" in err
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,10 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
 
 def test_export_names_files_after_the_weights(here: Path, weights: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("mobilevit.export.export", lambda *args, **options: asked.append(options) or [])
+    monkeypatch.setattr(
+        "mobilevit.export.export_each",
+        lambda weights, backends, out, options, **more: asked.append(more | {"overwrite": options.overwrite}) or [],
+    )
     (here / "pets").mkdir()
     (here / "pets/run.json").write_text("{}")
     sources = {"pets": "pets", "pets/model.safetensors": "pets", "pets/raw.safetensors": "pets_raw"}
@@ -1306,10 +1309,10 @@ def test_stopped_by_signals_and_taken_up_by_the_same_command(here: Path):
         assert out == ""
         assert "Traceback" not in err
         if stopped_after:
-            assert f"going on after step {stopped_after}, in epoch " in err
+            assert f"resuming after step {stopped_after}, in epoch " in err
         said = err.splitlines()[-1]
-        found = re.fullmatch(r"mobilevit: stopped in epoch \d+ after step (\d+) and kept in runs/classes; (.+)", said)
+        found = re.fullmatch(r"mobilevit: stopped in epoch \d+ after step (\d+) and saved in runs/classes; (.+)", said)
         assert found, err
-        assert found[2] == "the same command goes on from there"
+        assert found[2] == "the same command resumes the run"
         stopped_after = int(found[1])
         assert stopped_after == last_step() < 1000

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from mobilevit.benchmark import rivals
 from mobilevit.benchmark.cost import profile
-from mobilevit.benchmark.signatures import Signature, runtime_of, signature
 from mobilevit.benchmark.timing import measure
-from mobilevit.export import BACKENDS, PRECISIONS, find_backend, load_artifact, read_metadata
-from mobilevit.export.artifact import Precision, Target
-from mobilevit.export.rewrite import fast
-from mobilevit.export.verify import Run, as_arrays, synthetic_images
+from mobilevit.export import find_backend, load_artifact, read_metadata, read_signature
+from mobilevit.export.artifact import ArtifactSpec, as_arrays
+from mobilevit.export.backend import InferenceFn, Signature
+from mobilevit.export.rewrite import optimize_for_inference
+from mobilevit.export.verify import synthetic_images
+from mobilevit.export_options import ARTIFACT_SUFFIXES, PRECISIONS, Precision, backend_of_file
 from mobilevit.images import first_line
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
@@ -30,13 +31,13 @@ from mobilevit.weights import TaskName, Weights
 logger = logging.getLogger(__name__)
 
 TORCH = ("torch", "compiled")  # eager, and torch.compile with frozen weights
-RUNTIMES = (*TORCH, *BACKENDS)
+RUNTIMES = (*TORCH, *ARTIFACT_SUFFIXES)
 CALIBRATION_IMAGES = 16  # few, because the calibration does not affect the speed
 LAYOUT_ROUNDS = 3
 # The file names that `mobilevit export` gives to artifacts.
 _ARTIFACT = re.compile(
     rf"(?P<network>mobilevit_(?P<architecture>{'|'.join(ARCHITECTURES)})(?:_(?P<task>detect|segment))?_\d+x\d+)"
-    rf"_(?P<precision>{'|'.join(PRECISIONS)})(?:_uint8)?(?P<postprocess>_answers)?"
+    rf"_(?P<precision>{'|'.join(PRECISIONS)})(?:_uint8)?(?P<postprocess>_postprocess|_answers)?"
 )
 
 
@@ -87,7 +88,7 @@ class BenchmarkModel:
             return random.integers(0, 256, self.shape, dtype=np.uint8)
         return random.random(self.shape, dtype=np.float32)
 
-    def load(self, num_threads: int) -> Run:
+    def load(self, num_threads: int) -> InferenceFn:
         """Load the model into its runtime: input batch -> outputs."""
         if self.runtime not in TORCH:
             return load_artifact(self.path, num_threads)
@@ -127,19 +128,18 @@ def models_from_weights(
     model = weights.build().requires_grad_(False)
     height, width = size or (weights.preprocessing.crop_px,) * 2
     # Artifacts without postprocessing (NMS, argmax): other libraries do it outside of their models.
-    combinations = [
-        (r, Target(p, height, width, b, task=weights.task)) for r in runtimes for p in precisions for b in batch_sizes
-    ]
-    for runtime, target in combinations:  # all before the first export, which takes long
-        _check_runtime(runtime, target)
+    specs = [ArtifactSpec(p, height, width, b, task=weights.task) for p in precisions for b in batch_sizes]
+    combinations = [(runtime, spec) for runtime in runtimes for spec in specs]
+    for runtime, spec in combinations:  # all before the first export, which takes long
+        _check_runtime(runtime, spec)
     builder = _RivalBuilder(weights, against)
     cost = profile(model, (height, width))
     models = []
-    for runtime, target in combinations:
-        _log_writing(name, runtime, target)
-        ours = write_model(name, model, runtime, target, folder)
+    for runtime, spec in combinations:
+        _log_writing(name, runtime, spec)
+        ours = write_model(name, model, runtime, spec, folder)
         ours = replace(ours, num_macs=cost.num_macs + cost.num_attention_macs)
-        models += [ours, *builder.write_models(ours, target, folder)]
+        models += [ours, *builder.write_models(ours, spec, folder)]
     return models
 
 
@@ -158,12 +158,12 @@ def models_from_artifact(
     Raises:
         ValueError: no artifact, a batch or image size that it does not accept, `against` with another file name.
     """
-    runtime = runtime_of(path)
+    runtime = backend_of_file(path)
     if runtime is None or not path.exists():
         load_artifact(path)  # raises an error with the reason
         raise AssertionError("unreachable")
     _check_runtime(runtime, None)
-    found = signature(path)
+    found = read_signature(path)
     match = _ARTIFACT.fullmatch(path.stem)
     if against and not match:
         raise ValueError(
@@ -187,26 +187,26 @@ def models_from_artifact(
             cost = profile(weights.build(), ours.size)
             ours = replace(ours, num_macs=cost.num_macs + cost.num_attention_macs)
         task = weights.task if weights else "classify"
-        target = Target(cast(Precision, ours.precision), *ours.size, batch_size, task=task)
-        models += [ours, *builder.write_models(ours, target, folder)]
+        spec = ArtifactSpec(cast(Precision, ours.precision), *ours.size, batch_size, task=task)
+        models += [ours, *builder.write_models(ours, spec, folder)]
     return models
 
 
-def write_model(name: str, network: nn.Module, runtime: str, target: Target, folder: Path) -> BenchmarkModel:
+def write_model(name: str, network: nn.Module, runtime: str, spec: ArtifactSpec, folder: Path) -> BenchmarkModel:
     """Write `network`, ours or another one, in eval mode, to a new file in `folder`."""
-    stem = re.sub(r"[^\w.-]", "_", f"{name}_{target.height}x{target.width}_b{target.batch_size}_{target.precision}")
-    path = folder / f"{stem}_{len(list(folder.iterdir()))}{BACKENDS.get(runtime, '.pt')}"
-    shape = (target.batch_size, 3, target.height, target.width)
-    model = BenchmarkModel(name, name, runtime, target.precision, path, shape)
+    stem = re.sub(r"[^\w.-]", "_", f"{name}_{spec.height}x{spec.width}_b{spec.batch_size}_{spec.precision}")
+    path = folder / f"{stem}_{len(list(folder.iterdir()))}{ARTIFACT_SUFFIXES.get(runtime, '.pt')}"
+    shape = (spec.batch_size, 3, spec.height, spec.width)
+    model = BenchmarkModel(name, name, runtime, spec.precision, path, shape)
     images = torch.from_numpy(model.example_input())
     with torch.inference_mode():
         expected = as_arrays(network(images))
     if runtime in TORCH:
-        torch.save(_faster_layout(fast(network), images), path)
+        torch.save(_faster_layout(optimize_for_inference(network), images), path)
     else:
-        synthetic = synthetic_images(CALIBRATION_IMAGES if target.precision == "int8" else 0, model.size)
+        synthetic = synthetic_images(CALIBRATION_IMAGES if spec.precision == "int8" else 0, model.size)
         calibration = [torch.from_numpy(p).permute(2, 0, 1)[None].contiguous() / 255 for p in synthetic]
-        find_backend(runtime, target).write(network, target, path, {}, calibration)
+        find_backend(runtime, spec).write(network, spec, path, {}, calibration)
     return replace(model, expected=expected)
 
 
@@ -226,7 +226,7 @@ class _RivalBuilder:
             self.built[name, exportable] = rivals.build(name, self.weights, exportable=exportable)
         return self.built[name, exportable]
 
-    def write_models(self, ours: BenchmarkModel, target: Target, folder: Path) -> list[BenchmarkModel]:
+    def write_models(self, ours: BenchmarkModel, spec: ArtifactSpec, folder: Path) -> list[BenchmarkModel]:
         """Write every model to `folder`, with `ours` as its baseline."""
         models = []
         for name in self.names:
@@ -234,14 +234,14 @@ class _RivalBuilder:
                 models.append(replace(ours, name="self", baseline=ours.label))
                 continue
             network = self.build(name, exportable=ours.runtime not in TORCH)
-            _check_runtime(ours.runtime, target)
-            _log_writing(name, ours.runtime, target)
+            _check_runtime(ours.runtime, spec)
+            _log_writing(name, ours.runtime, spec)
             try:
-                model = write_model(name, network, ours.runtime, target, folder)
+                model = write_model(name, network, ours.runtime, spec, folder)
             except Exception as error:  # a converter may raise anything
                 logger.warning(
                     "%s %s: %s is left out, its conversion failed (%s)",
-                    *(ours.runtime, target.precision, name, first_line(error)),
+                    *(ours.runtime, spec.precision, name, first_line(error)),
                 )
                 continue
             if name in rivals.SAME_MODEL:
@@ -283,23 +283,23 @@ def _weights_like(path: Path, match: re.Match[str], found: Signature) -> Weights
     )
 
 
-def _check_runtime(runtime: str, target: Target | None) -> None:
-    """Raise ValueError if a runtime is unknown, not installed, or does not support `target`."""
+def _check_runtime(runtime: str, spec: ArtifactSpec | None) -> None:
+    """Raise ValueError if a runtime is unknown, not installed, or does not support `spec`."""
     if runtime not in RUNTIMES:
         raise ValueError(f"there is no runtime {runtime!r}; the runtimes are {', '.join(RUNTIMES)}")
     if runtime not in TORCH:
-        find_backend(runtime, target or Target("fp32", 256, 256))
-    elif target and target.precision != "fp32":
-        raise ValueError(f"{runtime} is timed in fp32 only; leave out {target.precision} or {runtime}")
+        find_backend(runtime, spec or ArtifactSpec("fp32", 256, 256))
+    elif spec and spec.precision != "fp32":
+        raise ValueError(f"{runtime} is timed in fp32 only; leave out {spec.precision} or {runtime}")
 
 
 def _faster_layout(network: nn.Module, images: Tensor) -> nn.Module:
     """`network` with its weights in the memory layout that is faster on this machine."""
-    layouts = [network, fast(network).to(memory_format=torch.channels_last)]
+    layouts = [network, optimize_for_inference(network).to(memory_format=torch.channels_last)]
     with torch.inference_mode():
         times = measure([lambda x=x: x(images) for x in layouts], LAYOUT_ROUNDS)
     return layouts[int(times.min(axis=1).argmin())]
 
 
-def _log_writing(name: str, runtime: str, target: Target) -> None:
-    logger.info("%s %s: writing %s, batch size %d ...", runtime, target.precision, name, target.batch_size)
+def _log_writing(name: str, runtime: str, spec: ArtifactSpec) -> None:
+    logger.info("%s %s: writing %s, batch size %d ...", runtime, spec.precision, name, spec.batch_size)

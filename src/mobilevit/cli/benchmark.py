@@ -55,9 +55,10 @@ class Benchmark:
         import tempfile
 
         from mobilevit.benchmark import models, run
+        from mobilevit.export_options import backend_of_file
 
         self._check()
-        artifacts = {name for name in self.targets if models.runtime_of(Path(name))}
+        artifacts = {name for name in self.targets if backend_of_file(Path(name))}
         if artifacts.issuperset(self.targets) and (self.runtime or self.precision):
             raise ValueError("an artifact has its own runtime and precision; leave out --runtime and --precision")
         # Read all weights first, so that a wrong name fails before minutes of exports.

@@ -28,7 +28,7 @@ from mobilevit.compare.models import MOBILEVITS, MODELS, Model, PublishedModel, 
 from mobilevit.compare.reports import RUNTIMES, Baseline, PublishedReport, PublishedRow, Runtime, Timing
 from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
 from mobilevit.export import TOLERANCE, find_backend
-from mobilevit.export.artifact import Target
+from mobilevit.export.artifact import ArtifactSpec
 from mobilevit.images import first_line
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class TimingOptions:
     def check(self) -> None:
         """Raise ValueError if ONNX Runtime is requested and not installed, or together with an accelerator."""
         if "onnx" in self.runtimes:
-            find_backend("onnx", Target("fp32", 256, 256))
+            find_backend("onnx", ArtifactSpec("fp32", 256, 256))
             if self.device != "cpu":
                 raise ValueError(
                     f"ONNX Runtime is timed on the CPU only; with --device {self.device} give --runtime torch"
@@ -279,8 +279,8 @@ class _Timer:
         """The model as `mobilevit export` converts it; the rewrites apply to MobileViT only."""
         if name not in MOBILEVITS:
             protect_silu(network)
-        target = Target("fp32", size_px, size_px, self.batch_size)
-        model = write_model(name, network, "onnx", target, self.folder)
+        spec = ArtifactSpec("fp32", size_px, size_px, self.batch_size)
+        model = write_model(name, network, "onnx", spec, self.folder)
         run, images = model.load(self.options.num_threads), model.example_input()
         assert model.expected is not None
         (expected,), (found,) = model.expected, run(images)

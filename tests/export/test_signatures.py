@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mobilevit.benchmark.signatures import Signature, signature
+from mobilevit.export import read_signature
+from mobilevit.export.backend import Signature
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -21,7 +22,7 @@ def test_onnx(tmp_path: Path, uint8: bool):
     output = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 7])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [input_], [output])), tmp_path / "a.onnx")
     expected = (None, 8, 9, 3) if uint8 else (None, 3, 8, 9)
-    assert signature(tmp_path / "a.onnx") == Signature(expected, uint8, 7)
+    assert read_signature(tmp_path / "a.onnx") == Signature(expected, uint8, 7)
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -39,7 +40,7 @@ def test_executorch(tmp_path: Path, uint8: bool):
 
         program = to_edge(torch.export.export(Mean(), (torch.zeros(shape, dtype=kind),))).to_executorch()
     (tmp_path / "a.pte").write_bytes(program.buffer)
-    assert signature(tmp_path / "a.pte") == Signature(shape, uint8, 3)
+    assert read_signature(tmp_path / "a.pte") == Signature(shape, uint8, 3)
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -51,4 +52,4 @@ def test_openvino(tmp_path: Path, uint8: bool):
     mean = openvino.opset13.reduce_mean(openvino.opset13.convert(input_, "f32"), axes)
     openvino.save_model(openvino.Model([mean], [input_]), tmp_path / "a.xml")
     expected = (None, 8, 9, 3) if uint8 else (None, 3, 8, 9)
-    assert signature(tmp_path / "a.xml") == Signature(expected, uint8, 3)
+    assert read_signature(tmp_path / "a.xml") == Signature(expected, uint8, 3)
