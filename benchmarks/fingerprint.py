@@ -109,7 +109,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "mIoU": ("miou", "mean_iou", "mIoU"),
 }
 # Numbers under these keys are measured times, not computed results.
-TIMES = re.compile(r"second|waiting|_ms$|duration|elapsed")
+TIMES = re.compile(r"second|wait|_ms$|duration|elapsed")
 
 SCRIPT = Path(__file__).resolve()
 

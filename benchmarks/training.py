@@ -1,20 +1,20 @@
-"""A step of training against timm: forward, backward, AdamW; same initial weights, one interleaved run.
+"""Time of a training step compared with timm: forward, backward, AdamW; same initial weights, one interleaved run.
 
     python benchmarks/training.py --out benchmarks/training_<hardware>_<yyyymm>
     python benchmarks/training.py --device cuda --models xxs xs s --sizes 256 --batches 128 --dtype bfloat16 --compile
 
-As in eager.py every round times every side once, in an order that rotates, and what counts is the ratio of two times of
-the same round. The sides:
+As in eager.py, every round times every model once, in rotating order, and the result is the ratio of two times of the
+same round. The models:
 
-- "mobilevit": the network as it is, with the published dropout in the transformers and before the classifier.
-- "timm, NCHW": as it comes, without dropout, so that it has less to do; "timm, NHWC": put into channels last by hand,
-  images too; "timm, NCHW, same dropout": made to learn the same way as ours.
-- "mobilevit, per-tensor AdamW" and its twin of timm: torch's default optimizer for the CPU. All others have the fused
-  one, as in `mobilevit train`.
+- "mobilevit": with the published dropout in the transformers and before the classifier.
+- "timm, NCHW": timm's default, without dropout, which is less work; "timm, NHWC": model and images in channels-last
+  layout; "timm, NCHW, same dropout": with the dropout of ours.
+- "mobilevit, per-tensor AdamW" and "timm, NCHW, per-tensor AdamW": PyTorch's default optimizer on the CPU. All others
+  use the fused one, as `mobilevit train` does.
 
-With one thread of a CPU the clock is the processor time of this process, so that others on the machine disturb it less;
-else it is the clock on the wall. Before it starts the sides must agree in loss and gradients, dropout off. The top of
-eager.py says why freed memory is kept.
+With one CPU thread the clock is the processor time of this process, which other processes disturb less; otherwise it is
+the wall clock. Before the timing, losses and gradients of all models must agree without dropout. The docstring of
+eager.py explains why freed memory is kept.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def timm_with_dropout(model: nn.Module, ours: MobileViT) -> nn.Module:
 
 
 def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module]:
-    """What is trained, by name, from the same initial weights."""
+    """The models by name, with the same initial weights."""
     ours = MobileViT(name, num_classes=num_classes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timm.safetensors"
@@ -92,7 +92,7 @@ def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module
 
 
 def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor) -> float:
-    """The largest relative difference from our loss and from the norm of our gradients over all sides, dropout off."""
+    """The largest relative difference of loss and gradient norm from ours, without dropout."""
     found = {}
     for side, model in sides.items():
         dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -108,14 +108,14 @@ def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor)
         model.load_state_dict(statistics, strict=False)
         model.zero_grad()
     difference = max(abs(a / b - 1) for values in found.values() for a, b in zip(values, found[OURS], strict=True))
-    assert difference < 1e-3, f"the sides disagree: {found}"
+    assert difference < 1e-3, f"the models disagree: {found}"
     return difference
 
 
 def build_step(
     side: str, model: nn.Module, images: Tensor, labels: Tensor, autocast: bool, compiled: bool
 ) -> Callable[[], None]:
-    """One step of training, without waiting for the device."""
+    """One training step, without synchronization with the device."""
     if side.endswith("NHWC"):
         images = images.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused="per-tensor" not in side)
@@ -133,9 +133,9 @@ def build_step(
 
 
 def measure(steps: dict[str, Callable[[], None]], num_rounds: int, device: str, clock: Clock) -> dict[str, np.ndarray]:
-    """Milliseconds of every side in every round.
+    """Milliseconds of every model in every round.
 
-    A step walks through far more memory than a cache holds, so that the side before it leaves nothing to warm up for.
+    A step uses far more memory than a cache holds, so the previous model does not affect it.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     order = list(steps)
@@ -173,7 +173,7 @@ def main(
     keep_memory: bool = True,
     out: Path | None = None,
 ) -> None:
-    """Time a step of training of our network and of timm's side by side.
+    """Time training steps of our network and of timm's.
 
     Args:
         models: the published sizes to time.

@@ -98,7 +98,7 @@ def train(
 
     Called again after an interruption, it resumes from the newest checkpoint. The weights are then bit-identical to
     those of an uninterrupted run with the same recipe, data, device and number of threads. Processes started by
-    torchrun share the work. Messages are logged; see `mobilevit.logs`.
+    torchrun divide each step among them. Messages are logged; see `mobilevit.logs`.
 
     >>> run = mobilevit.train("finetune", "pets/", "runs/pets", pretrained="apple/mobilevit-x-small", download=True)
     >>> model = mobilevit.load(run.weights)
