@@ -27,7 +27,8 @@ import mobilevit
 from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, ImageDataset, Item
 from mobilevit.data.sampler import EpochBatches, Pick
-from mobilevit.data.sources import find_splits, fingerprint
+from mobilevit.data.samples import fingerprint
+from mobilevit.data.sources import find_splits
 from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
@@ -257,11 +258,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(
     bad = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=1)[1]  # not a batch of the first epoch
 
     def loss_until(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
-        calls.append(batch.numbers)
-        is_bad = batch.numbers == tuple(pick.number for pick in bad)
+        calls.append(batch.indices)
+        is_bad = batch.indices == tuple(pick.image_index for pick in bad)
         return loss(self, recipe, model, batch) * (float("nan") if is_bad else 1)
 
-    names = ", ".join(images.source[pick.number].name for pick in bad)
+    names = ", ".join(images.source[pick.image_index].name for pick in bad)
     assert names.count(".png") == 3
     said = rf"^the loss is nan at epoch 2, step 6, 32 px, images {re.escape(names)}; try a lower --lr$"
     recipe = replace(RECIPE, compute=AT_ONCE)
@@ -562,7 +563,7 @@ def test_no_image_is_computed_twice_and_none_with_more_than_are_allowed(
     seen, evaluated, loss, evaluate = [], [], Classification.loss, Classification.evaluate
 
     def note(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
-        seen.append(batch.numbers)
+        seen.append(batch.indices)
         return loss(self, recipe, model, batch)
 
     def note_evaluated(self: Classification, model: nn.Module, batches: Iterable[Batch], gather: Any) -> Any:
@@ -864,7 +865,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_its_batch(
     assert len(seen) == len(expected) == 8
     num_replaced = 0
     for ours, theirs in zip(seen, expected, strict=True):
-        bad = theirs.numbers.index(5) if 5 in theirs.numbers else None  # line/1.png: the sixth in order
+        bad = theirs.indices.index(5) if 5 in theirs.indices else None  # line/1.png: the sixth in order
         order = [(i + 1) % 3 if i == bad else i for i in range(3)]
         assert torch.equal(ours.pixels, theirs.pixels[order])
         assert torch.equal(ours.labels, theirs.labels[order])
@@ -940,7 +941,7 @@ def test_weights_know_their_validation_split_and_how_many_training_images_are_tr
     done = train(replace(RECIPE, epochs=1), copied, tmp_path / "run", console=Console(file=said, width=200))
     assert "images with transparency: 1; composited on white" in said.getvalue()
     training = read(done.weights).training
-    _, val = find_splits(copied, 0.5)
+    _, val = find_splits("classify", copied, 0.5)
     assert (training["num_transparent"], training["val_data"]) == (1, fingerprint(val))
 
 

@@ -30,6 +30,7 @@ from mobilevit.compare.run import (
     network_of,
 )
 from mobilevit.compare.statistics import check_scipy, holm, welch
+from mobilevit.data.sources import default_split
 from mobilevit.images import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
@@ -146,7 +147,7 @@ def compare_trained(
         **begun,
         "timing": {"num_rounds": num_rounds, "num_threads": num_threads} if runtimes else None,
         "data": str(data),
-        "held_out": TASKS["classify"].held_out_name(data),
+        "held_out": None if (split := default_split("classify", data)) == "all" else split,
         "num_train": len(train_set),
         "num_val": len(val_set),
         "num_classes": num_classes,

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import recipes
-from mobilevit.data.loader import Batch, ImageDataset, Loader, load, moved
-from mobilevit.data.sampler import EpochBatches, batch_size_at, count_parts, eval_batches, parts
-from mobilevit.data.sources import fingerprint
+from mobilevit.data.loader import Batch, ImageDataset, Loader, load, to_device
+from mobilevit.data.sampler import EpochBatches, batch_size_at, count_micro_batches, eval_batches, micro_batches
+from mobilevit.data.samples import fingerprint
 from mobilevit.device import choose_device, thread_advice
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.recipes import Recipe
@@ -356,8 +356,8 @@ def _train(
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             batches = _batches(recipe, len(train_set), epoch, world)
-            division: dict[str, Any] = {"rank": processes.rank, "world": world, "pixels_at_once": at_once}
-            todo = (part.picks for part in parts(batches, first_step=position.step, **division))
+            division: dict[str, Any] = {"rank": processes.rank, "world_size": world, "max_pixels": at_once}
+            todo = (part.picks for part in micro_batches(batches, first_step=position.step, **division))
             reading: dict[str, Any] = {
                 "num_workers": recipe.data.num_workers,
                 "device": str(device),
@@ -368,15 +368,15 @@ def _train(
             unseen: list[_Step] = []  # steps whose loss has not been looked at
             sums = torch.zeros(3, device=device)  # of the step: its loss, processes told to stop, unreadable images
             looked_at, waited = time.perf_counter(), 0.0
-            for part in parts(batches, first_step=position.step, **division):
+            for part in micro_batches(batches, first_step=position.step, **division):
                 batch = next(images)
                 rate = learning_rate(
                     recipe.optimizer, position.total_step, schedule_steps, epoch=epoch, num_epochs=schedule_epochs
                 )
                 set_learning_rate(optimizer, rate)
                 # Chance follows from where the run stands, so nothing of it has to be kept for a resume.
-                torch.manual_seed(_seed(recipe.seed, epoch, part.step, part.number))
-                is_last = part.number + world >= part.num_parts
+                torch.manual_seed(_seed(recipe.seed, epoch, part.step, part.index))
+                is_last = part.index + world >= part.num_micro_batches
                 with contextlib.ExitStack() as during:
                     if compiled and tuple(batch.pixels.shape) not in compiled:  # the end of an epoch: too seldom to pay
                         during.enter_context(torch.compiler.set_stance("force_eager"))
@@ -385,8 +385,8 @@ def _train(
                     with precision:
                         loss = task.loss(recipe, network, batch)
                     # Gradients are averaged over the processes, so the shares are made to add up to `world`.
-                    scaler.scale(loss * (part.share * world)).backward()
-                sums[0] += loss.detach() * part.share
+                    scaler.scale(loss * (part.weight * world)).backward()
+                sums[0] += loss.detach() * part.weight
                 sums[2] += len(batch.unreadable)
                 if batch.unreadable:
                     skipped(batch.unreadable)
@@ -399,7 +399,7 @@ def _train(
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                statistics.update(part.num_parts, processes)
+                statistics.update(part.num_micro_batches, processes)
                 average.update(model)
                 sums[1] += stop.signal_number > 0
                 processes.sum([sums])
@@ -461,7 +461,7 @@ def _train(
             evaluated: dict[str, Results] = {}
             for name, network_ in (("average", average.model), ("raw", model)):
                 network_.eval()
-                images = load(val_set, val_batches[processes.rank :: world], stand_in=False, **reading)
+                images = load(val_set, val_batches[processes.rank :: world], replace_unreadable=False, **reading)
                 evaluated[name] = task.evaluate(network_, images, processes.gather)
             val_unreadable = [name for names in processes.gather(images.unreadable) for name in names]
             if val_unreadable:
@@ -574,7 +574,7 @@ def _blank(task: Task, recipe: Recipe, model: nn.Module, shape: tuple[int, ...] 
     shape = shape or (2, 3, recipe.data.size_px, recipe.data.size_px)
     device = next(model.parameters()).device
     pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    labels = moved(task.blank_labels(shape[0], shape[2]), str(device))
+    labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
     return Batch(pixels, labels, tuple(range(shape[0])))
 
 
@@ -582,7 +582,7 @@ def _shapes(recipe: Recipe, num_images: int, at_once: int, world: int) -> set[tu
     """The shapes of the parts of whole steps: one for each size, or two where a step does not divide evenly."""
     shapes = set()
     for size_px, batch_size in _step_sizes(recipe, num_images, world).items():
-        num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
+        num_parts = count_micro_batches(batch_size, size_px, max_pixels=at_once, world_size=world)
         for length in (batch_size // num_parts, -(-batch_size // num_parts)):
             shapes.add((length, 3, size_px, size_px))
     return shapes
@@ -603,7 +603,7 @@ def _say_steps(recipe: Recipe, num_images: int, num_steps: int, at_once: int, wo
             "of them, and an epoch is one step; for more steps give a smaller --batch-size"
         )
     for size_px, batch_size in _step_sizes(recipe, num_images, world).items():
-        num_parts = count_parts(batch_size, size_px, pixels_at_once=at_once, world=world)
+        num_parts = count_micro_batches(batch_size, size_px, max_pixels=at_once, world_size=world)
         rounds = num_parts // world
         yield (
             f"at {size_px} px {batch_size:,} images a step: {processes} x {rounds} part{'s' if rounds > 1 else ''} x "
@@ -652,7 +652,7 @@ def _seed(*numbers: int) -> int:
 
 
 def _not_finite(loss: float, epoch: int, step: _Step, batches: EpochBatches, images: ImageDataset) -> str:
-    names = [images.source[pick.number].name for pick in batches[step.of_epoch]]
+    names = [images.source[pick.image_index].name for pick in batches[step.of_epoch]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"the loss is {loss} at epoch {epoch + 1}, step {step.total + 1}, {batches.size_px(step.of_epoch)} px, "
