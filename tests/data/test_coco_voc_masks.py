@@ -153,8 +153,8 @@ def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("annotations", "lists", "message"),
     [
-        ([annotation(99, 2, [0, 0, 1, 1])], {}, "annotation 0 has an unknown image_id: 99"),
-        ([annotation(5, 1, [0, 0, 1, 1])], {}, "annotation 0 has an unknown category_id: 1;"),
+        ([annotation(99, 2, [0, 0, 1, 1])], {}, "annotation 0 has the unknown image_id 99"),
+        ([annotation(5, 1, [0, 0, 1, 1])], {}, "annotation 0 has the unknown category_id 1;"),
         ([annotation(5, 2, [0, 0, 1])], {}, r"annotation 0 has the bbox \[0, 0, 1\]"),
         ([annotation(5, 2, [0, 0, 1, 1], area="big")], {}, "and the area big; expected"),
         ([{"image_id": 5, "bbox": [0, 0, 1, 1]}], {}, r"annotations\[0\] has no category_id"),
@@ -164,7 +164,7 @@ def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
             r"annotations\[0\] has the ids 0, \[5\], 2; expected whole",
         ),
         (ANNOTATIONS, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"category 7 \('tree'\) is a duplicate"),
-        (ANNOTATIONS, {"categories": {}}, "expected the lists images, annotations and categories"),
+        (ANNOTATIONS, {"categories": {}}, "expected the lists images, annotations, categories"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "gone.jpg"}]}, "train2017/gone.jpg: no such file"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "../b.jpg"}]}, r"image 1 \(../b.jpg\) is not below"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "/etc/b.jpg"}]}, r"image 1 \(/etc/b.jpg\) is not below"),

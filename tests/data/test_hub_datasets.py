@@ -230,7 +230,7 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(table([0, 1]), tmp_path / "x.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for data in (tmp_path, tmp_path / "x.parquet", "hf:owner/name"):
-        with pytest.raises(ValueError, match=rf'^{data}: .*pip install 'mobilevit\[datasets\]'$'):
+        with pytest.raises(ValueError, match=rf"^{data}: .*pip install 'mobilevit\[datasets\]'$"):
             find_splits("classify", data, 0.5)
 
 
@@ -330,7 +330,10 @@ def test_numbered_class_labels_are_no_names():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.remove_columns("image"), r"no image column, among label \(ClassLabel\); expected an Image"),
+        (
+            lambda t: t.remove_columns("image"),
+            r"no image column, among label \(ClassLabel\); expected exactly one: an Image",
+        ),
         (lambda t: t.rename_column("label", "label2").cast_column("label2", INT), r"no label column, among image \(Im"),
         (lambda t: t.cast_column("label", datasets.Value("float32")), r"no label column, .* label \(float32\); expe"),
         (

@@ -359,7 +359,7 @@ def test_tar_val_class_that_train_lacks(tmp_path: Path):
         ({}, ": no images in the tar"),
         (
             {"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "b"},
-            ": labels are class indices .0. and names .'b'.; use one",
+            ": labels are .* .0. and names .'b'.",
         ),
         ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "0"}, ": found only class '0'"),
         ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "1"}, ": class 0: one image is too few"),
