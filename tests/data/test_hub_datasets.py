@@ -332,7 +332,7 @@ def test_numbered_class_labels_are_no_names():
     [
         (
             lambda t: t.remove_columns("image"),
-            r"no image column, among label \(ClassLabel\); expected exactly one: an Image",
+            r"no image column, among label \(ClassLabel\); .*one: an Image",
         ),
         (lambda t: t.rename_column("label", "label2").cast_column("label2", INT), r"no label column, among image \(Im"),
         (lambda t: t.cast_column("label", datasets.Value("float32")), r"no label column, .* label \(float32\); expe"),

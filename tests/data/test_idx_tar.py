@@ -379,7 +379,7 @@ def test_tar_cut_short_anywhere(tmp_path: Path):
         end = tar.getmembers()[-1].offset_data + 512
     for length in [*range(0, end + 1, 256), 1, 511, 700, end - 1, end + 511]:
         file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"^{file}: (not a whole tar file|breaks off after \\d keys)") as caught:
+        with pytest.raises(ValueError, match=f"^{file}: (damaged|truncated) tar file") as caught:
             find_splits("classify", file, 0.5)
         assert "\n" not in str(caught.value)
     file.write_bytes(whole[: end + 512])  # less than the usual padding is enough
@@ -391,7 +391,7 @@ def test_what_is_no_tar(tmp_path: Path):
     whole = write_tar(file, pairs([0, 1, 0, 1])).read_bytes()
     for content in (b"text" * 999, whole[:3072] + b"garbage!" * 64 + whole[3584:]):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{file}: (not a whole tar file|breaks off)"):
+        with pytest.raises(ValueError, match=f"^{file}: (damaged|truncated) tar file"):
             find_splits("classify", file, 0.5)
 
 

@@ -160,7 +160,7 @@ def test_multi_scale_training(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_unusable_data_create_no_folder(tmp_path: Path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match="found no folders"):
+    with pytest.raises(ValueError, match="no class folders"):
         train(RECIPE, tmp_path / "data", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
