@@ -815,7 +815,10 @@ def test_evaluate_a_run(capsys: pytest.CaptureFixture[str], here: Path, weights:
 
 def test_export_names_files_after_the_weights(here: Path, weights: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("mobilevit.export.export", lambda *args, **options: asked.append(options) or [])
+    monkeypatch.setattr(
+        "mobilevit.export.export_each",
+        lambda weights, backends, out, options, **more: asked.append(more | {"overwrite": options.overwrite}) or [],
+    )
     (here / "pets").mkdir()
     (here / "pets/run.json").write_text("{}")
     sources = {"pets": "pets", "pets/model.safetensors": "pets", "pets/raw.safetensors": "pets_raw"}

@@ -220,8 +220,7 @@ export class DetectionView extends OverlayView {
   summary(result) {
     const detections = this.#detections(result);
     const texts = detections.map(({ index, score }) => `${this.name(index)}, ${percent(score)}`);
-    const count = countObjects(detections.length);
-    return [count, texts.join("; ") || count];
+    return [`${detections.length || "none"} found`, texts.join("; ") || countObjects(0)];
   }
 
   update() {
