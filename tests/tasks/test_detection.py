@@ -417,7 +417,7 @@ def test_datasets_and_evaluation(folder: Path):
     green = batch.pixels[0, 1] > 200  # the whole image, warped, not cut from its middle
     rows, columns = (np.flatnonzero(green.any(axis).numpy()) for axis in (1, 0))
     np.testing.assert_allclose((columns[0], rows[0]), (5 * 64 / 60, 8 * 64 / 50), atol=1.5)
-    with pytest.raises(ValueError, match="name no classes"):
+    with pytest.raises(ValueError, match="class names"):
         TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing, "val")
 
 

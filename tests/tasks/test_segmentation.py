@@ -242,7 +242,7 @@ def test_datasets_and_evaluation(folder: Path):
     (batch,) = load(dataset, eval_batches(8, batch_size=8, size_px=64), num_workers=0, device="cpu")
     assert batch.pixels.shape == (8, 3, 64, 64)
     assert [mask.shape for mask in batch.labels] == [(66 - 2 * i, 60 + 3 * i) for i in range(8)]
-    with pytest.raises(ValueError, match="name no classes"):
+    with pytest.raises(ValueError, match="class names"):
         TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing, "all")
     out, mask = train.prepare(train.source[0], Pick(0, 0, 64))
     assert out.shape[:2] == mask.shape == (64, 64)
