@@ -19,6 +19,7 @@ from PIL import Image
 
 import mobilevit
 from conftest import randomise
+from mobilevit import logs
 from mobilevit.cli import main
 from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead
@@ -285,6 +286,7 @@ def test_the_bar_takes_nothing_from_the_output(
     for i in range(40):
         (here / f"many{i}.png").write_bytes((here / "photos/a.png").read_bytes())
     monkeypatch.setenv("FORCE_COLOR", "1")  # stderr is a terminal, stdout a pipe
+    monkeypatch.setattr(logs.CONSOLE, "is_interactive", True)
     assert run("predict", weights, "many*.png", "photos/c.png", "--json") == 1
     out, err = capsys.readouterr()
     assert len([json.loads(line) for line in out.splitlines()]) == 41
@@ -297,7 +299,7 @@ def test_detect(capsys: pytest.CaptureFixture[str], here: Path, detector: str):
     assert run("predict", detector, "photos", "--score-threshold", "0.6") == 1
     out, err = capsys.readouterr()
     assert re.fullmatch(r"mobilevit: photos/c\.png: damaged image .+\n", err)
-    assert out.endswith("\npredictions: detections.json, and the images with their boxes\n")
+    assert "\npredictions: detections.json" in out
     drawn = {f"predictions/{stem}_boxes.jpg" for stem in ("a", "b", "0012")}
     assert names(here) - before == drawn | {"predictions/detections.json"}
     model = load_detector(detector)
@@ -364,8 +366,7 @@ def test_detections_without_category_ids(capsys: pytest.CaptureFixture[str], her
     model.category_ids = ()
     save(model, here / "unknown.safetensors")
     assert run("predict", "unknown.safetensors", "photos/a.png", "photos/d.jpg") == 0
-    said = "unknown.safetensors: knows no category ids; in detections.json they are the number of the class + 1"
-    assert capsys.readouterr().err == f"mobilevit: {said}\n"
+    assert re.fullmatch(r"mobilevit: unknown\.safetensors: .*category ids.*\n", capsys.readouterr().err)
     written = json.loads((here / "predictions/detections.json").read_text())
     assert {(one["category_id"], one["category_name"]) for one in written} <= set(enumerate(NAMES, 1))
     assert len(written) > 3
@@ -376,7 +377,7 @@ def test_segment(capsys: pytest.CaptureFixture[str], here: Path, segmenter: str)
     assert run("predict", segmenter, "photos", "--out", "masks") == 1
     out, err = capsys.readouterr()
     assert re.fullmatch(r"mobilevit: photos/c\.png: damaged image .+\n", err)
-    assert out.endswith("\nmasks: class numbers (.png), and the images with the classes painted over (_overlay.jpg)\n")
+    assert "\nmasks: class indices (.png)" in out
     assert names(here) - before == {f"masks/{stem}{end}" for stem in "abd" for end in (".png", "_overlay.jpg")}
     model = load_segmenter(segmenter)
     shares: dict[str, float] = {}
@@ -407,27 +408,25 @@ def test_segment_in_json(capsys: pytest.CaptureFixture[str], here: Path, segment
     assert line["overlay"] == "predictions/d_overlay.jpg"
     mask = np.asarray(Image.open(here / line["mask"]))
     numbers, counts = np.unique(mask, return_counts=True)
-    assert {one["index"]: one["share"] for one in line["classes"]} == dict(
+    assert {one["index"]: one["fraction"] for one in line["classes"]} == dict(
         zip(numbers.tolist(), (counts / mask.size).tolist(), strict=True)
     )
-    assert [one["share"] for one in line["classes"]] == sorted((counts / mask.size).tolist(), reverse=True)
+    assert [one["fraction"] for one in line["classes"]] == sorted((counts / mask.size).tolist(), reverse=True)
     assert all(one["class"] == ("background", *NAMES)[one["index"]] for one in line["classes"])
 
 
-def test_a_image_that_goes_before_it_is_drawn_on(
+def test_an_image_is_read_once(
     capsys: pytest.CaptureFixture[str], here: Path, detector: str, monkeypatch: pytest.MonkeyPatch
 ):
     predict = Detector.predict_pixels
 
-    def gone(*args: Any) -> Any:
+    def delete_image(*args: Any) -> Any:
         (here / "photos/a.png").unlink()
         return predict(*args)
 
-    monkeypatch.setattr(Detector, "predict_pixels", gone)
-    assert run("predict", detector, "photos/a.png", "photos/d.jpg") == 1
-    assert capsys.readouterr().err == "mobilevit: photos/a.png: no such file or directory\n"
-    assert names(here / "predictions") == {"d_boxes.jpg", "detections.json"}
-    assert {one["image_id"] for one in json.loads((here / "predictions/detections.json").read_text())} == {"d"}
+    monkeypatch.setattr(Detector, "predict_pixels", delete_image)
+    assert run("predict", detector, "photos/a.png") == 0
+    assert names(here / "predictions") == {"a_boxes.jpg", "detections.json"}
 
 
 @pytest.mark.parametrize(
@@ -464,9 +463,8 @@ def test_interrupted_detections_are_kept(
     out, err = capsys.readouterr()
     assert "photos/d.jpg" in out
     assert "b.png" not in out
-    assert out.endswith("\npredictions: detections.json, and the images with their boxes\n")
-    expected = f"{said} after 2 of 3 images; missing are photos/[old]/b.png and what comes after it"
-    assert err == f"mobilevit: {expected}\n"
+    assert "\npredictions: detections.json" in out
+    assert re.fullmatch(rf"mobilevit: {said} .*2 of 3 images.*photos/\[old\]/b\.png.*\n", err)
     assert names(here / "predictions") == {"d_boxes.jpg", "a_boxes.jpg", "detections.json"}
     written = json.loads((here / "predictions/detections.json").read_text())
     assert len(written) == sum(map(len, load_detector(detector).predict([here / name for name in images[:2]])))
@@ -506,7 +504,7 @@ def test_mistakes_of_predict(capsys: pytest.CaptureFixture[str], here: Path, wei
     save(Classifier("xxs", num_classes=0), headless)
     for args, said in {
         (): "WEIGHTS",
-        (weights,): "no image is named",
+        (weights,): "no images",
         (weights, "missing.jpg"): "missing.jpg: no such image",
         (weights, "empty"): "empty: no images",
         (weights, "photos", "--top-k", "0"): "top_k is 0",
@@ -516,8 +514,8 @@ def test_mistakes_of_predict(capsys: pytest.CaptureFixture[str], here: Path, wei
         (weights, "photos", "--device", "toaster"): "device 'toaster' cannot be used",
         (headless, "photos"): "no classifier",
         ("missing.safetensors", "photos"): "missing.safetensors: no such file",
-        ("photos/a.png", "photos"): "is it really weights",
-        ("empty", "photos"): "empty: a folder of weights holds",
+        ("photos/a.png", "photos"): "photos/a.png: .*weights",
+        ("empty", "photos"): "empty: .*folder of weights",
     }.items():
         assert re.search(said, mistake(capsys, "predict", *args)), args
 
@@ -561,8 +559,8 @@ def test_info_of_weights_that_see_the_whole_image(capsys: pytest.CaptureFixture[
 def test_mistakes_of_info(capsys: pytest.CaptureFixture[str]):
     for args, said in {
         (): "NETWORK",
-        ("xxl",): "xxl: no such file",
-        ("xs", "--size", "31"): "from 32 px up",
+        ("xxl",): "xxl: no such file.*did you mean xxs",
+        ("xs", "--size", "31"): "at least 32 px",
         ("xs", "--size", "64", "64", "64"): "one side or height and width",
         ("xs", "--size", "big"): "--size",
         ("nobody/nothing",): "--download",
@@ -592,7 +590,7 @@ def test_convert(capsys: pytest.CaptureFixture[str], here: Path, weights: str, t
     assert all(converted.tensors[key].equal(tensor) for key, tensor in original.tensors.items())
 
     stamps = {file: (here / file).stat().st_mtime_ns for file in files}
-    assert "exists already" in mistake(capsys, "convert", weights, target, "--to", to)
+    assert "already exists" in mistake(capsys, "convert", weights, target, "--to", to)
     assert stamps == {file: (here / file).stat().st_mtime_ns for file in files}
     assert run("convert", weights, target, "--to", to, "--overwrite") == 0
     assert names(here) - before == files
@@ -607,14 +605,14 @@ def test_mistakes_of_convert(
     before = names(here)
     for args, said in {
         (weights,): "TARGET",
-        (weights, "a.pt"): "ends in .safetensors",
-        (weights, "a.safetensors", "--to", "apple"): "ends in .pt",
+        (weights, "a.pt"): "end in .safetensors",
+        (weights, "a.safetensors", "--to", "apple"): "end in .pt",
         (weights, "a.safetensors", "--to", "transformers"): "is a folder",
         (weights, "a.onnx", "--to", "onnx"): "'onnx'",
         (weights, "photos/a.png/a.safetensors"): "photos/a.png: ",
         (weights, "folder.safetensors", "--overwrite"): "folder.safetensors: is a directory",
-        (weights, "mine.safetensors"): "exists already",
-        (weights, "~/mine.safetensors"): "exists already",
+        (weights, "mine.safetensors"): "already exists",
+        (weights, "~/mine.safetensors"): "already exists",
         ("missing.pt", "a.safetensors"): "missing.pt: no such file",
         (weights, "a.safetensors", "more"): "'more' is not expected here",
     }.items():

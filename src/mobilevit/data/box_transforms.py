@@ -22,7 +22,7 @@ from mobilevit.data.boxes import Boxes
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import LARGE_PX, Crop, grid_px, resize
-from mobilevit.images import Preprocessing, read_image, read_part
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 # SSD's minimum IoU of a crop with a box; None is the whole image, 0.0 any crop.
 MIN_IOUS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
@@ -88,7 +88,7 @@ class BoxAugmentation:
             labels = labels[is_inside]
             return crop
 
-        cropped = read_part(sample.image, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
+        cropped = read_crop(sample.image, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
         pixels = distort(Image.fromarray(resize(cropped, pick.size_px).numpy()), random)
         if self.flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]

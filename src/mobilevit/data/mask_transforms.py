@@ -20,7 +20,7 @@ from mobilevit.data.masks import IGNORE, MaskFile
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import LARGE_PX, Crop, grid_px
-from mobilevit.images import Preprocessing, read_image, read_part
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 MIN_SCALE, MAX_SCALE = 0.5, 2.0  # short side of the resized image, relative to the side of the square crop
 MAX_DEGREES = 10.0
@@ -67,7 +67,7 @@ class MaskAugmentation:
             crop = (left, top, right, bottom)
             return crop
 
-        cropped = read_part(sample.image, choose, max(side, LARGE_PX // 2), sample.name)
+        cropped = read_crop(sample.image, choose, max(side, LARGE_PX // 2), sample.name)
         left, top, right, bottom = crop
         classes = torch.from_numpy(sample.label.read(*image_size)[top:bottom, left:right].copy())
         pixels = torch.from_numpy(cropped)[None].permute(0, 3, 1, 2)

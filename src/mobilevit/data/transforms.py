@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
-from mobilevit.images import Preprocessing, read_image, read_part
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 Crop = tuple[int, int, int, int]  # left, top, right, bottom
 Policy = Literal["basic", "advanced"]
@@ -41,7 +41,7 @@ class Augmentation:
     def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
         """An image of any size -> uint8 (size_px, size_px, 3), and its class index. Raises ImageError."""
         random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
-        crop = read_part(
+        crop = read_crop(
             sample.image,
             lambda width, height: random_crop(width, height, self.min_scale, random),
             pick.size_px,
