@@ -84,9 +84,9 @@ def build_sides(folder: Path, size_px: int, num_workers: int) -> dict[str, Calla
         ]
     )
     theirs = ImageFolder(folder / "train", transform)
-    source, _ = find_splits(folder, 0.5)
+    source, _ = find_splits("classify", folder, 0.5)
     batches = EpochBatches(len(source), sizes_px=(size_px,), batch_size=32, base_px=size_px)
-    numbers = [[pick.number for pick in batch] for batch in batches]
+    numbers = [[pick.image_index for pick in batch] for batch in batches]
     ours = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0))
     advanced = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0, policy="advanced"))
 

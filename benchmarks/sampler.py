@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mobilevit.data.archives import read_idx_file
+from mobilevit.data.idx import read_idx_file
 from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.tasks import evaluate_weights
 from mobilevit.training.loop import train

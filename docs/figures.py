@@ -151,7 +151,9 @@ def draw_sampler() -> Figure:
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, variant in zip(rows, ("equation", "v0.1", "main"), strict=True):
-        epoch = EpochBatches(1_281_167, sizes_px=PAPER_SIZES_PX, batch_size=128, base_px=256, variant=variant, world=8)
+        epoch = EpochBatches(
+            1_281_167, sizes_px=PAPER_SIZES_PX, batch_size=128, base_px=256, variant=variant, world_size=8
+        )
         for step in range(num_steps):
             color = colors[PAPER_SIZES_PX.index(epoch.size_px(step))]
             axes.bar(step, len(epoch[step]), width=0.85, color=color)

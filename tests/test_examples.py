@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import mobilevit
-from mobilevit.data.annotations import check_annotations, find_boxes, find_masks
+from mobilevit.data.checks import check_images
+from mobilevit.data.sources import find_splits
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, STAMPS = EXAMPLES / "digits.py", EXAMPLES / "stamps.py"
@@ -104,12 +105,12 @@ def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @with_stamps
 def test_coco_and_voc_layouts_agree(stamps: Path):
-    ours, theirs = find_boxes(stamps, 0.5), find_boxes(stamps / "voc", 0.5)
+    ours, theirs = find_splits("detect", stamps, 0.5), find_splits("detect", stamps / "voc", 0.5)
     assert [len(source) for source in (*ours, *theirs)] == [30, 5, 30, 5]
-    assert check_annotations(*ours, *theirs).unreadable == []
+    assert check_images(*ours, *theirs).unreadable == []
     for coco, voc in zip(ours, theirs, strict=True):
         for i in range(len(coco)):
-            assert coco.files[i].read_bytes() == voc.files[i].read_bytes()
+            assert coco[i].image.read_bytes() == voc[i].image.read_bytes()
             a, b = coco.labels[i], voc.labels[i]
             assert np.array_equal(a.corners, b.corners)
             names = [[source.class_names[n] for n in x.labels] for source, x in ((coco, a), (voc, b))]
@@ -120,11 +121,11 @@ def test_coco_and_voc_layouts_agree(stamps: Path):
 
 @with_stamps
 def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
-    boxes, masks = find_boxes(stamps / "voc", 0.5), find_masks(stamps / "voc", 0.5)
-    assert check_annotations(*masks).unreadable == []
+    boxes, masks = find_splits("detect", stamps / "voc", 0.5), find_splits("segment", stamps / "voc", 0.5)
+    assert check_images(*masks).unreadable == []
     for of_boxes, of_masks in zip(boxes, masks, strict=True):
         for i in range(len(of_boxes)):
-            with Image.open(of_masks.files[i]) as image:
+            with Image.open(of_masks[i].image) as image:
                 mask = of_masks.labels[i].read(*image.size)
             outside = mask.copy()
             box_classes = {of_boxes.class_names[n] for n in of_boxes.labels[i].labels}

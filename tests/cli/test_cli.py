@@ -862,7 +862,7 @@ def test_mistakes_of_train_and_evaluate(capsys: pytest.CaptureFixture[str], here
         ("train",): "--data",
         ("train", "papar", "--data", "classes"): rf"no recipe 'papar'; did you mean paper-.*{', '.join(RECIPES)}",
         ("train", "--data", "missing"): "missing: no such folder",
-        ("train", "--data", "photos/[old]"): "found no folders",
+        ("train", "--data", "photos/[old]"): "no class folders",
         ("train", "--data", "classes", "--epochs", "0"): "epochs is 0",
         ("train", "--data", "classes", "--optimizer.lr", "-1"): "--lr is -1",
         ("train", "--data", "classes", "--optimiser.lr", "1"): "no option --optimiser.lr; .*--optimizer.lr",

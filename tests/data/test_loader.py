@@ -67,7 +67,7 @@ def test_images_labels_and_numbers_belong_together(source: Files, num_workers: i
     order = [[Pick(4, 0, 32), Pick(0, 0, 32)], [Pick(9, 0, 32)]]
     batches = list(load(dataset, order, num_workers=num_workers, device="cpu"))
     assert [batch.labels.tolist() for batch in batches] == [[1, 0], [0]]
-    assert [batch.numbers for batch in batches] == [(4, 0), (9,)]
+    assert [batch.indices for batch in batches] == [(4, 0), (9,)]
     assert [batch.unreadable for batch in batches] == [(), ()]
     assert [batch.pixels.shape for batch in batches] == [(2, 3, 32, 32), (1, 3, 32, 32)]
     assert {batch.pixels.dtype for batch in batches} == {torch.uint8}
@@ -100,7 +100,7 @@ def test_workers_order_and_restarts_change_nothing(source: Files, policy: Policy
             assert isinstance(b, Batch)
             assert torch.equal(a.pixels, b.pixels)
             assert torch.equal(a.labels, b.labels)
-            assert a.numbers == b.numbers
+            assert a.indices == b.indices
     picks = EpochBatches(10, sizes_px=(32,), batch_size=3, base_px=32, epoch=2)
     other = torch.cat([batch.pixels for batch in load(dataset, picks, num_workers=0, device="cpu")])
     assert not any(torch.equal(alone[0].pixels[0], pixels) for pixels in other)
@@ -124,13 +124,13 @@ def test_the_next_of_the_batch_stands_in(source: Files, num_workers: int):
     whole = list(load(dataset, picks, num_workers=0, device="cpu"))
     damage(source, 0, 3, 4, 9)
     batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1))
-    assert [batch.numbers for batch in batches] == [(1, 1, 2, 1, 1), (5, 6, 7, 8, 5)]
+    assert [batch.indices for batch in batches] == [(1, 1, 2, 1, 1), (5, 6, 7, 8, 5)]
     assert [batch.labels.tolist() for batch in batches] == [[1, 1, 2, 1, 1], [2, 0, 1, 2, 2]]
     assert [batch.unreadable for batch in batches] == [
         tuple(str(source.files[i]) for i in numbers) for numbers in ((0, 3, 4), (9,))
     ]
     for batch, before in zip(batches, whole, strict=True):
-        for number, pixels in zip(batch.numbers, batch.pixels, strict=True):
+        for number, pixels in zip(batch.indices, batch.pixels, strict=True):
             assert torch.equal(pixels, before.pixels[number % 5])
 
 
@@ -139,20 +139,22 @@ def test_left_out_of_an_evaluation(source: Files, num_workers: int):
     damage(source, 1, 9)
     dataset = ImageDataset(source, EVALUATION)
     picks = eval_batches(10, batch_size=3, size_px=32)
-    batches = list(load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1, stand_in=False))
-    assert [batch.numbers for batch in batches] == [(0, 2), (3, 4, 5), (6, 7, 8), ()]
+    batches = list(
+        load(dataset, picks, num_workers=num_workers, device="cpu", max_unreadable=1, replace_unreadable=False)
+    )
+    assert [batch.indices for batch in batches] == [(0, 2), (3, 4, 5), (6, 7, 8), ()]
     assert [batch.labels.tolist() for batch in batches] == [[0, 2], [0, 1, 2], [0, 1, 2], []]
     assert [batch.pixels.shape for batch in batches] == [(n, 3, 32, 32) for n in (2, 3, 3, 0)]
     assert [name for batch in batches for name in batch.unreadable] == [str(source.files[i]) for i in (1, 9)]
     with pytest.raises(ImageError, match=f"^{source.files[1]}: damaged"):
-        list(load(dataset, picks, num_workers=num_workers, device="cpu", stand_in=False))
+        list(load(dataset, picks, num_workers=num_workers, device="cpu", replace_unreadable=False))
 
 
 def test_a_batch_of_which_nothing_can_be_read(source: Files):
     damage(source, 3, 4, 5)
     picks = eval_batches(10, batch_size=3, size_px=32)
     batches = load(ImageDataset(source, AUGMENTATION), picks, num_workers=0, device="cpu", max_unreadable=100)
-    assert next(batches).numbers == (0, 1, 2)
+    assert next(batches).indices == (0, 1, 2)
     with pytest.raises(ImageError, match=f"^{source.files[3]}: damaged"):
         next(batches)
 
@@ -166,7 +168,7 @@ def test_a_source_that_cannot_hand_a_image_over(source: Files):
 
     dataset = ImageDataset(Broken(source.files), EVALUATION)
     [batch] = load(dataset, [[Pick(1, 0, 32), Pick(2, 0, 32)]], num_workers=0, device="cpu", max_unreadable=1)
-    assert batch.numbers == (2, 2)
+    assert batch.indices == (2, 2)
     assert batch.unreadable == ("images.tar: damaged",)
 
 
@@ -207,7 +209,7 @@ from mobilevit.data.transforms import Evaluation
 from mobilevit.images import Preprocessing
 
 warnings.simplefilter("ignore")
-source = find_splits(sys.argv[1], val_fraction=0.2)[0]
+source = find_splits("classify", sys.argv[1], val_fraction=0.2)[0]
 dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=32, crop_px=32)))
 cycle = [load(dataset, eval_batches(8, batch_size=1, size_px=32), num_workers=1, device="cpu")]
 cycle.append(cycle)

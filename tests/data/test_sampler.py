@@ -15,16 +15,22 @@ from mobilevit.data.sampler import (
     Pick,
     Variant,
     batch_size_at,
-    count_parts,
+    count_micro_batches,
     eval_batches,
-    parts,
+    micro_batches,
 )
 
 LISTING_SIZES_PX = (128, 192, 256, 320, 384)
 
 
 def batches(
-    num_images: int, *, variant: Variant = "main", batch_size: int = 8, seed: int = 0, epoch: int = 0, world: int = 1
+    num_images: int,
+    *,
+    variant: Variant = "main",
+    batch_size: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    world_size: int = 1,
 ) -> list[EpochBatches]:
     """The epoch, once for each process."""
     return [
@@ -37,14 +43,14 @@ def batches(
             seed=seed,
             epoch=epoch,
             rank=rank,
-            world=world,
+            world_size=world_size,
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]
 
 
 @pytest.mark.parametrize(
-    ("variant", "sizes_px", "world", "expected"),
+    ("variant", "sizes_px", "world_size", "expected"),
     [
         ("equation", PAPER_SIZES_PX, 1, [512, 355, 200, 158, 128]),
         ("listing", LISTING_SIZES_PX, 1, [512, 227, 128, 81, 56]),
@@ -53,9 +59,9 @@ def batches(
         ("standard", PAPER_SIZES_PX, 1, [128] * 5),
     ],
 )
-def test_batch_sizes_as_published(variant: Variant, sizes_px: tuple[int, ...], world: int, expected: list[int]):
+def test_batch_sizes_as_published(variant: Variant, sizes_px: tuple[int, ...], world_size: int, expected: list[int]):
     found = [
-        batch_size_at(size, variant=variant, batch_size=128, base_px=256, largest_px=320, world=world)
+        batch_size_at(size, variant=variant, batch_size=128, base_px=256, largest_px=320, world_size=world_size)
         for size in sizes_px
     ]
     assert found == expected
@@ -75,7 +81,7 @@ def test_updates_on_imagenet(variant: Variant, sizes_px: tuple[int, ...], update
     counts = [
         len(
             EpochBatches(
-                1_281_167, sizes_px=sizes_px, batch_size=128, base_px=256, variant=variant, epoch=epoch, world=8
+                1_281_167, sizes_px=sizes_px, batch_size=128, base_px=256, variant=variant, epoch=epoch, world_size=8
             )
         )
         for epoch in range(10)
@@ -84,23 +90,30 @@ def test_updates_on_imagenet(variant: Variant, sizes_px: tuple[int, ...], update
 
 
 @pytest.mark.parametrize("num_images", [8, 9, 31, 32, 33, 100, 1198])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_image_once_and_ranks_agree(variant: Variant, world: int, num_images: int):
+def test_every_image_once_and_ranks_agree(variant: Variant, world_size: int, num_images: int):
     for seed, epoch, batch_size in itertools.product((0, 7), (0, 3), (2, 8, 5000)):
-        ranks = batches(num_images, variant=variant, batch_size=batch_size, seed=seed, epoch=epoch, world=world)
+        ranks = batches(
+            num_images, variant=variant, batch_size=batch_size, seed=seed, epoch=epoch, world_size=world_size
+        )
         assert len({len(rank) for rank in ranks}) == 1
         seen: list[int] = []
         for step, shares in enumerate(zip(*ranks, strict=True)):
             sizes = [len(share) for share in shares]
             assert max(sizes) - min(sizes) <= (step == len(ranks[0]) - 1)
             share = batch_size_at(
-                ranks[0].size_px(step), variant=variant, batch_size=batch_size, base_px=256, largest_px=320, world=world
+                ranks[0].size_px(step),
+                variant=variant,
+                batch_size=batch_size,
+                base_px=256,
+                largest_px=320,
+                world_size=world_size,
             )
-            assert min(sizes) >= min(2, share, num_images // world)
+            assert min(sizes) >= min(2, share, num_images // world_size)
             assert len({(pick.size_px, pick.epoch) for share in shares for pick in share}) == 1
             assert sum(sizes) == ranks[0].global_batch_size(step)
-            seen.extend(pick.number for share in shares for pick in share)
+            seen.extend(pick.image_index for share in shares for pick in share)
         assert sorted(seen) == list(range(num_images))
 
 
@@ -109,7 +122,7 @@ def test_batches_have_the_size_that_their_resolution_asks_for(variant: Variant):
     (epoch,) = batches(2000, variant=variant, batch_size=10)
     for step in range(len(epoch) - 2):
         expected = batch_size_at(
-            epoch.size_px(step), variant=variant, batch_size=10, base_px=256, largest_px=320, world=1
+            epoch.size_px(step), variant=variant, batch_size=10, base_px=256, largest_px=320, world_size=1
         )
         assert len(epoch[step]) == expected
         assert {pick.size_px for pick in epoch[step]} == {epoch.size_px(step)}
@@ -121,7 +134,7 @@ def test_batches_have_the_size_that_their_resolution_asks_for(variant: Variant):
 
 def test_more_processes_deal_the_same_images_at_the_same_steps():
     (alone,) = batches(1005, variant="standard", batch_size=12)
-    ranks = batches(1005, variant="standard", batch_size=3, world=4)
+    ranks = batches(1005, variant="standard", batch_size=3, world_size=4)
     assert len(alone) == len(ranks[0])
     for step in range(len(alone)):
         assert sorted(alone[step]) == sorted(pick for rank in ranks for pick in rank[step])
@@ -147,7 +160,7 @@ def test_any_step_is_there_at_once_and_always_the_same():
 
 def test_the_order_is_another_each_epoch_and_seed():
     orders = {
-        tuple(pick.number for batch in batches(50, seed=seed, epoch=epoch)[0] for pick in batch)
+        tuple(pick.image_index for batch in batches(50, seed=seed, epoch=epoch)[0] for pick in batch)
         for seed in range(4)
         for epoch in range(4)
     }
@@ -156,7 +169,7 @@ def test_the_order_is_another_each_epoch_and_seed():
 
 def test_images_meet_any_other_images():
     firsts = [batches(20, variant="standard", batch_size=10, epoch=epoch)[0][0] for epoch in range(1000)]
-    together = sum({0, 1} <= {pick.number for pick in batch} for batch in firsts)
+    together = sum({0, 1} <= {pick.image_index for pick in batch} for batch in firsts)
     assert together == pytest.approx(1000 * 10 / 20 * 9 / 19, abs=55)  # four standard deviations
 
 
@@ -164,7 +177,7 @@ class Sizes(Dataset):
     """Somebody else's dataset: gives what it is asked for."""
 
     def __getitem__(self, pick: Pick) -> tuple[int, int]:
-        return pick.number, pick.size_px
+        return pick.image_index, pick.size_px
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
@@ -175,7 +188,7 @@ def test_in_any_data_loader(num_workers: int):
     loader = DataLoader(Sizes(), batch_sampler=epoch, num_workers=num_workers)
     assert len(loader) == len(epoch)
     for (numbers, sizes_px), batch in zip(loader, epoch, strict=True):
-        assert numbers.tolist() == [pick.number for pick in batch]
+        assert numbers.tolist() == [pick.image_index for pick in batch]
         assert set(sizes_px.tolist()) == {batch[0].size_px}
 
 
@@ -185,9 +198,9 @@ def test_in_any_data_loader(num_workers: int):
         ({"variant": "cvnets"}, "variant is 'cvnets'.*equation"),
         ({"num_images": 0}, "num_images is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"sizes_px": ()}, "name at least one size"),
-        ({"rank": 2, "world": 2}, "rank is 2 of 2"),
-        ({"num_images": 3, "world": 4}, "3 images are too few for 4 processes"),
+        ({"sizes_px": ()}, "give at least one size"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),
+        ({"num_images": 3, "world_size": 4}, "3 images are too few for 4 processes"),
     ],
 )
 def test_wrong_arguments(wrong: dict, message: str):
@@ -221,7 +234,7 @@ def test_sizes_of_whole_steps():
         "main": {160: 60, 192: 42, 256: 24, 288: 18, 320: 15},
     }
     for variant, expected in sizes.items():
-        (first, *_) = batches(100, variant=variant, world=3)
+        (first, *_) = batches(100, variant=variant, world_size=3)
         assert first.batch_sizes == expected
 
 
@@ -253,43 +266,45 @@ def test_to_count_the_steps_draws_no_order(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("num_images", [7, 37, 100, 333])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [0.5, 1, 2, 2.5, 3, 4.75, 7, 16, 1000])
-def test_parts_of_a_step_are_its_images_once(num_images: int, world: int, micro_batch_size: float):
-    pixels_at_once = int(micro_batch_size * 256**2)
+def test_parts_of_a_step_are_its_images_once(num_images: int, world_size: int, micro_batch_size: float):
+    max_pixels = int(micro_batch_size * 256**2)
     for variant, batch_size, first_step in itertools.product(("standard", "main", "v0.1"), (6, 13, 32), (0, 1, 4)):
         sizes_px = (256,) if variant == "standard" else PAPER_SIZES_PX
         epoch = EpochBatches(
-            num_images, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world
+            num_images, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world_size
         )
         ranks = [
             list(
-                parts(epoch, pixels_at_once=pixels_at_once, first_step=min(first_step, len(epoch)), rank=r, world=world)
+                micro_batches(
+                    epoch, max_pixels=max_pixels, first_step=min(first_step, len(epoch)), rank=r, world_size=world_size
+                )
             )
-            for r in range(world)
+            for r in range(world_size)
         ]
         for step in range(first_step, len(epoch)):
             of_ranks = [[part for part in rank if part.step == step] for rank in ranks]
             assert len({len(rank) for rank in of_ranks}) == 1  # or some would wait for others for ever
             found = [part for rank in of_ranks for part in rank]
-            (num_parts,) = {part.num_parts for part in found}
+            (num_parts,) = {part.num_micro_batches for part in found}
             assert num_parts == len(found)
-            assert num_parts % world == 0
-            assert sorted(part.number for part in found) == list(range(num_parts))
+            assert num_parts % world_size == 0
+            assert sorted(part.index for part in found) == list(range(num_parts))
             for rank, mine in enumerate(of_ranks):
-                assert [part.number for part in mine] == list(range(rank, num_parts, world))
+                assert [part.index for part in mine] == list(range(rank, num_parts, world_size))
             assert sorted(pick for part in found for pick in part.picks) == sorted(epoch[step])
             lengths = [len(part.picks) for part in found]
             assert max(lengths) - min(lengths) <= 1
-            assert min(lengths) >= min(2, len(epoch[step]) // world)
+            assert min(lengths) >= min(2, len(epoch[step]) // world_size)
             assert {part.size_px for part in found} == {epoch.size_px(step)}
-            assert [part.share for part in found] == [length / len(epoch[step]) for length in lengths]
+            assert [part.weight for part in found] == [length / len(epoch[step]) for length in lengths]
             # Too many for the memory only where more parts would leave one with a single image.
-            fits = max(lengths) * epoch.size_px(step) ** 2 <= pixels_at_once
-            assert fits or len(epoch[step]) < 2 * (num_parts + world)
+            fits = max(lengths) * epoch.size_px(step) ** 2 <= max_pixels
+            assert fits or len(epoch[step]) < 2 * (num_parts + world_size)
             # And no more parts than it takes.
-            if num_parts > world:
-                assert -(-len(epoch[step]) // (num_parts - world)) * epoch.size_px(step) ** 2 > pixels_at_once
+            if num_parts > world_size:
+                assert -(-len(epoch[step]) // (num_parts - world_size)) * epoch.size_px(step) ** 2 > max_pixels
         assert all(part.step >= first_step for rank in ranks for part in rank)
         assert [part.step for part in ranks[0]] == sorted(part.step for part in ranks[0])
 
@@ -297,33 +312,33 @@ def test_parts_of_a_step_are_its_images_once(num_images: int, world: int, micro_
 def test_the_same_parts_in_one_process_and_in_several():
     (epoch,) = batches(200, variant="standard", batch_size=48)
 
-    def cut(world: int, micro_batch_size: int) -> list:
+    def cut(world_size: int, micro_batch_size: int) -> list:
         found = [
             part
-            for rank in range(world)
-            for part in parts(epoch, pixels_at_once=micro_batch_size * 256**2, rank=rank, world=world)
+            for rank in range(world_size)
+            for part in micro_batches(epoch, max_pixels=micro_batch_size * 256**2, rank=rank, world_size=world_size)
         ]
-        return sorted(found, key=lambda part: (part.step, part.number))
+        return sorted(found, key=lambda part: (part.step, part.index))
 
     whole_steps = slice(0, 4 * 6)  # the last step may be cut otherwise: each process has a part of it
     in_one = cut(1, 8)[whole_steps]
     assert len(in_one) == 24
-    assert {part.num_parts for part in in_one} == {6}
-    for world, at_once in ((2, 8), (3, 8), (6, 8), (6, 1000)):
-        assert cut(world, at_once)[whole_steps] == in_one
+    assert {part.num_micro_batches for part in in_one} == {6}
+    for world_size, at_once in ((2, 8), (3, 8), (6, 8), (6, 1000)):
+        assert cut(world_size, at_once)[whole_steps] == in_one
 
 
 def test_parts_go_on_from_any_step():
     (epoch,) = batches(300)
-    division = {"pixels_at_once": 3 * 256**2, "rank": 1, "world": 2}
-    everything = list(parts(epoch, **division))
+    division = {"max_pixels": 3 * 256**2, "rank": 1, "world_size": 2}
+    everything = list(micro_batches(epoch, **division))
     for first_step in range(len(epoch) + 1):
         rest = [part for part in everything if part.step >= first_step]
-        assert list(parts(epoch, first_step=first_step, **division)) == rest
+        assert list(micro_batches(epoch, first_step=first_step, **division)) == rest
 
 
 @pytest.mark.parametrize(
-    ("num_images", "size_px", "pixels_at_once", "world", "expected"),
+    ("num_images", "size_px", "max_pixels", "world_size", "expected"),
     [
         (1024, 256, 128 * 256**2, 8, 8),
         (1024, 256, 128 * 256**2, 2, 8),
@@ -338,8 +353,8 @@ def test_parts_go_on_from_any_step():
         (3, 32, 1, 2, 2),  # one process gets a single image, but it does get one
     ],
 )
-def test_how_many_parts(num_images: int, size_px: int, pixels_at_once: int, world: int, expected: int):
-    assert count_parts(num_images, size_px, pixels_at_once=pixels_at_once, world=world) == expected
+def test_how_many_parts(num_images: int, size_px: int, max_pixels: int, world_size: int, expected: int):
+    assert count_micro_batches(num_images, size_px, max_pixels=max_pixels, world_size=world_size) == expected
 
 
 @pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (4, [4]), (9, [4, 4, 1])])

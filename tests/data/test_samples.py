@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mobilevit.data.archives import Arrays
-from mobilevit.data.samples import Part
+from mobilevit.data.idx import ImageArray
+from mobilevit.data.samples import Split
 
 
-def part(labels: Sequence[int | str | None], class_names: tuple[str, ...] | None = None) -> Part:
-    return Part("data", Arrays(np.zeros((len(labels), 2, 2), np.uint8), "file"), labels, class_names)
+def split(labels: Sequence[int | str | None], class_names: tuple[str, ...] | None = None) -> Split:
+    return Split("data", ImageArray(np.zeros((len(labels), 2, 2), np.uint8), "file"), labels, class_names)
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def part(labels: Sequence[int | str | None], class_names: tuple[str, ...] | None
     ],
 )
 def test_class_names_of_its_own(labels: list, class_names: tuple | None, expected: tuple[str, ...]):
-    found = part(labels, class_names)
-    assert found.own_class_names() == expected
+    found = split(labels, class_names)
+    assert found.training_class_names() == expected
     source = found.source(expected)
     assert source.class_names == expected
     assert [label if isinstance(label, int) else expected.index(label) for label in labels] == list(source.labels)
@@ -34,29 +34,29 @@ def test_class_names_of_its_own(labels: list, class_names: tuple | None, expecte
 @pytest.mark.parametrize(
     ("labels", "class_names", "message"),
     [
-        ([], None, "^data: holds no images"),
-        ([0, None, 1, None], None, r"^file\[1\]: has no label, like 1 more of 4 images; label or remove them"),
-        ([None], None, r"^file\[0\]: has no label"),
-        ([0, 1, "a"], None, r"^data: labels are numbers \(0\) and names \('a'\); use one of the two"),
+        ([], None, "^data: contains no images"),
+        ([0, None, 1, None], None, r"^file\[1\]: 2 of 4 images have no label, .*; label or remove them"),
+        ([None], None, r"^file\[0\]: .* have no label"),
+        ([0, 1, "a"], None, r"^data: labels are class indices \(0\) and names \('a'\); use one of the two"),
         ([0, 1, -1], None, r"^file\[2\]: label -1 is out of range; it must be 0 or more"),
         ([0, 2, 1], ("a", "b"), r"^file\[1\]: label 2 is out of range; it must be from 0 to 1"),
-        ([0, 0], None, "^data: all images are of class '0'; expected two classes or more"),
-        (["a", "a"], None, "^data: all images are of class 'a'; expected two"),
+        ([0, 0], None, "^data: found only class '0'; expected two classes or more"),
+        (["a", "a"], None, "^data: found only class 'a'; expected two"),
         ([0, 0], ("a", "b"), "^data: no images of class 'b'; add some or remove the class$"),
         ([1, 2], None, "^data: no images of class '0'; .* numbered from 0 without gaps"),
         ([0, 7], None, "^data: no images of classes '1', '2', '3', '4', '5', ...; add"),
-        (["a", "x"], ("a", "b"), r"^data: class 'x' is not among the 2 names of its own \(a, b\)"),
+        (["a", "x"], ("a", "b"), r"^data: class 'x' not among the 2 known classes \(a, b\)"),
     ],
 )
 def test_what_cannot_be_trained_on(labels: list, class_names: tuple | None, message: str):
     with pytest.raises(ValueError, match=message) as caught:
-        part(labels, class_names).own_class_names()
+        split(labels, class_names).training_class_names()
     assert "\n" not in str(caught.value)
 
 
 def test_images_and_labels_of_other_numbers():
     with pytest.raises(ValueError, match=r"^data: 2 images, but 3 labels"):
-        Part("data", Arrays(np.zeros((2, 2, 2), np.uint8), "file"), [0, 1, 1]).own_class_names()
+        Split("data", ImageArray(np.zeros((2, 2, 2), np.uint8), "file"), [0, 1, 1]).training_class_names()
 
 
 NETWORK = ("cat", "ant", "bee")
@@ -74,7 +74,7 @@ NETWORK = ("cat", "ant", "bee")
     ],
 )
 def test_classes_of_a_network(labels: list, class_names: tuple | None, network: tuple[str, ...], expected: tuple):
-    source = part(labels, class_names).source(network)
+    source = split(labels, class_names).source(network)
     assert source.labels == expected
     assert source.class_names == network
 
@@ -82,15 +82,15 @@ def test_classes_of_a_network(labels: list, class_names: tuple | None, network: 
 @pytest.mark.parametrize(
     ("labels", "class_names", "message"),
     [
-        ([0, 1], ("ant", "elk"), r"^data: class 'elk' is not among the 3 classes known \(cat, ant, bee\)"),
-        (["elk", "yak", "cat"], None, "^data: classes 'elk', 'yak' are not among the 3 classes known"),
+        ([0, 1], ("ant", "elk"), r"^data: class 'elk' not among the 3 known classes \(cat, ant, bee\)"),
+        (["elk", "yak", "cat"], None, "^data: classes 'elk', 'yak' not among the 3 known classes"),
         ([0, 3], None, r"^file\[1\]: label 3 is out of range; it must be from 0 to 2"),
         ([0, -1], None, r"^file\[1\]: label -1 is out of range"),
         ([0, 2], ("ant", "bee"), r"^file\[1\]: label 2 is out of range; it must be from 0 to 1"),
-        ([None, 0], None, r"^file\[0\]: has no label"),
+        ([None, 0], None, r"^file\[0\]: .* have no label"),
     ],
 )
 def test_classes_that_a_network_lacks(labels: list, class_names: tuple | None, message: str):
     with pytest.raises(ValueError, match=message) as caught:
-        part(labels, class_names).source(NETWORK)
+        split(labels, class_names).source(NETWORK)
     assert "\n" not in str(caught.value)

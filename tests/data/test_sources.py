@@ -5,26 +5,26 @@ import hashlib
 import io
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.data import sources
-from mobilevit.data.annotations import find_boxes, find_masks
-from mobilevit.data.archives import Arrays
-from mobilevit.data.samples import Labelled, Sample, Source, Subset
-from mobilevit.data.sources import (
-    check_headers,
-    find_evaluation,
-    find_splits,
-    fingerprint,
-    held_out_name,
-    hold_out,
-    notes_of,
-)
+from mobilevit.data import checks
+from mobilevit.data.checks import check_images
+from mobilevit.data.idx import ImageArray
+from mobilevit.data.samples import Source, divide, fingerprint
+from mobilevit.data.sources import default_split, find_evaluation_split, find_splits
 from mobilevit.images import ImageError, read_image
+
+
+def find_evaluation(
+    data: str | Path, class_names: tuple[str, ...], split: str | None = None, val_fraction: float | None = None
+) -> Source:
+    split = split or default_split("classify", data)
+    return find_evaluation_split("classify", data, class_names, split, val_fraction)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -53,7 +53,7 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
     touch(tmp_path, "train/b/1.png", "train/a/2.JPG", "train/a/sub/sub/3.webp")
     for other in others:
         touch(tmp_path, f"{other}/b/4.png")
-    train, val = find_splits(tmp_path, val_fraction=0.5)
+    train, val = find_splits("classify", tmp_path, val_fraction=0.5)
     assert names(train, tmp_path) == ["train/a/2.JPG", "train/a/sub/sub/3.webp", "train/b/1.png"]
     assert list(train.labels) == [0, 0, 1]
     assert names(val, tmp_path) == [f"{others[0]}/b/4.png"]
@@ -63,26 +63,26 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
 
 def test_hidden_files_and_what_is_no_image_are_left_out(tmp_path: Path):
     data = touch(tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")  # above data it may be so
-    found = {file for source in find_splits(data, 0.5) for file in files(source)}
+    found = {file for source in find_splits("classify", data, 0.5) for file in files(source)}
     touch(data, ".git/x.png", "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt", "readme.png", "b/no.png.part")
     (data / "b" / "folder.png").mkdir()
-    assert {file for source in find_splits(data, 0.5) for file in files(source)} == found
+    assert {file for source in find_splits("classify", data, 0.5) for file in files(source)} == found
     assert len(found) == 4
 
 
 def test_links_to_class_folders_are_followed(tmp_path: Path):
     touch(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "data/b/1.png", "data/b/2.png")
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert sum(len(folder) for folder in find_splits(tmp_path / "data", 0.5)) == 4
+    assert sum(len(folder) for folder in find_splits("classify", tmp_path / "data", 0.5)) == 4
 
 
 def test_each_added_image_moves_at_most_one_other_between_the_splits(tmp_path: Path):
     touch(tmp_path, *numbered("a", 60), *numbered("b", 60))
-    train, val = find_splits(tmp_path, 0.2)
+    train, val = find_splits("classify", tmp_path, 0.2)
     num_moved = 0
     for i in range(60):
         touch(tmp_path, f"a/new{i}.png")
-        more_train, more_val = find_splits(tmp_path, 0.2)
+        more_train, more_val = find_splits("classify", tmp_path, 0.2)
         moved = set(files(train)) & set(files(more_val)) | set(files(val)) & set(files(more_train))
         assert len(moved) <= 1
         num_moved += len(moved)
@@ -92,16 +92,16 @@ def test_each_added_image_moves_at_most_one_other_between_the_splits(tmp_path: P
 
 def test_ignored_files_are_counted_and_named(tmp_path: Path):
     touch(tmp_path, *numbered("a", 4), *numbered("b", 4), "readme.txt", "a/.hidden.svg")
-    assert notes_of(find_splits(tmp_path, 0.5)[0]) == ()
+    assert len(find_splits("classify", tmp_path, 0.5)[0].notes) == 1  # the note that the data are divided
     touch(tmp_path, *(f"a/{i}.SVG" for i in range(6)), "b/sub/notes.txt", "b/LICENSE")
-    for source in (find_splits(tmp_path, 0.5)[0], find_evaluation(tmp_path, ("a", "b"))):
-        [note] = notes_of(source)
+    for source in (find_splits("classify", tmp_path, 0.5)[0], find_evaluation(tmp_path, ("a", "b"))):
+        note = source.notes[0]
         assert note.startswith(f"{tmp_path}: ")
-        assert all(text in note for text in ("6 .svg", "1 .txt", "1 without an ending", str(tmp_path / "a/4.SVG")))
+        assert all(text in note for text in ("6 .svg", "1 .txt", "1 without a suffix", str(tmp_path / "a/4.SVG")))
         assert "a/5.SVG" not in note
     touch(tmp_path, "c/1.mp4", "c/2.mp4")
-    with pytest.raises(ValueError, match=r"/c: no images in this class \(it holds 2 .mp4: .*/c/1.mp4, .*/c/2.mp4\)"):
-        find_splits(tmp_path, 0.5)
+    with pytest.raises(ValueError, match=r"/c: no images in this class \(it contains 2 .mp4: .*/c/1.mp4, .*/c/2.mp4\)"):
+        find_splits("classify", tmp_path, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_ignored_files_are_counted_and_named(tmp_path: Path):
 )
 def test_data_of_other_kinds_are_refused_with_a_remedy(tmp_path: Path, name: str, remedy: str):
     data = name if "://" in name else str(touch(tmp_path, name) / name)
-    for find in (lambda d: find_splits(d, 0.5), lambda d: find_boxes(d, 0.5), lambda d: find_masks(d, 0.5)):
+    for find in [partial(find_splits, task, val_fraction=0.5) for task in ("classify", "detect", "segment")]:
         with pytest.raises(ValueError, match=remedy) as caught:
             find(data)
         assert str(caught.value).startswith(str(Path(data)) if "://" not in name else "https:/")
@@ -124,13 +124,13 @@ def test_data_of_other_kinds_are_refused_with_a_remedy(tmp_path: Path, name: str
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a name")
 def test_names_of_any_bytes(tmp_path: Path):
     data = touch(tmp_path, os.fsdecode(b"a/\xff1.png"), "a/2.png", "b/1.png", "b/2.png")
-    assert sum(len(folder) for folder in find_splits(data, 0.5)) == 4
+    assert sum(len(folder) for folder in find_splits("classify", data, 0.5)) == 4
 
 
 def test_the_split_depends_on_names_below_the_folder_alone(tmp_path: Path):
     found = numbered("a", 30) + numbered("b", 30)
     here, there = touch(tmp_path / "here", *found), touch(tmp_path / "there" / "deep", *reversed(found))
-    for mine, yours in zip(find_splits(here, 0.3), find_splits(there, 0.3), strict=True):
+    for mine, yours in zip(find_splits("classify", here, 0.3), find_splits("classify", there, 0.3), strict=True):
         assert names(mine, here) == names(yours, there)
 
 
@@ -140,7 +140,7 @@ def test_the_validation_split_has_exactly_the_fraction_of_each_class(
 ):
     # In the second class every image has the same name, in a folder of its own.
     touch(tmp_path, *numbered("a", 51), *(f"b/{i}/photo.jpg" for i in range(40)))
-    train, val = find_splits(tmp_path, fraction)
+    train, val = find_splits("classify", tmp_path, fraction)
     assert sorted((*files(train), *files(val))) == sorted(tmp_path.rglob("*.*"))
     assert [list(val.labels).count(label) for label in (0, 1)] == expected
 
@@ -149,7 +149,7 @@ def test_the_validation_split_has_exactly_the_fraction_of_each_class(
 @pytest.mark.parametrize("num", [2, 3, 7])
 def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int):
     touch(tmp_path, *numbered("a", num), *numbered("b", num), *numbered("c", num))
-    train, val = find_splits(tmp_path, fraction)
+    train, val = find_splits("classify", tmp_path, fraction)
     assert set(train.labels) == set(val.labels) == {0, 1, 2}
     assert not set(files(train)) & set(files(val))
     assert len(train) + len(val) == 3 * num
@@ -158,22 +158,22 @@ def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int)
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([], "found no folders; expected one folder of images for each of two classes"),
-        (["1.png"], "found no folders"),
-        (numbered("a", 3), "found only the folder a; expected"),
+        ([], "no class folders with images; expected one folder"),
+        (["1.png"], "no class folders with images"),
+        (numbered("a", 3), "found only class 'a'; expected"),
         ([*numbered("a", 3), "b/notes.txt"], "b: no images in this class"),
         ([*numbered("a", 3), "b/._1.png"], "b: no images in this class"),
         ([*numbered("a", 3), "b/1.png"], "b: one image is too few"),
         (["train/a/1.png", "train/b/1.png"], "has train/ but neither val/ nor test/"),
-        (["train/a/1.png", "val/a/1.png"], "train: found only the folder a"),
-        (["train/a/1.png", "train/b/1.png", "val/c/1.png"], "val.c: 'c' is not one of the 2 classes .a, b."),
+        (["train/a/1.png", "val/a/1.png"], "train: found only class 'a'"),
+        (["train/a/1.png", "train/b/1.png", "val/c/1.png"], "val: class 'c' not among the 2 known classes .a, b."),
         (["train/a/1.png", "train/b/1.png", "val/1.png"], "val: no class folders with images"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.txt"], "val.a: no images in this class"),
     ],
 )
 def test_what_cannot_be_trained_on(tmp_path: Path, found: list[str], message: str):
     with pytest.raises(ValueError, match=message) as caught:
-        find_splits(touch(tmp_path, *found), 0.2)
+        find_splits("classify", touch(tmp_path, *found), 0.2)
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -182,14 +182,18 @@ def test_no_folder_and_a_wrong_fraction(tmp_path: Path):
     touch(tmp_path, "file", *numbered("a", 2), *numbered("b", 2))
     for name, message in (
         ("missing", "no such folder$"),
-        ("file", "neither a folder nor one of the files .parquet, .arrow, .tar$"),
+        ("file", "neither a folder nor a file of type .parquet, .arrow, .tar$"),
     ):
-        for find in (lambda p: find_splits(p, 0.2), lambda p: find_evaluation(p, ("a", "b")), held_out_name):
+        for find in (
+            lambda p: find_splits("classify", p, 0.2),
+            lambda p: find_evaluation(p, ("a", "b")),
+            partial(default_split, "classify"),
+        ):
             with pytest.raises(ValueError, match=f"^{tmp_path / name}: {message}"):
                 find(tmp_path / name)
     for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match=f"^val_fraction is {fraction}"):
-            find_splits(tmp_path, fraction)
+            find_splits("classify", tmp_path, fraction)
 
 
 def test_evaluation_takes_val_before_test_before_everything(tmp_path: Path):
@@ -199,11 +203,11 @@ def test_evaluation_takes_val_before_test_before_everything(tmp_path: Path):
         folder = find_evaluation(tmp_path, class_names)
         assert names(folder, tmp_path / name) == ["a/1.png", "b/1.png", "b/2.png"]
         assert list(folder.labels) == [2, 0, 0]
-        assert held_out_name(tmp_path) == (name or None)
+        assert default_split("classify", tmp_path) == (name or "all")
         assert folder.class_names == class_names
-    with pytest.raises(ValueError, match=r"'b' is not one of the 1 classes \(a\)"):
+    with pytest.raises(ValueError, match=r"'b' not among the 1 known classes \(a\)"):
         find_evaluation(tmp_path, ("a",))
-    with pytest.raises(ValueError, match=r"'b' is not one of the 9 classes \(a, a1, a2, a3, a4, ...\)"):
+    with pytest.raises(ValueError, match=r"'b' not among the 9 known classes \(a, a1, a2, a3, a4, ...\)"):
         find_evaluation(tmp_path, ("a", *(f"a{i}" for i in range(1, 9))))
 
 
@@ -212,7 +216,7 @@ def test_samples(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (3, 2), color).save(tmp_path / name)
     colors = {}
-    for source in find_splits(tmp_path, 0.5):
+    for source in find_splits("classify", tmp_path, 0.5):
         for i in range(len(source)):
             sample = source[i]
             assert sample.name == str(sample.image)
@@ -244,7 +248,7 @@ def test_named_splits_of_divided_data(tmp_path: Path):
 
 def test_named_splits_of_undivided_data_are_those_of_training(tmp_path: Path):
     touch(tmp_path, *numbered("a", 10), *numbered("b", 15))
-    for split, source in zip(("train", "val"), find_splits(tmp_path, 0.3), strict=True):
+    for split, source in zip(("train", "val"), find_splits("classify", tmp_path, 0.3), strict=True):
         # Another order of the classes, as a network may have them, changes nothing.
         assert files(find_evaluation(tmp_path, ("b", "a"), split, 0.3)) == files(source)
     assert len(find_evaluation(tmp_path, ("a", "b"), "all")) == 25
@@ -256,13 +260,13 @@ def test_named_splits_of_undivided_data_are_those_of_training(tmp_path: Path):
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_data_may_be_a_string(tmp_path: Path, as_given: type):
     data = as_given(touch(tmp_path, *numbered("a", 2), *numbered("b", 2)))
-    assert [len(source) for source in find_splits(data, 0.5)] == [2, 2]
+    assert [len(source) for source in find_splits("classify", data, 0.5)] == [2, 2]
     assert len(find_evaluation(data, ("a", "b"))) == 4
 
 
 def test_validated_on_are_the_names_with_the_smallest_digests(tmp_path: Path):
     touch(tmp_path, *numbered("a", 40), *numbered("b", 40))
-    _, val = find_splits(tmp_path, 0.25)
+    _, val = find_splits("classify", tmp_path, 0.25)
     by_digest = [sorted(numbered(c, 40), key=lambda n: hashlib.sha256(n.encode()).digest()) for c in "ab"]
     assert names(val, tmp_path) == sorted(by_digest[0][:10] + by_digest[1][:10])
 
@@ -270,25 +274,25 @@ def test_validated_on_are_the_names_with_the_smallest_digests(tmp_path: Path):
 # --- Subsets ----------------------------------------------------------------------------------------------------------
 
 
-def arrays(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> Labelled:
+def arrays(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> Source:
     """Images whose every pixel is their number."""
     pixels = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 2))
-    return Labelled(Arrays(pixels, "numbers"), tuple(labels), class_names)
+    return Source(ImageArray(pixels, "numbers"), tuple(labels), class_names)
 
 
 def test_subset_of_a_subset():
-    some = Subset(Subset(arrays([0, 1, 0, 1, 1]), (4, 0, 2)), (2, 0))
+    some = arrays([0, 1, 0, 1, 1]).subset((4, 0, 2)).subset((2, 0))
     assert (len(some), some.labels, some.class_names) == (2, (0, 1), ("a", "b"))
     assert [(s.name, s.label) for s in (some[0], some[1])] == [("numbers[2]", 0), ("numbers[4]", 1)]
 
 
-def test_hold_out_of_numbered_images():
-    train, val = hold_out(arrays([0, 1] * 100), 0.25, "data")
+def test_divide_of_numbered_images():
+    train, val = divide(arrays([0, 1] * 100), 0.25, "data")
     assert sorted((*train.indices, *val.indices)) == list(range(200))
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
     with pytest.raises(ValueError, match=r"^data: class b: one image is too few"):
-        hold_out(arrays([0, 0, 1]), 0.25, "data")
-    train, val = hold_out(arrays([0, 0]), 0.25, "data")  # in evaluation a class may be missing
+        divide(arrays([0, 0, 1]), 0.25, "data")
+    train, val = divide(arrays([0, 0]), 0.25, "data")  # in evaluation a class may be missing
     assert (len(train), len(val)) == (1, 1)
 
 
@@ -300,7 +304,9 @@ def test_fingerprint_of_folders(tmp_path: Path):
     here, there = touch(tmp_path / "here", *found), touch(tmp_path / "there" / "deep", *found)
 
     def prints(data: Path) -> list[str]:
-        return [fingerprint(source) for source in (*find_splits(data, 0.5), find_evaluation(data, ("a", "b")))]
+        return [
+            fingerprint(source) for source in (*find_splits("classify", data, 0.5), find_evaluation(data, ("a", "b")))
+        ]
 
     before = prints(here)
     assert before == prints(there) == prints(here)
@@ -309,16 +315,16 @@ def test_fingerprint_of_folders(tmp_path: Path):
     (there / "a" / "000.png").rename(there / "a" / "new.png")
     assert prints(there)[2] != before[2]
     (here / "b").rename(here / "c")
-    assert fingerprint(find_splits(here, 0.5)[0]) != before[0]
+    assert fingerprint(find_splits("classify", here, 0.5)[0]) != before[0]
 
 
 def test_fingerprint_tells_classes_labels_and_images_apart():
     one = arrays([0, 1, 1])
     others = [arrays([0, 1, 0]), arrays([0, 1]), arrays([0, 1, 1], ("a", "c")), arrays([0, 1, 1], ("ab", ""))]
-    subsets = [Subset(one, (0, 1)), Subset(one, (0, 2)), Subset(one, (2, 0))]
+    subsets = [one.subset((0, 1)), one.subset((0, 2)), one.subset((2, 0))]
     assert len({fingerprint(source) for source in (one, *others, *subsets)}) == 7  # of which one is the same:
     assert fingerprint(subsets[0]) == fingerprint(arrays([0, 1]))
-    assert fingerprint(Subset(one, (0, 1, 2))) == fingerprint(one)
+    assert fingerprint(one.subset((0, 1, 2))) == fingerprint(one)
 
 
 # --- Headers ----------------------------------------------------------------------------------------------------------
@@ -328,44 +334,38 @@ def test_headers_name_what_is_no_image(tmp_path: Path):
     for name in ("a/1", "a/2", "b/1", "b/2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
-    folders = find_splits(tmp_path, 0.5)
-    assert check_headers(*folders).unreadable == []
+    folders = find_splits("classify", tmp_path, 0.5)
+    assert check_images(*folders).unreadable == []
     wrong = [str(tmp_path / name) for name in ("a/2.png", "b/1.png")]
     for name in wrong:
         Path(name).write_text("no image")
     for max_unreadable in (0, 1):
         with pytest.raises(ImageError) as caught:
-            check_headers(*folders, max_unreadable=max_unreadable)
+            check_images(*folders, max_unreadable=max_unreadable)
         assert all(name in str(caught.value) for name in wrong)
         assert "1.png" not in str(caught.value).replace(wrong[1], "")
         assert "--max-unreadable 2" in str(caught.value)
-    errors = check_headers(*folders, max_unreadable=2).unreadable
+    errors = check_images(*folders, max_unreadable=2).unreadable
     assert sorted(error.partition(": ")[0] for error in errors) == wrong
 
 
-class Bytes:
-    """A source of its own kind: bytes, whatever they are."""
+class ImageBytes(tuple):
+    """Images of a format of its own."""
 
-    class_names = ("a", "b")
+    def key(self, index: int) -> str:
+        return str(index)
 
-    def __init__(self, *images: bytes):
-        self.images = images
-        self.labels = (0,) * len(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], 0, f"number {index}")
+    def name(self, index: int) -> str:
+        return f"number {index}"
 
 
 def test_headers_of_bytes_and_pixels():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png")
-    source = Bytes(*[file.getvalue(), b"", b"no image"] * 200)
+    source = Source(ImageBytes([file.getvalue(), b"", b"no image"] * 200), (0,) * 600, ("a", "b"))
     with pytest.raises(ImageError, match=r"^number 1: not .*; number 7: not .*; and 395 more; replace"):
-        check_headers(source, arrays([0, 1]))
-    [error] = check_headers(Subset(source, (0, 1, 3)), arrays([0, 1]), max_unreadable=1).unreadable
+        check_images(source, arrays([0, 1]))
+    [error] = check_images(source.subset((0, 1, 3)), arrays([0, 1]), max_unreadable=1).unreadable
     assert error.startswith("number 1: not an image")
 
 
@@ -376,14 +376,14 @@ def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch:
     Image.new("P", (4, 4)).save(tmp_path / "a/2.png", transparency=0)
     Image.new("RGB", (40, 30)).save(tmp_path / "b/1.png")
     Image.new("RGB", (50, 30)).save(tmp_path / "b/2.jpg")
-    four_channels = Labelled(Arrays(np.zeros((2, 3, 3, 4), np.uint8), "pixels"), (0, 1), ("a", "b"))
-    found = check_headers(*find_splits(tmp_path, 0.5), four_channels)
+    four_channels = Source(ImageArray(np.zeros((2, 3, 3, 4), np.uint8), "pixels"), (0, 1), ("a", "b"))
+    found = check_images(*find_splits("classify", tmp_path, 0.5), four_channels)
     assert (found.unreadable, found.num_transparent, found.large) == ([], 4, [])
     assert [note for note in found.notes() if "4; composited on white" in note] == found.notes()
-    monkeypatch.setattr(sources, "LARGE_MEGAPIXELS", 1e-3)
-    monkeypatch.setattr(sources, "OTHER_MEGAPIXELS_PER_SECOND", 1e-3)  # 1.2 s and, for the JPEG file, next to nothing
-    _, note = check_headers(*find_splits(tmp_path, 0.5)).notes()
-    assert "2, decoded again in every epoch, which takes about 2 s" in note
+    monkeypatch.setattr(checks, "LARGE_MEGAPIXELS", 1e-3)
+    monkeypatch.setattr(checks, "OTHER_MEGAPIXELS_PER_SECOND", 1e-3)  # 1.2 s and, for the JPEG file, next to nothing
+    _, note = check_images(*find_splits("classify", tmp_path, 0.5)).notes()
+    assert "2; decoding them takes about 2 s" in note
     assert note.index(str(tmp_path / "b/2.jpg")) < note.index(str(tmp_path / "b/1.png"))
     assert "a/1.png" not in note
     assert "mogrify -resize" in note
@@ -395,27 +395,30 @@ def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (["x.tar", "x.parquet"], ": holds .parquet files and .tar files; leave one"),
-        (["x.tar", *numbered("a", 1), *numbered("b", 1)], ": holds .tar files and class folders; leave one"),
-        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "x.arrow"], ": holds idx files and .arrow files; "),
-        (["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"], ": holds idx files and a saved dataset"),
-        (["train/x.tar", "train/a/1.png", "train/b/1.png", "val/a/1.png"], ": holds .tar files and class folders"),
-        (["train.tar", "x.tar"], "/x.tar: its name tells no split, those of other files do; put train, val or test"),
-        (["1.png"], ": found no folders; expected one folder of images .* idx files, .parquet .* or .tar shards$"),
-        (["x.tar.gz"], "/x.tar.gz: compressed, .*; uncompress it with gunzip$"),
-        (["train/x.tar.zst", "val/x.tar.zst"], "/train/x.tar.zst: compressed, .*; uncompress it with unzstd$"),
+        (["x.tar", "x.parquet"], ": contains .parquet files and .tar files; keep one"),
+        (["x.tar", *numbered("a", 1), *numbered("b", 1)], ": contains .tar files and class folders; keep one"),
+        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "x.arrow"], ": contains idx files and .arrow files; "),
+        (
+            ["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"],
+            ": contains idx files and a saved",
+        ),
+        (["train/x.tar", "train/a/1.png", "train/b/1.png", "val/a/1.png"], ": contains .tar files and class folders"),
+        (["train.tar", "x.tar"], "/x.tar: its name contains no split, .* add train, val or test"),
+        (["1.png"], ": no class folders with images; expected one folder of images"),
+        (["x.tar.gz"], "/x.tar.gz: a compressed .*; uncompress it with gunzip$"),
+        (["train/x.tar.zst", "val/x.tar.zst"], "/train/x.tar.zst: a compressed .*; uncompress it with unzstd$"),
         (["val-0.tar", "test-0.tar"], ": has only the splits test, val; expected one to train on$"),
     ],
 )
 def test_several_kinds_or_none(tmp_path: Path, found: list[str], message: str):
     with pytest.raises(ValueError, match=f"^{tmp_path}{message}") as caught:
-        find_splits(touch(tmp_path, *found), 0.2)
+        find_splits("classify", touch(tmp_path, *found), 0.2)
     assert "\n" not in str(caught.value)
 
 
 def test_what_lies_beside_class_folders_is_passed_over(tmp_path: Path):
     data = touch(tmp_path, *numbered("a", 2), *numbered("b", 2), "photos.tar.gz", ".x.tar", "cache-1.arrow", "a/x.tar")
-    assert [len(source) for source in find_splits(data, 0.5)] == [2, 2]
+    assert [len(source) for source in find_splits("classify", data, 0.5)] == [2, 2]
 
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
@@ -423,7 +426,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pack
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist():
-    train, val = find_splits(FASHION_MNIST, 0.1)
+    train, val = find_splits("classify", FASHION_MNIST, 0.1)
     assert train.class_names == tuple("0123456789")
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert np.bincount(val.labels).tolist() == [1000] * 10

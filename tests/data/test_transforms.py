@@ -22,7 +22,7 @@ from mobilevit.data.transforms import (
     mix,
     operations,
     rand_augment,
-    random_box,
+    random_crop,
     random_erasing,
     resize,
 )
@@ -58,7 +58,7 @@ def furthest_apart(a: np.ndarray, b: np.ndarray) -> float:
 def test_the_parts_are_distributed_as_torchvisions(size: tuple[int, int], min_scale: float):
     num = 2000
     random = np.random.default_rng(1)
-    ours = sizes([random_box(*size, min_scale, random) for _ in range(num)])
+    ours = sizes([random_crop(*size, min_scale, random) for _ in range(num)])
     torch.manual_seed(1)
     theirs = [
         RandomResizedCrop.get_params(torch.empty(3, *size[::-1]), [min_scale, 1], [3 / 4, 4 / 3]) for _ in range(num)
@@ -77,7 +77,7 @@ def test_the_parts_are_distributed_as_torchvisions(size: tuple[int, int], min_sc
 def test_the_promised_bounds():
     width, height, min_scale = 1201, 1000, 0.25
     random = np.random.default_rng(0)
-    left, top, w, h = sizes([random_box(width, height, min_scale, random) for _ in range(2000)])
+    left, top, w, h = sizes([random_crop(width, height, min_scale, random) for _ in range(2000)])
     assert min(left.min(), top.min()) == 0
     assert (left + w).max() == width
     assert (top + h).max() == height
@@ -103,7 +103,7 @@ def test_the_promised_bounds():
 )
 def test_images_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
     random = np.random.default_rng(0)
-    assert {tuple(sizes([random_box(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
+    assert {tuple(sizes([random_crop(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
     pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))[0]
     assert pixels.shape == (33, 33, 3)
 

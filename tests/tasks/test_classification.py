@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
-from mobilevit.data.sources import fingerprint
+from mobilevit.data.samples import fingerprint
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.predict import classifier
@@ -145,7 +145,7 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
 
 
 def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
-    with pytest.raises(ValueError, match="name no classes"):
+    with pytest.raises(ValueError, match="class names"):
         evaluate_weights(weights(()), folder)
     with pytest.raises(ValueError, match="batch size is 0"):
         evaluate_weights(weights(), folder, batch_size=0)

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
-from mobilevit.data.dense import BoxBatch, BoxTruth
-from mobilevit.data.labels import Boxes
+from mobilevit.data.box_transforms import BoxBatch, BoxTruth
+from mobilevit.data.boxes import Boxes
 from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import Sample
+from mobilevit.data.sources import default_split
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite, encode
@@ -406,8 +407,8 @@ def test_datasets_and_evaluation(folder: Path):
     train, val = TASK.datasets(RECIPE, folder)
     assert train.source.class_names == val.source.class_names == ("green", "red")
     assert (len(train), len(val)) == (4, 2)
-    assert TASK.held_out_name(folder) == "val"
-    dataset = TASK.evaluation_set(weights(("red", "green")), folder, Preprocessing(resize_px=72, crop_px=64))
+    assert default_split("detect", folder) == "val"
+    dataset = TASK.evaluation_set(weights(("red", "green")), folder, Preprocessing(resize_px=72, crop_px=64), "val")
     loaded = load(dataset, eval_batches(2, batch_size=2, size_px=64), num_workers=0, device="cpu")
     (batch,) = loaded
     assert batch.pixels.shape == (2, 3, 64, 64)
@@ -416,8 +417,8 @@ def test_datasets_and_evaluation(folder: Path):
     green = batch.pixels[0, 1] > 200  # the whole image, warped, not cut from its middle
     rows, columns = (np.flatnonzero(green.any(axis).numpy()) for axis in (1, 0))
     np.testing.assert_allclose((columns[0], rows[0]), (5 * 64 / 60, 8 * 64 / 50), atol=1.5)
-    with pytest.raises(ValueError, match="name no classes"):
-        TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing)
+    with pytest.raises(ValueError, match="class names"):
+        TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing, "val")
 
 
 def test_build_from_nothing(folder: Path):
@@ -530,7 +531,7 @@ def test_four_images_are_learnt(folder: Path):
     """From random weights, without augmentation: every box found, and found with an IoU of 0.5 or more."""
     train, _ = TASK.datasets(RECIPE, folder)
     initial = TASK.build(RECIPE, train, None)
-    still = TASK.evaluation_set(initial, folder, initial.preprocessing)
+    still = TASK.evaluation_set(initial, folder, initial.preprocessing, "val")
     still = ImageDataset(train.source, still.prepare, list)
     (batch,) = load(
         still,

@@ -13,10 +13,11 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 from torch import Tensor, nn
 
-from mobilevit.data.labels import Coding, MaskFile
 from mobilevit.data.loader import Batch, ImageDataset, load
+from mobilevit.data.masks import MaskCoding, MaskFile
 from mobilevit.data.sampler import Pick, eval_batches
 from mobilevit.data.samples import Sample
+from mobilevit.data.sources import default_split
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import MobileViT
@@ -236,13 +237,13 @@ def test_datasets_and_evaluation(folder: Path):
     train, val = TASK.datasets(RECIPE, folder)
     assert train.source.class_names == val.source.class_names == CLASS_NAMES
     assert len(train) + len(val) == 8
-    assert TASK.held_out_name(folder) is None
-    dataset = TASK.evaluation_set(weights(), folder, Preprocessing(resize_px=72, crop_px=64))
+    assert default_split("segment", folder) == "all"
+    dataset = TASK.evaluation_set(weights(), folder, Preprocessing(resize_px=72, crop_px=64), "all")
     (batch,) = load(dataset, eval_batches(8, batch_size=8, size_px=64), num_workers=0, device="cpu")
     assert batch.pixels.shape == (8, 3, 64, 64)
     assert [mask.shape for mask in batch.labels] == [(66 - 2 * i, 60 + 3 * i) for i in range(8)]
-    with pytest.raises(ValueError, match="name no classes"):
-        TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing)
+    with pytest.raises(ValueError, match="class names"):
+        TASK.evaluation_set(replace(weights(), class_names=()), folder, weights().preprocessing, "all")
     out, mask = train.prepare(train.source[0], Pick(0, 0, 64))
     assert out.shape[:2] == mask.shape == (64, 64)
 
@@ -301,7 +302,7 @@ def test_sections_stand_on_their_own(tmp_path: Path):
 
         def __getitem__(self, index: int) -> Sample:
             Image.fromarray(masks[index]).save(tmp_path / f"{index}.png")
-            file = MaskFile(tmp_path / f"{index}.png", Coding(tuple(range(4))))
+            file = MaskFile(tmp_path / f"{index}.png", MaskCoding(tuple(range(4))))
             return Sample(np.zeros((*masks[index].shape, 3), np.uint8), file, f"<i>{index}</i>.png")
 
     source: Any = Source()
@@ -319,7 +320,7 @@ def test_eight_images_are_learnt(folder: Path):
     head = DeepLabHead(channels=64, rates=(1, 2, 3))
     recipe = replace(RECIPE, data=replace(RECIPE.data, size_px=96))
     initial = TASK.build(recipe, TASK.datasets(recipe, folder)[0], weights(head=head))
-    all_of_it = TASK.evaluation_set(initial, folder, initial.preprocessing)
+    all_of_it = TASK.evaluation_set(initial, folder, initial.preprocessing, "all")
     (batch,) = load(
         ImageDataset(all_of_it.source, all_of_it.prepare, list),
         eval_batches(8, batch_size=8, size_px=96),

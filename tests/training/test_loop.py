@@ -23,7 +23,8 @@ import mobilevit
 from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, Item
 from mobilevit.data.sampler import EpochBatches
-from mobilevit.data.sources import find_splits, fingerprint
+from mobilevit.data.samples import fingerprint
+from mobilevit.data.sources import find_splits
 from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Recipe, Sampler, from_dict
@@ -159,7 +160,7 @@ def test_multi_scale_training(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_unusable_data_create_no_folder(tmp_path: Path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match="found no folders"):
+    with pytest.raises(ValueError, match="no class folders"):
         train(RECIPE, tmp_path / "data", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -188,11 +189,11 @@ def test_a_non_finite_loss_stops_the_run_and_can_be_resumed(
     bad = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=1)[1]  # not a batch of the first epoch
 
     def loss_until(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
-        calls.append(batch.numbers)
-        is_bad = batch.numbers == tuple(pick.number for pick in bad)
+        calls.append(batch.indices)
+        is_bad = batch.indices == tuple(pick.image_index for pick in bad)
         return loss(self, recipe, model, batch) * (float("nan") if is_bad else 1)
 
-    names = ", ".join(images.source[pick.number].name for pick in bad)
+    names = ", ".join(images.source[pick.image_index].name for pick in bad)
     assert names.count(".png") == 3
     message = rf"^the loss is nan at epoch 2, step 6, 32 px, images {re.escape(names)}; try a lower --lr$"
     recipe = replace(RECIPE, compute=MICRO_BATCH)
@@ -493,7 +494,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_its_batch(
     assert len(seen) == len(expected) == 8
     num_replaced = 0
     for ours, theirs in zip(seen, expected, strict=True):
-        bad = theirs.numbers.index(5) if 5 in theirs.numbers else None  # line/1.png: the sixth in order
+        bad = theirs.indices.index(5) if 5 in theirs.indices else None  # line/1.png: the sixth in order
         order = [(i + 1) % 3 if i == bad else i for i in range(3)]
         assert torch.equal(ours.pixels, theirs.pixels[order])
         assert torch.equal(ours.labels, theirs.labels[order])
@@ -561,7 +562,7 @@ def test_weights_record_the_validation_split_and_transparent_images(
     done = train(replace(RECIPE, epochs=1), copied, tmp_path / "run")
     assert "images with transparency: 1; composited on white" in caplog.text
     training = read(done.weights).training
-    _, val = find_splits(copied, 0.5)
+    _, val = find_splits("classify", copied, 0.5)
     assert (training["num_transparent"], training["val_data"]) == (1, fingerprint(val))
 
 

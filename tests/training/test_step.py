@@ -121,7 +121,7 @@ def test_micro_batch_sizes(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     seen, evaluated, loss, evaluate = [], [], Classification.loss, Classification.evaluate
 
     def record(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
-        seen.append(batch.numbers)
+        seen.append(batch.indices)
         return loss(self, recipe, model, batch)
 
     def record_evaluated(self: Classification, model: nn.Module, batches: Iterable[Batch], gather: Any) -> Any:

@@ -60,7 +60,7 @@ def some_images(names: tuple[str, ...], number: int = 256) -> list[Any]:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise
         try:
-            source = find_splits(data, val_fraction=0.1)[0]
+            source = find_splits("classify", data, val_fraction=0.1)[0]
         except ValueError as error:
             if Path(data).is_dir() and not any(Path(data).iterdir()):
                 raise ValueError(f"{names[0]}: no images in this folder") from None

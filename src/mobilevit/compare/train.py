@@ -32,6 +32,7 @@ from mobilevit.compare.models import (
 from mobilevit.compare.reports import Baseline, SeedRun, TrainedReport, TrainedRow
 from mobilevit.compare.run import TimingOptions, baseline_of, time_models, timings_of
 from mobilevit.compare.statistics import Comparison, holm, require_scipy, welch
+from mobilevit.data.sources import default_split
 from mobilevit.images import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
@@ -141,7 +142,7 @@ def compare_trained(
         rows=rows,
         notes=notes,
         data=str(data),
-        val_split=TASKS["classify"].held_out_name(data),
+        val_split=None if (split := default_split("classify", data)) == "all" else split,
         num_train=len(train_set),
         num_val=len(val_set),
         num_classes=num_classes,

@@ -1,1 +1,1 @@
-"""From files to batches: sources of images, what is done to them, and in which order they come."""
+"""Data sets: formats on disk, validation splits, transforms, the sampler, and batches."""

@@ -1,4 +1,4 @@
-"""Batches of a source, read in worker processes."""
+"""Batches of a source, loaded by worker processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample, Source
@@ -24,60 +24,61 @@ from mobilevit.images import ImageError, Preprocessing, limit_megapixels, megapi
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) in channels-last layout, their labels and their numbers in the source.
+    """Images (B, 3, H, W) in channels-last layout, their labels and their indices in the source.
 
-    What labels are is up to the task: class numbers (B,), or whatever its datasets stack them to. `unreadable` names
-    the images that should be here and could not be read.
+    The labels are class indices (B,), or the output of the dataset's `stack`. `unreadable` names the images that are
+    missing because they could not be read.
     """
 
     pixels: Tensor
     labels: Any
-    numbers: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     unreadable: tuple[str, ...] = ()
 
 
 class Item(NamedTuple):
-    """An image of a batch, uint8 (H, W, 3), its label and its number in the source."""
+    """One image of a batch, uint8 (H, W, 3), its label and its index in the source."""
 
     pixels: np.ndarray
     label: Any
-    number: int
+    image_index: int
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read, the side in pixels it was wanted at, and why it could not."""
+    """An image that could not be read: its name, the requested side in pixels, and the error."""
 
     name: str
     size_px: int
     error: ImageError
 
 
-def stack_numbers(labels: Sequence[int]) -> Tensor:
-    """The labels of a batch where they are class numbers: (B,)."""
+def stack_indices(labels: Sequence[int]) -> Tensor:
+    """The class indices of a batch: (B,) int64."""
     return torch.tensor(labels, dtype=torch.long)
 
 
 class ImageDataset(Dataset):
-    """Images of a source, each made ready by `prepare(sample, pick)`, which raises ImageError.
+    """The images of a source after `prepare(sample, pick)`.
 
-    That gives the image as uint8 (H, W, 3), and its label; `stack` makes one of the labels of a batch. An item is
-    asked for by a `Pick`. An image that cannot be read is handed on as `Unreadable`, so that whoever reads the batches
-    can say which one it was, whatever process met it.
+    `prepare` returns the image as uint8 (H, W, 3) and its label, or raises ImageError. `stack` combines the labels of
+    a batch. Items are requested by `Pick`. An image that cannot be read is returned as `Unreadable`, so that the
+    process that consumes the batches can name it. `notes` are lines for the log; `num_transparent` is the number of
+    images with transparency in the training and validation splits.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source[Any],
         prepare: Callable[[Sample, Pick], tuple[np.ndarray, Any]],
-        stack: Callable[[list[Any]], Any] = stack_numbers,
+        stack: Callable[[list[Any]], Any] = stack_indices,
         notes: Sequence[str] = (),
         num_transparent: int = 0,
     ):
-        self.notes = notes  # what whoever trains on them should know
-        self.num_transparent = num_transparent  # images with transparency, of these and those to validate on
         self.source = source
         self.prepare = prepare
         self.stack = stack
+        self.notes = notes
+        self.num_transparent = num_transparent
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,18 +86,18 @@ class ImageDataset(Dataset):
     def __getitem__(self, pick: Pick) -> Item | Unreadable:
         name = ""
         try:
-            sample = self.source[pick.number]
+            sample = self.source[pick.image_index]
             name = sample.name
-            return Item(*self.prepare(sample, pick), pick.number)
+            return Item(*self.prepare(sample, pick), pick.image_index)
         except ImageError as error:
             return Unreadable(name or str(error), pick.size_px, error)
 
 
 class Loader(Iterator[Batch]):
-    """What `load` returns: an iterator that goes once through the batches.
+    """One pass over the batches; made by `load`.
 
-    `waited_seconds` is how long it has kept its user waiting for data so far, the start of the workers included;
-    `unreadable` names the images that could not be read so far. Who may leave it before its end calls `close`.
+    `waited_seconds` is the time that the consumer has waited for data so far, including the start of the workers.
+    `unreadable` names the images that could not be read so far. Call `close` to stop before the last batch.
     """
 
     def __init__(self, batches: DataLoader, device: str, preprocessing: Preprocessing | None):
@@ -123,13 +124,13 @@ class Loader(Iterator[Batch]):
         finally:
             self.waited_seconds += time.perf_counter() - started
         self.unreadable += batch.unreadable
-        pixels, labels = (moved(x, self._device) for x in (batch.pixels, batch.labels))
+        pixels, labels = (to_device(x, self._device) for x in (batch.pixels, batch.labels))
         if self._preprocessing is not None:
             pixels = self._preprocessing.scale(pixels)
-        return Batch(pixels, labels, tuple(batch.numbers), tuple(batch.unreadable))  # pinning makes lists of tuples
+        return Batch(pixels, labels, tuple(batch.indices), tuple(batch.unreadable))  # pinning turns tuples into lists
 
     def close(self) -> None:
-        """End the workers; no batch comes after it."""
+        """Stop the workers; the loader returns no further batch."""
         self._batches = iter(())
 
 
@@ -141,28 +142,24 @@ def load(
     device: str,
     preprocessing: Preprocessing | None = None,
     max_unreadable: int = 0,
-    stand_in: bool = True,
+    replace_unreadable: bool = True,
 ) -> Loader:
-    """The given batches on `device`, in their order.
+    """Load the given batches onto `device`, in order.
 
-    Pixels are uint8, or where `preprocessing` is given float32 as the network expects them, scaled on `device`.
+    Pixels are uint8, or float32 scaled by `preprocessing` on `device` if it is given.
 
-    With `max_unreadable` above 0 an image that cannot be read is replaced by the next one of its batch, in a circle,
-    and named in `unreadable`; to count them is up to the caller. Without `stand_in` it is left out, and the batch is
-    smaller, or empty.
+    If `max_unreadable` is above 0, an unreadable image is replaced by the next readable image of its batch (after the
+    last comes the first) and named in `unreadable`; the caller counts them. With `replace_unreadable=False` the batch
+    is smaller instead, and possibly empty.
 
     Raises:
-        ImageError: when a batch comes in which an image, or with `max_unreadable` above 0 each, cannot be read.
+        ImageError: while iterating, for an unreadable image; if `max_unreadable` is above 0, for a batch in which all
+            images are unreadable.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=partial(
-            _collate,
-            stack=dataset.stack,
-            skip=max_unreadable > 0,
-            stand_in=stand_in,
-        ),
+        collate_fn=partial(_collate, stack=dataset.stack, skip=max_unreadable > 0, replace=replace_unreadable),
         num_workers=num_workers,
         pin_memory=device.startswith("cuda"),
         worker_init_fn=partial(_start_worker, megapixel_limit()),
@@ -170,8 +167,9 @@ def load(
     return Loader(loader, device, preprocessing)
 
 
-# Python, at its end, sends its children SIGTERM and waits for them: for ever, if a worker that ignores it was not told
-# to go, as happens where the garbage collector finds a loader in a cycle (it ends torch's queue before the message).
+# At exit, Python sends SIGTERM to its children and waits for them. It would wait forever for a worker that ignores the
+# signal and was not stopped before, as happens if the garbage collector finds a loader in a cycle and closes torch's
+# queue before it sends the stop message.
 _workers: WeakSet[BaseProcess] = WeakSet()
 
 
@@ -182,44 +180,51 @@ def _kill_workers() -> None:
 
 
 def _start_worker(max_megapixels: float, _: int) -> None:
-    if max_megapixels < math.inf:  # a worker that is spawned does not inherit the limit
+    if max_megapixels < math.inf:  # a spawned worker does not inherit the limit
         limit_megapixels(max_megapixels)
-    # Ctrl-C and a batch system's SIGTERM reach workers as well, and the step they read for is still to be finished.
+    # Ctrl-C and a batch system's SIGTERM reach workers as well, but the main process still finishes its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def moved(values: Any, device: str) -> Any:
-    """`values` on `device`: a tensor, or the tensors of a named tuple; all else stays where it is."""
+def to_device(values: Any, device: str) -> Any:
+    """Move a tensor, or the tensors of a named tuple, to `device`; return other values unchanged."""
     if isinstance(values, Tensor):
         return values.to(device, non_blocking=True)
     if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(moved(value, device) for value in values))
+        return type(values)(*(to_device(value, device) for value in values))
     return values
 
 
 def _collate(
-    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, stand_in: bool
+    items: list[Item | Unreadable], stack: Callable[[list[Any]], Any], skip: bool, replace: bool
 ) -> Batch | ImageError:
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     if unreadable and not skip:
         return ImageError(f"{unreadable[0].error}; or skip up to NUMBER of them with --max-unreadable NUMBER")
-    if unreadable and stand_in and len(unreadable) == len(items):
+    if unreadable and replace and len(unreadable) == len(items):
         return unreadable[0].error
     chosen: list[Item] = []
     for i, item in enumerate(items):
         if isinstance(item, Item):
             chosen.append(item)
-        elif stand_in:
+        elif replace:
             chosen.append(next(other for other in items[i:] + items[:i] if isinstance(other, Item)))
+    height, width = chosen[0].pixels.shape[:2] if chosen else (unreadable[0].size_px,) * 2
+    pixels = _empty(len(chosen), height, width, 3)
     if chosen:
-        pixels = np.stack([item.pixels for item in chosen])
-    else:
-        pixels = np.empty((0, unreadable[0].size_px, unreadable[0].size_px, 3), np.uint8)
+        np.stack([item.pixels for item in chosen], out=pixels.numpy())
     return Batch(
-        # As the rows lie in memory already; the network wants the same layout.
-        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        pixels.permute(0, 3, 1, 2),  # without a copy: the memory layout remains channels last
         stack([item.label for item in chosen]),
-        tuple(item.number for item in chosen),
+        tuple(item.image_index for item in chosen),
         tuple(item.name for item in unreadable),
     )
+
+
+def _empty(*shape: int) -> Tensor:
+    """An uninitialized uint8 tensor; in a worker in shared memory, to which its queue would copy it otherwise."""
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (math.prod(shape),), (1,)).view(shape)

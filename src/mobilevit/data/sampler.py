@@ -1,46 +1,47 @@
-"""Which images, at which size, in which batch: arithmetic, the same wherever it is computed.
+"""The batches of an epoch: which images, at which size. A pure function of its arguments.
 
-`EpochBatches` is a sequence of batches that follows from its arguments alone. Processes that train together compute it
-each for its own rank and agree without talking; a run that starts again takes it up at any step; the number of workers,
-what they have read ahead and what was drawn before change nothing. It needs no network of this package: any
-`torch.utils.data.DataLoader` takes it as `batch_sampler`, and the dataset is asked for lists of `Pick`.
+`EpochBatches` is a sequence of batches. Processes of distributed training compute their batches independently and
+agree without communication. A resumed run starts at any step. Nothing depends on the number of workers, on what they
+have prefetched, or on other users of random numbers. The module does not depend on the models of this package: any
+`torch.utils.data.DataLoader` takes `EpochBatches` as `batch_sampler`, and the dataset gets lists of `Pick`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
 
-# What is done about the batch where the size of the images changes; see `batch_size_at`.
+# How the batch size depends on the image size; see `batch_size_at`.
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # Multiples of 32 nearest to five steps from 160 to 320, and the base size (paper, section 3.3).
 PAPER_SIZES_PX = (160, 192, 256, 288, 320)
-MIN_SHARE = 2  # images of a batch in each process, if at all possible: batch norm fails on one
+MIN_IMAGES = 2  # of a micro-batch, if possible: batch normalization fails on one image
 
 
 class Pick(NamedTuple):
-    """One image of a batch: its number in the source, the epoch, and the side in pixels it is wanted at."""
+    """One image of a batch: its index in the source, the epoch, and the requested side in pixels."""
 
-    number: int
+    image_index: int
     epoch: int
     size_px: int
 
 
 def batch_size_at(
-    size_px: int, *, variant: Variant, batch_size: int, base_px: int, largest_px: int, world: int = 1
+    size_px: int, *, variant: Variant, batch_size: int, base_px: int, largest_px: int, world_size: int = 1
 ) -> int:
-    """Images of `size_px` by `size_px` in the batch of one process.
+    """Images of `size_px` x `size_px` in the batch of one process.
 
     | variant | rule | published in |
     |---|---|---|
-    | standard | `batch_size`, whatever the size | |
+    | standard | `batch_size` at every size | |
     | equation | as many pixels as `batch_size` images of the largest size | the paper's equation |
     | listing, main | as many pixels as `batch_size` images of the base size | its listing; the later released code |
-    | v0.1 | the same, but never below `batch_size`, and a multiple of `world` | the released code of the paper |
+    | v0.1 | the same, but at least `batch_size`, and a multiple of `world_size` | the released code of the paper |
     """
     if variant == "standard":
         return batch_size
@@ -48,32 +49,31 @@ def batch_size_at(
         return max(1, largest_px**2 * batch_size // size_px**2)
     same_cost = base_px**2 * batch_size / size_px**2
     if variant == "v0.1":
-        return max(world, int(max(batch_size, same_cost) + world / 2) // world * world)
+        return max(world_size, int(max(batch_size, same_cost) + world_size / 2) // world_size * world_size)
     return max(1, int(same_cost))
 
 
 class EpochBatches(Sequence[list[Pick]]):
     """The batches of an epoch for one process.
 
-    At every step one of `sizes_px` is drawn, each as likely as the others and the same for all processes. The images
-    of an epoch, in a new order each epoch, are dealt out until none is left: every image comes once, to one process.
+    Each step samples one of `sizes_px` uniformly, the same for all processes. The images of an epoch are shuffled and
+    distributed until none is left: every image occurs once, in one process.
 
-    The last batch is what is left. Where that would be fewer than two images for each process, it joins the batch
-    before it instead. Shares of the processes in a batch are equal, but for those of the last step, which differ by
-    one at most. `min_last` sets another number of images than two for each process.
+    The last batch contains the remaining images. If these are fewer than `min_last`, they are added to the previous
+    batch. The processes get equal numbers of images in each step; in the last step, these differ by at most one.
 
     Args:
-        num_images: in the source.
-        sizes_px: to draw from; for "standard" training at one size, that one.
-        batch_size: images in a step of one process, at `base_px` (at the largest size for "equation").
-        base_px: the size that `batch_size` is meant for.
-        variant: how the batch follows the size; see `batch_size_at`.
-        seed, epoch: whence the order and the sizes are drawn.
-        rank, world: which of how many processes.
-        min_last: fewest images of a last batch of its own, in all processes together.
+        num_images: number of images in the source.
+        sizes_px: image sizes to sample from; a single size for "standard" training at one size.
+        batch_size: images per step and process, at `base_px` (at the largest size for "equation").
+        base_px: the image size that `batch_size` refers to.
+        variant: how the batch size depends on the image size; see `batch_size_at`.
+        seed, epoch: seed of the order and the sizes.
+        rank, world_size: index of this process, and number of processes.
+        min_last: minimum size of the last batch over all processes; the default is two images per process.
 
     Raises:
-        ValueError: arguments out of range, or too few images for as many processes.
+        ValueError: arguments out of range, or fewer images than processes.
     """
 
     def __init__(
@@ -87,25 +87,25 @@ class EpochBatches(Sequence[list[Pick]]):
         seed: int = 0,
         epoch: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         min_last: int | None = None,
     ):
         if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; it can be {', '.join(VARIANTS)}")
+            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
         for name, value in (("num_images", num_images), ("batch_size", batch_size), ("base_px", base_px)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         if not sizes_px or min(sizes_px) < 1:
-            raise ValueError(f"sizes_px is {tuple(sizes_px)}; name at least one size, in pixels")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank is {rank} of {world}; it must be from 0 to {world - 1}")
-        if num_images < world:
-            raise ValueError(f"{num_images} images are too few for {world} processes")
+            raise ValueError(f"sizes_px is {tuple(sizes_px)}; give at least one size, in pixels")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
+        if num_images < world_size:
+            raise ValueError(f"{num_images} images are too few for {world_size} processes")
         self.epoch = epoch
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         sizes = np.array(sorted(sizes_px))
-        batch_sizes = world * np.array(
+        batch_sizes = world_size * np.array(
             [
                 batch_size_at(
                     size,
@@ -113,28 +113,28 @@ class EpochBatches(Sequence[list[Pick]]):
                     batch_size=batch_size,
                     base_px=base_px,
                     largest_px=int(sizes[-1]),
-                    world=world,
+                    world_size=world_size,
                 )
                 for size in sizes.tolist()
             ]
         )
-        # One generator each: how many sizes are drawn must not move the order of the images, and the other way round.
+        # Two generators: the number of sampled sizes must not change the order of the images, and vice versa.
         draw = np.random.default_rng((seed, epoch, 1)).integers(len(sizes), size=-(-num_images // batch_sizes.min()))
         stops = np.cumsum(batch_sizes[draw])
         num_steps = int(np.searchsorted(stops, num_images)) + 1
         stops = np.minimum(stops[:num_steps], num_images)
-        if num_steps > 1 and stops[-1] - stops[-2] < (MIN_SHARE * world if min_last is None else min_last):
+        if num_steps > 1 and stops[-1] - stops[-2] < (MIN_IMAGES * world_size if min_last is None else min_last):
             stops = np.append(stops[:-2], num_images)
         self._stops = stops
         self._sizes_px = sizes[draw[: len(stops)]]
         self.batch_sizes = dict(zip(sizes.tolist(), batch_sizes.tolist(), strict=True))
-        """Images of a whole step by size, in all processes together."""
+        """Images per step over all processes, by image size."""
         self._seed = seed
         self._num_images = num_images
 
     @cached_property
     def _order(self) -> np.ndarray:
-        return np.random.default_rng((self._seed, self.epoch)).permutation(self._num_images)  # not for `len` alone
+        return np.random.default_rng((self._seed, self.epoch)).permutation(self._num_images)
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -148,59 +148,60 @@ class EpochBatches(Sequence[list[Pick]]):
             return [self[i] for i in range(*step.indices(len(self)))]
         step = range(len(self))[step]  # negative steps, and IndexError beyond the end
         start = self._stops[step - 1] if step else 0
-        numbers = self._order[start + self.rank : self._stops[step] : self.world]
-        return [Pick(number, self.epoch, int(self._sizes_px[step])) for number in numbers.tolist()]
+        indices = self._order[start + self.rank : self._stops[step] : self.world_size]
+        return [Pick(index, self.epoch, int(self._sizes_px[step])) for index in indices.tolist()]
 
     def global_batch_size(self, step: int) -> int:
-        """Images of a step in all processes together."""
+        """Images of a step over all processes."""
         return int(self._stops[step] - (self._stops[step - 1] if step else 0))
 
     def size_px(self, step: int) -> int:
-        """Side of the images of a step."""
+        """Side of the images of a step in pixels."""
         return int(self._sizes_px[step])
 
 
-class Part(NamedTuple):
-    """What one process computes at once: part `number` of the `num_parts` that make up step `step` of an epoch."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images of one forward and backward pass: micro-batch `index` of `num_micro_batches` of step `step`."""
 
     step: int
-    number: int
-    num_parts: int
+    index: int
+    num_micro_batches: int
     picks: list[Pick]
-    share: float  # of the step's images
+    weight: float  # fraction of the images of the step
 
     @property
     def size_px(self) -> int:
-        """Side of its images."""
+        """Side of the images in pixels."""
         return self.picks[0].size_px
 
 
-def count_parts(num_images: int, size_px: int, *, pixels_at_once: int, world: int) -> int:
-    """Parts that a step of `num_images` is cut into; see `parts`."""
-    at_once = max(MIN_SHARE, pixels_at_once // size_px**2)  # whole images
-    rounds = -(-num_images // (at_once * world))
-    return world * max(1, min(rounds, num_images // (MIN_SHARE * world)))
+def count_micro_batches(num_images: int, size_px: int, *, max_pixels: int, world_size: int) -> int:
+    """Micro-batches of a step with `num_images`; see `micro_batches`."""
+    max_images = max(MIN_IMAGES, max_pixels // size_px**2)
+    per_process = -(-num_images // (max_images * world_size))
+    return world_size * max(1, min(per_process, num_images // (MIN_IMAGES * world_size)))
 
 
-def parts(
-    batches: EpochBatches, *, pixels_at_once: int, first_step: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Part]:
-    """The parts that process `rank` of `world` computes, one after the other, from `first_step` on.
+def micro_batches(
+    batches: EpochBatches, *, max_pixels: int, first_step: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[MicroBatch]:
+    """The micro-batches of process `rank` of `world_size`, from `first_step` on.
 
-    `batches` are those of all processes together. Each step is cut into as many equal parts as it takes for none to
-    have more than `pixels_at_once` pixels, a multiple of `world`; process 0 computes part 0, part `world` and so on.
-    Only how many parts there are depends on the hardware: four parts in one process or one part in each of four
-    processes are the same parts. None has fewer than two images, if at all possible.
+    `batches` are those of all processes together. A step is divided evenly into the smallest multiple of `world_size`
+    micro-batches with at most `max_pixels` pixels each; process 0 computes micro-batch 0, `world_size` and so on. Only
+    their number depends on the hardware: four micro-batches in one process, or one in each of four processes, contain
+    the same images. Each has at least two images, if possible.
     """
     for step in range(first_step, len(batches)):
         picks = batches[step]
-        num_parts = count_parts(len(picks), batches.size_px(step), pixels_at_once=pixels_at_once, world=world)
-        for number in range(rank, num_parts, world):
-            mine = picks[number::num_parts]
-            yield Part(step, number, num_parts, mine, len(mine) / len(picks))
+        num = count_micro_batches(len(picks), batches.size_px(step), max_pixels=max_pixels, world_size=world_size)
+        for index in range(rank, num, world_size):
+            of_this = picks[index::num]
+            yield MicroBatch(step, index, num, of_this, len(of_this) / len(picks))
 
 
 def eval_batches(num_images: int, *, batch_size: int, size_px: int) -> list[list[Pick]]:
-    """Every image once, in its order; the last batch holds what is left."""
-    picks = [Pick(number, 0, size_px) for number in range(num_images)]
+    """Every image once, in order; the last batch contains the remaining images."""
+    picks = [Pick(index, 0, size_px) for index in range(num_images)]
     return [picks[start : start + batch_size] for start in range(0, num_images, batch_size)]

@@ -1,198 +1,314 @@
-"""What a source is, whatever its images are kept in: the protocol, and how labels get their numbers."""
+"""Images with labels, independent of the format on disk and of the task: `Sample`, `Source` and `Split`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from mobilevit.images import ImageInput
+from mobilevit.images import ImageInput, first_line
+from mobilevit.names import join_classes, join_names
 
-# The number of a class, where images are classified; else what `annotations.py` knows of an image.
+# A class index (`int`) for classification, else an `Annotation`: `Boxes` or a `MaskFile`.
 Label = TypeVar("Label", covariant=True)
+
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+"""Names of splits in files and folders -> "train", "val" or "test"."""
 
 
 @dataclass(frozen=True)
 class Sample(Generic[Label]):
-    """An image still to be read (a file, the bytes of one, or pixels), the number of its class, its name."""
+    """An undecoded image (a file, its bytes, or pixels), its label, and its name in messages."""
 
     image: ImageInput | bytes
     label: Label
     name: str
 
 
-class Source(Protocol[Label]):
-    """Labelled images by index. Sources never decode: what they hand over is for `read_image`."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names by class number."""
-        ...
-
-    @property
-    def labels(self) -> Sequence[Label]:
-        """Class number of every image."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample[Label]: ...
-
-
-@dataclass(frozen=True)
-class Subset(Generic[Label]):
-    """Some images of a source, in the order of `indices`."""
-
-    source: Source[Label]
-    indices: tuple[int, ...]
-    labels: tuple[Label, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        labels = self.source.labels
-        object.__setattr__(self, "labels", tuple(labels[i] for i in self.indices))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Those of the whole source."""
-        return self.source.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Sample[Label]:
-        return self.source[self.indices[index]]
-
-
 class Images(Protocol):
-    """Images without labels, by index."""
+    """Undecoded images by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> ImageInput | bytes: ...
 
     def key(self, index: int) -> str:
-        """What tells an image from the others, and stays the same where the data are moved."""
+        """Identifies an image within the data set; does not change if the data set is moved."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call an image in an error."""
+        """Names an image in messages."""
         ...
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """`Images` with a label each."""
+class ImageFiles:
+    """Images in files below the folder `root`."""
+
+    files: tuple[Path, ...]
+    root: Path
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.files[index]
+
+    def key(self, index: int) -> str:
+        return self.files[index].relative_to(self.root).as_posix()
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+
+class Annotation(Protocol):
+    """The label of an image for detection or segmentation."""
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with the content."""
+        ...
+
+    def used_classes(self) -> set[int]:
+        """Indices of the classes that the annotation contains or can contain."""
+        ...
+
+    def with_classes(self, new_index: Mapping[int, int]) -> Annotation:
+        """The same annotation with other class indices, by old index."""
+        ...
+
+    def mismatch(self, name: str, size: tuple[int, int]) -> str | None:
+        """An error message if the annotation does not fit the image `name` of this (width, height), else None."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Source(Generic[Label]):
+    """Labelled images by index, not decoded.
+
+    `indices` selects some of `images`; `labels` has one entry for each of those. `category_ids` are COCO's ids of the
+    classes. `notes` are lines for the log: files that were ignored, assumptions.
+    """
 
     images: Images
-    labels: tuple[int, ...]
+    labels: Sequence[Label]
     class_names: tuple[str, ...]
+    category_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    indices: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Sample[int]:
-        return Sample(self.images[index], self.labels[index], self.images.name(index))
+    def __getitem__(self, index: int) -> Sample[Label]:
+        i = self.index_of_image(index)
+        return Sample(self.images[i], self.labels[index], self.images.name(i))
+
+    def index_of_image(self, index: int) -> int:
+        return index if self.indices is None else self.indices[index]
+
+    def keys(self) -> Iterator[str]:
+        """The key of each image; see `Images.key`."""
+        return (self.images.key(self.index_of_image(i)) for i in range(len(self)))
+
+    def subset(self, indices: Sequence[int]) -> Source[Label]:
+        labels = tuple(self.labels[i] for i in indices)
+        return replace(self, labels=labels, indices=tuple(self.index_of_image(i) for i in indices))
 
 
-@dataclass(frozen=True)
-class Part:
-    """A split as it was found, its labels not yet looked at: numbers, names, or None where there is no label.
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set as read, before its labels are matched with the class names of a model.
 
-    `class_names` are those that came with numbers; None where the labels are names, or numbers that nothing names.
+    `labels` are class indices or class names, with None for an image without a label; or they are `Annotation`s.
+    `class_names` are the names by class index, None if `labels` are names or indices without names. `location` names
+    the split in messages. `category_ids` and `notes` as in `Source`.
     """
 
-    where: str
+    location: str
     images: Images
-    labels: Sequence[int | str | None]
+    labels: Sequence[Any]
     class_names: tuple[str, ...] | None = None
+    category_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    def own_class_names(self) -> tuple[str, ...]:
-        """Class names of a network trained on this part: its own, else the sorted labels, else 0 to the highest number.
+    def training_class_names(self) -> tuple[str, ...]:
+        """Class names of a model trained on this split.
+
+        Its own class names, else the sorted labels, else "0" to the highest class index.
 
         Raises:
-            ValueError: no images or labels, numbers and names, one class only, a class without images.
+            ValueError: see `_check`; or class labels with a single class, or with a class without images.
         """
         self._check()
-        names: tuple[str, ...]
-        if self.class_names is not None:
-            names = self.class_names
-        elif isinstance(self.labels[0], str):
-            names = tuple(sorted({label for label in self.labels if isinstance(label, str)}))
-        else:
-            names = tuple(str(i) for i in range(max(label for label in self.labels if isinstance(label, int)) + 1))
-        found = {names[label] if isinstance(label, int) else label for label in self.labels}
+        first = self.labels[0]
+        if not isinstance(first, int | str):
+            assert self.class_names is not None
+            return self.class_names
+        names = self.class_names
+        if names is None:
+            unique = set(self.labels)
+            names = tuple(sorted(unique) if isinstance(first, str) else (str(i) for i in range(max(unique) + 1)))
+        present = {names[label] if isinstance(label, int) else label for label in self.labels}
         if len(names) < 2:
-            raise ValueError(f"{self.where}: all images are of {listed(names)}; expected two classes or more")
-        empty = [name for name in names if name not in found]
+            raise ValueError(f"{self.location}: found only {join_classes(names)}; expected two classes or more")
+        empty = [name for name in names if name not in present]
         if empty:
-            gap = "" if self.class_names else "; classes without names are numbered from 0 without gaps"
-            raise ValueError(f"{self.where}: no images of {listed(empty)}; add some or remove the class{gap}")
+            hint = "" if self.class_names else "; classes without names are numbered from 0 without gaps"
+            raise ValueError(f"{self.location}: no images of {join_classes(empty)}; add some or remove the class{hint}")
         return names
 
-    def source(self, class_names: Sequence[str]) -> Labelled:
-        """The images with the numbers that `class_names` give their classes, as `find_evaluation` explains.
+    def source(self, class_names: tuple[str, ...]) -> Source[Any]:
+        """The images, with labels that are indices into `class_names`.
+
+        Classes are matched by name: their order may differ, and classes may be missing. Class indices without names
+        are used as they are, unless their decimal forms are class names.
 
         Raises:
-            ValueError: no images or labels, numbers and names, a class that is not among `class_names`.
+            ValueError: see `_check`; or a class that is not in `class_names`.
         """
         self._check()
-        number_of = {name: number for number, name in enumerate(class_names)}
-        if self.class_names is not None:
-            names = [self.class_names[label] if isinstance(label, int) else label for label in self.labels]
+        index_of = {name: index for index, name in enumerate(class_names)}
+        labels: Sequence[Any]
+        if isinstance(self.labels[0], int | str):
+            labels, category_ids = self._class_indices(index_of), ()
+        elif self.class_names == class_names:
+            labels, category_ids = tuple(self.labels), self.category_ids
+        else:
+            assert self.class_names is not None
+            names = self.class_names
+            used = sorted({index for label in self.labels for index in label.used_classes()})
+            self._refuse_unknown([names[i] for i in used], index_of)
+            new_index = {i: index_of[name] for i, name in enumerate(names) if name in index_of}
+            labels, category_ids = tuple(label.with_classes(new_index) for label in self.labels), ()
+        return Source(self.images, labels, class_names, category_ids, self.notes)
+
+    def _class_indices(self, index_of: Mapping[str, int]) -> tuple[int, ...]:
+        are_indices = isinstance(self.labels[0], int)
+        if self.class_names is not None and are_indices:
+            names = [self.class_names[label] for label in self.labels]
         else:
             names = [str(label) for label in self.labels]
-        unknown = sorted({name for name in names if name not in number_of}, key=str)
-        if not unknown:
-            labels = tuple(number_of[name] for name in names if name is not None)
-        elif self.class_names is None and all(isinstance(label, int) for label in self.labels):
-            labels = tuple(label for label in self.labels if isinstance(label, int))
-            self._check_range(len(class_names))
-        else:
+        if are_indices and self.class_names is None and not index_of.keys() >= set(names):
+            self._check_range(len(index_of))
+            return tuple(self.labels)
+        self._refuse_unknown(sorted(set(names)), index_of)
+        return tuple(index_of[name] for name in names)
+
+    def _refuse_unknown(self, names: Sequence[str], known: Mapping[str, int]) -> None:
+        unknown = [name for name in names if name not in known]
+        if unknown:
             raise ValueError(
-                f"{self.where}: {listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the "
-                f"{len(class_names)} classes known ({few(class_names)}); rename or remove"
+                f"{self.location}: {join_classes(unknown)} not among the {len(known)} known classes "
+                f"({join_names(known)}); rename or remove"
             )
-        return Labelled(self.images, labels, tuple(class_names))
 
     def _check(self) -> None:
-        """Whatever is wrong with labels whoever uses them."""
+        """Raise ValueError for missing images or labels, indices mixed with names, indices or names out of range."""
         if not self.labels:
-            raise ValueError(f"{self.where}: holds no images")
+            raise ValueError(f"{self.location}: contains no images")
         if len(self.labels) != len(self.images):
-            raise ValueError(f"{self.where}: {len(self.images)} images, but {len(self.labels)} labels")
+            raise ValueError(f"{self.location}: {len(self.images)} images, but {len(self.labels)} labels")
         unlabelled = [i for i, label in enumerate(self.labels) if label is None]
         if unlabelled:
             raise ValueError(
-                f"{self.images.name(unlabelled[0])}: has no label, like {len(unlabelled) - 1} more of "
-                f"{len(self.labels)} images; label or remove them"
+                f"{self.images.name(unlabelled[0])}: {len(unlabelled)} of {len(self.labels)} images have no label, "
+                "this one first; label or remove them"
             )
         kinds = {type(label) for label in self.labels}
-        if len(kinds) > 1:
-            a, b = (next(label for label in self.labels if isinstance(label, kind)) for kind in (int, str))
-            raise ValueError(f"{self.where}: labels are numbers ({a}) and names ({b!r}); use one of the two")
+        if kinds == {int, str}:
+            index, name = (next(label for label in self.labels if isinstance(label, kind)) for kind in (int, str))
+            raise ValueError(
+                f"{self.location}: labels are class indices ({index}) and names ({name!r}); use one of the two"
+            )
         if kinds == {int}:
             self._check_range(None if self.class_names is None else len(self.class_names))
-        elif self.class_names is not None:
-            unknown = sorted({label for label in self.labels if isinstance(label, str)} - set(self.class_names))
-            if unknown:
-                raise ValueError(
-                    f"{self.where}: {listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the "
-                    f"{len(self.class_names)} names of its own ({few(self.class_names)}); mend labels or names"
-                )
+        elif kinds == {str} and self.class_names is not None:
+            self._refuse_unknown(sorted(set(self.labels)), {name: i for i, name in enumerate(self.class_names)})
 
     def _check_range(self, num_classes: int | None) -> None:
         for i, label in enumerate(self.labels):
-            assert isinstance(label, int)
             if label < 0 or (num_classes is not None and label >= num_classes):
-                right = "0 or more" if num_classes is None else f"from 0 to {num_classes - 1}, one of the classes known"
-                raise ValueError(f"{self.images.name(i)}: label {label} is out of range; it must be {right}")
+                valid = "0 or more" if num_classes is None else f"from 0 to {num_classes - 1}"
+                raise ValueError(f"{self.images.name(i)}: label {label} is out of range; it must be {valid}")
 
 
-def listed(names: Sequence[object]) -> str:
-    """Names of classes for the middle of a sentence."""
-    return f"{'class' if len(names) == 1 else 'classes'} {few([repr(name) for name in names])}"
+Splits = Mapping[str, Callable[[], Split]]
+"""Functions that read the splits of a data set: "train", "val", "test", or "all" if it is not divided."""
 
 
-def few(names: Sequence[str]) -> str:
-    """The first five names."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def divide(source: Source[Label], val_fraction: float, location: str | Path) -> tuple[Source[Label], Source[Label]]:
+    """Divide `source` into a training and a validation split.
+
+    The validation split is `val_fraction` of the images of each class (of all images for boxes and masks), rounded:
+    those whose keys have the smallest SHA-256 hashes. It does not depend on where the data are, and an image that is
+    added or removed moves at most one other image between the splits. Each class has an image in both.
+
+    Raises:
+        ValueError: a fraction outside (0, 1), or a class with a single image.
+    """
+    check_val_fraction(val_fraction)
+    hashes = [_hash(key) for key in source.keys()]  # noqa: SIM118 - not a mapping
+    groups: dict[int | None, list[int]] = {}
+    for i, label in enumerate(source.labels):
+        groups.setdefault(label if isinstance(label, int) else None, []).append(i)
+    val: set[int] = set()
+    for label, indices in groups.items():
+        if len(indices) < 2:
+            where = location if label is None else f"{location}: class {source.class_names[label]}"
+            raise ValueError(f"{where}: one image is too few for a training and a validation split; add more")
+        num = min(max(1, round(val_fraction * len(indices))), len(indices) - 1)
+        val.update(sorted(indices, key=hashes.__getitem__)[:num])
+    train = [i for i in range(len(source)) if i not in val]
+    return source.subset(train), source.subset(sorted(val))
+
+
+def check_val_fraction(val_fraction: float) -> None:
+    """Raise ValueError unless it is between 0 and 1."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]  # a file name may be no valid UTF-8
+
+
+def fingerprint(source: Source[Any]) -> str:
+    """16 hexadecimal digits that change with the classes, the labels and the names of images, but not with pixels.
+
+    Names are relative to the data folder, which may be moved.
+    """
+    digest = hashlib.sha256()
+    labels = (str(label) if isinstance(label, int) else label.digest() for label in source.labels)
+    for values in (source.class_names, labels, source.keys()):
+        for value in values:
+            # The length first, so that two names differ from another two with the same letters.
+            encoded = value.encode(errors="surrogateescape")
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+        digest.update(b"\xff" * 4)
+    return digest.hexdigest()[:16]
+
+
+def read_class_names(*folders: Path) -> tuple[str, ...] | None:
+    """The lines of classes.txt in the first folder that has one: names by class index. None if no folder has one.
+
+    Raises:
+        ValueError: a file that is not UTF-8, an empty line, a duplicate name.
+    """
+    file = next((folder / "classes.txt" for folder in folders if (folder / "classes.txt").is_file()), None)
+    if file is None:
+        return None
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({first_line(error)}); save it as UTF-8") from None
+    for i, name in enumerate(names):
+        if not name:
+            raise ValueError(f"{file}: line {i + 1} is empty; write one class per line")
+        if name in names[:i]:
+            raise ValueError(f"{file}: {name!r} is in lines {names.index(name) + 1} and {i + 1}; remove one")
+    if not names:
+        raise ValueError(f"{file}: is empty; write one class per line")
+    return tuple(names)

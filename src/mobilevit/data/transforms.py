@@ -1,7 +1,7 @@
-"""What training does to an image, and to a batch.
+"""Transforms for classification: augmentation of an image, and Mixup and CutMix of a batch.
 
-Every number is drawn from a generator that is handed in or made from (seed, epoch, number of the image), so what is
-done to an image depends on these alone: not on workers, not on the images before it, not on what anyone else draws.
+The random numbers of an image come from a generator that is seeded with (seed, epoch, index of the image). So the
+result depends on these three only: not on the worker, the order of images, or other users of random numbers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
 from mobilevit.images import Preprocessing, read_crop, read_image
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+Crop = tuple[int, int, int, int]  # left, top, right, bottom
 Policy = Literal["basic", "advanced"]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random part of the image, and a mirror image half of the time: the paper's "basic" augmentation.
+    """Random resized crop and horizontal flip: the paper's "basic" augmentation.
 
-    "advanced" goes on with RandAugment (two operations of strength 9 of 30) and random erasing (a quarter of the
-    images). Mixup and CutMix, which need a batch, are done by `mix`.
+    "advanced" adds RandAugment (two operations of magnitude 9 of 30) and random erasing (of a quarter of the images).
+    Mixup and CutMix mix the images of a batch; see `mix`.
     """
 
     min_scale: float
@@ -38,19 +38,16 @@ class Augmentation:
     seed: int
     policy: Policy = "basic"
 
-    def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
-        """An image of any size -> uint8 (size_px, size_px, 3), by chance from (seed, epoch, number) alone; its class.
-
-        Raises ImageError.
-        """
-        random = np.random.default_rng((self.seed, pick.epoch, pick.number))
-        part = read_crop(
+    def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
+        """An image of any size -> uint8 (size_px, size_px, 3), and its class index. Raises ImageError."""
+        random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
+        crop = read_crop(
             sample.image,
-            lambda width, height: random_box(width, height, self.min_scale, random),
+            lambda width, height: random_crop(width, height, self.min_scale, random),
             pick.size_px,
             sample.name,
         )
-        pixels = resize(part, pick.size_px)
+        pixels = resize(crop, pick.size_px)
         if self.flip and random.random() < 0.5:
             pixels = pixels.flip(1)
         if self.policy == "basic":
@@ -60,18 +57,18 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """No chance: what the network will do to images once it is trained."""
+    """The preprocessing of prediction, without random operations."""
 
     preprocessing: Preprocessing
 
-    def __call__(self, sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
-        """An image of any size -> uint8 (crop_px, crop_px, 3); its class. Raises ImageError."""
+    def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
+        """An image of any size -> uint8 (crop_px, crop_px, 3), and its class index. Raises ImageError."""
         image = read_image(sample.image, sample.name)
         return np.asarray(self.preprocessing.resize_and_crop(image)), sample.label
 
 
-def random_box(width: int, height: int, min_scale: float, random: np.random.Generator) -> Box:
-    """A random part of an image, `min_scale` to 1 of its area and 3:4 to 4:3 in shape."""
+def random_crop(width: int, height: int, min_scale: float, random: np.random.Generator) -> Crop:
+    """A crop with `min_scale` to 1 of the area of the image and an aspect ratio of 3:4 to 4:3."""
     for _ in range(10):
         area = random.uniform(min_scale, 1) * width * height
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -79,21 +76,38 @@ def random_box(width: int, height: int, min_scale: float, random: np.random.Gene
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
             return left, top, left + w, top + h
-    # An image so long and thin that no such part fits: its middle, as square as allowed.
+    # No such crop fits into a very long image: use its centre, as square as allowed.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
 def resize(pixels: np.ndarray, size_px: int) -> Tensor:
-    """uint8 (H, W, 3) -> (size_px, size_px, 3), bilinear and without aliasing."""
-    # A third of the time that Pillow takes. The axis of the batch is torch's: for numpy's, whose stride is 0, torch
-    # would hand back channels first.
+    """uint8 (H, W, 3) -> (size_px, size_px, 3), bilinear with antialiasing."""
+    # Three times as fast as Pillow. torch must add the batch axis: it reads numpy's, whose stride is 0, as channels
+    # first.
     x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     return F.interpolate(x, (size_px, size_px), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def warp(size_px: int) -> Preprocessing:
+    """Preprocessing that resizes the whole image to a square, without keeping its aspect ratio."""
+    return Preprocessing(resize_px=(size_px, size_px), crop_px=size_px)
+
+
+# JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which maps blocks of 8 pixels to whole pixels. A crop that starts
+# inside a block would be shifted against its boxes or mask. So crops of images from LARGE_PX on start at multiples of
+# GRID_PX, and smaller images are decoded at full size.
+GRID_PX = 8
+LARGE_PX = 256
+
+
+def grid_px(width: int, height: int) -> int:
+    """Crops of an image for detection and segmentation start at multiples of this number."""
+    return GRID_PX if min(width, height) >= LARGE_PX else 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # RandAugment (Cubuk et al. 2019) at the strength and with the ranges of torchvision: 14 operations on uint8 images,
 # black where nothing is left.
 

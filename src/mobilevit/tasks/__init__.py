@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from mobilevit.data import sources
 from mobilevit.data.loader import Batch, ImageDataset, load
 from mobilevit.data.sampler import eval_batches
-from mobilevit.data.samples import few
-from mobilevit.data.sources import Source, fingerprint
+from mobilevit.data.samples import Source, fingerprint
 from mobilevit.images import ImageError, Preprocessing
+from mobilevit.names import join_names
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Classification, Gather, alone
 from mobilevit.tasks.detection import Detection
@@ -48,13 +49,9 @@ class Task(Protocol):
         ...
 
     def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
-        """The images of a split of `data`, for weights that are trained already; see `find_evaluation`."""
-        ...
-
-    def held_out_name(self, data: str | Path) -> str | None:
-        """Which split of `data` evaluation takes; None where it takes all there is."""
+        """A split of `data` for trained weights; see `mobilevit.data.sources.find_evaluation_split`."""
         ...
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
@@ -78,20 +75,18 @@ TASKS: dict[str, Task] = {"classify": Classification(), "detect": Detection(), "
 
 
 def default_split(weights: Weights, data: str | Path) -> str:
-    """The split of `data` that `weights` are evaluated on where none is named: "val", "test" or "all".
+    """The split of `data` that `weights` are evaluated on by default: "val", "test" or "all".
 
-    Data with a split of their own: val, or else test. Data without one, if the weights were trained on them: val, as
-    training divided them. Other data: all.
+    As `mobilevit.data.sources.default_split`; but if `data` is not divided and the weights were trained on it, "val":
+    the validation split of the training run.
     """
-    task = TASKS[weights.task]
-    if (name := task.held_out_name(data)) is not None:
-        return name
-    with contextlib.suppress(ValueError):  # other data may be too few to divide
-        if "val_data" in weights.training:
-            val = task.evaluation_set(weights, data, weights.preprocessing, "val")
+    split = sources.default_split(weights.task, data)
+    if split == "all" and "val_data" in weights.training:
+        with contextlib.suppress(ValueError):  # other data may be too few to divide
+            val = TASKS[weights.task].evaluation_set(weights, data, weights.preprocessing, "val")
             if _is_val_of_training(weights, val):
                 return "val"
-    return "all"
+    return split
 
 
 def _is_val_of_training(weights: Weights, dataset: ImageDataset) -> bool:
@@ -130,7 +125,7 @@ def evaluate_weights(
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     for note in dataset.notes:
         say(note)
-    is_divided_here = split == "val" and task.held_out_name(data) is None
+    is_divided_here = split == "val" and sources.default_split(weights.task, data) == "all"
     if is_divided_here and not _is_val_of_training(weights, dataset):
         say(
             f"{data}: divided anew: not the validation split of the training run, because names or labels of the "
@@ -144,13 +139,13 @@ def evaluate_weights(
         device=device,
         preprocessing=preprocessing,
         max_unreadable=max_unreadable,
-        stand_in=False,
+        replace_unreadable=False,
     )
     with contextlib.closing(loaded):
         results = task.evaluate(weights.build().to(device), loaded)
     if len(loaded.unreadable) > max_unreadable:
         raise ImageError(
-            f"{len(loaded.unreadable)} images cannot be read ({few(loaded.unreadable)}), and max_unreadable is "
+            f"{len(loaded.unreadable)} images cannot be read ({join_names(loaded.unreadable)}), and max_unreadable is "
             f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
         )
     if loaded.unreadable:

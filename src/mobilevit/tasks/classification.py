@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.samples import Subset
-from mobilevit.data.sources import Source, check_headers, find_evaluation, find_splits, held_out_name, notes_of
+from mobilevit.data.samples import Source
+from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.mobilevit import MobileViT
@@ -101,18 +102,13 @@ class Classification:
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_splits(data, recipe.data.val_fraction)
-        scan = check_headers(train, val, max_unreadable=recipe.data.max_unreadable)
+        train, val = find_splits("classify", data, recipe.data.val_fraction)
+        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
-        notes = [*notes_of(train), *scan.notes()]
-        if isinstance(val, Subset):  # of what nobody had divided
-            every = len(train) + len(val)
-            notes.append(f"{data}: has no validation split: {len(val):,} of {every:,} images are used for validation")
-        else:
-            notes += notes_of(val)
+        notes = (*train.notes, *scan.notes())
         return (
             ImageDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),
-            ImageDataset(val, Evaluation(preprocessing_of(recipe))),
+            ImageDataset(val, Evaluation(preprocessing_of(recipe)), notes=val.notes),
         )
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
@@ -135,15 +131,12 @@ class Classification:
         )
 
     def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
         if not weights.class_names:
-            raise ValueError("these weights name no classes, so nothing says which folder is which of their outputs")
-        source = find_evaluation(data, weights.class_names, split, weights.val_fraction)
-        return ImageDataset(source, Evaluation(preprocessing), notes=notes_of(source))
-
-    def held_out_name(self, data: str | Path) -> str | None:
-        return held_out_name(data)
+            raise ValueError("these weights have no class names, which are required to match the classes of the data")
+        source = find_evaluation_split("classify", data, weights.class_names, split, weights.val_fraction)
+        return ImageDataset(source, Evaluation(preprocessing), notes=source.notes)
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long)
@@ -163,13 +156,13 @@ class Classification:
         columns: list[list[Tensor]] = [[], [], [], [], []]
         num_classes = 0
         for batch in batches:
-            if not batch.numbers:  # none of it could be read
+            if not batch.indices:  # none of it could be read
                 continue
             logits = model(batch.pixels).float()
             num_classes = logits.shape[1]
             likeliest = logits.softmax(1).topk(min(5, num_classes))
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            numbers = torch.tensor(batch.numbers)
+            numbers = torch.tensor(batch.indices)
             found = (numbers, batch.labels, likeliest.indices, likeliest.values[:, 0], losses)
             for column, values in zip(columns, found, strict=True):
                 column.append(values)

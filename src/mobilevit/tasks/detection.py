@@ -17,17 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from mobilevit.data.annotations import (
-    Annotated,
-    boxes_held_out_name,
-    check_annotations,
-    find_boxes,
-    find_boxes_to_evaluate,
-)
-from mobilevit.data.dense import BoxAugmentation, BoxBatch, BoxEvaluation, BoxTruth, stack_boxes, warp
-from mobilevit.data.labels import Boxes
+from mobilevit.data.box_transforms import BoxAugmentation, BoxBatch, BoxEvaluation, BoxTruth, stack_boxes
+from mobilevit.data.boxes import Boxes
+from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.sources import Source
+from mobilevit.data.samples import Source
+from mobilevit.data.sources import find_evaluation_split, find_splits
+from mobilevit.data.transforms import warp
 from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.ssdlite import SSDLite, detect, encode
 from mobilevit.recipes import Recipe
@@ -166,8 +162,8 @@ class Detection:
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         _pycocotools()  # that it is missing is to be said before the first epoch, not after it
         limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_boxes(data, recipe.data.val_fraction)
-        scan = check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
+        train, val = find_splits("detect", data, recipe.data.val_fraction)
+        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = BoxAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
         return (
@@ -176,18 +172,15 @@ class Detection:
         )
 
     def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
         _pycocotools()
         if not weights.class_names:
-            raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
-        source = find_boxes_to_evaluate(data, weights.class_names, split, weights.val_fraction)
-        # Whatever the weights are used with, the whole image is looked at: boxes may stand at its edge.
+            raise ValueError("these weights have no class names, which are required to match the classes of the data")
+        source = find_evaluation_split("detect", data, weights.class_names, split, weights.val_fraction)
+        # Always the whole image, whatever the preprocessing of the weights: boxes may be at its edge.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
         return ImageDataset(source, BoxEvaluation(whole), list, source.notes)
-
-    def held_out_name(self, data: str | Path) -> str | None:
-        return boxes_held_out_name(data)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         source = train_set.source
@@ -211,7 +204,7 @@ class Detection:
             preprocessing=preprocessing,
             class_names=class_names,
             task="detect",
-            category_ids=source.category_ids if isinstance(source, Annotated) else (),
+            category_ids=source.category_ids,
         )
 
     def blank_labels(self, batch_size: int, size_px: int) -> BoxBatch:
@@ -229,7 +222,7 @@ class Detection:
         found: list[Found] = []
         num_classes = 0
         for batch in batches:
-            if not batch.numbers:  # none of it could be read
+            if not batch.indices:  # none of it could be read
                 continue
             class_logits, locations = model(batch.pixels)
             num_classes = class_logits.shape[2] - 1
@@ -241,7 +234,7 @@ class Detection:
                 score_threshold=SCORE_THRESHOLD,
                 max_per_image=MAX_PER_IMAGE,
             )
-            for number, truth, one in zip(batch.numbers, batch.labels, of_images, strict=True):
+            for number, truth, one in zip(batch.indices, batch.labels, of_images, strict=True):
                 size = np.array((truth.width, truth.height) * 2, np.float32)
                 boxes = (one.boxes.cpu().numpy().clip(0, 1) * size).astype(np.float32)
                 found.append(Found(number, truth, boxes, one.scores.cpu().numpy(), one.labels.cpu().numpy()))

@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.data.annotations import (
-    check_annotations,
-    find_masks,
-    find_masks_to_evaluate,
-    masks_held_out_name,
-)
-from mobilevit.data.dense import MaskAugmentation, MaskEvaluation, stack_masks, warp
-from mobilevit.data.labels import IGNORE, MaskFile
+from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.sources import Source
+from mobilevit.data.mask_transforms import MaskAugmentation, MaskEvaluation, stack_masks
+from mobilevit.data.masks import IGNORE, MaskFile
+from mobilevit.data.samples import Source
+from mobilevit.data.sources import find_evaluation_split, find_splits
+from mobilevit.data.transforms import warp
 from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.recipes import Recipe
@@ -103,8 +100,8 @@ class Segmentation:
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_masks(data, recipe.data.val_fraction)
-        scan = check_annotations(train, val, max_unreadable=recipe.data.max_unreadable)
+        train, val = find_splits("segment", data, recipe.data.val_fraction)
+        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
         return (
@@ -113,17 +110,14 @@ class Segmentation:
         )
 
     def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
         if not weights.class_names:
-            raise ValueError("these weights name no classes, so nothing says which of their outputs is which class")
-        source = find_masks_to_evaluate(data, weights.class_names, split, weights.val_fraction)
-        # Whatever the weights are used with, the whole image is looked at: its margins count like its middle.
+            raise ValueError("these weights have no class names, which are required to match the classes of the data")
+        source = find_evaluation_split("segment", data, weights.class_names, split, weights.val_fraction)
+        # Always the whole image, whatever the preprocessing of the weights: every pixel counts.
         whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
         return ImageDataset(source, MaskEvaluation(whole), list, source.notes)
-
-    def held_out_name(self, data: str | Path) -> str | None:
-        return masks_held_out_name(data)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
@@ -177,10 +171,10 @@ class Segmentation:
         worst: list[Seen] = []
         best: list[Seen] = []
         for batch in batches:
-            if not batch.numbers:  # none of it could be read
+            if not batch.indices:  # none of it could be read
                 continue
             logits = model(batch.pixels)
-            for number, mask, of_image in zip(batch.numbers, batch.labels, logits, strict=True):
+            for number, mask, of_image in zip(batch.indices, batch.labels, logits, strict=True):
                 found = at_size(of_image, *mask.shape)
                 of_pixels = confusion(torch.from_numpy(mask).to(found.device), found, logits.shape[1])
                 counts += of_pixels

@@ -22,7 +22,7 @@ from rich.progress import Progress as ProgressBar
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
 from mobilevit.data.sampler import EpochBatches, eval_batches
-from mobilevit.data.sources import fingerprint
+from mobilevit.data.samples import fingerprint
 from mobilevit.device import choose_device, thread_advice
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.logs import CONSOLE, log_to_stderr
@@ -296,7 +296,7 @@ class _Training:
                     epoch=progress.epoch,
                     num_epochs=self.run.schedule_epochs,
                 )
-                sums = self.step.update(learning_rate, micro_batch.num_parts, self.stop.signal_number > 0)
+                sums = self.step.update(learning_rate, micro_batch.num_micro_batches, self.stop.signal_number > 0)
                 pending.append(_PendingStep(progress.total_step, progress.step, learning_rate, sums))
                 progress.step += 1
                 progress.total_step += 1
@@ -304,7 +304,7 @@ class _Training:
                     self._record(pending, batches, loader)
                     pending = []
 
-    def _load(self, dataset: ImageDataset, picks: Any, *, stand_in: bool = True) -> Loader:
+    def _load(self, dataset: ImageDataset, picks: Any, *, replace_unreadable: bool = True) -> Loader:
         return load(
             dataset,
             picks,
@@ -312,7 +312,7 @@ class _Training:
             device=str(self.processes.device),
             preprocessing=self.initial.preprocessing,
             max_unreadable=self.recipe.data.max_unreadable,
-            stand_in=stand_in,
+            replace_unreadable=replace_unreadable,
         )
 
     def _record(self, pending: Sequence[_PendingStep], batches: EpochBatches, loader: Loader) -> None:
@@ -419,7 +419,7 @@ class _Training:
         results, unreadable = [], []
         for model in (self.step.ema.model, self.model):
             model.eval()
-            with contextlib.closing(self._load(self.val_set, batches, stand_in=False)) as loader:
+            with contextlib.closing(self._load(self.val_set, batches, replace_unreadable=False)) as loader:
                 results.append(self.task.evaluate(model, loader, self.processes.gather))
             unreadable = [name for names in self.processes.gather(loader.unreadable) for name in names]
         to_train_mode(self.model, self.recipe)
@@ -471,7 +471,7 @@ def _check_data(options: TrainOptions, train_set: ImageDataset, world_size: int)
 
 
 def _not_finite(loss: float, epoch: int, step: _PendingStep, batches: EpochBatches, images: ImageDataset) -> str:
-    names = [images.source[pick.number].name for pick in batches[step.step]]
+    names = [images.source[pick.image_index].name for pick in batches[step.step]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"the loss is {loss} at epoch {epoch + 1}, step {step.total_step + 1}, {batches.size_px(step.step)} px, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mobilevit.data.sampler import EpochBatches, Part, batch_size_at, count_parts, parts
+from mobilevit.data.sampler import EpochBatches, MicroBatch, batch_size_at, count_micro_batches, micro_batches
 from mobilevit.recipes import Recipe
 
 
@@ -58,13 +58,15 @@ class Plan:
         """Number of steps in the first `num_epochs` epochs."""
         return sum(len(self.epoch(epoch)) for epoch in range(num_epochs))
 
-    def micro_batches(self, batches: EpochBatches, first_step: int, rank: int) -> Iterator[Part]:
+    def micro_batches(self, batches: EpochBatches, first_step: int, rank: int) -> Iterator[MicroBatch]:
         """The micro-batches of process `rank` from `first_step` on."""
-        return parts(batches, pixels_at_once=self.max_pixels, first_step=first_step, rank=rank, world=self.world_size)
+        return micro_batches(
+            batches, max_pixels=self.max_pixels, first_step=first_step, rank=rank, world_size=self.world_size
+        )
 
     def num_micro_batches(self, batch_size: int, size_px: int) -> int:
         """Number of micro-batches of a step, in all processes together."""
-        return count_parts(batch_size, size_px, pixels_at_once=self.max_pixels, world=self.world_size)
+        return count_micro_batches(batch_size, size_px, max_pixels=self.max_pixels, world_size=self.world_size)
 
     def max_micro_batch_size(self) -> int:
         """Images of the base size in the largest micro-batch."""

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mobilevit.data.loader import Batch, moved
-from mobilevit.data.sampler import Part
+from mobilevit.data.loader import Batch, to_device
+from mobilevit.data.sampler import MicroBatch
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import Task
 from mobilevit.training.distributed import Processes
@@ -49,7 +49,7 @@ def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
 def blank_batch(task: Task, device: torch.device, shape: tuple[int, ...]) -> Batch:
     """A batch of black images of `shape` (B, 3, H, W)."""
     pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    labels = moved(task.blank_labels(shape[0], shape[2]), str(device))
+    labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
     return Batch(pixels, labels, tuple(range(shape[0])))
 
 
@@ -114,11 +114,11 @@ class TrainStep:
         self.model.load_state_dict(before)
         self.compiled_shapes = shapes
 
-    def accumulate(self, micro_batch: Part, batch: Batch, epoch: int) -> bool:
+    def accumulate(self, micro_batch: MicroBatch, batch: Batch, epoch: int) -> bool:
         """Add the gradients of a micro-batch; True if it is the last one of this process in the step."""
         # The random state follows from the position in the run, so that checkpoints need not contain it.
-        torch.manual_seed(_seed(self.recipe.seed, epoch, micro_batch.step, micro_batch.number))
-        is_last = micro_batch.number + self.processes.world_size >= micro_batch.num_parts
+        torch.manual_seed(_seed(self.recipe.seed, epoch, micro_batch.step, micro_batch.index))
+        is_last = micro_batch.index + self.processes.world_size >= micro_batch.num_micro_batches
         with contextlib.ExitStack() as stack:
             if self.compiled_shapes and tuple(batch.pixels.shape) not in self.compiled_shapes:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # the last batch of an epoch: too rare
@@ -128,8 +128,8 @@ class TrainStep:
                 loss = self.task.loss(self.recipe, self.network, batch)
             # DistributedDataParallel averages gradients over the processes, so the weights of all micro-batches of a
             # step add up to the number of processes.
-            self.scaler.scale(loss * (micro_batch.share * self.processes.world_size)).backward()
-        self._sums[0] += loss.detach() * micro_batch.share
+            self.scaler.scale(loss * (micro_batch.weight * self.processes.world_size)).backward()
+        self._sums[0] += loss.detach() * micro_batch.weight
         self._sums[1] += len(batch.unreadable)
         self.statistics.add_micro_batch()
         return is_last

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.data.annotations import (
-    Annotated,
-    Boxes,
-    MaskFile,
-    boxes_held_out_name,
-    check_annotations,
-    find_boxes,
-    find_boxes_to_evaluate,
-    find_masks,
-    find_masks_to_evaluate,
-    masks_held_out_name,
-)
-from mobilevit.data.sources import fingerprint
+from mobilevit.data.boxes import Boxes
+from mobilevit.data.checks import check_images
+from mobilevit.data.masks import MaskFile
+from mobilevit.data.samples import Source, fingerprint
+from mobilevit.data.sources import default_split, find_evaluation_split, find_splits
 from mobilevit.images import ImageError, read_image
+
+find_boxes = partial(find_splits, "detect")
+find_masks = partial(find_splits, "segment")
+
+
+def find_boxes_to_evaluate(data: Path, class_names: tuple[str, ...], split: str = "", fraction: float = 0.5) -> Source:
+    return find_evaluation_split("detect", data, class_names, split or default_split("detect", data), fraction)
+
+
+def find_masks_to_evaluate(data: Path, class_names: tuple[str, ...]) -> Source:
+    return find_evaluation_split("segment", data, class_names, default_split("segment", data))
+
+
+def files(source: Source) -> list[Path]:
+    return [source[i].image for i in range(len(source))]
+
 
 WIDTH, HEIGHT = 40, 31
 CATEGORIES = [{"id": 7, "name": "tree"}, {"id": 2, "name": "cat"}, {"id": 90, "name": "dog"}]
@@ -71,8 +80,8 @@ def coco2017(root: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) ->
     return root
 
 
-def by_name(source: Annotated) -> dict[str, Any]:
-    return {file.name: label for file, label in zip(source.files, source.labels, strict=True)}
+def by_name(source: Source) -> dict[str, Any]:
+    return {file.name: label for file, label in zip(files(source), source.labels, strict=True)}
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
@@ -93,7 +102,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
     for file, split in zip(files, splits, strict=True):
         coco(file, tmp_path / places[layout][1].format(split))
     sources = (find_boxes_to_evaluate(tmp_path, ("cat", "tree", "dog")),)
-    assert boxes_held_out_name(tmp_path) == (None if layout == "cvat" else "val")
+    assert default_split("detect", tmp_path) == ("all" if layout == "cvat" else "val")
     if layout != "cvat":
         sources = find_boxes(tmp_path, 0.5)
     for file, source in zip(files, sources, strict=True):
@@ -114,7 +123,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
             assert sample.label.crowd.tolist() == [bool(a["iscrowd"]) for a in expected]
             assert sample.label.areas.tolist() == [a["area"] for a in expected]
             assert [a.dtype for a in (sample.label.corners, sample.label.labels)] == [np.float32, np.int64]
-    assert check_annotations(*sources).unreadable == []
+    assert check_images(*sources).unreadable == []
 
 
 def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
@@ -138,7 +147,7 @@ def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
     coco2017(tmp_path, [annotation(5, 2, [30, 20, 50, 50])], images=images)
     train, val = find_boxes(tmp_path, 0.5)
     assert by_name(train)["c.jpg"].corners.tolist() == [[30, 20, WIDTH, HEIGHT]]
-    assert check_annotations(train, val).unreadable == []
+    assert check_images(train, val).unreadable == []
 
 
 @pytest.mark.parametrize(
@@ -154,13 +163,13 @@ def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
             {},
             r"annotations\[0\] has the ids 0, \[5\], 2; expected whole",
         ),
-        (ANNOTATIONS, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"category 7 \('tree'\) is listed twice"),
-        (ANNOTATIONS, {"categories": {}}, "expected the lists images, annotations and categories"),
+        (ANNOTATIONS, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"category 7 \('tree'\) is a duplicate"),
+        (ANNOTATIONS, {"categories": {}}, "expected the lists images, annotations, categories"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "gone.jpg"}]}, "train2017/gone.jpg: no such file"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "../b.jpg"}]}, r"image 1 \(../b.jpg\) is not below"),
         (ANNOTATIONS, {"images": [{"id": 1, "file_name": "/etc/b.jpg"}]}, r"image 1 \(/etc/b.jpg\) is not below"),
-        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "b.jpg"}] * 2}, r"image 1 \(b.jpg\) is listed twice"),
-        ([], {"images": []}, "holds no images"),
+        (ANNOTATIONS, {"images": [{"id": 1, "file_name": "b.jpg"}] * 2}, r"image 1 \(b.jpg\) is a duplicate"),
+        ([], {"images": []}, "contains no images"),
         ([], {}, "no boxes in the images to train on"),
         ([annotation(5, 2, [0, 0, 9, 9], iscrowd=1)], {}, "no boxes in the images to train on"),
     ],
@@ -193,7 +202,7 @@ def test_images_for_validation_need_annotations(tmp_path: Path, below: str):
     assert [f"{len(val)} of 3 images" in note for note in train.notes if "no validation split" in note] == [True]
     assert not any("held out" in note for note in val.notes)
     image(tmp_path / below / "x.jpg")
-    with pytest.raises(ValueError, match=f"^{tmp_path / below}: images for validation, but no annotations"):
+    with pytest.raises(ValueError, match=f"^{tmp_path / below}: validation images without annotations"):
         find_boxes(tmp_path, 0.5)
 
 
@@ -204,7 +213,7 @@ def test_classes_are_matched_by_name(tmp_path: Path):
         assert source.class_names == class_names
         assert [class_names[label] for label in by_name(source)["b.jpg"].labels] == ["dog", "cat"]
         assert source.category_ids == ()  # which are for the classes in another order
-    with pytest.raises(ValueError, match=r"class 'dog' is not among the 1 classes known \(cat\)"):
+    with pytest.raises(ValueError, match=r"class 'dog' not among the 1 known classes \(cat\)"):
         find_boxes_to_evaluate(tmp_path, ("cat",))
 
 
@@ -214,18 +223,18 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     image(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
     sources = find_boxes(tmp_path, 0.5)
     assert read_image(folder / "b.jpg").size == (WIDTH, HEIGHT)
-    assert check_annotations(*sources).unreadable == []
+    assert check_images(*sources).unreadable == []
     image(folder / "b.jpg", orientation=8)
     image(folder / "empty.jpg", (WIDTH, 8))
     with pytest.raises(ImageError) as caught:
-        check_annotations(*sources)
+        check_images(*sources)
     assert f"{folder / 'b.jpg'}: 31 x 40 px, but annotated as 40 x 31; remove its EXIF" in str(caught.value)
-    assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; mend" in str(caught.value)
+    assert f"{folder / 'empty.jpg'}: 40 x 8 px, but annotated as 40 x 31; fix" in str(caught.value)
     image(folder / "b.jpg")
     (folder / "empty.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"empty.jpg: not an image.*; replace .*--max-unreadable 1$"):
-        check_annotations(*sources)
-    assert [error.partition(": ")[0] for error in check_annotations(*sources, max_unreadable=1).unreadable] == [
+        check_images(*sources)
+    assert [error.partition(": ")[0] for error in check_images(*sources, max_unreadable=1).unreadable] == [
         str(folder / "empty.jpg")
     ]
 
@@ -267,13 +276,13 @@ def test_fingerprint_tells_boxes_apart(tmp_path: Path):
 
 
 def test_nothing_or_several_things(tmp_path: Path):
-    for find, what in ((find_boxes, r"boxes; expected COCO .* or VOC"), (find_masks, r"masks; expected VOC .*images/")):
-        with pytest.raises(ValueError, match=f"^{tmp_path}: found no {what}"):
+    for find, what in ((find_boxes, r"expected COCO .* or VOC"), (find_masks, r"expected VOC .*images/")):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: data format not recognized; {what}"):
             find(tmp_path, 0.2)
         with pytest.raises(ValueError, match=r"missing: no such folder$"):
             find(tmp_path / "missing", 0.2)
     voc(coco2017(tmp_path))
-    with pytest.raises(ValueError, match="holds COCO and VOC; leave one"):
+    with pytest.raises(ValueError, match="contains COCO and VOC; keep one"):
         find_boxes(tmp_path, 0.2)
 
 
@@ -312,7 +321,7 @@ def test_voc_boxes(tmp_path: Path, below: str):
     voc(tmp_path / below)
     train, val = find_boxes(tmp_path, 0.5)
     assert train.class_names == val.class_names == ("cat", "dog")
-    assert [file.stem for file in train.files] == ["1", "3"]
+    assert [file.stem for file in files(train)] == ["1", "3"]
     # Pixels 11 to 20 and 1 to 31 of the image, counted from 1: marked in an array, they are these.
     pixels = np.zeros((HEIGHT, WIDTH), bool)
     for x in range(11, 21):
@@ -325,14 +334,14 @@ def test_voc_boxes(tmp_path: Path, below: str):
     assert train.labels[0].labels.tolist() == [1, 0]
     assert len(train.labels[1].labels) == 0
     assert (train.labels[0].crowd.tolist(), val.labels[0].crowd.tolist()) == ([False, False], [True])
-    assert check_annotations(train, val).unreadable == []
+    assert check_images(train, val).unreadable == []
     assert find_boxes_to_evaluate(tmp_path, ("dog", "cat")).labels[0].labels.tolist() == [0]
 
 
 def test_voc_without_lists_or_val(tmp_path: Path):
     for i, sets in enumerate(({}, {"trainval": "1\n2\n3\n"})):
         source = find_boxes_to_evaluate(voc(tmp_path / str(i), sets), ("cat", "dog"))
-        assert sorted(file.stem for file in source.files) == ["1", "2", "3"]
+        assert sorted(file.stem for file in files(source)) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -342,8 +351,8 @@ def test_voc_without_lists_or_val(tmp_path: Path):
         (None, "<a>" + THING.format("dog", 0, 1, "x", 1, 1) + "</a>", r"1.xml: object 1 \(dog\) has the corners \['x'"),
         (None, "<a>" + THING.format(" ", 0, 1, 1, 1, 1) + "</a>", "1.xml: object 1 has no name"),
         ({"train": "1\n4\n", "val": "2\n"}, None, "JPEGImages/4.jpg: no such file"),
-        ({"train": "3\n", "val": "2\n"}, None, "class 'dog' is not among the 0 classes"),
-        ({"val": "2\n"}, None, "has only the split val; expected one to train on"),
+        ({"train": "3\n", "val": "2\n"}, None, "class 'dog' not among the 0 known"),
+        ({"val": "2\n"}, None, "has only the splits val; expected one to train on"),
     ],
 )
 def test_bad_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, message: str):
@@ -356,10 +365,10 @@ def test_bad_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, m
 def test_voc_annotation_missing_and_several_years(tmp_path: Path):
     voc(tmp_path / "VOCdevkit" / "VOC2007")
     (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "3.xml").unlink()
-    with pytest.raises(ValueError, match=r"3.xml: no such file; add it, or take 3 out of the lists in .*Main$"):
+    with pytest.raises(ValueError, match=r"3.xml: no such file; add it, or remove 3 from .*Main$"):
         find_boxes(tmp_path, 0.2)
     voc(tmp_path / "VOCdevkit" / "VOC2012")
-    with pytest.raises(ValueError, match="holds VOC2007, VOC2012; name one of them"):
+    with pytest.raises(ValueError, match="contains VOC2007, VOC2012; name one of them"):
         find_boxes(tmp_path, 0.2)
 
 
@@ -392,17 +401,15 @@ def test_voc_masks(tmp_path: Path):
     for source in (train, val):
         for i in range(len(source)):
             assert np.array_equal(source[i].label.read(WIDTH, HEIGHT), values(21))
-    assert check_annotations(train, val).unreadable == []
-    assert train.notes == (f"{tmp_path}: no classes.txt: the 21 names of PASCAL VOC are assumed",)
+    assert check_images(train, val).unreadable == []
+    assert train.notes == (f"{tmp_path}: no classes.txt; assuming the 21 classes of PASCAL VOC",)
     assert val.notes == ()
     palette_png(tmp_path / "SegmentationClass" / "1.png", values(22))
-    with pytest.raises(ImageError, match=r"1.png: value 21 at x \d+, y \d+ is no class; expected 0 to 20, and 255"):
+    with pytest.raises(ImageError, match=r"1.png: value 21 at x \d+, y \d+ has no class; expected 0 to 20, and 255"):
         train[0].label.read(WIDTH, HEIGHT)
     xml = tmp_path / "Annotations" / "3.xml"
     xml.write_text(f"<annotation>{THING.format('tree', 0, 9, 1, 9, 1)}</annotation>")
-    with pytest.raises(
-        ValueError, match=f"^{xml}: 'tree' is no class of PASCAL VOC.*; write the classes to .*classes.txt"
-    ):
+    with pytest.raises(ValueError, match=f"^{xml}: 'tree' is not a class of PASCAL VOC.*; write .*classes.txt"):
         find_masks(tmp_path, 0.5)
     (tmp_path / "classes.txt").write_text("sky\nroad\n" + "\n".join(f"c{i}" for i in range(20)))
     train, _ = find_masks(tmp_path, 0.5)
@@ -441,9 +448,9 @@ def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
             table[:3] = list(COLORS.values())
             Image.fromarray(table[values(3)]).convert(coding).save(mask)
     sources = find_masks(tmp_path, 0.5)
-    assert masks_held_out_name(tmp_path) == (None if layout == "{kind}" else "val")
-    assert {file.stem for source in sources for file in source.files} == {"train", "validation"}
-    assert check_annotations(*sources).unreadable == []
+    assert default_split("segment", tmp_path) == ("all" if layout == "{kind}" else "val")
+    assert {file.stem for source in sources for file in files(source)} == {"train", "validation"}
+    assert check_images(*sources).unreadable == []
     for source in sources:
         assert source.class_names == tuple(COLORS)
         read = source[0].label.read(WIDTH, HEIGHT)
@@ -452,7 +459,7 @@ def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
     source = find_masks_to_evaluate(tmp_path, ("x", "tree", "road", "sky"))
     expected = np.array([2, 3, 1] + [255] * 253, np.uint8)[values(3)]
     assert np.array_equal(source[0].label.read(WIDTH, HEIGHT), expected)
-    with pytest.raises(ValueError, match="class 'sky' is not among the 2 classes known"):
+    with pytest.raises(ValueError, match="class 'sky' not among the 2 known classes"):
         find_masks_to_evaluate(tmp_path, ("road", "tree"))
 
 
@@ -473,12 +480,12 @@ def one_mask(root: Path) -> MaskFile:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (None, "classes.txt: no such file; name the classes in it, line 1 for the value 0"),
+        (None, "classes.txt: no such file; write one class per line, line 1 for the value 0"),
         ("a", "classes.txt: 1 classes; expected 2 to 254"),
-        ("a\na", "'a' is in line 1 and in line 2"),
-        ("a #ff0000\nb", "b: no colour, while others have one"),
-        ("a #ff0000\nb #FF0000", "a colour comes twice"),
-        ("a #ff0000\na #ff0001", "a name comes twice"),
+        ("a\na", "'a' is in lines 1 and 2"),
+        ("a #ff0000\nb", "no colour for b"),
+        ("a #ff0000\nb #FF0000", "duplicate colour"),
+        ("a #ff0000\na #ff0001", "duplicate name"),
     ],
 )
 def test_bad_names_of_classes(tmp_path: Path, classes: str | None, message: str):
@@ -492,7 +499,7 @@ def test_bad_masks(tmp_path: Path):
     sources = find_masks(tmp_path, 0.5)
 
     def refused(message: str, at_once: bool = True) -> None:
-        for call in [lambda: one_mask(tmp_path).read(WIDTH, HEIGHT)] + [lambda: check_annotations(*sources)] * at_once:
+        for call in [lambda: one_mask(tmp_path).read(WIDTH, HEIGHT)] + [lambda: check_images(*sources)] * at_once:
             with pytest.raises(ImageError, match=f"^{mask}: {message}") as caught:
                 call()
             assert "\n" not in str(caught.value)
@@ -500,21 +507,21 @@ def test_bad_masks(tmp_path: Path):
     palette_png(mask, values(3))
     refused("value 2 at x", at_once=False)
     palette_png(mask, values(2)[1:])
-    refused("40 x 30 px, but its image is 40 x 31; they must be of one size")
+    refused("40 x 30 px, but its image has 40 x 31")
     Image.new("RGB", (WIDTH, HEIGHT)).save(mask)
-    refused("a mask of kind RGB, while the classes have no colours")
+    refused("a mask of mode RGB, but the classes have no colours")
     mask.write_bytes(b"no image")
     refused("mask cannot be read")
     mask.unlink()
     with pytest.raises(ValueError, match=r"1.png: no such mask"):
         one_mask(tmp_path)
     with pytest.raises(ImageError, match=r"1.png: mask cannot be read \(no such file or directory\)"):
-        MaskFile(mask, sources[0].labels[0].classes).read(WIDTH, HEIGHT)
+        MaskFile(mask, sources[0].labels[0].coding).read(WIDTH, HEIGHT)
     image.unlink()
     (tmp_path / "classes.txt").write_text("a #000000\nb #0000ff\n")
     Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 254)).save(tmp_path / "masks" / "2.png")
     source = find_masks_to_evaluate(tmp_path, ("a", "b"))
-    with pytest.raises(ImageError, match=r"2.png: colour #0000fe at x 0, y 0 is no class; expected those of the 2"):
+    with pytest.raises(ImageError, match=r"2.png: colour #0000fe at x 0, y 0 has no class; expected those of the 2"):
         source[0].label.read(WIDTH, HEIGHT)
 
 
@@ -536,7 +543,7 @@ def test_masks_cut_short_and_masks_without_image(tmp_path: Path):
 def test_masks_of_turned_images_are_those_of_upright_ones(tmp_path: Path):
     turned, _ = masks(tmp_path)
     image(turned, (HEIGHT, WIDTH), orientation=6)
-    assert check_annotations(*find_masks(tmp_path, 0.5)).unreadable == []
+    assert check_images(*find_masks(tmp_path, 0.5)).unreadable == []
     assert one_mask(tmp_path).read(*read_image(turned).size).shape == (HEIGHT, WIDTH)
 
 
@@ -556,7 +563,7 @@ def test_headers_alone_are_read(tmp_path: Path):
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0)
     image.with_suffix(".png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
     sources = find_masks(tmp_path, 0.5)
-    assert check_annotations(*sources).unreadable == []
+    assert check_images(*sources).unreadable == []
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -4,6 +4,7 @@ import io
 import pickle
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from huggingface_hub import constants
 from PIL import Image as PillowImage
 
 from mobilevit import hub
+from mobilevit.data.checks import check_images
+from mobilevit.data.hub_datasets import read_table
 from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import eval_batches
-from mobilevit.data.samples import Labelled, Source
-from mobilevit.data.sources import check_headers, find_evaluation, find_splits, fingerprint, held_out_name
-from mobilevit.data.tables import read_table
+from mobilevit.data.samples import Source, fingerprint
+from mobilevit.data.sources import default_split, find_evaluation_split, find_splits
 from mobilevit.data.transforms import Evaluation
 from mobilevit.images import ImageError, Preprocessing, read_image
 
 datasets = pytest.importorskip("datasets")
+
+
+def find_evaluation(
+    data: str | Path, class_names: tuple[str, ...], split: str | None = None, val_fraction: float | None = None
+) -> Source:
+    split = split or default_split("classify", data)
+    return find_evaluation_split("classify", data, class_names, split, val_fraction)
 
 
 @pytest.fixture(autouse=True)
@@ -83,24 +92,24 @@ def test_saved_splits(tmp_path: Path, held_out: str):
     splits = {held_out: table([1, 0], first=5), "train": table([0, 1, 1])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     before = files_in(tmp_path)
-    train, val = find_splits(tmp_path / "saved", 0.5)
+    train, val = find_splits("classify", tmp_path / "saved", 0.5)
     assert train.class_names == val.class_names == ("dog", "cat")
     assert greys(train) == [(0, 0), (1, 1), (2, 1)]
     assert greys(val) == [(5, 1), (6, 0)]
     assert val[1].name == f"{tmp_path}/saved ({held_out})[1]"
     assert greys(find_evaluation(tmp_path / "saved", ("cat", "dog"))) == [(5, 0), (6, 1)]
-    assert held_out_name(tmp_path / "saved") == ("test" if held_out == "test" else "val")
+    assert default_split("classify", tmp_path / "saved") == ("test" if held_out == "test" else "val")
     assert files_in(tmp_path) == before
 
 
 def test_saved_without_splits_is_divided(tmp_path: Path):
     table([0, 1] * 20).shuffle(seed=0).save_to_disk(tmp_path / "saved")  # rows by way of an index
-    train, val = find_splits(tmp_path / "saved", 0.3)
+    train, val = find_splits("classify", tmp_path / "saved", 0.3)
     assert sorted(greys(train) + greys(val)) == [(i, i % 2) for i in range(40)]
     assert set(train.labels) == set(val.labels) == {0, 1}
-    assert held_out_name(tmp_path / "saved") is None
+    assert default_split("classify", tmp_path / "saved") == "all"
     datasets.DatasetDict(train=table([0, 1] * 20)).save_to_disk(tmp_path / "only_train")
-    train, val = find_splits(tmp_path / "only_train", 0.3)
+    train, val = find_splits("classify", tmp_path / "only_train", 0.3)
     assert len(train) + len(val) == 40
 
 
@@ -127,7 +136,7 @@ def test_shards(tmp_path: Path, cache: Path, train: str, val: str, ending: str):
     write(table([1, 1], first=2), tmp_path / f"{train.format(1)}.{ending}")
     write(table([1, 0], first=5), tmp_path / f"{val}.{ending}")
     before = files_in(tmp_path)
-    train_set, val_set = find_splits(str(tmp_path), 0.5)
+    train_set, val_set = find_splits("classify", str(tmp_path), 0.5)
     assert train_set.class_names == val_set.class_names == ("dog", "cat")
     assert greys(train_set) == [(0, 0), (1, 1), (2, 1), (3, 1)]
     assert greys(val_set) == [(5, 1), (6, 0)]
@@ -141,7 +150,7 @@ def test_single_file_is_divided_and_read_again_when_it_changes(tmp_path: Path, e
     for labels in ([0, 1] * 10, [1, 1, 0, 0] * 5):
         write(table(labels), file)
         for data in (file, tmp_path):
-            train, val = find_splits(data, 0.3)
+            train, val = find_splits("classify", data, 0.3)
             assert sorted(greys(train) + greys(val)) == list(enumerate(labels))
 
 
@@ -155,14 +164,14 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "unreachable", lambda: "")
     for data in ("hf:owner/name", Path("hf:owner/name"), "hf:name"):
-        train, val = find_splits(data, 0.5)
+        train, val = find_splits("classify", data, 0.5)
         assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
     assert val[0].name == "hf:name (test)[0]"
-    assert held_out_name("hf:owner/name/plain_text") == "test"
+    assert default_split("classify", "hf:owner/name/plain_text") == "test"
     assert asked == [("owner/name", None), ("owner/name", None), ("name", None), ("owner/name", "plain_text")]
     for data in ("hf:", "hf:a//b", "hf:a/b/c/d"):
-        with pytest.raises(ValueError, match=f"^{data}: names no dataset of the hub; write hf:owner/name"):
-            find_splits(data, 0.5)
+        with pytest.raises(ValueError, match=f"^{data}: not the name of a data set of the hub; write hf:owner/name"):
+            find_splits("classify", data, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,11 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, rea
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "unreachable", lambda: "")
-    for find in (lambda d: find_splits(d, 0.5), lambda d: find_evaluation(d, ("a", "b")), held_out_name):
+    for find in (
+        lambda d: find_splits("classify", d, 0.5),
+        lambda d: find_evaluation(d, ("a", "b")),
+        partial(default_split, "classify"),
+    ):
         with pytest.raises(ValueError, match=rf"^hf:owner/name: cannot be loaded \({reason}\); check name") as caught:
             find("hf:owner/name")
         assert "\n" not in str(caught.value)
@@ -193,7 +206,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: py
     with pytest.raises(
         ValueError, match=r"^hf:owner/name: not in the local cache, .* \(http://127.0.0.1:9: .*check the connection"
     ):
-        find_splits("hf:owner/name", 0.5)
+        find_splits("classify", "hf:owner/name", 0.5)
     assert not waits  # one try, where the library makes six
     assert capfd.readouterr() == ("", "")
     assert not constants.HF_HUB_OFFLINE
@@ -208,7 +221,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "unreachable", lambda: "no connection")
-    train, val = find_splits("hf:owner/name", 0.5)
+    train, val = find_splits("classify", "hf:owner/name", 0.5)
     assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
     assert seen == [True]
 
@@ -217,8 +230,8 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(table([0, 1]), tmp_path / "x.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for data in (tmp_path, tmp_path / "x.parquet", "hf:owner/name"):
-        with pytest.raises(ValueError, match=rf'^{data}: .*; install it with pip install "mobilevit\[datasets\]"$'):
-            find_splits(data, 0.5)
+        with pytest.raises(ValueError, match=rf"^{data}: .*pip install 'mobilevit\[datasets\]'$"):
+            find_splits("classify", data, 0.5)
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
@@ -228,9 +241,9 @@ def test_damaged_files(tmp_path: Path, name: str):
     for content in (b"", b"no table", whole[: len(whole) // 2]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
-            ValueError, match=rf"^{tmp_path}(/{name})?: cannot be loaded \(.+\); are its files whole\?$"
+            ValueError, match=rf"^{tmp_path}(/{name})?: cannot be loaded \(.+\); check that its files"
         ) as caught:
-            find_splits(tmp_path, 0.5)
+            find_splits("classify", tmp_path, 0.5)
         assert "\n" not in str(caught.value)
         assert "An error occurred" not in str(caught.value)  # which says nothing
 
@@ -238,7 +251,7 @@ def test_damaged_files(tmp_path: Path, name: str):
 def test_damaged_saved_folder(tmp_path: Path):
     (tmp_path / "dataset_dict.json").write_text("{")
     with pytest.raises(ValueError, match=rf"^{tmp_path}: cannot be loaded"):
-        find_splits(tmp_path, 0.5)
+        find_splits("classify", tmp_path, 0.5)
 
 
 def test_splits_of_other_names(tmp_path: Path):
@@ -246,10 +259,10 @@ def test_splits_of_other_names(tmp_path: Path):
     assert len(find_evaluation(tmp_path / "one", ("cat", "dog"))) == 10
     datasets.DatasetDict(one=table([0, 1]), two=table([0, 1])).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"two: has the splits one, two; expected train, and validation or test"):
-        find_splits(tmp_path / "two", 0.5)
+        find_splits("classify", tmp_path / "two", 0.5)
     datasets.DatasetDict(test=table([0, 1])).save_to_disk(tmp_path / "test")
     with pytest.raises(ValueError, match=r"test: has only the splits test; expected one to train on"):
-        find_splits(tmp_path / "test", 0.5)
+        find_splits("classify", tmp_path / "test", 0.5)
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------
@@ -276,9 +289,9 @@ def test_columns(labels: list, feature: Any, label: str, class_names: tuple, num
     else:
         rows = table(labels, feature, label=label, image=image)
     for other in (rows, rows.with_format("torch")):
-        part = read_table(other.add_column("id", [7, 8, 9]), "here")
-        assert part.own_class_names() == class_names
-        source = part.source(class_names)
+        split = read_table(other.add_column("id", [7, 8, 9]), "here")
+        assert split.training_class_names() == class_names
+        source = split.source(class_names)
         assert source.labels == numbers
         assert greys(source) == list(enumerate(numbers))
 
@@ -291,10 +304,10 @@ def test_fine_labels_before_coarse_ones():
 def test_classes_beside_numbers(tmp_path: Path):
     write(table([0, 1], INT), tmp_path / "train.parquet")
     write(table([1], INT), tmp_path / "test.parquet")
-    assert find_splits(tmp_path, 0.5)[0].class_names == ("0", "1")
+    assert find_splits("classify", tmp_path, 0.5)[0].class_names == ("0", "1")
     assert list(find_evaluation(tmp_path, ("a", "b")).labels) == [1]
     (tmp_path / "classes.txt").write_text("shirt\nboot\n")
-    assert find_splits(tmp_path, 0.5)[0].class_names == ("shirt", "boot")
+    assert find_splits("classify", tmp_path, 0.5)[0].class_names == ("shirt", "boot")
     assert list(find_evaluation(tmp_path, ("boot", "bag")).labels) == [0]
 
 
@@ -310,14 +323,17 @@ def test_images_by_path(tmp_path: Path):
 
 
 def test_numbered_class_labels_are_no_names():
-    part = read_table(table([2, 0, 1], datasets.ClassLabel(num_classes=3)), "here")
-    assert part.source(("a", "b", "c")).labels == (2, 0, 1)
+    split = read_table(table([2, 0, 1], datasets.ClassLabel(num_classes=3)), "here")
+    assert split.source(("a", "b", "c")).labels == (2, 0, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.remove_columns("image"), r"no image column, among label \(ClassLabel\); expected an Image"),
+        (
+            lambda t: t.remove_columns("image"),
+            r"no image column, among label \(ClassLabel\); .*one: an Image",
+        ),
         (lambda t: t.rename_column("label", "label2").cast_column("label2", INT), r"no label column, among image \(Im"),
         (lambda t: t.cast_column("label", datasets.Value("float32")), r"no label column, .* label \(float32\); expe"),
         (
@@ -340,23 +356,23 @@ def test_no_or_several_columns(change: Any, message: str):
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0, 1, None], CLASSES, r"\[2\]: has no label"),
+        ([0, 1, None], CLASSES, r"\[2\]: .* have no label"),
         ([0, 1, -1], CLASSES, r"\[2\]: label -1 is out of range"),
         ([0, 1, 7], datasets.Value("int32"), ": no images of classes '2', '3', '4', '5', '6'; add"),
         ([0, 0], CLASSES, ": no images of class 'cat'"),
-        (["a", "a"], STRING, ": all images are of class 'a'"),
-        ([], CLASSES, ": holds no images"),
+        (["a", "a"], STRING, ": found only class 'a'"),
+        ([], CLASSES, ": contains no images"),
     ],
 )
 def test_labels_that_cannot_be_trained_on(labels: list, feature: Any, message: str):
     with pytest.raises(ValueError, match=f"^here{message}"):
-        read_table(table(labels, feature), "here").own_class_names()
+        read_table(table(labels, feature), "here").training_class_names()
 
 
 def test_val_class_that_train_lacks(tmp_path: Path):
     datasets.DatasetDict(train=table(["a", "b"], STRING), test=table(["c"], STRING)).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match=r"\(test\): class 'c' is not among the 2 classes known \(a, b\)"):
-        find_splits(tmp_path, 0.5)
+    with pytest.raises(ValueError, match=r"\(test\): class 'c' not among the 2 known classes \(a, b\)"):
+        find_splits("classify", tmp_path, 0.5)
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -387,7 +403,7 @@ def test_images_that_are_missing_or_none():
     for i in (1, 2):
         with pytest.raises(ImageError, match=rf"^here\[{i}\]: not an image"):
             read_image(source[i].image, source[i].name)
-    errors = check_headers(source, max_unreadable=2).unreadable
+    errors = check_images(source, max_unreadable=2).unreadable
     assert [error.partition(": ")[0] for error in errors] == ["here[1]", "here[2]"]
 
 
@@ -403,5 +419,5 @@ def test_parquet_of_other_makers(tmp_path: Path):
     images = pa.array([png(i) for i in range(6)])
     pq.write_table(pa.table({"image": images, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")
     source = find_evaluation(tmp_path, ("a", "b"))
-    assert isinstance(source, Labelled)
+    assert isinstance(source, Source)
     assert greys(source) == [(i, i % 2) for i in range(6)]

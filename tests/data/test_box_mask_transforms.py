@@ -14,22 +14,22 @@ from sklearn.datasets import load_sample_images
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as V
 
-from mobilevit.data.dense import (
-    MIN_OVERLAPS,
+from mobilevit.data import box_transforms
+from mobilevit.data.box_transforms import (
+    MIN_IOUS,
     BoxAugmentation,
     BoxEvaluation,
     BoxTarget,
-    MaskAugmentation,
-    MaskEvaluation,
     distort,
-    random_part,
+    random_iou_crop,
     stack_boxes,
-    stack_masks,
-    warp,
 )
-from mobilevit.data.labels import Boxes, Coding, MaskFile
+from mobilevit.data.boxes import Boxes
+from mobilevit.data.mask_transforms import MaskAugmentation, MaskEvaluation, stack_masks
+from mobilevit.data.masks import MaskCoding, MaskFile
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
+from mobilevit.data.transforms import warp
 from mobilevit.images import Preprocessing
 
 SIZES = [(300, 200), (201, 333), (640, 481), (1203, 900)]  # width and height; the last two keep to a grid
@@ -71,7 +71,7 @@ def mask_file(tmp_path: Path):
     def write(mask: np.ndarray) -> MaskFile:
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         Image.fromarray(mask).save(file)
-        return MaskFile(file, Coding(tuple(range(4))))
+        return MaskFile(file, MaskCoding(tuple(range(4))))
 
     return write
 
@@ -136,7 +136,7 @@ def test_parts_are_what_ssd_promises(width: int, height: int):
     random = np.random.default_rng(0)
     best = []
     for _ in range(1000):
-        part = random_part(width, height, labels.corners, 0.09, random)
+        part = random_iou_crop(width, height, labels.corners, 0.09, random)
         left, top, right, bottom = part
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
@@ -150,15 +150,15 @@ def test_parts_are_what_ssd_promises(width: int, height: int):
     # One draw of seven is the whole image, and of the others those that ask for much find nothing.
     assert 0 < min(best) < 0.1
     whole = box_iou(torch.tensor([[0, 0, width, height]]).float(), torch.from_numpy(labels.corners)).max().item()
-    assert 1 / len(MIN_OVERLAPS) < np.mean(np.isclose(best, whole)) < 0.75
+    assert 1 / len(MIN_IOUS) < np.mean(np.isclose(best, whole)) < 0.75
 
 
 def test_parts_overlap_as_much_as_is_drawn(monkeypatch: pytest.MonkeyPatch):
     corners = np.array([(40, 30, 150, 120)], np.float32)
     for least in (0.3, 0.7, 0.9):
-        monkeypatch.setattr("mobilevit.data.dense.MIN_OVERLAPS", (least,))
+        monkeypatch.setattr(box_transforms, "MIN_IOUS", (least,))
         random = np.random.default_rng(0)
-        parts = [random_part(200, 150, corners, 0.09, random) for _ in range(300)]
+        parts = [random_iou_crop(200, 150, corners, 0.09, random) for _ in range(300)]
         found = [part for part in parts if part != (0, 0, 200, 150)]
         assert found
         overlaps = box_iou(torch.tensor(found).float(), torch.from_numpy(corners))
