@@ -40,7 +40,9 @@ PALETTE: tuple[Colour, ...] = (
 )
 OPACITY = 0.65  # of the colour over a region
 MAX_JPEG_PX = 65_500  # the longest side that libjpeg writes
-LOOK = Path(__file__).with_name("report") / "style.css"  # colours, letters and cards of the pages for browsers
+LOOK = (
+    Path(__file__).with_name("report") / "templates" / "style.css"
+)  # colours, letters and cards of the pages for browsers
 
 
 def colour_of(class_index: int) -> Colour:

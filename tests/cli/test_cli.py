@@ -843,7 +843,7 @@ def test_evaluate_says_what_is_wrong_before_it_begins(capsys: pytest.CaptureFixt
 
 
 def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, weights: str, monkeypatch: Any):
-    from mobilevit import tasks
+    from mobilevit.tasks import evaluation
 
     asked: list[Any] = []
 
@@ -851,7 +851,7 @@ def test_evaluate_on_the_hub(capsys: pytest.CaptureFixture[str], here: Path, wei
         asked.append(data)
         raise ValueError("enough")
 
-    monkeypatch.setattr(tasks, "evaluate_weights", note)
+    monkeypatch.setattr(evaluation, "evaluate", note)
     assert "enough" in mistake(capsys, "evaluate", weights, "--data", "hf:owner/flowers", "--split", "test")
     assert asked == ["hf:owner/flowers"]
 

@@ -31,8 +31,8 @@ from mobilevit.data.sources import find_splits, fingerprint
 from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Transformer
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Precision, Recipe, Sampler, from_dict
-from mobilevit.tasks import evaluate_weights
-from mobilevit.tasks.classification import Answers, Classification
+from mobilevit.tasks.classification import Classification, ClassificationResults
+from mobilevit.tasks.evaluation import evaluate_weights
 from mobilevit.training import loop
 from mobilevit.training.ema import MovingAverage
 from mobilevit.training.loop import TIMES, FinishedError, Run, train
@@ -965,12 +965,12 @@ def test_the_best_epoch_and_the_weights_that_are_not_averaged(
     evaluate, states = Classification.evaluate, []
     hits = iter([1, 0, 3, 0, 3, 0, 2, 0])  # of three images: the average, then the raw weights, after each epoch
 
-    def answer(self: Classification, model: nn.Module, *arguments: Any) -> Answers:
+    def answer(self: Classification, model: nn.Module, *arguments: Any) -> ClassificationResults:
         states.append(copy.deepcopy(model.state_dict()))
-        answers = evaluate(self, model, *arguments)
+        results = evaluate(self, model, *arguments)
         wrong = np.arange(3) >= next(hits)
-        labels = np.where(wrong, (answers.answers[:, 0] + 1) % 3, answers.answers[:, 0])
-        return replace(answers, labels=labels)
+        labels = np.where(wrong, (results.predictions[:, 0] + 1) % 3, results.predictions[:, 0])
+        return replace(results, labels=labels)
 
     monkeypatch.setattr(Classification, "evaluate", answer)
     monkeypatch.setattr(loop, "MovingAverage", lambda model, decay, num_steps: MovingAverage(model, 0.9, 10**6))

@@ -19,7 +19,7 @@ from mobilevit.explain.attention import BlockAttention
 from mobilevit.explain.draw import BRIGHT_TIMES, EVEN_TIMES, FIELD_SCALE, OPACITY, RAMP, SCALE_GREY, in_decades, scaled
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.receptive import Field
-from mobilevit.report.results import jpeg_url
+from mobilevit.report import jpeg_url
 
 TEMPLATE = Path(__file__).with_name("page.html")
 IMAGE_PX = 720  # the longer side of the image in the page

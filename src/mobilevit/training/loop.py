@@ -32,6 +32,7 @@ from mobilevit.data.sources import fingerprint
 from mobilevit.device import choose_device, thread_advice
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.recipes import Recipe
+from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, write_report
 from mobilevit.tasks import TASKS, Results, Task
 from mobilevit.training.batch_norm import RunningStatistics
@@ -518,7 +519,7 @@ def _train(
                     origin=origin,
                     epochs=history,
                     steps=out / "steps.jsonl",
-                    sections=results.sections(val_set.source),
+                    sections=sections(results, val_set.source),
                     facts=_environment(processes, at_once, recipe, schedule_epochs),
                     commands=() if other else _commands(recipe, data, out),
                 )
