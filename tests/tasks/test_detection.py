@@ -232,7 +232,7 @@ def test_metrics_against_pycocotools(num_images: int, num_classes: int, seed: in
     names = [f"class {i}" for i in range(num_classes)]
     rows = results.per_class(names)
     assert [row.class_name for row in rows] == names
-    assert np.mean([row.metrics["ap"] for row in rows]) == pytest.approx(metrics["ap"])
+    assert np.mean([row.metrics["ap"] or 0.0 for row in rows]) == pytest.approx(metrics["ap"])
     assert np.nanmean(results.precision_recall_curves()) * 100 == pytest.approx(metrics["ap50"])
     num_boxes = [
         sum(int((one.truth.boxes.labels[~one.truth.boxes.crowd] == i).sum()) for one in found)

@@ -22,6 +22,7 @@ from mobilevit.cli.export import Export
 from mobilevit.cli.info import Info
 from mobilevit.cli.predict import Predict
 from mobilevit.cli.train import Train, recipe_list
+from mobilevit.logs import log_to_stderr
 from mobilevit.names import nearest
 from mobilevit.recipes import describe, named
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Any]] = {
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    log_to_stderr(force=True)
     # Told to end, leave nothing half-written behind: as after Ctrl-C. (Training has its own way.)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:

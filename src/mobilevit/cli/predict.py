@@ -247,7 +247,7 @@ class _Masks:
         """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
         import numpy as np
 
-        from mobilevit.draw import draw_mask, palette_png, write_jpeg
+        from mobilevit.draw import draw_mask, write_jpeg, write_mask_png
         from mobilevit.images import read_image
 
         counts = np.bincount(found.ravel(), minlength=256)
@@ -256,7 +256,7 @@ class _Masks:
         mask, overlay = self.out / f"{path.stem}.png", self.out / f"{path.stem}_overlay.jpg"
         legend = {c: f"{name} {100 * share:.1f} %" for c, (name, share) in classes.items() if name != "background"}
         write_jpeg(draw_mask(read_image(path), found, legend), overlay)
-        palette_png(found, mask)
+        write_mask_png(found, mask)
         line = [{"class": name, "index": c, "share": share} for c, (name, share) in classes.items()]
         rows = [(name, f"{100 * share:.1f} %") for name, share in classes.values()]
         return {"classes": line, "mask": str(mask), "overlay": str(overlay)}, rows

@@ -1,6 +1,6 @@
 """Line charts by matplotlib, as SVG to embed in HTML. Importing this module takes half a second.
 
-Colours are the custom properties of the stylesheet, so that charts follow its light and dark schemes.
+Colors are the custom properties of the stylesheet, so that charts follow its light and dark schemes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 WIDTH_PX, HEIGHT_PX = 420, 236
-# Line styles: colour and dashes. After Okabe and Ito; distinguishable without colour vision.
+# Line styles: color and dashes. After Okabe and Ito; distinguishable without color vision.
 STYLES = {"main": ("#0a6eb0", "-"), "second": ("#c27400", "--"), "third": ("#5d656e", ":")}
 LINE, FAINT = "#cfd4d9", "#eff1f3"
 PROPERTIES = {"#0a6eb0": "blue", "#c27400": "orange", "#5d656e": "soft", LINE: "line", FAINT: "faint"}
@@ -102,13 +102,13 @@ def line_chart(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         for line in lines:
-            colour, dashes = STYLES[line.style]
+            color, dashes = STYLES[line.style]
             marked = _isolated_and_last(np.isfinite(line.y))
             axes.plot(
                 line.x,
                 line.y,
                 dashes,
-                color=colour,
+                color=color,
                 linewidth=2,
                 marker="o",
                 markersize=5,
@@ -196,13 +196,13 @@ def _number(value: float) -> str:
 
 
 def _inline(svg: str, label: str, tooltips: str) -> Markup:
-    """The SVG element of matplotlib's file with the page's fonts and colours, an accessible name and tooltips."""
+    """The SVG element of matplotlib's file with the page's fonts and colors, an accessible name and tooltips."""
     svg = svg[svg.index("<svg") : svg.rindex("</svg>")]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # of groups; the same in every chart
     svg = re.sub(r"font-(size|family): [^;]*; ?", "", svg).replace("xlink:href", "href")
-    for colour, name in PROPERTIES.items():
-        svg = svg.replace(colour, f"var(--{name})")
+    for color, name in PROPERTIES.items():
+        svg = svg.replace(color, f"var(--{name})")
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     start = f'<svg viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}" role="img" aria-label="{escape(label)}">'
     return Markup(re.sub(r"^<svg[^>]*>", lambda _: start, svg) + tooltips + "</svg>")

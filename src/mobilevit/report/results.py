@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from mobilevit.data.sources import Source
-from mobilevit.draw import colour_of, draw_boxes
+from mobilevit.draw import class_color, draw_boxes
 from mobilevit.images import ImageError, read_image, to_rgb
 from mobilevit.report import jpeg_url, render
 from mobilevit.tasks.classification import ClassificationResults
@@ -121,7 +121,7 @@ def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
     worst = ranked[:MAX_EXAMPLES]
     best = sorted(ranked[len(worst) :], key=lambda image: (-image.f1_score(), -len(image.truth.boxes.labels)))
     headings = {"num_boxes": "boxes", "ap50": "AP at IoU 0.5, %", "ap": "AP, %"}
-    note = "White frames: annotated boxes. Coloured frames with labels: predicted boxes."
+    note = "White frames: annotated boxes. Colored frames with labels: predicted boxes."
 
     def example(image: ImageDetections) -> Example:
         return _boxes_example(image, source)
@@ -165,7 +165,7 @@ def confusion_html(matrix: np.ndarray, class_names: Sequence[str], unit: str = "
     """
     totals = matrix.sum(1)
     if len(class_names) <= MAX_CLASSES:
-        # The cube root makes small fractions visible: one error in hundreds is still coloured.
+        # The cube root makes small fractions visible: one error in hundreds is still colored.
         shades = np.cbrt(matrix / np.maximum(totals, 1)[:, None])
         rows = list(zip(class_names, matrix.tolist(), shades.tolist(), totals.tolist(), strict=True))
         return Markup(render("confusion.html", class_names=class_names, rows=rows, unit=unit))
@@ -261,9 +261,9 @@ def _boxes_example(detections: ImageDetections, source: Source[Any]) -> Example:
     scale = figure.width / image.width
     annotated = detections.truth.boxes
     draw = ImageDraw.Draw(figure)
-    for width, colour in ((4, "black"), (2, "white")):
+    for width, color in ((4, "black"), (2, "white")):
         for corners in (scale * annotated.corners).tolist():
-            draw.rectangle(corners, outline=colour, width=width)
+            draw.rectangle(corners, outline=color, width=width)
     is_shown = detections.scores >= SHOWN_SCORE
     labels = detections.labels[is_shown].tolist()
     texts = [f"{names[i]} {100 * s:.0f} %" for i, s in zip(labels, detections.scores[is_shown], strict=True)]
@@ -291,7 +291,7 @@ def _masks_example(example: SegmentationExample, source: Source[Any]) -> Example
         for mask in (truth, example.prediction)
     )
     is_counted = truth != IGNORE
-    # Black and white: readable without seeing the colours of the classes.
+    # Black and white: readable without seeing the colors of the classes.
     errors = np.where((truth != prediction) & is_counted, 255, 40).astype(np.uint8)
     panels = {
         "annotated": _paint(figure, truth, names),
@@ -300,7 +300,7 @@ def _masks_example(example: SegmentationExample, source: Source[Any]) -> Example
     }
     lines = [Markup("<b>{:.1f}\N{NO-BREAK SPACE}%</b> mean IoU").format(100 * example.iou)]
     for i in np.union1d(truth[is_counted], prediction[is_counted]).tolist():
-        swatch = Markup('<i class="swatch" style="background:rgb{}"></i>').format(colour_of(i))
+        swatch = Markup('<i class="swatch" style="background:rgb{}"></i>').format(class_color(i))
         shares = [100 * ((mask == i) & is_counted).mean() for mask in (truth, prediction)]
         lines.append(swatch + f"{names[i]}: {shares[0]:.1f} % annotated, {shares[1]:.1f} % predicted")
     urls = [(jpeg_url(panel, quality=85), f"{sample.name}, {title}") for title, panel in panels.items()]
@@ -308,9 +308,9 @@ def _masks_example(example: SegmentationExample, source: Source[Any]) -> Example
 
 
 def _paint(image: Image.Image, mask: np.ndarray, class_names: Sequence[str]) -> Image.Image:
-    """The image in grey with the colours of its classes over it, except for the background and ignored pixels."""
+    """The image in grey with the colors of its classes over it, except for the background and ignored pixels."""
     grey = np.asarray(image.convert("L"), np.float32)[..., None]
-    colours = np.array([colour_of(i) for i in range(256)], np.float32)
+    colors = np.array([class_color(i) for i in range(256)], np.float32)
     opacity = np.zeros((256, 1), np.float32)
     opacity[[i for i, name in enumerate(class_names) if name.lower() != "background"]] = 0.6
-    return Image.fromarray((grey * (1 - opacity[mask]) + colours[mask] * opacity[mask]).round().astype(np.uint8))
+    return Image.fromarray((grey * (1 - opacity[mask]) + colors[mask] * opacity[mask]).round().astype(np.uint8))

@@ -233,13 +233,11 @@ def _summary(epochs: Epochs, steps: Steps) -> list[tuple[str, str, str]]:
             cards.append(("Training images", _amount(num_images), note))
             note = f"{_amount(num_images / len(steps.step))} images per step, on average"
         cards.append(("Steps", _amount(len(steps.step)), note))
-    waiting = [
-        (record["waiting_share"], _number(record.get("seconds"))) for record in epochs if "waiting_share" in record
-    ]
-    waiting = [(share, s if math.isfinite(s) else 1.0) for share, s in waiting if math.isfinite(share)]
+    waiting = [(_number(record.get("data_wait_fraction")), _number(record.get("seconds"))) for record in epochs]
+    waiting = [(ratio, s if math.isfinite(s) else 1.0) for ratio, s in waiting if math.isfinite(ratio)]
     if total := sum(s for _, s in waiting):
-        share = sum(share * s for share, s in waiting) / total
-        cards.append(("Waiting for data", f"{100 * share:.1f} %", "of the training time"))
+        ratio = sum(ratio * s for ratio, s in waiting) / total
+        cards.append(("Waiting for data", f"{100 * ratio:.1f} %", "of the training time"))
     return cards
 
 
@@ -271,12 +269,12 @@ def _epoch_charts(epochs: Epochs) -> list[Chart]:
 def _epoch_table(epochs: Epochs) -> Markup | str:
     validation = ["val_loss", *_metrics(epochs)]
     raw = [name.replace("val_", "raw_", 1) for name in validation]
-    fields = ["train_loss", *validation, *raw, "images_per_second", "waiting_share", "seconds"]
+    fields = ["train_loss", *validation, *raw, "images_per_second", "data_wait_fraction", "seconds"]
     fields = [field for field in fields if _values(epochs, field)]
     headings = {
         "train_loss": "training loss",
         "images_per_second": "images/s",
-        "waiting_share": "waiting for data, %",
+        "data_wait_fraction": "waiting for data, %",
         "seconds": "time, s",
     }
 
@@ -288,7 +286,7 @@ def _epoch_table(epochs: Epochs) -> Markup | str:
     def cell(field: str, value: float) -> str:
         if not math.isfinite(value):
             return DASH
-        if field == "waiting_share":
+        if field == "data_wait_fraction":
             return f"{100 * value:.1f}"
         return _amount(value) if field in ("images_per_second", "seconds") else _plain(field, value)
 
