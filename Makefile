@@ -41,7 +41,7 @@ test-all: test test-slow test-litert
 
 # A reduced suite with another PyTorch: networks, weights, counting, training, resume and one export.
 TORCH_TESTS := tests/models tests/training/test_loop.py tests/training/test_resume.py tests/training/test_optim.py \
-    tests/test_parity.py tests/test_predict.py tests/benchmark/test_profile.py tests/compare/test_table.py \
+    tests/test_parity.py tests/test_predict.py tests/benchmark/test_cost.py tests/compare/test_models.py \
     tests/export/test_rewrite.py tests/export/test_onnx.py
 test-torch:
 	@test -n "$(TORCH)" || { echo 'name a PyTorch version: make test-torch TORCH=2.11'; exit 2; }

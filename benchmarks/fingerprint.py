@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "out": ("--out",),
     "overwrite": ("--overwrite",),
     "per class": ("--per-class",),
-    "pictures at once": ("--compute.pictures-at-once", "--pictures-at-once"),
+    "pictures at once": ("--compute.pictures-at-once", "--pictures-at-once", "--compute.micro-batch-size"),
     "policy": ("--data.policy", "--policy"),
     "precision": ("--precision", "--compute.precision"),
     "rounds": ("--rounds",),

@@ -66,9 +66,8 @@ def main(out: Path) -> None:
 
     model = mobilevit.load(run.weights)
     predictions = [
-        (file, result[0].class_name, result[0].probability)
-        for file, result in predict_images(model, find_images([str(out / "data" / "test")]), batch_size=64)
-        if isinstance(result, list)
+        (one.path, one.value()[0].class_name, one.value()[0].probability)
+        for one in predict_images(model, find_images([str(out / "data" / "test")]), model.predict_pixels, batch_size=64)
     ]
     wrong = [one for one in predictions if one[1] != one[0].parent.name]
     correct = [one for one in predictions if one[1] == one[0].parent.name]

@@ -1,4 +1,4 @@
-"""The device, the number of threads, and the advice about it."""
+"""Device, number of threads, and the advice about threads."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def threads_restored():
     torch.set_num_threads(before)
 
 
-def test_devices():
+def test_choose_device():
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert choose_device("auto") == best
     assert choose_device("cpu") == "cpu"
@@ -22,7 +22,7 @@ def test_devices():
         choose_device("tpu9")
 
 
-def test_threads():
+def test_use_threads():
     use_threads(3)
     assert torch.get_num_threads() == 3
     use_threads(None)
@@ -32,7 +32,7 @@ def test_threads():
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "speeds", "said"),
+    ("num_threads", "speeds", "message"),
     [
         (2, {1: 1000.0, 2: 40.0}, "2 threads are slower than 1 here (40 against 1,000 convolutions per second"),
         (4, {1: 1000.0, 4: 1000.0}, "--num-threads 1"),
@@ -40,15 +40,15 @@ def test_threads():
         (1, {}, ""),  # nothing to measure
     ],
 )
-def test_advice(monkeypatch: pytest.MonkeyPatch, num_threads: int, speeds: dict[int, float], said: str):
+def test_thread_advice(monkeypatch: pytest.MonkeyPatch, num_threads: int, speeds: dict[int, float], message: str):
     torch.set_num_threads(num_threads)
     monkeypatch.setattr(device, "_convolutions_per_second", lambda number: speeds[number])
     advice = thread_advice()
-    assert said in advice
-    assert bool(advice) == bool(said)
+    assert message in advice
+    assert bool(advice) == bool(message)
 
 
-def test_calibration_changes_no_number(monkeypatch: pytest.MonkeyPatch):
+def test_advice_does_not_change_the_random_state(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(2)
     monkeypatch.setattr(device, "CALIBRATION_SECONDS", 1e-9)  # one call each
     before = torch.get_rng_state()

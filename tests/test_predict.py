@@ -1,7 +1,4 @@
-"""Predictions against a softmax worked out by hand; boxes and masks of images in which all is known.
-
-Saving, loading and finding images as a user does it.
-"""
+"""Predictions against a softmax computed by hand; boxes and masks of synthetic images; save, load and find images."""
 
 import os
 from dataclasses import replace
@@ -16,6 +13,7 @@ from torch import Tensor
 
 import mobilevit
 from conftest import randomise
+from mobilevit import predict
 from mobilevit.images import ImageError, Preprocessing, find_images
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import XXS, MobileViT
@@ -26,14 +24,12 @@ from mobilevit.predict import (
     Prediction,
     Segmenter,
     classifier,
-    detect_images,
     load,
     load_backbone,
     load_detector,
     load_segmenter,
     predict_images,
     save,
-    segment_images,
 )
 from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
 from mobilevit.weights import PREPROCESSING as ASSUMED
@@ -52,7 +48,7 @@ def model() -> Classifier:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Seven images of noise, already of the resized size, the fourth cut short."""
+    """Seven images of noise at the size after resizing; the fourth is truncated."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     files = [folder / f"{i}.png" for i in range(7)]
@@ -71,7 +67,7 @@ def by_hand(model: MobileViT, file: Path) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum()
 
 
-def close(predictions: list[Prediction], probabilities: np.ndarray) -> bool:
+def is_close(predictions: list[Prediction], probabilities: np.ndarray) -> bool:
     order = np.argsort(-probabilities)[: len(predictions)]
     assert [p.class_index for p in predictions] == order.tolist()
     return np.allclose([p.probability for p in predictions], probabilities[order], rtol=1e-4)
@@ -82,17 +78,17 @@ def test_softmax_by_hand(model: Classifier, images: list[Path], top_k: int):
     for file in (images[0], images[6]):
         predictions = model.predict(file, top_k)
         assert len(predictions) == top_k
-        assert close(predictions, by_hand(model, file))
+        assert is_close(predictions, by_hand(model, file))
         assert [p.class_name for p in predictions] == [NAMES[p.class_index] for p in predictions]
 
 
-def test_more_than_there_are(model: Classifier, images: list[Path]):
+def test_top_k_above_the_number_of_classes(model: Classifier, images: list[Path]):
     predictions = model.predict(images[0], top_k=1000)
     assert sorted(p.class_index for p in predictions) == list(range(7))
     assert sum(p.probability for p in predictions) == pytest.approx(1)
 
 
-def test_one_image_however_it_comes(model: Classifier, images: list[Path]):
+def test_kinds_of_input(model: Classifier, images: list[Path]):
     image = Image.open(images[0])
     expected = model.preprocess(images[0])
     assert expected.shape == (1, 3, 37, 37)
@@ -101,58 +97,74 @@ def test_one_image_however_it_comes(model: Classifier, images: list[Path]):
         assert model.preprocess([images[1], source])[1:].equal(expected)
 
 
-def test_nothing_to_preprocess(model: Classifier):
+def test_no_images(model: Classifier):
     with pytest.raises(ValueError, match="no images"):
         model.preprocess([])
 
 
-def test_pixels_have_the_type_of_the_network(model: Classifier, images: list[Path]):
+def test_pixels_have_the_dtype_of_the_network(model: Classifier, images: list[Path]):
     half = Classifier("xxs", num_classes=7).bfloat16()
     assert half.preprocess(images[0]).dtype == torch.bfloat16
     assert sum(p.probability for p in half.eval().predict(images[0], top_k=7)) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_many_are_each_alone(model: Classifier, images: list[Path], batch_size: int):
+def test_batch_size_does_not_change_predictions(model: Classifier, images: list[Path], batch_size: int):
     shuffled = [images[i] for i in (5, 0, 3, 6, 2, 1, 4, 5)]
-    results = list(predict_images(model, shuffled, top_k=3, batch_size=batch_size))
-    assert [path for path, _ in results] == shuffled
-    for path, result in results:
-        if path == images[3]:
-            assert isinstance(result, ImageError)
-            assert str(result).startswith(f"{path}: damaged image")
+    results = list(
+        predict_images(
+            model, shuffled, lambda pixels, sizes: model.predict_pixels(pixels, sizes, 3), batch_size=batch_size
+        )
+    )
+    assert [one.path for one in results] == shuffled
+    for one in results:
+        if one.path == images[3]:
+            assert one.image is None
+            with pytest.raises(ImageError, match=f"{one.path}: damaged"):
+                one.value()
         else:
-            assert isinstance(result, list)
-            assert len(result) == 3
-            assert close(result, by_hand(model, path))
+            assert len(one.value()) == 3
+            assert is_close(one.value(), by_hand(model, one.path))
+            assert one.decoded().tobytes() == Image.open(one.path).tobytes()
 
 
-def test_none_can_be_read(model: Classifier, images: list[Path], tmp_path: Path):
+def test_no_readable_image(model: Classifier, images: list[Path], tmp_path: Path):
     missing = tmp_path / "missing.png"
-    results = list(predict_images(model, [images[3], missing, tmp_path], batch_size=2))
-    assert [path for path, _ in results] == [images[3], missing, tmp_path]
-    assert all(isinstance(result, ImageError) for _, result in results)
-    assert list(predict_images(model, [])) == []
+    results = list(predict_images(model, [images[3], missing, tmp_path], model.predict_pixels, batch_size=2))
+    assert [one.path for one in results] == [images[3], missing, tmp_path]
+    assert all(isinstance(one.result, ImageError) for one in results)
+    assert list(predict_images(model, [], model.predict_pixels)) == []
 
 
-def test_refused(model: Classifier, images: list[Path]):
+def test_large_images_are_not_kept(model: Classifier, images: list[Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(predict, "MAX_DECODED_MEGAPIXELS", 2 * 40 * 40 / 1e6)
+    for batch_size, is_kept in ((2, True), (3, False)):
+        for one in predict_images(model, images[:3], model.predict_pixels, batch_size=batch_size):
+            assert (one.image is not None) == is_kept
+            assert one.decoded().tobytes() == Image.open(one.path).tobytes()
+
+
+def test_errors(model: Classifier, images: list[Path]):
     with pytest.raises(ValueError, match="top_k is 0"):
         model.predict(images[0], top_k=0)
     with pytest.raises(ValueError, match="batch size is 0"):
-        list(predict_images(model, images, batch_size=0))
+        list(predict_images(model, images, model.predict_pixels, batch_size=0))
     with pytest.raises(ImageError, match=r"3\.png"):
         model.predict(images[3])
     with pytest.raises(ValueError, match="no classifier"):
         Classifier("xxs", num_classes=0).eval().predict(images[0])
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         Classifier("xxs", num_classes=7).train().predict(images[0])
+    for predictor in (model, Detector("xxs", num_classes=7), Segmenter("xxs", num_classes=7)):
+        with pytest.raises(ValueError, match="class_names has 2 names for 7 classes"):
+            predictor.class_names = ("ant", "bee")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Detect and segment
 
 WARP = Preprocessing(resize_px=(96, 96), crop_px=96)
-# How a camera that was held so stores an upright image (EXIF orientation).
+# EXIF orientation -> stored pixels of an upright image.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -163,7 +175,7 @@ STORED = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[::-1].transpose(1, 0, 2),
 }
-# The squares in the middle of the image that are the first two anchors of the last map (SSD, section 2.2).
+# Sides of the first two anchors of the last map, squares at the center of the image (SSD, section 2.2).
 SIDE = 0.1 + 0.95 * 5 / 6
 SIDES = (SIDE, (SIDE * 1.05) ** 0.5)
 
@@ -176,13 +188,13 @@ def write(path: Path, pixels: np.ndarray, orientation: int = 1) -> Path:
 
 
 def location(x1: float, y1: float, x2: float, y2: float, side: float = SIDE) -> list[float]:
-    """What moves the square anchor to this box, in units of the image (SSD, equation 2)."""
-    moved = [((x1 + x2) / 2 - 0.5) / side / 0.1, ((y1 + y2) / 2 - 0.5) / side / 0.1]
-    return [*moved, float(np.log((x2 - x1) / side)) / 0.2, float(np.log((y2 - y1) / side)) / 0.2]
+    """The location of a box, in relative coordinates, for a square anchor (SSD, equation 2)."""
+    shifts = [((x1 + x2) / 2 - 0.5) / side / 0.1, ((y1 + y2) / 2 - 0.5) / side / 0.1]
+    return [*shifts, float(np.log((x2 - x1) / side)) / 0.2, float(np.log((y2 - y1) / side)) / 0.2]
 
 
-def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Detector:
-    """A detector that finds up to two things, whatever it is shown: (box in units of the image, class, score)."""
+def constant_detector(*detections: tuple[tuple[float, float, float, float], int, float]) -> Detector:
+    """A detector with up to two constant detections: (box in relative coordinates, class, score)."""
     model = Detector("xxs", num_classes=3).eval()
     model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
     for head in model.heads:
@@ -190,9 +202,9 @@ def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Det
         assert head.out.bias is not None
         head.out.weight.data.zero_()
         rows = head.out.bias.data.zero_().unflatten(0, (-1, 8))
-        rows[:, 4] = 30.0  # nothing there
+        rows[:, 4] = 30.0  # background
         if head is model.heads[-1]:
-            for row, side, (box, label, score) in zip(rows, SIDES, found, strict=False):
+            for row, side, (box, label, score) in zip(rows, SIDES, detections, strict=False):
                 row[:4] = torch.tensor(location(*box, side))
                 row[4:] = torch.tensor([(1 - score) / 3] * 4).log()
                 row[5 + label] = float(np.log(score))
@@ -200,7 +212,7 @@ def finding(*found: tuple[tuple[float, float, float, float], int, float]) -> Det
 
 
 def test_boxes_in_pixels_of_the_image():
-    model = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6), ((0.0, 0.1, 0.9, 1.0), 0, 0.7))
+    model = constant_detector(((0.25, 0.5, 0.5, 0.75), 2, 0.6), ((0.0, 0.1, 0.9, 1.0), 0, 0.7))
     first, second = model.predict(np.zeros((61, 200, 3), np.uint8))
     assert (first.class_name, first.class_index, second.class_name, second.class_index) == ("ant", 0, "cat", 2)
     assert first.box == pytest.approx((0, 6.1, 180, 61), abs=1e-3)
@@ -211,16 +223,16 @@ def test_boxes_in_pixels_of_the_image():
     assert landscape[1].box == pytest.approx((20, 20, 40, 30), abs=1e-3)
 
 
-def test_boxes_end_with_the_image():
-    model = finding(((-0.5, 0.5, 0.5, 1.5), 1, 0.9), ((1.1, 0.1, 1.4, 0.9), 1, 0.8))
-    (one,) = model.predict(np.zeros((50, 30, 3), np.uint8))  # the other lies beside the image
+def test_boxes_are_clipped_to_the_image():
+    model = constant_detector(((-0.5, 0.5, 0.5, 1.5), 1, 0.9), ((1.1, 0.1, 1.4, 0.9), 1, 0.8))
+    (one,) = model.predict(np.zeros((50, 30, 3), np.uint8))  # the other is outside the image
     assert one.box[0] == 0.0
     assert one.box[3] == 50.0
     assert one.box[1:3] == pytest.approx((25, 15), abs=1e-3)
 
 
-def test_what_is_shown_of_detections():
-    model = finding(((0.1, 0.1, 0.3, 0.3), 1, 0.9), ((0.6, 0.6, 0.9, 0.9), 0, 0.31))
+def test_options_of_detection():
+    model = constant_detector(((0.1, 0.1, 0.3, 0.3), 1, 0.9), ((0.6, 0.6, 0.9, 0.9), 0, 0.31))
     image = np.zeros((50, 30, 3), np.uint8)
     assert [d.class_name for d in model.predict(image)] == ["bee", "ant"]
     assert [d.class_name for d in model.predict(image, score_threshold=0.32)] == ["bee"]
@@ -233,8 +245,8 @@ def test_what_is_shown_of_detections():
         model.predict(image, max_per_image=0)
 
 
-class SeesWhite(Detector):
-    """Finds what is white, by looking at the pixels it is given."""
+class WhiteDetector(Detector):
+    """Detects the white region of its input."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         A = len(self.anchors(*images.shape[-2:]))
@@ -250,47 +262,47 @@ class SeesWhite(Detector):
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_box_is_where_a_person_sees_it(tmp_path: Path, orientation: int):
+def test_boxes_are_of_the_upright_image(tmp_path: Path, orientation: int):
     pixels = np.zeros((72, 240, 3), np.uint8)
     pixels[18:48, 30:75] = 255
-    model = SeesWhite("xxs", num_classes=3).eval()
+    model = WhiteDetector("xxs", num_classes=3).eval()
     model.preprocessing = WARP
     path = write(tmp_path / "white.png", pixels, orientation)
     (one,) = model.predict(path)
     assert one.box == pytest.approx((30, 18, 75, 48), abs=1.5)
     assert one.class_name == "class 0"
-    assert list(detect_images(model, [path])) == [(path, [one])]
+    (result,) = predict_images(model, [path], model.predict_pixels)
+    assert result.value() == [one]
 
 
-class SeesColours(Segmenter):
-    """Takes red, green and blue for classes 0, 1 and 2."""
+class ColorSegmenter(Segmenter):
+    """Red, green and blue are classes 0, 1 and 2."""
 
     def coarse(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, 8)
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_mask_is_as_a_person_sees_the_image(tmp_path: Path, orientation: int):
+def test_masks_are_of_the_upright_image(tmp_path: Path, orientation: int):
     truth = np.zeros((67, 205), np.uint8)
     truth[:40, 90:] = 1
     truth[40:, 60:150] = 2
-    model = SeesColours("xxs", num_classes=3).eval()
+    model = ColorSegmenter("xxs", num_classes=3).eval()
     model.preprocessing = WARP
     path = write(tmp_path / "colours.png", np.eye(3, dtype=np.uint8)[truth] * 255, orientation)
     mask = model.predict(path)
     assert mask.dtype == np.uint8
     assert mask.shape == truth.shape
-    # A border may lie half of a coarse pixel, of 17 x 6 px of the image, beside.
+    # Borders are accurate to half a coarse pixel, which has 17 x 6 px.
     near = np.zeros_like(truth, dtype=bool)
     near[34:46] = near[:, 81:99] = near[:, 51:69] = near[:, 141:159] = True
     assert np.array_equal(mask[~near], truth[~near])
-    ((_, again),) = segment_images(model, [path])
-    assert isinstance(again, np.ndarray)
-    assert np.array_equal(again, mask)
+    (result,) = predict_images(model, [path], model.predict_pixels)
+    assert np.array_equal(result.value(), mask)
 
 
 @pytest.mark.parametrize("head", [PAPER_HEAD, LATER_HEAD], ids=["paper", "later"])
-def test_masks_are_the_highest_logits(head: DeepLabHead):
+def test_masks_are_the_argmax_of_the_logits(head: DeepLabHead):
     model = randomise(Segmenter("xxs", num_classes=9, head=replace(head, channels=16)))
     model.preprocessing = WARP
     random = np.random.default_rng(0)
@@ -301,47 +313,45 @@ def test_masks_are_the_highest_logits(head: DeepLabHead):
     for image, mask, one in zip(images, masks, logits, strict=True):
         assert mask.shape == image.shape[:2]
         enlarged = F.interpolate(one[None].double(), image.shape[:2], mode="bilinear")[0]
-        # Where two logits are the same but for rounding, either is right.
+        # Logits that are equal up to rounding are both correct.
         chosen = enlarged.gather(0, torch.from_numpy(mask)[None].long())[0]
         assert (enlarged.amax(0) - chosen).max() < 1e-5
         assert len(np.unique(mask)) > 1
 
 
 def test_many_images_of_the_other_tasks(images: list[Path]):
-    detector = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6))
+    detector = constant_detector(((0.25, 0.5, 0.5, 0.75), 2, 0.6))
     segmenter = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
     segmenter.preprocessing = WARP
-    found = list(detect_images(detector, images, batch_size=3))
-    masks = list(segment_images(segmenter, images, batch_size=3))
-    for results in (found, masks):
-        assert [path for path, _ in results] == images
-        assert [path for path, result in results if isinstance(result, ImageError)] == [images[3]]
-    (one,) = finding(((0.25, 0.5, 0.5, 0.75), 2, 0.6)).predict(images[0])
-    for (path, boxes), (_, mask) in zip(found, masks, strict=True):
-        if path != images[3]:
-            assert isinstance(boxes, list)
-            assert isinstance(mask, np.ndarray)
-            assert [box.box for box in boxes] == [one.box]
-            assert (mask != segmenter.predict(path)).mean() < 0.01  # a batch rounds otherwise than a single image
-    assert list(detect_images(detector, [], score_threshold=0.5)) == []
+    boxes = list(predict_images(detector, images, detector.predict_pixels, batch_size=3))
+    masks = list(predict_images(segmenter, images, segmenter.predict_pixels, batch_size=3))
+    for results in (boxes, masks):
+        assert [one.path for one in results] == images
+        assert [one.path for one in results if isinstance(one.result, ImageError)] == [images[3]]
+    (one,) = constant_detector(((0.25, 0.5, 0.5, 0.75), 2, 0.6)).predict(images[0])
+    for detections, mask in zip(boxes, masks, strict=True):
+        if mask.path != images[3]:
+            assert [detection.box for detection in detections.value()] == [one.box]
+            # Rounding depends on the batch size.
+            assert (mask.value() != segmenter.predict(mask.path)).mean() < 0.01
 
 
-def test_refused_by_the_other_tasks(images: list[Path]):
+def test_errors_of_the_other_tasks(images: list[Path]):
     crops = Preprocessing(resize_px=288, crop_px=256)
     for model in (Detector("xxs", num_classes=3), Segmenter("xxs", num_classes=3)):
         with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
             model.train().predict(images[0])
         model.eval().preprocessing = crops
-        with pytest.raises(ValueError, match=r"resize_px is 288 and crop_px 256.*resize_px=\(256, 256\)"):
+        with pytest.raises(ValueError, match=r"288.*256.*resize_px=\(256, 256\)"):
             model.predict(images[0])
-    with pytest.raises(ValueError, match="257 classes; a mask of bytes holds at most 256"):
+    with pytest.raises(ValueError, match=r"257 classes.*256"):
         Segmenter("xxs", num_classes=257, head=DeepLabHead(channels=16)).eval().predict(images[0])
     with pytest.raises(ValueError, match="no images"):
-        finding().predict([])
+        constant_detector().predict([])
 
 
 def test_new_classes_of_the_other_tasks_have_no_old_names():
-    for model in (finding(), Segmenter("xxs", num_classes=3)):
+    for model in (constant_detector(), Segmenter("xxs", num_classes=3)):
         model.class_names = ("ant", "bee", "cat")
         model.reset_classes(2)
         assert model.class_names == ()
@@ -379,7 +389,7 @@ def test_refused_whole(tmp_path: Path):
     stride_8 = Classifier("xxs", num_classes=3, output_stride=8)
     wrong: dict[Format, str] = {"mobilevit": "a.pt", "apple": "a.pt", "timm": "a.safetensors", "transformers": "a.bin"}
     for format, name in wrong.items():
-        with pytest.raises(WeightsError, match=r"ends in|output stride is 8|is a folder"):
+        with pytest.raises(WeightsError, match=r"end in|output_stride is 8|is a folder"):
             save(stride_8, tmp_path / name, format)
     assert list(tmp_path.iterdir()) == []
 
@@ -485,7 +495,7 @@ def test_one_image_or_several(model: Classifier, images: list[Path]):
         together = model.predict(several, top_k=2)
         assert [[p.class_name for p in row] for row in together] == [[p.class_name for p in row] for row in one_by_one]
     for wrong in (torch.rand(3, 64, 64), b"bytes", 7):
-        with pytest.raises(TypeError, match=f"found {type(wrong).__name__}; an image is a path"):
+        with pytest.raises(TypeError, match=type(wrong).__name__):
             model.predict(wrong)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
@@ -505,7 +515,7 @@ def test_pretrained_backbone(model: Classifier, tmp_path: Path):
     )
 
 
-def test_there_and_back_of_the_other_tasks(images: list[Path], tmp_path: Path):
+def test_save_and_load_of_the_other_tasks(images: list[Path], tmp_path: Path):
     detector = randomise(Detector("xxs", num_classes=3))
     segmenter = randomise(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
     detector.category_ids = (1, 17, 90)
@@ -547,9 +557,9 @@ def test_the_function_for_the_task(model: Classifier, tmp_path: Path):
                 continue
             with pytest.raises(WeightsError) as caught:
                 getattr(mobilevit, name)(file)
-            assert str(caught.value).startswith(f"{file}: weights to ")
-            assert str(caught.value).endswith(f"load them with mobilevit.{right}")
-    with pytest.raises(WeightsError, match="make a SSDLite"):
+            assert file in str(caught.value)
+            assert str(caught.value).endswith(f"mobilevit.{right}")
+    with pytest.raises(WeightsError, match="SSDLite"):
         classifier(read(files["load_detector"]))
 
 

@@ -1,4 +1,4 @@
-"""Recipes: as published, there and back through JSON, and a line for every value that makes no sense."""
+"""Recipes: published values, JSON, and errors for values out of range."""
 
 import json
 import math
@@ -63,11 +63,11 @@ CLASSES: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), OTHER], ids=[*RECIPES, "other"])
-def test_json_there_and_back(recipe: Recipe):
+def test_json_round_trip(recipe: Recipe):
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
-def test_the_other_recipe_differs_in_every_field_so_that_none_is_lost_unseen():
+def test_the_round_trip_covers_every_field():
     for other, default in (
         (OTHER, Recipe()),
         (OTHER.data, Data()),
@@ -79,7 +79,7 @@ def test_the_other_recipe_differs_in_every_field_so_that_none_is_lost_unseen():
             assert getattr(other, field.name) != getattr(default, field.name), field.name
 
 
-def test_fields_left_out_have_their_defaults():
+def test_missing_fields_have_their_defaults():
     assert from_dict({"epochs": 2, "data": {"size_px": 64}}) == Recipe(epochs=2, data=Data(size_px=64))
 
 
@@ -89,7 +89,7 @@ def test_unknown_field(values: dict[str, Any]):
         from_dict(values)
 
 
-SENSELESS = [
+OUT_OF_RANGE = [
     ("architecture", "xl"),
     ("epochs", 0),
     ("batch_size", 1),
@@ -137,22 +137,22 @@ SENSELESS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), SENSELESS)
-def test_out_of_range_values_are_named_in_one_line(name: str, value: object):
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_values_out_of_range(name: str, value: object):
     prefix, _, field = name.rpartition(".")
     with pytest.raises(ValueError, match=rf"^{name} is {re.escape(str(value))}; it must be .+$") as caught:
         CLASSES[prefix and prefix + "."](**{field: value})
     assert "\n" not in str(caught.value)
 
 
-def test_every_value_is_looked_at():
+def test_every_field_is_checked():
     names = {
         prefix + field.name
         for prefix, part in CLASSES.items()
         for field in fields(cast(Any, part))
         if field.name not in CLASSES and field.type != "bool" and field.name + "." not in CLASSES
     }
-    assert {name for name, _ in SENSELESS} == names
+    assert {name for name, _ in OUT_OF_RANGE} == names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_every_value_is_looked_at():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_a_named_recipe_says(name: str):
-    said = describe(name)
-    first, _, rest = said.partition("\n\n")
+def test_description_of_a_named_recipe(name: str):
+    text = describe(name)
+    first, _, rest = text.partition("\n\n")
     assert first.endswith(".")
     assert "\n" not in first
     command = re.search(r"^Command: (torchrun --nproc-per-node \d+ -m )?mobilevit train (\S+) --data \S+", rest, re.M)
@@ -170,11 +170,11 @@ def test_what_a_named_recipe_says(name: str):
     assert command[2] in RECIPES
     size = "-(xxs|xs|s)$"
     assert re.sub(size, "", command[2]) == re.sub(size, "", name)
-    assert re.search(r"\bnot run here\b", said, re.I) or (re.search("Time", said) and re.search(r"(?i)\bscore\b", said))
+    assert re.search(r"\bnot run here\b", text, re.I) or (re.search("Time", text) and re.search(r"(?i)\bscore\b", text))
 
 
 @pytest.mark.parametrize("size", get_args(Size))
-def test_the_recipe_of_the_paper(size: str):
+def test_recipe_of_the_paper(size: str):
     recipe = RECIPES[f"paper-{size}"]
     assert (recipe.architecture, recipe.epochs, recipe.batch_size) == (size, 300, 1024)
     assert (recipe.label_smoothing, recipe.ema_decay) == (0.1, 0.9995)
@@ -187,7 +187,7 @@ def test_the_recipe_of_the_paper(size: str):
 
 
 @pytest.mark.parametrize("size", get_args(Size))
-def test_where_the_released_code_differs(size: str):
+def test_recipes_of_the_released_code(size: str):
     paper, released, later = (RECIPES[f"{name}-{size}"] for name in ("paper", "v0.1", "main"))
     assert (released.optimizer.cosine, released.compute.precision, released.sampler.variant) == (
         "epoch",
@@ -204,7 +204,7 @@ def test_where_the_released_code_differs(size: str):
     assert paper.sampler.sizes_px == released.sampler.sizes_px == later.sampler.sizes_px
 
 
-def test_the_recipe_of_the_paper_counts_its_updates_right():
+def test_number_of_updates_in_the_description():
     recipe = RECIPES["paper-s"]
     num_steps = 30 * sum(  # ten epochs of the 300
         len(
@@ -219,16 +219,16 @@ def test_the_recipe_of_the_paper_counts_its_updates_right():
         )
         for epoch in range(10)
     )
-    said = re.search(r"(\d+)k updates", describe("paper-s"))
-    assert said is not None
-    assert 1000 * int(said[1]) == pytest.approx(num_steps, rel=0.01)
+    stated = re.search(r"(\d+)k updates", describe("paper-s"))
+    assert stated is not None
+    assert 1000 * int(stated[1]) == pytest.approx(num_steps, rel=0.01)
 
 
-def test_recipes_need_no_torch():
+def test_recipes_do_not_import_torch():
     code = "import sys, mobilevit.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_names_are_those_of_the_parts_that_recipes_may_not_import():
+def test_names_match_the_modules_that_recipes_cannot_import():
     assert get_args(Variant) == VARIANTS
     assert get_args(Size) == tuple(ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""The device and the number of threads that a command computes with."""
+"""Device and number of CPU threads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ CALIBRATION_SECONDS = 0.05
 
 
 def choose_device(name: str) -> str:
-    """The device called `name`; "auto" is the first of cuda, mps and cpu that is available.
+    """Check that the device `name` is available. "auto" selects the first available one of cuda, mps and cpu.
 
     Raises:
-        ValueError: a device that is unknown or not available.
+        ValueError: an unknown or unavailable device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -30,7 +30,7 @@ def choose_device(name: str) -> str:
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Compute with `num_threads` CPU threads in this process; None leaves PyTorch's default.
+    """Set the number of CPU threads of this process. None: the default of PyTorch.
 
     Raises:
         ValueError: fewer than one thread.
@@ -43,38 +43,38 @@ def use_threads(num_threads: int | None) -> None:
 
 
 def thread_advice() -> str:
-    """Advice where all threads together are not faster than one, or an empty string.
+    """Advice if all threads together are not faster than one, or an empty string.
 
-    OpenMP's threads wait for each other in a busy loop. Where another process uses one of the cores, each of the many
-    small layers then waits for the scheduler. Takes about 0.2 s, uses no random numbers, and restores the number of
-    threads.
+    OpenMP threads wait for each other in a busy loop. If another process uses one of the cores, each of the many small
+    layers waits for the scheduler. Takes about 0.2 s, uses no random numbers, and restores the number of threads.
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1:
         return ""
     speeds = {1: 0.0, num_threads: 0.0}
     try:
-        for number in (1, num_threads, 1, num_threads):  # interleaved, since the load of the machine changes
-            speeds[number] += _convolutions_per_second(number) / 2
+        for count in (1, num_threads, 1, num_threads):  # interleaved, since the load of the machine changes
+            speeds[count] += _convolutions_per_second(count) / 2
     finally:
         torch.set_num_threads(num_threads)
     if speeds[num_threads] > speeds[1]:
         return ""
     return (
         f"{num_threads} threads are slower than 1 here ({speeds[num_threads]:,.0f} against {speeds[1]:,.0f} "
-        "convolutions per second; another process uses the cores); use --num-threads 1, or set OMP_WAIT_POLICY=passive"
+        "convolutions per second), because another process uses the cores; use --num-threads 1, or set "
+        "OMP_WAIT_POLICY=passive"
     )
 
 
 @torch.inference_mode()
 def _convolutions_per_second(num_threads: int) -> float:
-    """Speed of a layer of the size that training has in the thousands, with `num_threads` threads."""
+    """Speed of a typical small layer with `num_threads` threads."""
     torch.set_num_threads(num_threads)
     pixels = torch.ones(16, 64, 16, 16).to(memory_format=torch.channels_last)
     kernel = torch.ones(64, 64, 3, 3)
     F.conv2d(pixels, kernel, padding=1)  # the first call sets up the threads
-    num_calls, begun, seconds = 0, time.perf_counter(), 0.0
+    num_calls, start, seconds = 0, time.perf_counter(), 0.0
     while seconds < CALIBRATION_SECONDS:
         F.conv2d(pixels, kernel, padding=1)
-        num_calls, seconds = num_calls + 1, time.perf_counter() - begun
+        num_calls, seconds = num_calls + 1, time.perf_counter() - start
     return num_calls / seconds

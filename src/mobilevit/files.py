@@ -11,33 +11,34 @@ from typing import Any
 
 
 def write_whole(path: Path, write_to: Callable[[Path], Any], *, synced: bool = True) -> None:
-    """Write aside, sync, rename: whoever looks at `path` sees the old file or the new one, never half of it.
+    """Write a file atomically: to a temporary file in the same folder, which then replaces `path`.
 
-    `write_to` is given the path to write to; folders above `path` are made. Not to wait until the disk has it
-    (`synced`) saves some milliseconds, and only a machine that loses its power can then leave something else.
+    Readers see the old file or the new one. `write_to` gets the path of the temporary file. Creates missing folders.
+    Without `synced`, the call returns before the data are on the disk, which saves some milliseconds; a power failure
+    can then damage the file.
 
     Raises:
-        OSError: as the system says it, of `path` and not of the file aside.
+        OSError: of the system, with `path` as its file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    aside = Path(name)
+    temporary = Path(name)
     try:
-        write_to(aside)
-        # mkstemp makes files private; this one has the permissions of any other new file.
+        write_to(temporary)
+        # mkstemp creates private files; use the permissions of any other new file.
         mask = os.umask(0)
         os.umask(mask)
-        aside.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~mask)
         if synced:
-            _sync(aside)
-        aside.replace(path)
-        if synced and os.name == "posix":  # a folder can be opened, and its new entry made to last
+            _sync(temporary)
+        temporary.replace(path)
+        if synced and os.name == "posix":  # only there can a folder be opened and its entries be synced
             _sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Images in, class names, boxes or masks out: networks that can read an image and name what they see.
+"""Classify, detect and segment images: networks that read images and know their preprocessing and class names.
 
-Three kinds of weights, three classes: `Classifier` says what an image shows, `Detector` where each thing is,
-`Segmenter` what every pixel belongs to. Where things are is told in pixels of the image as a person sees it, upright
-and of its own size, whatever the network was shown.
+`load`, `load_detector` and `load_segmenter` return a `Classifier`, `Detector` or `Segmenter`. Boxes and masks are in
+pixels of the upright image at its original size.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard, TypeVar, cast, overload
+from typing import Generic, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mobilevit.defaults import MAX_PER_IMAGE, SCORE_THRESHOLD, TOP_K
 from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
@@ -36,14 +36,16 @@ from mobilevit.weights import (
     write,
 )
 
-# (width, height) of an image in pixels.
-Size = tuple[int, int]
+BATCH_SIZE = 16
+# Decoded images that `predict_images` passes on per batch; larger ones would need too much memory.
+MAX_DECODED_MEGAPIXELS = 100
+Size = tuple[int, int]  # (width, height) of an image in pixels
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class, with the probability (0 to 1) that the network gives it."""
+    """A class and its probability, 0 to 1."""
 
     class_name: str
     probability: float
@@ -52,10 +54,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Detection:
-    """One thing found: its class, the probability (0 to 1) that the network gives it, and where it is.
+    """A detected object: class, score (0 to 1) and box.
 
-    `box` is (x1, y1, x2, y2) in pixels of the upright image: (0, 0) is its upper left corner, (width, height) its
-    lower right one, and the box lies within.
+    `box` is (x1, y1, x2, y2) in pixels of the upright image, clipped to it. (0, 0) is the upper left corner of the
+    image and (width, height) the lower right one.
     """
 
     class_name: str
@@ -65,56 +67,70 @@ class Detection:
 
 
 class Predictor(nn.Module):
-    """What `Classifier`, `Detector` and `Segmenter` have in common: they can read images, and know their classes."""
+    """Base class of `Classifier`, `Detector` and `Segmenter`: preprocessing and class names."""
 
     task: TaskName
     preprocessing: Preprocessing
-    class_names: tuple[str, ...] = ()
+    _class_names: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class index; empty if unknown.
+
+        Raises:
+            ValueError: set to another number of names than the network has classes.
+        """
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str]) -> None:
+        if names and len(names) != self.num_classes:
+            raise ValueError(f"class_names has {len(names)} names for {self.num_classes} classes; give one per class")
+        self._class_names = tuple(names)
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or for example "class 7" if names are unknown."""
+        return self.class_names[index] if self.class_names else f"class {index}"
 
     def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
         """One image or several (paths, PIL images, uint8 arrays) -> (B, 3, crop_px, crop_px) on the model's device.
 
         Raises:
-            ImageError: an image that cannot be read, by name.
+            ImageError: an image that cannot be read.
             ValueError: no images.
         """
         return self._read_all(images)[0]
 
-    def class_name(self, index: int) -> str:
-        """The name of a class, or "class 7" where nobody named the classes."""
-        return self.class_names[index] if self.class_names else f"class {index}"
-
     def _read_all(self, images: ImageInput | Sequence[ImageInput]) -> tuple[Tensor, list[Size]]:
         several = [images] if _is_one(images) else cast(Sequence[ImageInput], images)
         if not len(several):
-            raise ValueError("no images are given; preprocess takes one or several")
-        return self._batch([self._read(image) for image in several])
+            raise ValueError("no images; give one or several")
+        decoded = [read_image(image, copy=False) for image in several]
+        return self._batch([self._pixels(image) for image in decoded]), [image.size for image in decoded]
 
-    def _read(self, source: ImageInput) -> tuple[Tensor, Size]:
-        """What the network is to see of an image (3, crop_px, crop_px), and the size of the image itself."""
-        image = read_image(source)
-        return self.preprocessing(image), image.size
+    def _pixels(self, image: Image.Image) -> Tensor:
+        """The network's input for one decoded image, (3, crop_px, crop_px)."""
+        return self.preprocessing(image)
 
-    def _batch(self, read: Sequence[tuple[Tensor, Size]]) -> tuple[Tensor, list[Size]]:
-        pixels, sizes = zip(*read, strict=True)
-        return torch.stack(pixels).to(next(self.parameters())), list(sizes)
+    def _batch(self, pixels: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(pixels)).to(next(self.parameters()))
 
     def _check_mode(self) -> None:
         if self.training:
             raise RuntimeError("the model is in training mode; call model.eval() before predicting")
 
-    def _check_warp(self) -> None:
-        """What is found in the whole image, warped to a square, can be told in its own pixels by two factors."""
+    def _check_whole_image(self) -> None:
+        """Check that the whole image is resized to a square: then two factors convert coordinates to its own pixels."""
         p = self.preprocessing
         if p.resize_px != (p.crop_px, p.crop_px):
             raise ValueError(
-                f"resize_px is {p.resize_px} and crop_px {p.crop_px}; this network has to see whole images: set "
+                f"resize_px is {p.resize_px} and crop_px {p.crop_px}, but this network needs whole images; set "
                 f"preprocessing to resize_px=({p.crop_px}, {p.crop_px}) and train with that"
             )
 
 
 class Classifier(Predictor, MobileViT):
-    """A `MobileViT` that knows its preprocessing and its class names; `load` makes one.
+    """A `MobileViT` with preprocessing and class names; see `load`.
 
     `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes).
     """
@@ -123,26 +139,29 @@ class Classifier(Predictor, MobileViT):
     preprocessing: Preprocessing = PREPROCESSING["classify"]
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a newly initialised classifier in place; its classes have no names until `class_names` is set."""
+        """Replace the classifier by a newly initialized one; its class names are unknown until they are set."""
+        self._class_names = ()
         super().reset_classifier(num_classes)
-        self.class_names = ()
 
     @overload
-    def predict(self, images: ImageInput, top_k: int = 5) -> list[Prediction]: ...
+    def predict(self, images: ImageInput, top_k: int = TOP_K) -> list[Prediction]: ...
     @overload
-    def predict(self, images: Sequence[ImageInput], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(self, images: Sequence[ImageInput], top_k: int = TOP_K) -> list[list[Prediction]]: ...
     def predict(
-        self, images: ImageInput | Sequence[ImageInput], top_k: int = 5
+        self, images: ImageInput | Sequence[ImageInput], top_k: int = TOP_K
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The `top_k` most likely classes of one image, likeliest first, or of each of several images."""
-        predictions = self.predict_pixels(self.preprocess(images), top_k)
+        """The `top_k` most probable classes of one image, most probable first, or a list of them for several images."""
+        predictions = self.predict_pixels(*self._read_all(images), top_k)
         return predictions[0] if _is_one(images) else predictions
 
     @torch.inference_mode()
-    def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
-        """The `top_k` most likely classes of each of a batch of preprocessed images (B, 3, H, W)."""
+    def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size] = (), top_k: int = TOP_K) -> list[list[Prediction]]:
+        """The `top_k` most probable classes of each preprocessed image of a batch (B, 3, H, W).
+
+        `sizes` is not used; detectors and segmentation networks have the same argument.
+        """
         if not self.num_classes:
-            raise ValueError("this network has no classifier, so it can name nothing; give it one and train it")
+            raise ValueError("this network has no classifier; call reset_classifier(num_classes) and train it")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be 1 or more")
         self._check_mode()
@@ -155,79 +174,80 @@ class Classifier(Predictor, MobileViT):
 
 
 class Detector(Predictor, SSDLite):
-    """An `SSDLite` that knows its preprocessing and its class names; `load_detector` makes one.
+    """An `SSDLite` with preprocessing and class names; see `load_detector`.
 
-    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> class logits and locations of all anchors. The
-    background, class 0 of the logits, is no class here.
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> class logits and locations of all anchors. Class 0
+    of the logits is the background, which has no class index and no name here.
     """
 
     task = "detect"
     preprocessing: Preprocessing = PREPROCESSING["detect"]
-    category_ids: tuple[int, ...] = ()  # those of the classes in COCO's annotations, where somebody said
+    category_ids: tuple[int, ...] = ()  # of the classes in COCO annotations; empty if unknown
 
     def reset_classes(self, num_classes: int) -> None:
-        """Make room for new classes; they have no names until `class_names` is set."""
+        """Replace the classifiers by newly initialized ones; class names are unknown until they are set."""
         super().reset_classes(num_classes)
         self.class_names = self.category_ids = ()
 
     @overload
     def predict(
-        self, images: ImageInput, score_threshold: float = 0.3, max_per_image: int = 100
+        self, images: ImageInput, score_threshold: float = SCORE_THRESHOLD, max_per_image: int = MAX_PER_IMAGE
     ) -> list[Detection]: ...
     @overload
     def predict(
-        self, images: Sequence[ImageInput], score_threshold: float = 0.3, max_per_image: int = 100
+        self, images: Sequence[ImageInput], score_threshold: float = SCORE_THRESHOLD, max_per_image: int = MAX_PER_IMAGE
     ) -> list[list[Detection]]: ...
     def predict(
-        self, images: ImageInput | Sequence[ImageInput], score_threshold: float = 0.3, max_per_image: int = 100
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        score_threshold: float = SCORE_THRESHOLD,
+        max_per_image: int = MAX_PER_IMAGE,
     ) -> list[Detection] | list[list[Detection]]:
-        """What is in one image and where, best first, or in each of several images.
+        """The objects in one image, highest score first, or a list of them for several images.
 
-        Shown is what has a score above `score_threshold` (0 to 1), at most `max_per_image` of it.
+        At most `max_per_image` objects with a score above `score_threshold` (0 to 1).
         """
-        found = self.predict_pixels(*self._read_all(images), score_threshold, max_per_image)
-        return found[0] if _is_one(images) else found
+        detections = self.predict_pixels(*self._read_all(images), score_threshold, max_per_image)
+        return detections[0] if _is_one(images) else detections
 
     @torch.inference_mode()
     def predict_pixels(
-        self, pixels: Tensor, sizes: Sequence[Size], score_threshold: float = 0.3, max_per_image: int = 100
+        self,
+        pixels: Tensor,
+        sizes: Sequence[Size],
+        score_threshold: float = SCORE_THRESHOLD,
+        max_per_image: int = MAX_PER_IMAGE,
     ) -> list[list[Detection]]:
-        """What is in each of a batch of preprocessed images (B, 3, H, W); boxes are in pixels of `sizes`.
+        """The objects in each preprocessed image of a batch (B, 3, H, W).
 
-        `sizes` are the (width, height) that the upright images had before they were preprocessed.
+        `sizes` are the (width, height) of the upright images before preprocessing; boxes are in these pixels.
         """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold is {score_threshold}; it must be from 0 to 1")
         if max_per_image < 1:
             raise ValueError(f"max_per_image is {max_per_image}; it must be 1 or more")
         self._check_mode()
-        self._check_warp()
-        found = self._find(pixels, score_threshold, max_per_image)
+        self._check_whole_image()
+        detections = self._detect(pixels, score_threshold, max_per_image)
         return [
             [
                 Detection(self.class_name(label), score, label, box)
                 for label, score, box in zip(
                     one.labels.tolist(), one.scores.tolist(), _in_pixels(one.boxes, size), strict=True
                 )
-                if box[0] < box[2] and box[1] < box[3]  # beside the image there is nothing to show
+                if box[0] < box[2] and box[1] < box[3]  # not entirely outside the image
             ]
-            for one, size in zip(found, sizes, strict=True)
+            for one, size in zip(detections, sizes, strict=True)
         ]
 
-    def _find(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
+    def _detect(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
         class_logits, locations = self(pixels)
-        height, width = pixels.shape[-2:]
-        return detect(
-            class_logits,
-            locations,
-            self.anchors(height, width),
-            score_threshold=score_threshold,
-            max_per_image=max_per_image,
-        )
+        anchors = self.anchors(*pixels.shape[-2:])
+        return detect(class_logits, locations, anchors, score_threshold=score_threshold, max_per_image=max_per_image)
 
 
 class Segmenter(Predictor, DeepLabV3):
-    """A `DeepLabV3` that knows its preprocessing and its class names; `load_segmenter` makes one.
+    """A `DeepLabV3` with preprocessing and class names; see `load_segmenter`.
 
     `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes, H, W).
     """
@@ -236,7 +256,7 @@ class Segmenter(Predictor, DeepLabV3):
     preprocessing: Preprocessing = PREPROCESSING["segment"]
 
     def reset_classes(self, num_classes: int) -> None:
-        """Put newly initialised classifiers in place; their classes have no names until `class_names` is set."""
+        """Replace the classifiers by newly initialized ones; class names are unknown until they are set."""
         super().reset_classes(num_classes)
         self.class_names = ()
 
@@ -245,51 +265,51 @@ class Segmenter(Predictor, DeepLabV3):
     @overload
     def predict(self, images: Sequence[ImageInput]) -> list[np.ndarray]: ...
     def predict(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray | list[np.ndarray]:
-        """The class number of every pixel of one image, uint8 (H, W) of its own size, or of each of several."""
+        """The class index of every pixel of one image, uint8 (H, W), or a list of them for several images."""
         masks = self.predict_pixels(*self._read_all(images))
         return masks[0] if _is_one(images) else masks
 
     @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size]) -> list[np.ndarray]:
-        """The classes, uint8 (height, width), of each of a batch of preprocessed images (B, 3, H, W).
+        """The class indices, uint8 (height, width), of each preprocessed image of a batch (B, 3, H, W).
 
-        `sizes` are the (width, height) that the upright images had before they were preprocessed.
+        `sizes` are the (width, height) of the upright images before preprocessing, and of the masks.
         """
         if self.num_classes > 256:
-            raise ValueError(f"this network knows {self.num_classes} classes; a mask of bytes holds at most 256")
+            raise ValueError(f"this network has {self.num_classes} classes; a uint8 mask has at most 256")
         self._check_mode()
-        self._check_warp()
+        self._check_whole_image()
         masks = []
         for coarse, size in zip(self.coarse(pixels).float(), sizes, strict=True):
-            # A class that another one beats in every pixel is beaten between them too: few are left to be enlarged.
+            # If another class has higher logits in every pixel, so it has after interpolation: few classes remain.
             flat = coarse.flatten(1)
             classes = [c for c, logits in enumerate(flat) if not (flat > logits).all(dim=1).any()]
-            places = _highest(self._resize(coarse[None, classes], pixels)[0], size)
-            masks.append(np.array(classes, np.uint8)[places.cpu().numpy()])
+            best = _resized_argmax(self._resize(coarse[None, classes], pixels)[0], size)
+            masks.append(np.array(classes, np.uint8)[best.cpu().numpy()])
         return masks
 
 
 def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, float]]:
-    """Boxes (found, 4) in units of the image -> in pixels, clipped to the image."""
+    """Boxes (n, 4) in relative coordinates -> in pixels, clipped to the image."""
     clipped = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in clipped.tolist()]
 
 
-def _highest(maps_CHW: Tensor, size: Size) -> Tensor:
-    """Which of these maps, enlarged to `size`, is highest in every pixel, uint8 (height, width)."""
+def _resized_argmax(maps_CHW: Tensor, size: Size) -> Tensor:
+    """The argmax over C, uint8 (height, width), of maps resized to `size`."""
 
-    # Map by map: 21 of them enlarged to an image of 12 megapixels would be a gigabyte. By the middles of pixels, as
-    # the image was warped, whatever the head does: `align_corners` is the network's own.
-    def enlarge(c: int) -> Tensor:
+    # One map at a time: 21 maps at the size of a 12-megapixel image would be a gigabyte. `align_corners` is False, as
+    # in the resize of the image; the head's own option is for the logits.
+    def resized(c: int) -> Tensor:
         return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
 
-    best = enlarge(0)
-    places = torch.zeros_like(best, dtype=torch.uint8)
+    highest = resized(0)
+    argmax = torch.zeros_like(highest, dtype=torch.uint8)
     for c in range(1, len(maps_CHW)):
-        one = enlarge(c)
-        places[one > best] = c
-        best = torch.maximum(best, one)
-    return places
+        logits = resized(c)
+        argmax[logits > highest] = c
+        highest = torch.maximum(highest, logits)
+    return argmax
 
 
 def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
@@ -297,11 +317,13 @@ def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
         return True
     if isinstance(images, list | tuple):
         return False
-    raise TypeError(f"found {type(images).__name__}; an image is a path, a PIL image or a uint8 array, several a list")
+    raise TypeError(f"found {type(images).__name__}; give a path, a PIL image or a uint8 array, or a list of them")
 
 
-PREDICTORS: dict[TaskName, type[Predictor]] = {"classify": Classifier, "detect": Detector, "segment": Segmenter}
-LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
+# ---------------------------------------------------------------------------------------------------------------------
+# Load and save
+
+_LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
 
 
 def load(
@@ -312,25 +334,28 @@ def load(
     output_stride: int | None = None,
     device: str = "cpu",
 ) -> Classifier:
-    """A classifier in eval mode, from a hub id, a file or a folder: Apple's, timm's, transformers' or our format.
+    """A classifier in eval mode, from a hub id, a file or a folder of any of the four formats.
 
-    See `mobilevit.weights.read` for what `source` can be and what is raised. `num_classes` is a check: weights
-    with another number are an error (`reset_classifier` puts a new classifier in place). `output_stride` replaces the
-    one that the weights were trained with. Weights of another task are an error that names the function for them.
+    Args:
+        source: see `mobilevit.weights.read`.
+        download: download a hub id that is not in the local cache.
+        num_classes: the expected number of classes; `reset_classifier` changes it.
+        output_stride: replaces that of the weights.
+        device: of the model.
+
+    Raises:
+        WeightsError: see `mobilevit.weights.read`; also weights of another task, or another number of classes.
 
     >>> model = mobilevit.load("apple/mobilevit-small", download=True)
     >>> model.predict("cat.jpg")[0].class_name
     """
-    weights = _read_for("classify", source, download, num_classes)
-    if output_stride is not None:
-        weights = replace(weights, output_stride=output_stride)
-    return classifier(weights).to(device)
+    return classifier(_read_for("classify", source, download, num_classes, output_stride)).to(device)
 
 
 def load_detector(
     source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
 ) -> Detector:
-    """A detector in eval mode; arguments and errors as of `load`.
+    """A detector in eval mode; arguments and errors as for `load`.
 
     >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
     >>> model.predict("street.jpg")[0].box
@@ -346,15 +371,12 @@ def load_segmenter(
     output_stride: int | None = None,
     device: str = "cpu",
 ) -> Segmenter:
-    """A segmentation network in eval mode; arguments and errors as of `load`.
+    """A segmentation network in eval mode; arguments and errors as for `load`.
 
     >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
     >>> model.predict("street.jpg").shape
     """
-    weights = _read_for("segment", source, download, num_classes)
-    if output_stride is not None:
-        weights = replace(weights, output_stride=output_stride)
-    return segmenter(weights).to(device)
+    return segmenter(_read_for("segment", source, download, num_classes, output_stride)).to(device)
 
 
 def load_backbone(
@@ -364,9 +386,9 @@ def load_backbone(
     output_stride: int | None = None,
     download: bool = False,
 ) -> Backbone:
-    """A pretrained `Backbone` in eval mode, for a head of your own.
+    """A pretrained `Backbone` in eval mode, from weights of any task.
 
-    `source` as in `load`, but of any task, else as in `Backbone`.
+    `source` and `download` as for `load`, the other arguments as for `Backbone`.
     """
     weights = read(source, download=download)
     backbone = Backbone(
@@ -377,43 +399,50 @@ def load_backbone(
     return backbone.eval()
 
 
+def _read_for(
+    task: TaskName,
+    source: str | os.PathLike[str],
+    download: bool,
+    num_classes: int | None,
+    output_stride: int | None = None,
+) -> Weights:
+    weights = read(source, download=download, num_classes=num_classes)
+    if weights.task != task:
+        raise WeightsError(
+            f"{os.fspath(source)}: weights for the task {weights.task!r}, not {task!r}; load them with "
+            f"mobilevit.{_LOADERS[weights.task]}"
+        )
+    return weights if output_stride is None else replace(weights, output_stride=output_stride)
+
+
 def classifier(weights: Weights) -> Classifier:
-    """A classifier in eval mode with these weights."""
-    return _described(weights.build(Classifier), weights)
+    """A classifier in eval mode."""
+    return _build(Classifier, weights)
 
 
 def detector(weights: Weights) -> Detector:
-    """A detector in eval mode with these weights."""
-    model = _described(weights.build(Detector), weights)
+    """A detector in eval mode."""
+    model = _build(Detector, weights)
     model.category_ids = weights.category_ids
     return model
 
 
 def segmenter(weights: Weights) -> Segmenter:
-    """A segmentation network in eval mode with these weights."""
-    return _described(weights.build(Segmenter), weights)
+    """A segmentation network in eval mode."""
+    return _build(Segmenter, weights)
 
 
-Described = TypeVar("Described", bound=Predictor)
+AnyPredictor = TypeVar("AnyPredictor", bound=Predictor)
 
 
-def _described(model: Described, weights: Weights) -> Described:
+def _build(predictor: type[AnyPredictor], weights: Weights) -> AnyPredictor:
+    model = weights.build(predictor)
     model.preprocessing, model.class_names = weights.preprocessing, weights.class_names
     return model
 
 
-def _read_for(task: TaskName, source: str | os.PathLike[str], download: bool, num_classes: int | None) -> Weights:
-    weights = read(source, download=download, num_classes=num_classes)
-    if weights.task != task:
-        raise WeightsError(
-            f"{os.fspath(source)}: weights to {weights.task}, not to {task}; load them with "
-            f"mobilevit.{LOADERS[weights.task]}"
-        )
-    return weights
-
-
 def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
-    """Write a network in one of the four formats, with its preprocessing and class names where it is a `Predictor`.
+    """Write a network in one of the four formats; preprocessing and class names too if it is a `Predictor`.
 
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
@@ -435,63 +464,79 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Many images
+
+
+@dataclass(frozen=True)
+class ImageResult(Generic[Result]):
+    """The prediction for an image file.
+
+    `result` is the error if the file cannot be read. `image` is the decoded image; None if it cannot be read or is too
+    large to be kept.
+    """
+
+    path: Path
+    result: Result | ImageError
+    image: Image.Image | None
+
+    def value(self) -> Result:
+        """The prediction.
+
+        Raises:
+            ImageError: the file could not be read.
+        """
+        if isinstance(self.result, ImageError):
+            raise self.result
+        return self.result
+
+    def decoded(self) -> Image.Image:
+        """The decoded image; read again if it was not kept. Errors as for `read_image`."""
+        return read_image(self.path) if self.image is None else self.image
+
+
 def predict_images(
-    model: Classifier, paths: Sequence[Path], *, top_k: int = 5, batch_size: int = 16
-) -> Iterator[tuple[Path, list[Prediction] | ImageError]]:
-    """Predictions of many images in their order; an image that cannot be read gives its error instead."""
-    return _of_many(model, paths, batch_size, lambda pixels, sizes: model.predict_pixels(pixels, top_k))
-
-
-def detect_images(
-    model: Detector,
-    paths: Sequence[Path],
-    *,
-    score_threshold: float = 0.3,
-    max_per_image: int = 100,
-    batch_size: int = 16,
-) -> Iterator[tuple[Path, list[Detection] | ImageError]]:
-    """What is found in many images, in their order; an image that cannot be read gives its error instead."""
-    return _of_many(
-        model,
-        paths,
-        batch_size,
-        lambda pixels, sizes: model.predict_pixels(pixels, sizes, score_threshold, max_per_image),
-    )
-
-
-def segment_images(
-    model: Segmenter, paths: Sequence[Path], *, batch_size: int = 16
-) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
-    """Masks of many images in their order; an image that cannot be read gives its error instead."""
-    return _of_many(model, paths, batch_size, model.predict_pixels)
-
-
-def _of_many(
     model: Predictor,
     paths: Sequence[Path],
-    batch_size: int,
-    predict: Callable[[Tensor, list[Size]], list[Result]],
-) -> Iterator[tuple[Path, Result | ImageError]]:
-    """What `predict` makes of images read ahead; it is given pixels (B, 3, H, W) and the images' own sizes."""
+    predict: Callable[[Tensor, Sequence[Size]], list[Result]],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[ImageResult[Result]]:
+    """Predictions for many image files, in order. Files are decoded in threads, one batch ahead.
+
+    `predict` is `model.predict_pixels`, or calls it with other options.
+
+    >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
+    ...     print(one.path, one.result)
+    """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
+    max_pixels = MAX_DECODED_MEGAPIXELS * 1e6 / max(1, min(batch_size, len(paths)))
 
-    def read_one(path: Path) -> tuple[Tensor, Size] | ImageError:
+    def read_one(path: Path) -> tuple[Tensor, Size, Image.Image | None] | ImageError:
         try:
-            return model._read(path)
+            image = read_image(path)
         except ImageError as error:
             return error
+        is_kept = image.width * image.height <= max_pixels
+        return model._pixels(image), image.size, image if is_kept else None
 
-    starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor() as pool:
-        # One batch is read while the one before is predicted; a million images need no more memory than two batches.
-        def submit(start: int) -> list[Future[tuple[Tensor, Size] | ImageError]]:
+
+        def submit(start: int) -> list[Future[tuple[Tensor, Size, Image.Image | None] | ImageError]]:
             return [pool.submit(read_one, path) for path in paths[start : start + batch_size]]
 
         ahead = submit(0)
-        for start in starts:
+        for start in range(0, len(paths), batch_size):
             images, ahead = [future.result() for future in ahead], submit(start + batch_size)
-            whole = [one for one in images if not isinstance(one, ImageError)]
-            predicted = iter(predict(*model._batch(whole)) if whole else ())
+            readable = [one for one in images if not isinstance(one, ImageError)]
+            results = iter(
+                predict(model._batch([pixels for pixels, _, _ in readable]), [size for _, size, _ in readable])
+                if readable
+                else ()
+            )
             for path, one in zip(paths[start : start + batch_size], images, strict=True):
-                yield path, one if isinstance(one, ImageError) else next(predicted)
+                if isinstance(one, ImageError):
+                    yield ImageResult(path, one, None)
+                else:
+                    yield ImageResult(path, next(results), one[2])

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a training run computes, as plain values. No torch in here."""
+"""Training recipes: frozen dataclasses of every value that determines a run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
-from mobilevit.defaults import MAX_MEGAPIXELS
+from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 from mobilevit.names import nearest
 
 Size = Literal["xxs", "xs", "s"]
@@ -23,30 +23,32 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Data:
-    """What is done to the images."""
+    """Images: size, augmentation, validation split."""
 
     size_px: int = 256
-    """Side of the square that the network sees."""
+    """Input size of the network in pixels, height and width."""
     eval_resize: float = 1.125
-    """Evaluation: the short side is resized to this many times size_px, then the square is cut from the middle."""
+    """Evaluation: resize the short side to this factor times the input size, then crop the center."""
     min_scale: float = 0.08
-    """Training: smallest share of the image's area that a random crop keeps; 1 keeps all of it, up to 4:3."""
+    """Training: smallest area of a random crop, as a fraction of the image. With 1, crops contain the whole image up to
+    an aspect ratio of 4:3."""
     policy: Policy = "basic"
-    """Training: random crop and mirror image alone (basic, the paper's), or RandAugment, random erasing, Mixup and
-    CutMix as well (advanced)."""
+    """Training: augmentation. basic: random crops and horizontal flips, as in the paper; advanced: RandAugment, random
+    erasing, Mixup and CutMix as well."""
     flip: bool = True
-    """Training: mirror half of the images. Wrong for digits, letters and everything else that has a side."""
+    """Training: flip images horizontally with probability 0.5. Unsuitable for digits, letters and other images whose
+    orientation matters."""
     val_fraction: float = 0.2
-    """Fraction of each class that validates, where the data come without a split of their own."""
+    """Validation split: fraction of the images of each class, if the data have no split."""
     num_workers: int = 2
-    """Processes that read images; 0 reads them in the main process."""
+    """Number of processes that read images; 0 reads them in the main process."""
     max_unreadable: int = 0
-    """Unreadable images that an epoch may skip in training, and as many in validation; one more stops the run."""
+    """Maximum number of unreadable images to skip per epoch, in training and in validation each."""
     max_megapixels: float = MAX_MEGAPIXELS
-    """Largest image file to read, width times height in millions of pixels; larger ones count as unreadable."""
+    """Largest image to read, in megapixels; larger ones count as unreadable."""
 
     def __post_init__(self) -> None:
-        _require(self.size_px >= 32, "data.size_px", self.size_px, "32 or more")
+        _require(self.size_px >= MIN_SIZE_PX, "data.size_px", self.size_px, f"{MIN_SIZE_PX} or more")
         _require(1 <= self.eval_resize < math.inf, "data.eval_resize", self.eval_resize, "1 or more, and finite")
         _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
         _require_one_of(Policy, "data.policy", self.policy)
@@ -58,43 +60,44 @@ class Data:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Training at one size, or at a size drawn for every batch (paper, section 3.3)."""
+    """Image sizes: one size, or a random size per batch (paper, section 3.3)."""
 
     variant: Variant = "standard"
-    """Training at data.size_px alone (standard), or at several sizes, and how the batch then follows the size."""
+    """standard: one size; others: multi-scale sampling, with the rule for the batch size at each size
+    (docs/sampler.md)."""
     sizes_px: tuple[int, ...] = (160, 192, 256, 288, 320)
-    """The sizes to draw from; nothing to "standard"."""
+    """Image sizes in pixels for multi-scale sampling."""
 
     def __post_init__(self) -> None:
         _require_one_of(Variant, "sampler.variant", self.variant)
         smallest = min(self.sizes_px, default=0)
-        _require(smallest >= 32, "sampler.sizes_px", self.sizes_px, "one size or more, from 32 px up")
+        _require(smallest >= MIN_SIZE_PX, "sampler.sizes_px", self.sizes_px, f"sizes of {MIN_SIZE_PX} px or more")
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a linear warm-up and a cosine."""
+    """AdamW with a linear warm-up and a cosine schedule."""
 
     start_lr: float = 2e-4
-    """Rate of the first step."""
+    """Learning rate of the first step."""
     lr: float = 2e-3
-    """Rate at the end of the warm-up."""
+    """Learning rate at the end of the warm-up."""
     end_lr: float = 2e-4
-    """Rate of the last step."""
+    """Learning rate of the last step."""
     warmup_steps: int = 3000
-    """Steps from start_lr to lr, at most a tenth of the run."""
+    """Number of warm-up steps, limited to a tenth of the run."""
     cosine: Cosine = "step"
-    """Set the rate anew at every step; or only at every epoch, from a cosine over all of them, as v0.1 does."""
+    """Update the learning rate every step or, as in v0.1, every epoch."""
     weight_decay: float = 0.01
-    """As published; how much of it works on a step grows with the rate."""
+    """Weight decay of AdamW; each step applies it times the learning rate."""
     decay_all: bool = True
-    """Decay every parameter, as published, or (off) only the kernels and matrices, not norms and biases."""
+    """Apply weight decay to all parameters, as published; if off, not to norms and biases."""
     clip_norm: float = 0.0
-    """Longest gradient, all parameters together; 0 clips nothing, as published."""
+    """Maximum norm of the gradient of all parameters; 0: no clipping, as published."""
     freeze: Freeze = "nothing"
-    """Part of the backbone that stays as it is, with its batch norms: from the stem up to this stage."""
+    """Freeze the backbone from the stem up to this stage, including batch norm."""
     backbone_lr_scale: float = 1.0
-    """Rate of the backbone as a multiple of the head's."""
+    """Learning rate of the backbone, as a factor of that of the head."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "above 0, and finite")
@@ -111,28 +114,28 @@ class Optimizer:
             0 < self.backbone_lr_scale <= 1,
             "optimizer.backbone_lr_scale",
             self.backbone_lr_scale,
-            "above 0, at most 1 (optimizer.freeze keeps a part as it is)",
+            "above 0, at most 1 (optimizer.freeze freezes stages)",
         )
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a step is computed."""
+    """Precision, compilation and micro-batches."""
 
     precision: Precision = "float32"
-    """Of the multiplications: float32, bfloat16, or float16 with a scaled loss, as published."""
+    """float32, or mixed precision: bfloat16, or float16 with loss scaling, as published."""
     compile: bool = False
-    """Compile the network, once for every size; minutes at the start, which pay on a GPU."""
+    """Compile the network once per image size. Takes minutes at the start; intended for GPUs."""
     sync_batch_norm: bool = False
-    """Batch norm over the images of all processes instead of each one's own; on GPUs."""
+    """Synchronize batch norm over all processes. GPUs only."""
     micro_batch_size: int = 0
-    """Images of data.size_px that a process computes at once, so that batch_size is gathered in several parts; 0: as
-    many as there is memory for."""
+    """Micro-batch size: images per process and forward pass, at the input size. Gradients are accumulated over the
+    batch. 0: as many as fit into memory."""
 
     def __post_init__(self) -> None:
         _require_one_of(Precision, "compute.precision", self.precision)
-        at_once = self.micro_batch_size
-        _require(at_once == 0 or at_once >= 2, "compute.micro_batch_size", at_once, "0, or 2 or more")
+        size = self.micro_batch_size
+        _require(size == 0 or size >= 2, "compute.micro_batch_size", size, "0, or 2 or more")
 
 
 @dataclass(frozen=True)
@@ -140,19 +143,19 @@ class Recipe:
     """A training run."""
 
     task: Task = "classify"
-    """What to find out: the class of an image; objects in boxes (SSDLite); the class of every pixel (DeepLabv3)."""
+    """Image classification, object detection (SSDLite) or semantic segmentation (DeepLabv3)."""
     architecture: Size = "s"
-    """Size of the network; weights to start from bring their own."""
+    """Size of the network. Pretrained weights determine it themselves."""
     epochs: int = 300
-    """Times that every image is seen."""
+    """Number of epochs."""
     batch_size: int = 128
-    """Images a step, in all processes together; where they do not fit into memory, in several parts."""
+    """Images per optimizer step, in all processes together. Divided into micro-batches if memory requires it."""
     label_smoothing: float = 0.1
-    """Share of the target spread over all classes."""
+    """Label smoothing: fraction of the target distributed over all classes."""
     ema_decay: float = 0.9995
-    """Share of itself that the average of the weights (evaluated and saved) keeps a step; less in short runs."""
+    """EMA decay per step; limited in short runs."""
     seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
+    """Random seed of the initial weights, the order of the images and their augmentation."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -162,7 +165,7 @@ class Recipe:
         _require_one_of(Task, "task", self.task)
         _require_one_of(Size, "architecture", self.architecture)
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        # Pairs would leave one of an odd number of images alone, and batch norm fails on a single image.
+        # Batch norm fails on a single image.
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
@@ -179,24 +182,24 @@ def _require_one_of(literal: Any, name: str, value: object) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The named recipes. What they cost and give is in their docstrings, which `mobilevit train NAME --help` prints.
-# Ours clip gradients: in a short run one step too long can cost points. The published ones do not, as published.
+# The named recipes. Their docstrings state training time and accuracy; `mobilevit train NAME --help` prints them.
+# Recipes of this project clip gradients, which matters in short runs. The published recipes do not.
 
 
 def plain() -> Recipe:
-    """Your own photographs from scratch: XS at 256 px with the paper's optimizer and augmentation, 60 epochs.
+    """Photographs from scratch: XS at 256 px with the optimizer and augmentation of the paper, 60 epochs.
 
     Command: mobilevit train plain --data photos/
-    Time and score: whatever your images make of it; from a few thousand a class up. With fewer, use finetune.
+    Time and score: depend on the data. Intended for a few thousand images per class; with fewer, use finetune.
     """
     return Recipe(architecture="xs", epochs=60, batch_size=64, optimizer=Optimizer(warmup_steps=1000, clip_norm=1.0))
 
 
 def finetune() -> Recipe:
-    """Your own photographs from pretrained weights: low rates, the backbone at a tenth of the head's, 20 epochs.
+    """Photographs from pretrained weights: XS, low learning rates, 0.1 x in the backbone, 20 epochs.
 
     Command: mobilevit train finetune --data photos/ --weights apple/mobilevit-x-small --download
-    Time: 200 photographs on two cores, some ten minutes. Score: not measured here, for want of published weights.
+    Time: about ten minutes for 200 photographs on two cores. Score: not measured.
     """
     return Recipe(
         architecture="xs",
@@ -210,10 +213,10 @@ def finetune() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """Images of 8 to 32 px that must not be mirrored, digits and letters say: XXS at 32 px, 30 epochs.
+    """Images of 8 to 32 px without horizontal flips, such as digits and letters: XXS at 32 px, 30 epochs.
 
-    Command: mobilevit train tiny --data digits/ (`make demo` makes that folder)
-    Time: 1,198 digits of scikit-learn, a minute on two cores. Score: 98 to 99 % of its 599 test digits (`make demo`).
+    Command: mobilevit train tiny --data digits/ (`make demo` creates that folder)
+    Time: one minute for 1,198 digits of scikit-learn on two cores. Score: 98 to 99 % on its 599 test digits.
     """
     return Recipe(
         architecture="xxs",
@@ -225,12 +228,12 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """Images of 28 to 64 px: XXS at 64 px, 30 epochs. For digits and letters add --no-flip.
+    """Images of 28 to 64 px: XXS at 64 px, 30 epochs. Add --no-flip for digits and letters.
 
     Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist);
-    on two cores nearly twice as fast with OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it.
-    Time: Fashion-MNIST's 60,000 images, 55 minutes on two cores so. Score: 93.64 % of its 10,000 test images, measured
-    without clipping (benchmarks/fashion_mnist_epyc-2-cores_202611.md); with --epochs 17 93.24 %.
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it nearly doubles the speed on two cores.
+    Time: 55 minutes for the 60,000 images of Fashion-MNIST on two cores. Score: 93.64 % on its 10,000 test images,
+    without clipping (benchmarks/fashion_mnist_epyc-2-cores_202611.md); 93.24 % with --epochs 17.
     """
     return Recipe(
         architecture="xxs",
@@ -245,9 +248,9 @@ def paper(architecture: Size) -> Recipe:
     """ImageNet as in the paper (arXiv 2110.02178, section 4.1): 300 epochs, effective batch 1,024, multi-scale.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train paper-s --data imagenet/ (docs/training.md)
-    Time: the paper had 270 s an epoch with its sampler on 8 GPUs (380 s without), a day in all; not run here.
-    Score, top-1: XXS 69.0, XS 74.8, S 78.4 (the paper, table 6; the released weights 69.0, 74.7, 78.3); run to run 0.3.
-    The sampler follows the paper's listing at the sizes of its text: 276k updates, where the paper counts 232k.
+    Time in the paper: 270 s per epoch on 8 GPUs with multi-scale sampling (380 s without), one day. Not run here.
+    Score, top-1: XXS 69.0, XS 74.8, S 78.4 (paper, table 6; released weights 69.0, 74.7, 78.3), +- 0.3.
+    The sampler follows the listing of the paper at the sizes of its text: 276k updates; the paper states 232k.
     """
     return Recipe(
         architecture=architecture,
@@ -260,10 +263,11 @@ def paper(architecture: Size) -> Recipe:
 
 
 def v01(architecture: Size) -> Recipe:
-    """ImageNet as the released code of the paper trains (tag cvnets-v0.1), where it differs from the paper.
+    """ImageNet as in the released code of the paper (tag cvnets-v0.1), which differs from the paper.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train v0.1-s --data imagenet/
-    Differs: the cosine steps once an epoch and counts the warm-up in; batches never fall below the base batch; float16.
+    Differences: the cosine changes once per epoch and includes the warm-up; batches are never smaller than the base
+    batch; float16.
     Score, top-1: XXS 69.0, XS 74.7, S 78.3 (its release notes). Not run here.
     """
     recipe = paper(architecture)
@@ -276,21 +280,21 @@ def v01(architecture: Size) -> Recipe:
 
 
 def main(architecture: Size) -> Recipe:
-    """ImageNet as the later branch `main` of the released code trains.
+    """ImageNet as in the later branch `main` of the released code.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train main-s --data imagenet/
-    Differs from v0.1: 20,000 warm-up steps, batches that shrink at the large sizes. Not run here.
+    Differences from v0.1: 20,000 warm-up steps, smaller batches at large sizes. Not run here.
     """
     return replace(v01(architecture), sampler=Sampler("main"), optimizer=Optimizer(cosine="epoch", warmup_steps=20_000))
 
 
 def detect() -> Recipe:
-    """Boxes around things in your own photographs: XXS at 320 px, 60 epochs.
+    """Object detection in photographs: XXS at 320 px, 60 epochs.
 
-    Command: mobilevit train detect --data photos/ (COCO's or VOC's layout; docs/dense.md)
-    Better: from a trained backbone, --backbone and a name or file as for predict.
-    Time: 3,000 images, 14 epochs at 256 px, an hour on one core. Score: AP50 51.6 on 8 kinds of photographs on
-    clutter, never seen before (benchmarks/stamps_epyc-2-cores_202611.md).
+    Command: mobilevit train detect --data photos/ (COCO or VOC layout; docs/dense.md)
+    A pretrained backbone (--backbone, a hub id or file) improves the score.
+    Time: one hour for 3,000 images, 14 epochs at 256 px, on one core. Score: AP50 51.6 on composite images with
+    8 classes (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(
         task="detect",
@@ -304,12 +308,12 @@ def detect() -> Recipe:
 
 
 def segment() -> Recipe:
-    """The class of every pixel of your own photographs: XXS at 256 px, 60 epochs.
+    """Semantic segmentation of photographs: XXS at 256 px, 60 epochs.
 
-    Command: mobilevit train segment --data photos/ (VOC's layout, or images/ and masks/; docs/dense.md)
-    Better: from a trained backbone, --backbone and a name or file as for predict.
-    Time: 3,000 images, 12 epochs at 192 px and 2 at 288 px, an hour on one core. Score: mIoU 43.1, on the same
-    photographs as detect (benchmarks/stamps_epyc-2-cores_202611.md).
+    Command: mobilevit train segment --data photos/ (VOC layout, or images/ and masks/; docs/dense.md)
+    A pretrained backbone (--backbone, a hub id or file) improves the score.
+    Time: one hour for 3,000 images, 12 epochs at 192 px and 2 at 288 px, on one core. Score: mIoU 43.1 on the images of
+    detect (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(
         task="segment",
@@ -326,7 +330,7 @@ def ssdlite(architecture: Size) -> Recipe:
     """COCO as in the paper (section 4.2): SSDLite at 320 px, 200 epochs, batch 128, from an ImageNet backbone.
 
     Command: torchrun --nproc-per-node 4 -m mobilevit train ssdlite-s --data coco/ --backbone apple/mobilevit-small
-    Score, mAP: XXS 19.9, XS 24.8, S 27.7 (the released weights'). Not run here.
+    Score, mAP: XXS 19.9, XS 24.8, S 27.7 (released weights). Not run here.
     """
     return Recipe(
         task="detect",
@@ -345,8 +349,9 @@ def deeplabv3(architecture: Size) -> Recipe:
 
     Command: torchrun --nproc-per-node 4 -m mobilevit train deeplabv3-s --data VOCdevkit/VOC2012 --backbone
     apple/mobilevit-small
-    The rates are the head's, ten times the backbone's, which are those of detection. The paper adds SBD and COCO.
-    Score, mIoU: XXS 73.6, XS 77.1, S 79.1 (the released weights'). Not run here.
+    The learning rate of the backbone is that of detection; that of the head is ten times as high. The paper adds SBD
+    and COCO.
+    Score, mIoU: XXS 73.6, XS 77.1, S 79.1 (released weights). Not run here.
     """
     return Recipe(
         task="segment",
@@ -368,8 +373,8 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "detect": detect,
     "segment": segment,
     **{
-        f"{name}-{size}": partial(of, size)
-        for name, of in {
+        f"{name}-{size}": partial(make, size)
+        for name, make in {
             "paper": paper,
             "v0.1": v01,
             "main": main,
@@ -390,18 +395,18 @@ def named(name: str) -> Recipe:
 
 
 def describe(name: str) -> str:
-    """What the docstring of a named recipe says."""
+    """The docstring of a named recipe."""
     make = NAMED[name]
     return inspect.getdoc(make.func if isinstance(make, partial) else make) or ""
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """As plain JSON values; `from_dict` undoes it."""
+    """As plain JSON values; the inverse of `from_dict`."""
     return asdict(recipe)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of `to_dict`. Raises ValueError on a field that this version does not have."""
+    """The inverse of `to_dict`. Missing fields have their defaults. Raises ValueError on an unknown field."""
     return _from_dict(Recipe, values)
 
 
@@ -413,6 +418,6 @@ def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     def convert(name: str, value: Any) -> Any:
         if is_dataclass(types[name]):
             return _from_dict(types[name], value)
-        return tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+        return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
 
     return cls(**{name: convert(name, value) for name, value in values.items()})

@@ -1,18 +1,22 @@
-"""The profile against published figures, PyTorch's own counter, and what a real run allocates."""
+"""Costs compared with published figures, with PyTorch's counter, and with the allocations of a real run."""
 
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from rich.console import Console
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 from torch.utils import flop_counter
 
-from mobilevit.benchmark.cost import profile, table
+from mobilevit.benchmark.cost import count, profile, table
+from mobilevit.compare.models import MODELS
 from mobilevit.models.mobilevit import XXS, Architecture, MobileViT, Stage, Transformer
 
-# Two published sizes at output strides 32 and 8, and a network that is none of them.
+# Two published sizes, output strides 32 and 8, and an architecture that is not published.
 SMALL = Architecture(
     "small",
     stages=(Stage(16, num_residuals=2, stride=2), Stage(24, 1, 2, Transformer(32, num_layers=1, ffn_dim=48))),
@@ -47,11 +51,11 @@ def test_published_figures(name: str, num_parameters: int, gmacs_with: float, gm
     assert round(p.num_macs / 1e9, 3) == gmacs_without
 
 
-def test_the_papers_figure_for_xs_is_at_224_px_without_attention_products():
+def test_figure_of_the_paper_for_xs_is_at_224_px_without_attention():
     assert round(profile(MobileViT("xs"), (224, 224)).num_macs / 1e9, 3) == 0.703
 
 
-# Before 2.15 PyTorch's counter does not know the fused attention of CPUs. Of shapes (B, heads, N, width).
+# Before 2.15, PyTorch's counter lacks the fused attention of CPUs. Shapes are (B, heads, N, width).
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, out_shape, **__: 4 * q[0] * q[1] * q[2] * k[2] * q[3]
@@ -59,7 +63,7 @@ CPU_ATTENTION = {
 }
 
 
-def test_rows_against_pytorchs_counter_and_real_maps(case):
+def test_rows_against_the_counter_of_pytorch(case):
     model, size = case
     model.eval()
     maps = {}
@@ -84,7 +88,7 @@ def test_rows_against_pytorchs_counter_and_real_maps(case):
 
 
 def allocations(forward) -> tuple[int, int]:
-    """The most bytes that the CPU allocator had handed out at a time during a forward pass, and at its end."""
+    """Peak bytes allocated on the CPU during a forward pass, and those left at its end without the output."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the scratch memory of the attention kernel grows with the threads
     try:
@@ -102,8 +106,8 @@ def allocations(forward) -> tuple[int, int]:
     return peak, now - output.nbytes
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # said by torch 2.11
-def test_memory_is_what_a_real_run_allocates(case):
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # by torch 2.11
+def test_memory_against_a_real_run(case):
     model, size = case
     p = profile(model, size)
 
@@ -112,36 +116,88 @@ def test_memory_is_what_a_real_run_allocates(case):
         peak, _ = allocations(lambda: model(torch.rand(1, 3, *size)))
     assert p.inference_bytes <= peak < 1.001 * p.inference_bytes + 2**14  # the kernels' own scratch memory
 
-    # What is still there after the forward pass, beyond the output, is there for the backward pass.
+    # After a training forward pass, all memory except the output belongs to the backward pass.
     model.train()
-    _, kept = allocations(lambda: model(torch.rand(2, 3, *size)))
-    assert 2 * p.training_bytes == kept
+    _, saved = allocations(lambda: model(torch.rand(2, 3, *size)))
+    assert 2 * p.training_bytes == saved
 
 
-def test_the_model_is_left_alone_and_may_be_anywhere_in_any_mode():
+def test_the_model_is_not_changed():
     model = MobileViT("xxs").half().eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     rng = torch.get_rng_state()
     p = profile(model, (96, 80))
     assert torch.equal(rng, torch.get_rng_state())
-    assert p == profile(MobileViT("xxs").to("meta"), (96, 80))  # this one in float32 and in train mode
+    assert p == profile(MobileViT("xxs").to("meta"), (96, 80))  # float32, in train mode
     assert not model.training
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    model(torch.rand(1, 3, 64, 64).half())  # no hook and no fake tensor stays behind
+    model(torch.rand(1, 3, 64, 64).half())  # no hook or fake tensor is left
 
 
-def test_one_pixel_maps_and_too_small_images():
+def test_smallest_size():
     assert profile(MobileViT("xxs"), (32, 32)).rows[-2].height == 1
     with pytest.raises(ValueError, match="31"):
         profile(MobileViT("xxs"), (32, 31))
 
 
-def test_table_says_it_in_words():
+def test_table():
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table(profile(MobileViT("xxs"), (256, 224))))
     text = capture.get()
     assert "256 x 224 px" in text
     assert "1,272,024 parameters" in text
-    assert "GMACs with / without the attention products" in text
-    assert all(name in text for name in ("stem", "stage5", "head", "classifier"))
+    assert all(name in text for name in ("GMACs", "stem", "stage5", "head", "classifier"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any model
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "regnet_y_400mf"])
+def test_convolutional_model(name: str):
+    model, macs = torchvision.models.get_model(name).eval(), 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal macs
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        macs += output.numel() * module.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add)
+    with torch.inference_mode(), flop_counter.FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, 96, 64))
+    cost = count(torchvision.models.get_model(name), (96, 64))
+    assert (cost.num_macs, cost.num_attention_macs) == (macs, 0)
+    assert cost.num_macs == counter.get_total_flops() // 2
+    assert cost.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_vision_transformer():
+    with torch.device("meta"):
+        cost = count(timm.create_model("deit_tiny_patch16_224"), (224, 224))
+    N, D, L = 197, 192, 12
+    per_layer = N * D * (3 * D + D + 4 * D + 4 * D)
+    assert cost.num_macs == 196 * D * 3 * 16 * 16 + L * per_layer + D * 1000
+    assert cost.num_attention_macs == L * 2 * N * N * D
+    assert (
+        cost.num_parameters
+        == (3 * 256 + 1) * D + (N + 1) * D + L * (12 * D * D + (3 + 1 + 4 + 1) * D + 2 * 2 * D) + 2 * D + (D + 1) * 1000
+    )
+
+
+def test_attention_without_a_fused_operator():
+    # ConViT computes its scores by products of its own, in two forms, and replaces a buffer while it runs.
+    with torch.device("meta"):
+        convit = MODELS["convit-10m"].build()
+        botnet = MODELS["botnet-50"].build()
+    assert count(convit, (224, 224)).num_attention_macs == 2 * 256 * (10 * 196**2 + 2 * 197**2)
+    # The relative positions of BoTNet are weights: of the four products of its attention, two count as attention.
+    assert count(botnet, (224, 224)).num_attention_macs == 2 * 512 * (196**2 + 2 * 49**2)
+
+
+def test_activations_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    # The image, and the map of 8 channels twice: before and after the ReLU.
+    assert count(model, (16, 16)).inference_bytes == 4 * 16 * 16 * (3 + 8 + 8)

@@ -1,5 +1,6 @@
-"""The networks of other libraries: the same function with the same weights, and untouched by what makes ours fast."""
+"""Models of other libraries: same function with the same weights, and not changed by our rewrites."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from mobilevit.benchmark import rivals
-from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.rewrite import Formulation, optimize_for_inference
+from mobilevit.files import MissingExtraError
 from mobilevit.images import Preprocessing
 from mobilevit.weights import TaskName
 
@@ -23,8 +25,8 @@ def images() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "exportable"), [("timm", False), ("timm", True), ("transformers", False)])
-def test_the_same_function_and_not_rewritten(name: str, exportable: bool, images: torch.Tensor):
-    # A preprocessing that transformers cannot express must not keep its network from being timed.
+def test_same_function_and_not_rewritten(name: str, exportable: bool, images: torch.Tensor):
+    # transformers cannot represent this preprocessing; its model must be timed all the same.
     weights = replace(rivals.random_weights("xxs"), preprocessing=Preprocessing(36, 32, mean=(0.1, 0.2, 0.3)))
     ours, theirs = weights.build(), rivals.build(name, weights, exportable=exportable)
     assert not theirs.training
@@ -32,15 +34,15 @@ def test_the_same_function_and_not_rewritten(name: str, exportable: bool, images
         expected, found = ours(images), theirs(images)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
         assert not torch.allclose(ours(images[:, [2, 1, 0]]), expected, atol=1e-2)  # channel order matters
-        rewritten = fast(theirs, FORMULATION)
+        rewritten = optimize_for_inference(theirs, FORMULATION)
         assert rewritten(images).equal(found)
     assert [type(x) for x in rewritten.modules()] == [type(x) for x in theirs.modules()]
-    assert [type(x) for x in fast(ours, FORMULATION).modules()] != [type(x) for x in ours.modules()]
+    assert [type(x) for x in optimize_for_inference(ours, FORMULATION).modules()] != [type(x) for x in ours.modules()]
     assert not any(isinstance(x, nn.SiLU) for x in theirs.modules())
 
 
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "mobilenetv2_035", "timm:efficientnet_lite0"])
-def test_another_network_keeps_its_scale(name: str, images: torch.Tensor):
+def test_random_weights_preserve_the_scale(name: str, images: torch.Tensor):
     network = rivals.build(name, rivals.random_weights("xxs"))
     with torch.inference_mode():
         logits = network(images)
@@ -57,7 +59,7 @@ def test_another_network_keeps_its_scale(name: str, images: torch.Tensor):
         ("segment", "lraspp_mobilenet_v3_large"),
     ],
 )
-def test_dense_networks_of_torchvision(task: TaskName, name: str, images: torch.Tensor):
+def test_dense_models_of_torchvision(task: TaskName, name: str, images: torch.Tensor):
     weights = rivals.random_weights("xxs", task=task, num_classes=5)
     network = rivals.build(name, weights)
     with torch.inference_mode():
@@ -69,19 +71,19 @@ def test_dense_networks_of_torchvision(task: TaskName, name: str, images: torch.
     assert [x.shape[-1] for x in found] == [x.shape[-1] for x in expected] == [6, 4]
     for output in found:
         rivals.check_scale(name, output)
-    # What torchvision itself makes of these outputs: it is given the numbers that its own head has put out.
+    # The outputs of torchvision's own forward pass, captured at its head.
     theirs = torchvision.models.get_model(name.partition(":")[2], weights_backbone=None, num_classes=6).eval()
     theirs.load_state_dict(network.state_dict(), strict=True)
-    seen = {}
-    theirs.get_submodule("head").register_forward_hook(lambda module, given, outputs: seen.update(outputs))
-    theirs.transform = Untouched()
+    captured = {}
+    theirs.get_submodule("head").register_forward_hook(lambda module, inputs, outputs: captured.update(outputs))
+    theirs.transform = NoTransform()
     theirs(list(images))
-    assert torch.equal(seen["cls_logits"], found[0])
-    assert torch.equal(seen["bbox_regression"], found[1])
+    assert torch.equal(captured["cls_logits"], found[0])
+    assert torch.equal(captured["bbox_regression"], found[1])
 
 
-class Untouched(nn.Module):
-    """In place of what torchvision does before and after its network: no resizing, no scaling."""
+class NoTransform(nn.Module):
+    """Replaces torchvision's preprocessing and postprocessing: no resizing, no scaling."""
 
     def forward(self, images: list, targets: None) -> tuple:
         return ImageList(torch.stack(images), [(64, 96)] * len(images)), targets
@@ -90,7 +92,7 @@ class Untouched(nn.Module):
         return found
 
 
-def test_transformers_segments_as_ours_does(images: torch.Tensor):
+def test_segmentation_of_transformers(images: torch.Tensor):
     weights = rivals.random_weights("xxs", task="segment")
     ours, theirs = weights.build(), rivals.build("transformers", weights)
     with torch.inference_mode():
@@ -98,10 +100,10 @@ def test_transformers_segments_as_ours_does(images: torch.Tensor):
         torch.testing.assert_close(theirs(images), expected, rtol=0, atol=1e-3 * float(expected.std()))
 
 
-def test_keep_silu_keeps_what_it_does():
+def test_protect_silu():
     x = torch.linspace(-3, 3, 7)
     expected = nn.functional.silu(x)
-    network = rivals.keep_silu(nn.Sequential(nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU()))
+    network = rivals.protect_silu(nn.Sequential(nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU()))
     assert [type(child) for child in network] == [rivals.SiLU, rivals.SiLU, nn.ReLU]
     before = x.clone()
     assert network[0](x).equal(expected)
@@ -112,11 +114,11 @@ def test_keep_silu_keeps_what_it_does():
 
 @pytest.mark.parametrize("logits", [[1.0, 1.0], [1.0, float("nan")], [1.0, float("inf")], [1e-30, 1e-38]])
 def test_check_scale(logits: list[float]):
-    with pytest.raises(ValueError, match="fades: with random weights"):
+    with pytest.raises(ValueError, match=r"fades: .*random weights"):
         rivals.check_scale("fades", torch.tensor(logits))
 
 
-def test_random_weights_are_always_the_same():
+def test_random_weights_depend_on_the_seed_alone():
     first, second, other = (rivals.random_weights("xxs", seed) for seed in (0, 0, 1))
     for key, tensor in first.tensors.items():
         if not key.endswith("num_batches_tracked"):
@@ -126,34 +128,26 @@ def test_random_weights_are_always_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("task", "name", "message"),
     [
-        ("resnet5000", "there is no network 'resnet5000' to compare with"),
-        ("timm:resnet5000", r"timm has no network 'resnet5000'; did you mean resnet50 .*timm.list_models\(\) lists"),
-        ("torchvision:resnet5000", "torchvision has no network 'resnet5000'"),
-        ("transformers:vit", "say transformers instead"),
-        ("keras:vit", "there is no network 'keras:vit'"),
+        ("classify", "resnet5000", "'resnet5000'.*torchvision:NAME"),
+        ("classify", "timm:resnet5000", r"'resnet5000'; did you mean .*resnet50.*timm.list_models"),
+        ("classify", "torchvision:resnet5000", "torchvision .*'resnet5000'"),
+        ("classify", "transformers:vit", "'transformers'.*transformers:vit"),
+        ("classify", "keras:vit", "'keras:vit'"),
+        ("detect", "timm", "timm .*'detect'.*torchvision:NAME"),
+        ("detect", "transformers", "transformers .*'detect'"),
+        ("detect", "torchvision:mobilenet_v2", r"'mobilenet_v2'; .*torchvision.models.detection"),
+        ("detect", "torchvision:fcos_resnet50_fpn", "fcos_resnet50_fpn .*SSD"),
+        ("detect", "mobilenet_v2", "'mobilenet_v2'"),
     ],
 )
-def test_names_that_are_none(name: str, said: str):
-    with pytest.raises(ValueError, match=said):
-        rivals.build(name, rivals.random_weights("xxs"))
+def test_unknown_names(task: TaskName, name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        rivals.build(name, rivals.random_weights("xxs", task=task, num_classes=5))
 
 
-def test_networks_for_another_task():
-    detector = rivals.random_weights("xxs", task="detect", num_classes=5)
-    for name, said in (
-        ("timm", "timm has no MobileViT for the task 'detect'; name a network as torchvision:NAME"),
-        ("transformers", "transformers has no MobileViT for the task 'detect'"),
-        ("torchvision:mobilenet_v2", r"no network 'mobilenet_v2'; .*list_models\(torchvision.models.detection\) lists"),
-        ("torchvision:fcos_resnet50_fpn", "fcos_resnet50_fpn is no SSD"),
-        ("mobilenet_v2", "there is no network 'mobilenet_v2' to compare with"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            rivals.build(name, detector)
-
-
-def test_library_that_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(ValueError, match=r"timm is not installed.*pip install 'mobilevit\[compare\]'"):
+def test_missing_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match=r"timm.*mobilevit\[compare\]"):
         rivals.build("timm", rivals.random_weights("xxs"))

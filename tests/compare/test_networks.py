@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import randomise
-from mobilevit.compare.models import SYSTEMS
+from mobilevit.compare.models import MODELS
 from mobilevit.compare.networks import ceit, local_vit
 from mobilevit.compare.networks.botnet import NUM_HEADS, RelativeAttention
 from mobilevit.compare.networks.deepvit import ReAttention
@@ -40,7 +40,7 @@ from mobilevit.compare.networks.vit import Attention, to_map, to_tokens
 )
 def test_parameters(name: str, count: int) -> None:
     with torch.device("meta"):
-        assert sum(parameter.numel() for parameter in SYSTEMS[name].build().parameters()) == count
+        assert sum(parameter.numel() for parameter in MODELS[name].build().parameters()) == count
 
 
 def seen(function: Callable[[Tensor], Tensor], x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -232,7 +232,7 @@ def test_botnet_knows_directions_only_by_its_distances() -> None:
 
 
 def test_botnet_replaces_the_last_three_convolutions() -> None:
-    network = SYSTEMS["botnet-50"].build(num_classes=3, size_px=64)
+    network = MODELS["botnet-50"].build(num_classes=3, size_px=64)
     found = [(name, module) for name, module in network.named_modules() if isinstance(module, RelativeAttention)]
     assert [name for name, _ in found] == ["layer4.0.conv2.0", "layer4.1.conv2", "layer4.2.conv2"]
     assert [len(module.rows) for _, module in found] == [7, 3, 3]  # before the map is halved, and after

@@ -70,9 +70,9 @@ def test_the_attended_patch_is_bright(explanation: Explanation):
     assert (block.rows, block.columns) == (4, 4)
     keys = torch.zeros_like(block.keys)
     keys[:, :, 12] = 1000
-    grey = Image.new("RGB", explanation.image.size, (90, 90, 90))
+    gray = Image.new("RGB", explanation.image.size, (90, 90, 90))
     blocks = (replace(block, queries=torch.ones_like(block.queries), keys=keys), *explanation.attention[1:])
-    figure = draw_figure(replace(explanation, image=grey, attention=blocks))
+    figure = draw_figure(replace(explanation, image=gray, attention=blocks))
     top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
     for column, fraction in ((0, 1 / 16), (3, 1 / 64)):
         left = MARGIN_PX + column * (PANEL_PX + GAP_PX)
@@ -87,13 +87,13 @@ def test_the_attended_patch_is_bright(explanation: Explanation):
 
 def test_uniform_attention_is_uniform_and_dim(explanation: Explanation):
     block = explanation.attention[0]
-    grey = Image.new("RGB", explanation.image.size, (90, 90, 90))
+    gray = Image.new("RGB", explanation.image.size, (90, 90, 90))
     keys = torch.zeros_like(block.keys)
     keys[:, :, 12] = 1000
     lightness = {}
     for name, to in (("uniform", torch.zeros_like(keys)), ("one", keys)):
         blocks = (replace(block, queries=torch.ones_like(block.queries), keys=to), *explanation.attention[1:])
-        figure = draw_figure(replace(explanation, image=grey, attention=blocks)).convert("L")
+        figure = draw_figure(replace(explanation, image=gray, attention=blocks)).convert("L")
         top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
         # Patch 12 of 4 x 4 is in the lower left corner, far from the marker.
         panel = np.asarray(figure.crop((MARGIN_PX, top, MARGIN_PX + PANEL_PX, top + PANEL_PX)), float)

@@ -1,1 +1,1 @@
-"""What the network costs: operations, memory and time."""
+"""Cost and speed: parameters, multiply-accumulates, memory and time."""

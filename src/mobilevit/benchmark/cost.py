@@ -1,14 +1,16 @@
-"""What one image costs: parameters, multiply-accumulates and activation memory, computed without running anything.
+"""Parameters, multiply-accumulates (MACs) and activation memory of a model for one image, computed without running it.
 
-The forward passes go through fake tensors, which have a size and a device but no data. Their device is the CPU and not
-"meta", because only then does `scaled_dot_product_attention` stay one fused operator, which never stores the N x N
-scores; on meta tensors it falls apart into products that do.
+The forward pass uses fake tensors, which have a shape, a dtype and a device but no data. Their device is "cpu" and not
+"meta": on "cpu", `scaled_dot_product_attention` stays one fused operator that never stores the N x N scores; on "meta"
+it is decomposed into matrix products that do.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,21 +23,42 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.models.deeplabv3 import DeepLabV3
-from mobilevit.models.mobilevit import Attention, MobileViT
+from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite
 
 MIB = 2**20
+# Before version 2.15, PyTorch's registry lacks the fused CPU attention. Its first arguments are those of the CUDA one.
+FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    **flop_registry,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model for one float32 image.
+
+    `num_attention_macs` counts products of two factors that both depend on the image, such as QK^T and attention times
+    V. `num_macs` counts all other products, in which one factor is a weight. Norms, activations and resizes count as 0.
+    `inference_bytes` is the peak size of all live tensors in an eval forward pass. It includes the image, and excludes
+    parameters, buffers and the scratch memory inside single operators.
+    """
+
+    num_parameters: int
+    num_macs: int
+    num_attention_macs: int
+    inference_bytes: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one part of the network; the sizes are those of its output, counts are for one image.
-
-    `num_macs` leaves out the two products of the attention, QK^T and attention times V, which have no weights and which
-    many counters do not see; `num_attention_macs` is those alone. Norms, activations and resizes count nothing.
-    """
+    """The cost of one submodule; `channels`, `height` and `width` are those of its output. See `Cost`."""
 
     name: str
     channels: int
@@ -48,11 +71,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cost of a network for one float32 image of `size` = (height, width) in pixels.
+    """The cost of a MobileViT for one float32 image of `size` = (height, width) in pixels, by submodule.
 
-    `inference_bytes` is the most that the tensors alive together in an eval forward take, the image among them and
-    parameters and buffers not. `training_bytes` is what autograd keeps for the backward pass, again without parameters
-    and buffers. Both are for fused attention, and without the scratch memory inside single operators.
+    For `inference_bytes` see `Cost`. `training_bytes` is the size of the tensors that autograd saves for the backward
+    pass, without parameters and buffers. Both assume fused attention.
     """
 
     architecture: str
@@ -64,58 +86,70 @@ class Profile:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole network."""
         return sum(row.num_parameters for row in self.rows)
 
     @property
     def num_macs(self) -> int:
-        """Multiply-accumulates of the whole network without the two attention products."""
         return sum(row.num_macs for row in self.rows)
 
     @property
     def num_attention_macs(self) -> int:
-        """Multiply-accumulates of the two attention products."""
         return sum(row.num_attention_macs for row in self.rows)
 
 
-def profile(model: MobileViT | SSDLite | DeepLabV3, size: tuple[int, int]) -> Profile:
-    """The cost of `model` for one image of `size` (height, width) in pixels, from 32 up.
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
-    The model stays as it is, may be on any device, "meta" too, and in any mode.
+
+def count(model: nn.Module, size: tuple[int, int]) -> Cost:
+    """The cost of any model for one image of `size` = (height, width) in pixels.
+
+    The model is not changed. It may be in any mode and on any device, "meta" included.
+    """
+    with _fake_copy(model) as fake:
+        counter = _count(fake, size, {})
+    return Cost(
+        count_parameters(model), counter.num_macs.total(), counter.num_attention_macs.total(), counter.peak_bytes
+    )
+
+
+def profile(model: MobileViT | SSDLite | DeepLabV3, size: tuple[int, int]) -> Profile:
+    """The cost of `model` by submodule for one image of `size` = (height, width) in pixels, 32 or more each.
+
+    The model is not changed. It may be in any mode and on any device, "meta" included.
 
     Raises:
         ValueError: a side below 32 px.
     """
-    if min(size) < 32:
-        raise ValueError(f"size is {size}; both sides must be 32 px or more")
-    blank = copy.deepcopy(model).to(device="meta", dtype=torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the inputs that are not fake: the parameters on meta
-        blank.to_empty(device="cpu")
-        training_bytes = _saved_bytes(blank.train(), size)
-        outputs, num_macs, num_attention_macs, inference_bytes = _infer(blank.eval(), size)
+    if min(size) < MIN_SIZE_PX:
+        raise ValueError(f"size is {size}; both sides must be {MIN_SIZE_PX} px or more")
+    with _fake_copy(model) as fake:
+        training_bytes = _saved_bytes(fake.train(), size)
+        modules = _submodules(fake)
+        counter = _count(fake, size, modules)
     rows = []
-    for name, part in _parts(model).items():
-        channels, height, width = (*outputs[name], 1, 1)[:3]  # logits have no height and width
-        num_parameters = sum(parameter.numel() for parameter in part.parameters())
-        rows.append(Row(name, channels, height, width, num_parameters, num_macs[name], num_attention_macs[name]))
+    for name, module in modules.items():
+        channels, height, width = (*counter.shapes[name], 1, 1)[:3]  # logits have no height and width
+        macs = counter.num_macs[name], counter.num_attention_macs[name]
+        rows.append(Row(name, channels, height, width, count_parameters(module), *macs))
     return Profile(
         architecture=model.architecture.name,
         size=size,
         output_stride=model.backbone.output_stride,
         rows=tuple(rows),
-        inference_bytes=inference_bytes,
+        inference_bytes=counter.peak_bytes,
         training_bytes=training_bytes,
     )
 
 
 def table(profile: Profile) -> Table:
-    """A profile to print with rich: the parts of the network, and the totals under them."""
+    """A profile as a rich table: one row per submodule, the totals below."""
     p = profile
     totals = (
         f"{p.num_parameters:,} parameters",
         f"{_gmacs(p, 3)} GMACs with / without the attention products",
-        f"{p.inference_bytes / MIB:.1f} MiB of activations at the peak of inference",
-        f"{p.training_bytes / MIB:.1f} MiB of activations kept for the backward pass in training",
+        f"{p.inference_bytes / MIB:.1f} MiB peak activation memory in inference",
+        f"{p.training_bytes / MIB:.1f} MiB of activations saved for the backward pass in training",
         "Activations are per image, in float32, with fused attention.",
     )
     grid = Table(
@@ -125,7 +159,7 @@ def table(profile: Profile) -> Table:
         caption_justify="left",
         caption_style="",
     )
-    grid.add_column("part")
+    grid.add_column("module")
     for header in ("channels", "height x width", "parameters", "GMACs with / without attention products"):
         grid.add_column(header, justify="right")
     for row in p.rows:
@@ -139,49 +173,98 @@ def _gmacs(cost: Row | Profile, digits: int) -> str:
     return f"{(cost.num_macs + cost.num_attention_macs) / 1e9:.{digits}f} / {cost.num_macs / 1e9:.{digits}f}"
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The rows of the table, in the order of the forward pass: what has weights, but for what serves training alone."""
-    parts = dict(model.named_children())
-    parts = dict(parts.pop("backbone").named_children()) | parts
-    return {name: part for name, part in parts.items() if name != "auxiliary" and any(True for _ in part.parameters())}
+def _submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules with parameters, in the order of the forward pass, without those that only training uses."""
+    modules = dict(model.named_children())
+    modules = dict(modules.pop("backbone").named_children()) | modules
+    return {name: module for name, module in modules.items() if name != "auxiliary" and count_parameters(module)}
 
 
-def _infer(model: nn.Module, size: tuple[int, int]) -> tuple[dict[str, torch.Size], Counter[str], Counter[str], int]:
-    """One eval forward: by part its output without the batch, MACs and attention MACs; and the peak of memory."""
-    outputs: dict[str, torch.Size] = {}
-    num_macs: Counter[str] = Counter()
-    num_attention_macs: Counter[str] = Counter()
+@contextmanager
+def _fake_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """A float32 copy of `model` without data, inside the mode that computes with such tensors."""
+    fake = copy.deepcopy(model).to(device="meta", dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the parameters on "meta" are not fake tensors
+        yield fake.to_empty(device="cpu")
 
-    def count(part: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            num_macs[part] += output.numel() * module.weight.numel() // module.out_channels
-        elif isinstance(module, nn.Linear):
-            num_macs[part] += output.numel() * module.in_features
-        elif isinstance(module, Attention):
-            B, N, D = inputs[0].shape
-            num_attention_macs[part] += 2 * B * N * N * D
-        outputs[part] = output.shape[1:]  # the part itself comes after all its modules, so its output stays
 
-    for name, part in _parts(model).items():
-        for module in part.modules():
-            module.register_forward_hook(partial(count, name))
-    with torch.no_grad(), _LiveMemory(_own_storages(model)) as memory:
-        model(torch.empty(1, 3, *size, device="cpu"))
-    return outputs, num_macs, num_attention_macs, memory.peak_bytes
+def _count(model: nn.Module, size: tuple[int, int], modules: Mapping[str, nn.Module]) -> _Counter:
+    """Count one eval forward pass; MACs and output shapes separately for each of `modules`."""
+    image = torch.empty(1, 3, *size, device="cpu")
+    counter = _Counter(image, model)
+
+    def enter(name: str, module: nn.Module, inputs: Any) -> None:
+        counter.module = name
+
+    def leave(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        counter.shapes[name] = output.shape[1:]  # the last module of a submodule to return sets its shape
+
+    for name, parent in modules.items():
+        for module in parent.modules():  # a ModuleList is never called itself
+            module.register_forward_pre_hook(partial(enter, name))
+            module.register_forward_hook(partial(leave, name))
+    with torch.no_grad(), counter:
+        model.eval()(image)
+    return counter
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the MACs of every operator, by the submodule that runs, and the peak size of all live tensors."""
+
+    def __init__(self, image: Tensor, model: nn.Module):
+        super().__init__()
+        self.module = ""
+        self.shapes: dict[str, torch.Size] = {}
+        self.num_macs: Counter[str] = Counter()
+        self.num_attention_macs: Counter[str] = Counter()
+        self.peak_bytes = image.nbytes
+        # References to the tensors, because a tensor that replaces a buffer could otherwise get its address.
+        self._weights = {_key(x): x for x in (*model.parameters(), *model.buffers())}
+        self._live = {_key(image): _Storage(StorageWeakRef(image.untyped_storage()), image.nbytes, from_image=True)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.overloadpacket in FLOPS:
+            # The first argument of addmm and baddbmm is added. The first two of all other operators are the factors.
+            first = int(func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.baddbmm))
+            num_macs = FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=output) // 2
+            is_attention = all(self._is_from_image(x) for x in inputs[first : first + 2])
+            (self.num_attention_macs if is_attention else self.num_macs)[self.module] += num_macs
+        from_image = any(self._is_from_image(x) for x in inputs)
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor) and _key(x) not in self._weights:
+                known = self._live.get(_key(x))
+                if known is None or known.reference.expired() or from_image:
+                    storage = x.untyped_storage()
+                    self._live[_key(x)] = _Storage(StorageWeakRef(storage), storage.nbytes(), from_image)
+        self._live = {key: storage for key, storage in self._live.items() if not storage.reference.expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(storage.num_bytes for storage in self._live.values()))
+        return output
+
+    def _is_from_image(self, x: Tensor) -> bool:
+        storage = self._live.get(_key(x))
+        return storage is not None and storage.from_image
+
+
+@dataclass(frozen=True)
+class _Storage:
+    reference: StorageWeakRef
+    num_bytes: int
+    from_image: bool
 
 
 def _saved_bytes(model: nn.Module, size: tuple[int, int]) -> int:
-    """What autograd keeps of a train forward, per image.
+    """Bytes that autograd saves in a training forward pass, per image.
 
-    Half of what it keeps of two images: with one, batch norm refuses a map that has become a single pixel.
+    Half of those for two images, because batch norm refuses a batch with a single value per channel.
     """
-    own = _own_storages(model)
+    weights = {_key(x) for x in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
+        if _key(x) not in weights:
+            saved[_key(x)] = x.untyped_storage()
         return x
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
@@ -189,24 +272,5 @@ def _saved_bytes(model: nn.Module, size: tuple[int, int]) -> int:
     return sum(storage.nbytes() for storage in saved.values()) // 2
 
 
-def _own_storages(model: nn.Module) -> set[int]:
-    return {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-
-
-class _LiveMemory(TorchDispatchMode):
-    """Looks, after every operator, how much memory the tensors made so far and still alive take together."""
-
-    def __init__(self, ignored: set[int]):
-        super().__init__()
-        self.peak_bytes = 0
-        self._ignored = ignored
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
-        for x in tree_leaves(output):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in self._ignored:
-                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
-        return output
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata

@@ -1,8 +1,7 @@
-"""The networks that ours is timed against, from the libraries that have them. None of our rewrites reaches them."""
+"""Models of other libraries for the same tasks. None of our rewrites for inference applies to them."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import tempfile
 from dataclasses import replace
@@ -11,9 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mobilevit.files import require
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
 from mobilevit.names import nearest
@@ -27,10 +28,11 @@ from mobilevit.weights import (
     write,
 )
 
-Network = TypeVar("Network", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 LIBRARIES = ("timm", "transformers", "torchvision")
-TORCHVISION: dict[TaskName, str] = {"detect": "detection", "segment": "segmentation"}  # its parts for the tasks
-SAME = ("timm", "transformers")  # names that mean the MobileViT itself, as that library has it
+SAME_MODEL = ("timm", "transformers")  # names of the library's own MobileViT
+TORCHVISION = {"classify": torchvision.models, "detect": torchvision.models.detection}
+TORCHVISION |= {"segment": torchvision.models.segmentation}
 
 
 def random_weights(
@@ -42,14 +44,14 @@ def random_weights(
     output_stride: int | None = None,
     head: DeepLabHead = PAPER_HEAD,
 ) -> Weights:
-    """Weights of the published size `name` that are good for timing, see `randomise`; for a task as published."""
+    """Random weights of the published size `name`, suitable for timing (see `randomize`); defaults as published."""
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     stride = output_stride or (PUBLISHED_STRIDES.get(head, 16) if task == "segment" else 32)
     if task != "detect":
         options["output_stride"] = stride
     if task == "segment":
         options["head"] = head
-    model = randomise(NETWORKS[task](name, **options), seed)
+    model = randomize(NETWORKS[task](name, **options), seed)
     return Weights(
         ARCHITECTURES[name],
         model.state_dict(),
@@ -61,48 +63,47 @@ def random_weights(
 
 
 def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 0) -> nn.Module:
-    """The network `name` of another library for the same task, in eval mode, with outputs of the kind of ours.
+    """The model `name` of another library for the task of `weights`, in eval mode, with the same kinds of outputs.
 
     Args:
-        name: "timm" or "transformers" for their MobileViT with these very `weights`; "timm:NAME", "torchvision:NAME" or
-            a name alone, which is looked for in timm first, for another network with random weights. For segmentation
-            timm has nothing, for detection torchvision alone has, and of that the SSD networks are taken.
-        weights: of our network; another one for detection and segmentation gets as many classes.
-        exportable: as timm wants it for conversion; other libraries know no difference.
-        seed: of the random weights.
+        name: "timm" or "transformers" for the library's MobileViT with these `weights`. "timm:NAME", "torchvision:NAME"
+            or NAME (timm's, else torchvision's) for another model with random weights. Detectors must be SSD models of
+            torchvision.
+        weights: weights of MobileViT. They determine the task and, for detection and segmentation, the classes.
+        exportable: passed to timm, which then avoids operators that converters reject.
+        seed: seed of the random weights.
 
     Raises:
-        ValueError: a library that is not installed, a network it does not have, weights it cannot express.
+        ValueError: the library is not installed, has no such model, or cannot represent `weights`.
     """
-    library, _, network = name.partition(":")
+    library, _, model_name = name.partition(":")
     task = weights.task
-    if (name in SAME or library == "timm") and task != "classify" and (name, task) != ("transformers", "segment"):
-        raise ValueError(f"{library} has no MobileViT for the task {task!r}; name a network as torchvision:NAME")
+    if (name in SAME_MODEL or library == "timm") and task != "classify" and (name, task) != ("transformers", "segment"):
+        raise ValueError(f"{library} has no model for the task {task!r}; name one as torchvision:NAME")
     if name == "timm":
-        module = _mobilevit_of_timm(weights, exportable)
+        model = _mobilevit_of_timm(weights, exportable)
     elif name == "transformers":
-        module = _mobilevit_of_transformers(weights)
-    elif library == "transformers" and network:
-        raise ValueError(f"of transformers only its MobileViT can be timed; say transformers instead of {name}")
-    elif library in LIBRARIES and network:
-        module = randomise(_create(library, network, weights, exportable), seed)
-    elif not network and task == "classify" and _has("timm", name, task):
-        module = randomise(_create("timm", name, weights, exportable), seed)
-    elif not network and _has("torchvision", name, task):
-        module = randomise(_create("torchvision", name, weights, exportable), seed)
+        model = _mobilevit_of_transformers(weights)
+    elif library == "transformers" and model_name:
+        raise ValueError(f"transformers is supported for MobileViT only; use 'transformers' instead of {name!r}")
+    elif library in LIBRARIES and model_name:
+        model = randomize(_create(library, model_name, weights, exportable), seed)
     else:
-        raise ValueError(
-            f"there is no network {name!r} to compare with; {nearest(name, _names('timm', task))}there are self, timm, "
-            "transformers, timm:NAME, torchvision:NAME, or the name of a network of timm"
-        )
-    return keep_silu(module.eval().requires_grad_(False))
+        found = [library for library in ("timm", "torchvision") if not model_name and _has(library, name, task)]
+        if not found:
+            raise ValueError(
+                f"there is no model {name!r}; {nearest(name, _model_names('timm', task))}the choices are self, timm, "
+                "transformers, timm:NAME, torchvision:NAME, and the name of a timm model"
+            )
+        model = randomize(_create(found[0], name, weights, exportable), seed)
+    return protect_silu(model.eval().requires_grad_(False))
 
 
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights whose activations keep their scale through the network, for eval.
+def randomize(model: Model, seed: int) -> Model:
+    """Random weights that preserve the scale of the activations through the model; also sets eval mode.
 
-    Not a default initialisation: where activations fade to denormal numbers, a processor takes its slow path and the
-    times mean nothing; where the statistics of the norms are 0 and 1, a mix-up of them goes unseen.
+    A default initialization does not serve for timing: where activations decay to denormal numbers, a processor is many
+    times slower. Nor for tests: where norms have statistics of 0 and 1, swapping two of them changes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -117,7 +118,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
             for name, x in module.named_parameters(recurse=False):
                 if name == "bias":
                     x.copy_(0.1 * normal(x))
-                elif x.ndim <= 1:  # of a norm, or a scale of its own
+                elif x.ndim <= 1:  # the weight of a norm, or a layer scale
                     x.copy_(1 + 0.1 * normal(x))
                 else:
                     x.copy_(1.3 * normal(x) / x[0].numel() ** 0.5)
@@ -125,60 +126,59 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 class SiLU(nn.Module):
-    """What torch calls `nn.SiLU`, under another type: our rewrites put that in another form, and only ours."""
+    """`nn.SiLU` as another type, which our rewrites do not recognize; element-wise."""
 
     def __init__(self, inplace: bool):
         super().__init__()
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Element by element."""
         return F.silu(x, inplace=self.inplace)
 
 
-def keep_silu(network: Network) -> Network:
-    """`network`, changed so that `mobilevit.export.rewrite.fast` finds nothing in it to rewrite."""
-    for parent in list(network.modules()):
+def protect_silu(model: Model) -> Model:
+    """Replace every `nn.SiLU` of `model` so that the rewrites for inference leave the model as it is."""
+    for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.SiLU):
                 setattr(parent, name, SiLU(child.inplace))
-    return network
+    return model
 
 
 def check_scale(name: str, logits: Tensor) -> None:
-    """Refuse a network in which random weights do not keep their scale.
+    """Check that `randomize` preserved the scale of the activations of a model.
 
     Raises:
-        ValueError: `logits` that are not finite, or as good as constant.
+        ValueError: `logits` are not finite, or nearly constant.
     """
-    spread = float(logits.std())
-    if not (math.isfinite(spread) and spread > 1e-4):
+    std = float(logits.std())
+    if not (math.isfinite(std) and std > 1e-4):
         raise ValueError(
-            f"{name}: with random weights its logits have a standard deviation of {spread:.1e}, and times of such "
-            "numbers mean nothing; name another network"
+            f"{name}: with random weights the standard deviation of its logits is {std:.1e}, so times are meaningless; "
+            "choose another model"
         )
 
 
-class _Logits(nn.Module):
-    """The answers of transformers' network alone; of a map of them, at the size of the image."""
+class TransformersLogits(nn.Module):
+    """The logits of a transformers model; a map of logits is resized to the size of the image."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.network(images, return_dict=False)[0]
+        logits = self.model(images, return_dict=False)[0]
         if logits.ndim == 2:
             return logits
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class _Detector(nn.Module):
-    """What torchvision's SSD networks compute before Python makes boxes of it: class logits and locations."""
+    """The outputs of torchvision's SSD models before box decoding: class logits and box regression."""
 
-    def __init__(self, network: Any):
+    def __init__(self, model: Any):
         super().__init__()
-        self.backbone, self.head = network.backbone, network.head
+        self.backbone, self.head = model.backbone, model.head
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.head(list(self.backbone(images).values()))
@@ -186,22 +186,21 @@ class _Detector(nn.Module):
 
 
 class _Segmentation(nn.Module):
-    """The logits of torchvision's segmentation networks, at the size of the image as they come."""
+    """The logits of torchvision's segmentation models, at the size of the image."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)["out"]
+        return self.model(images)["out"]
 
 
 def _mobilevit_of_timm(weights: Weights, exportable: bool) -> nn.Module:
-    timm = _import("timm")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timm.safetensors"
         write(replace(weights, preprocessing=PAPER_PREPROCESSING), file, "timm")
-        return timm.create_model(
+        return _require("timm").create_model(
             f"mobilevit_{weights.architecture.name}",
             num_classes=weights.num_classes,
             checkpoint_path=str(file),
@@ -210,64 +209,50 @@ def _mobilevit_of_timm(weights: Weights, exportable: bool) -> nn.Module:
 
 
 def _mobilevit_of_transformers(weights: Weights) -> nn.Module:
-    transformers = _import("transformers")
+    transformers = _require("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        # Timed is the network and not its preprocessing, of which it can express only the published one.
+        # Only the model is timed. Its preprocessing is replaced, because the format cannot represent every one.
         write(replace(weights, preprocessing=PAPER_PREPROCESSING), folder, "transformers")
         kind = "ImageClassification" if weights.task == "classify" else "SemanticSegmentation"
-        network = getattr(transformers, f"MobileViTFor{kind}").from_pretrained(folder)
-    stem = network.mobilevit.conv_stem.convolution
-    stem.weight.data = stem.weight.data.flip(1).contiguous()  # it wants BGR; so it takes the same input as all
-    return _Logits(network)
+        model = getattr(transformers, f"MobileViTFor{kind}").from_pretrained(folder)
+    stem = model.mobilevit.conv_stem.convolution
+    stem.weight.data = stem.weight.data.flip(1).contiguous()  # BGR -> RGB, the input of all other models
+    return TransformersLogits(model)
 
 
-def _create(library: str, network: str, weights: Weights, exportable: bool) -> nn.Module:
+def _create(library: str, name: str, weights: Weights, exportable: bool) -> nn.Module:
     task = weights.task
-    if not _has(library, network, task):
-        raise ValueError(
-            f"{library} has no network {network!r}; {nearest(network, _names(library, task))}"
-            f"{_listing(library, task)} lists those it has"
-        )
+    if not _has(library, name, task):
+        listing = "timm.list_models()" if library == "timm" else f"list_models({TORCHVISION[task].__name__})"
+        hint = nearest(name, _model_names(library, task))
+        raise ValueError(f"{library} has no model {name!r}; {hint}{listing} lists the models")
     if library == "timm":
-        return _import("timm").create_model(network, exportable=exportable)
-    models = _import("torchvision").models
+        return _require("timm").create_model(name, exportable=exportable)
     if task == "classify":
-        return models.get_model(network)
-    num_classes = weights.num_classes + (task == "detect")  # theirs counts the background
-    created = models.get_model(network, weights_backbone=None, num_classes=num_classes)
+        return torchvision.models.get_model(name)
+    num_classes = weights.num_classes + (task == "detect")  # torchvision counts the background as a class
+    model = torchvision.models.get_model(name, weights_backbone=None, num_classes=num_classes)
     if task == "segment":
-        return _Segmentation(created)
-    if not isinstance(created, models.detection.ssd.SSD):
-        raise ValueError(f"{network} is no SSD; of torchvision's detectors only those are timed, as ours is one")
-    return _Detector(created)
+        return _Segmentation(model)
+    if not isinstance(model, torchvision.models.detection.ssd.SSD):
+        raise ValueError(f"{name} is not an SSD; only SSD detectors are comparable with ours")
+    return _Detector(model)
 
 
-def _has(library: str, network: str, task: TaskName) -> bool:
+def _has(library: str, name: str, task: TaskName) -> bool:
+    if library == "timm":  # also accepts a name with the tag of its weights
+        return task == "classify" and _require("timm").is_model(name)
+    return name in _model_names(library, task)
+
+
+def _model_names(library: str, task: TaskName) -> list[str]:
+    """The models of a library for a task. timm has classifiers only."""
     if library == "timm":
-        return _import("timm").is_model(network)
-    return network in _names(library, task)
+        return _require("timm").list_models() if task == "classify" else []
+    return torchvision.models.list_models(TORCHVISION[task])
 
 
-def _names(library: str, task: TaskName) -> list[str]:
-    """The networks of a library for a task; those of timm are for classification."""
-    if library == "timm":
-        return _import("timm").list_models() if task == "classify" else []
-    models = _import("torchvision").models
-    return models.list_models(getattr(models, TORCHVISION[task]) if task in TORCHVISION else models)
-
-
-def _listing(library: str, task: TaskName) -> str:
-    if library == "timm":
-        return "timm.list_models()"
-    return f"torchvision.models.list_models({'torchvision.models.' + TORCHVISION[task] if task in TORCHVISION else ''})"
-
-
-def _import(library: str) -> Any:
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise ValueError(
-            f"{library} is not installed, so nothing can be compared with it: pip install 'mobilevit[compare]'"
-        ) from None
+def _require(library: str) -> Any:
+    return require(library, "compare", f"a comparison with {library}")

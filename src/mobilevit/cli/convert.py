@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-if TYPE_CHECKING:
-    pass
 from mobilevit.cli.options import Download, SomeWeights, expand, read_weights, warn_of_transparency
 
 
@@ -19,7 +17,7 @@ class Convert:
 
     source: SomeWeights
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """A .safetensors file (ours, timm's), a .pt file (Apple's) or a folder (transformers')."""
+    """A .safetensors file (mobilevit, timm), a .pt file (apple) or a folder (transformers)."""
     to: Literal["mobilevit", "apple", "timm", "transformers"] = "mobilevit"
     """Format to write."""
     overwrite: bool = False
@@ -27,16 +25,15 @@ class Convert:
     download: Download = False
 
     def run(self) -> int:
-        """Read, write, say what was done."""
         from mobilevit.weights import write
 
         target = expand(self.target)
         if target.exists() and not self.overwrite:
-            raise ValueError(f"{target}: exists already; choose another name or say --overwrite")
+            raise ValueError(f"{target}: already exists; choose another name or add --overwrite")
         weights = read_weights(self.source, self.download)
         write(weights, target, self.to)
         print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
         warn_of_transparency(weights)
         if self.to == "apple":
-            print("Apple's format has no place for class names and preprocessing; whoever reads it assumes the paper's")
+            print("Apple's format does not contain class names and preprocessing; readers assume the paper's")
         return 0

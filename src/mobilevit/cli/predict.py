@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mobilevit.defaults import MAX_MEGAPIXELS
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mobilevit.predict import Classifier, Detection, Detector, Prediction, Segmenter
-from mobilevit.cli.console import stderr, stdout, warn
+from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.options import (
     ARTIFACTS,
     OR_RUN,
@@ -32,13 +27,23 @@ from mobilevit.cli.options import (
     use_threads,
     warn_of_assumptions,
 )
+from mobilevit.defaults import MAX_MEGAPIXELS, SCORE_THRESHOLD, TOP_K
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mobilevit.predict import Classifier, Detection, Detector, ImageResult, Prediction, Segmenter
+
+Rows = list[tuple[str, ...]]  # of the table, without the column of the image
+Predictions = Callable[[Any, Any], list[Any]]  # (pixels, sizes) of a batch -> a result per image
+MIN_IMAGES_FOR_PROGRESS = 32
 
 
 @dataclass(frozen=True)
 class Predict:
     """Predict the classes, boxes or masks of images.
 
-    What is predicted depends on what the weights were trained for. Exit code 1 if some images could not be read.
+    The task is that of the weights. The exit code is 1 if some images cannot be read.
     """
 
     weights: Annotated[
@@ -50,79 +55,92 @@ class Predict:
         ),
     ]
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Files, folders (searched through) or quoted patterns such as "photos/*.jpg"."""
-    top_k: int | None = None
-    """Of classifiers: classes to give for each image; unless given, 5."""
-    score_threshold: float | None = None
-    """Of detectors: the score, 0 to 1, above which something is shown; unless given, 0.3."""
+    """Files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"."""
+    top_k: Annotated[
+        int | None, tyro.conf.arg(help=f"Classification: number of classes per image; default {TOP_K}.")
+    ] = None
+    score_threshold: Annotated[
+        float | None, tyro.conf.arg(help=f"Detection: lower bound of the score, 0 to 1; default {SCORE_THRESHOLD}.")
+    ] = None
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder for what detection and segmentation write; unless given, predictions. Files of the same names are
-    replaced. Detection: STEM_boxes.jpg for each image, and detections.json in COCO's results format, with the
-    category_id that the class had in the data (its number + 1 where the weights do not know it) and the image's stem
-    for image_id, as a number where it is one. Segmentation: STEM.png, the class numbers in VOC's colours, and
-    STEM_overlay.jpg."""
+    """Folder for the files of detection and segmentation; default predictions. Files of the same names are replaced.
+    Detection: STEM_boxes.jpg per image, and detections.json in COCO's results format. Its category_id is that of the
+    data, or class index + 1 if the weights have none; its image_id is the image's stem, as a number if it is one.
+    Segmentation: STEM.png, class indices in VOC's colors, and STEM_overlay.jpg."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
     batch_size: int = 16
-    """Images at a time."""
+    """Images per batch."""
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
     num_threads: NumThreads = None
     download: Download = False
 
     def run(self) -> int:
-        """Predict, print and, but for classifiers, write."""
-        from rich.box import SIMPLE
-        from rich.progress import Progress
-        from rich.table import Column, Table
-
-        from mobilevit.images import ImageError, find_images
+        from mobilevit.images import find_images
 
         if not self.images:
-            raise ValueError("no image is named; give files, folders or quoted patterns")
+            raise ValueError("no images; give files, folders or quoted patterns")
         limit_megapixels(self.max_megapixels)
         paths = find_images(self.images)
-        use_threads(self.num_threads)  # imports torch: wrong paths are reported before
+        use_threads(self.num_threads)  # imports torch: errors in the paths are reported before
         model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
-        self._refuse_options(model.task)
-        shown = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
-        num_done = num_unread = 0
-        interrupted: KeyboardInterrupt | None = None
-        table = Table("image", "class", *(Column(name, justify="right") for name in shown.columns), box=SIMPLE)
-        console = stderr()
-        quiet = len(paths) < 32 or not console.is_terminal or (self.json and sys.stdout.isatty())
-        # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
-        with Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress:
-            try:
-                for path, result in progress.track(shown.results, len(paths), description="predicting"):
-                    try:
-                        if isinstance(result, ImageError):
-                            raise result
-                        line, rows = shown.show(path, result)
-                    except ImageError as error:  # or the image has gone before it could be drawn on
-                        num_unread += 1
-                        warn(str(error))
-                        line, rows = {"error": str(error)}, []
-                    if self.json:
-                        print(json.dumps({"image": str(path), **line}), flush=True)
-                    for i, row in enumerate(rows):
-                        table.add_row("" if i else str(path), *row)
-                    num_done += 1
-            except KeyboardInterrupt as interrupt:
-                if not num_done:
-                    raise
-                interrupted = interrupt  # what is done by then is kept and told
-        said = shown.close()
+        self._check_options(model.task)
+        output = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
+        return self._print(model, paths, output)
+
+    def _print(self, model: Any, paths: list[Path], output: _Classes | _Boxes | _Masks) -> int:
+        from rich.box import SIMPLE
+        from rich.table import Column, Table
+
+        from mobilevit.images import ImageError
+        from mobilevit.predict import predict_images
+
+        num_done = num_failed = 0
+        interrupt: KeyboardInterrupt | None = None
+        table = Table("image", "class", *(Column(name, justify="right") for name in output.columns), box=SIMPLE)
+        results = predict_images(model, paths, output.predict, batch_size=self.batch_size)
+        try:
+            for one in self._with_progress(results, len(paths)):
+                try:
+                    line, rows = output.write(one)
+                except ImageError as error:
+                    num_failed += 1
+                    warn(str(error))
+                    line, rows = {"error": str(error)}, []
+                if self.json:
+                    print(json.dumps({"image": str(one.path), **line}), flush=True)
+                for i, row in enumerate(rows):
+                    table.add_row("" if i else str(one.path), *row)
+                num_done += 1
+        except KeyboardInterrupt as error:
+            if not num_done:
+                raise
+            interrupt = error  # after the results so far are written
+        written = output.finish()
         if not self.json and table.row_count:
             stdout().print(table)
-            if said:
-                print(said)
-        if interrupted is not None and num_done < len(paths):
-            raise type(interrupted)(
-                f"{str(interrupted) or 'interrupted'} after {num_done} of {len(paths)} images; missing are "
-                f"{paths[num_done]} and what comes after it"
+            if written:
+                print(written)
+        if interrupt is not None and num_done < len(paths):
+            raise type(interrupt)(
+                f"{str(interrupt) or 'interrupted'} after {num_done} of {len(paths)} images; the first one without a "
+                f"result is {paths[num_done]}"
             )
-        return 1 if num_unread else 0
+        return 1 if num_failed else 0
+
+    def _with_progress(self, results: Any, num_images: int) -> Any:
+        """`results` with a progress bar, if there are many and it does not mix with the output."""
+        from mobilevit.logs import CONSOLE
+
+        if num_images < MIN_IMAGES_FOR_PROGRESS or not CONSOLE.is_terminal or (self.json and sys.stdout.isatty()):
+            yield from results
+            return
+        from rich.progress import Progress
+
+        # By default, rich redirects standard output to the console of the bar, standard error.
+        with Progress(console=CONSOLE, transient=True, redirect_stdout=False) as progress:
+            yield from progress.track(results, num_images, description="predicting")
 
     def _network(self) -> Any:
         from mobilevit.models.fuse import fold_batch_norm
@@ -131,164 +149,156 @@ class Predict:
         weights = read_weights(self.weights, self.download)
         warn_of_assumptions(self.weights, weights)
         build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
-        return fold_batch_norm(build(weights).to(choose_device(self.device)))
+        return fold_batch_norm(build(weights).to(choose_device(self.device)), inplace=True)
 
     def _artifact(self) -> Any:
         from mobilevit.export.predictor import load_predictor
 
         if self.device not in ("auto", "cpu"):
-            raise ValueError(f"device is {self.device!r}; an artifact runs on the CPU: leave out --device")
+            raise ValueError(f"device is {self.device!r}, but an artifact runs on the CPU; omit --device")
         return load_predictor(expand(Path(self.weights)))
 
-    def _refuse_options(self, task: str) -> None:
-        """Say so of an option that these weights have no use for, instead of not minding it."""
-        does = {
-            "classify": "only names classes, and they are printed",
-            "detect": "shows all that it finds above a score",
-            "segment": "gives every pixel one class",
-        }[task]
+    def _check_options(self, task: str) -> None:
+        """Check that the given options apply to the task."""
         for option, value, tasks in (
             ("--top-k", self.top_k, ("classify",)),
             ("--score-threshold", self.score_threshold, ("detect",)),
             ("--out", self.out, ("detect", "segment")),
         ):
             if value is not None and task not in tasks:
-                raise ValueError(f"{option} is for weights to {' or '.join(tasks)}; {self.weights} {does}")
+                raise ValueError(
+                    f"{option} is for the task {' or '.join(tasks)}, but {self.weights} is for {task}; omit it"
+                )
 
 
 class _Classes:
-    """What `Predict` prints of a classifier."""
+    """The output of classification."""
 
     columns = ("probability",)
 
     def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
-        from mobilevit.predict import predict_images
+        top_k = TOP_K if command.top_k is None else command.top_k
+        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, top_k)
 
-        options: dict[str, Any] = {} if command.top_k is None else {"top_k": command.top_k}
-        self.results = predict_images(model, paths, batch_size=command.batch_size, **options)
+    def write(self, one: ImageResult[list[Prediction]]) -> tuple[dict[str, Any], Rows]:
+        """JSON values and table rows.
 
-    def show(self, path: Path, found: list[Prediction]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-        """The line of JSON and the rows of the table."""
-        line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in found]
-        return {"predictions": line}, [(p.class_name, f"{100 * p.probability:.1f} %") for p in found]
+        Raises:
+            ImageError: the image could not be read.
+        """
+        predictions = one.value()
+        line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in predictions]
+        return {"predictions": line}, [(p.class_name, f"{100 * p.probability:.1f} %") for p in predictions]
 
-    def close(self) -> str:
-        """Nothing was written."""
+    def finish(self) -> str:
+        """A line about the written files; there are none."""
         return ""
 
 
 class _Boxes:
-    """What `Predict` prints and writes of a detector."""
+    """The output of detection."""
 
     columns = ("score", "box: x1, y1, x2, y2 in px")
 
     def __init__(self, command: Predict, model: Detector, paths: list[Path]):
-        from mobilevit.predict import detect_images
-
-        self.out = _folder_for(command, {path: str(_image_id(path)) for path in paths})
+        self.out = _output_folder(command, {path: str(_image_id(path)) for path in paths})
         self.category_ids = model.category_ids or range(1, model.num_classes + 1)
         if not model.category_ids:
-            warn(f"{command.weights}: knows no category ids; in detections.json they are the number of the class + 1")
-        options: dict[str, Any] = (
-            {} if command.score_threshold is None else {"score_threshold": command.score_threshold}
-        )
-        self.results = detect_images(model, paths, batch_size=command.batch_size, **options)
+            warn(f"{command.weights}: no category ids; detections.json has class index + 1 instead")
+        threshold = SCORE_THRESHOLD if command.score_threshold is None else command.score_threshold
+        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, threshold)
         self.coco: list[dict[str, Any]] = []
 
-    def show(self, path: Path, found: list[Detection]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-        """The line of JSON and the rows of the table; the image is drawn on."""
+    def write(self, one: ImageResult[list[Detection]]) -> tuple[dict[str, Any], Rows]:
+        """JSON values and table rows; writes the image with its boxes."""
         from mobilevit.draw import draw_boxes, write_jpeg
-        from mobilevit.images import read_image
 
-        labels = [f"{d.class_name} {100 * d.score:.0f} %" for d in found]
+        detections, path = one.value(), one.path
+        labels = [f"{d.class_name} {100 * d.score:.0f} %" for d in detections]
         drawing = self.out / f"{path.stem}_boxes.jpg"
-        image = read_image(path)
-        write_jpeg(draw_boxes(image, [d.box for d in found], [d.class_index for d in found], labels), drawing)
-        coco = []
-        for d in found:
-            x1, y1, x2, y2 = d.box
-            coco.append(
-                {
-                    "image_id": _image_id(path),
-                    "category_id": self.category_ids[d.class_index],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": d.score,
-                    "file_name": path.name,
-                    "category_name": d.class_name,
-                }
-            )
-        self.coco += coco  # all of an image, or, where it is interrupted, nothing
-        line = [{"class": d.class_name, "index": d.class_index, "score": d.score, "box": d.box} for d in found]
-        rows = [(d.class_name, f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box)) for d in found]
+        boxes, classes = [d.box for d in detections], [d.class_index for d in detections]
+        write_jpeg(draw_boxes(one.decoded(), boxes, classes, labels), drawing)
+        # All detections of an image, or none if the program is interrupted.
+        self.coco += [
+            {
+                "image_id": _image_id(path),
+                "category_id": self.category_ids[d.class_index],
+                "bbox": [d.box[0], d.box[1], d.box[2] - d.box[0], d.box[3] - d.box[1]],
+                "score": d.score,
+                "file_name": path.name,
+                "category_name": d.class_name,
+            }
+            for d in detections
+        ]
+        line = [{"class": d.class_name, "index": d.class_index, "score": d.score, "box": d.box} for d in detections]
+        rows = [(d.class_name, f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box)) for d in detections]
         return {"detections": line, "drawing": str(drawing)}, rows or [("nothing found", "", "")]
 
-    def close(self) -> str:
-        """Write detections.json and say what lies in the folder."""
+    def finish(self) -> str:
+        """Write detections.json; a line about the written files."""
         from mobilevit.files import write_whole
 
         text = json.dumps(self.coco)
         write_whole(self.out / "detections.json", lambda target: target.write_text(text, encoding="utf-8"))
-        return f"{self.out}: detections.json, and the images with their boxes"
+        return f"{self.out}: detections.json, and the images with their boxes (_boxes.jpg)"
 
 
 class _Masks:
-    """What `Predict` prints and writes of a segmentation network."""
+    """The output of segmentation."""
 
-    columns = ("share of the pixels",)
+    columns = ("fraction of the pixels",)
 
     def __init__(self, command: Predict, model: Segmenter, paths: list[Path]):
-        from mobilevit.predict import segment_images
+        self.out = _output_folder(command, {path: path.stem for path in paths})
+        self.class_name = model.class_name
+        self.predict: Predictions = model.predict_pixels
 
-        self.out = _folder_for(command, {path: path.stem for path in paths})
-        self.model = model
-        self.results = segment_images(model, paths, batch_size=command.batch_size)
-
-    def show(self, path: Path, found: np.ndarray) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-        """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
+    def write(self, one: ImageResult[np.ndarray]) -> tuple[dict[str, Any], Rows]:
+        """JSON values and table rows, the largest class first; writes the mask and the overlay."""
         import numpy as np
 
         from mobilevit.draw import draw_mask, write_jpeg, write_mask_png
-        from mobilevit.images import read_image
 
-        counts = np.bincount(found.ravel(), minlength=256)
+        mask = one.value()
+        counts = np.bincount(mask.ravel(), minlength=256)
         order = [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
-        classes = {c: (self.model.class_name(c), int(counts[c]) / found.size) for c in order}
-        mask, overlay = self.out / f"{path.stem}.png", self.out / f"{path.stem}_overlay.jpg"
-        legend = {c: f"{name} {100 * share:.1f} %" for c, (name, share) in classes.items() if name != "background"}
-        write_jpeg(draw_mask(read_image(path), found, legend), overlay)
-        write_mask_png(found, mask)
-        line = [{"class": name, "index": c, "share": share} for c, (name, share) in classes.items()]
-        rows = [(name, f"{100 * share:.1f} %") for name, share in classes.values()]
-        return {"classes": line, "mask": str(mask), "overlay": str(overlay)}, rows
+        classes = {c: (self.class_name(c), int(counts[c]) / mask.size) for c in order}
+        legend = {c: f"{name} {100 * part:.1f} %" for c, (name, part) in classes.items() if name != "background"}
+        mask_path, overlay_path = self.out / f"{one.path.stem}.png", self.out / f"{one.path.stem}_overlay.jpg"
+        write_jpeg(draw_mask(one.decoded(), mask, legend), overlay_path)
+        write_mask_png(mask, mask_path)
+        line = [{"class": name, "index": c, "fraction": fraction} for c, (name, fraction) in classes.items()]
+        rows: Rows = [(name, f"{100 * fraction:.1f} %") for name, fraction in classes.values()]
+        return {"classes": line, "mask": str(mask_path), "overlay": str(overlay_path)}, rows
 
-    def close(self) -> str:
-        """Say what lies in the folder."""
-        return f"{self.out}: class numbers (.png), and the images with the classes painted over (_overlay.jpg)"
+    def finish(self) -> str:
+        """A line about the written files."""
+        return f"{self.out}: class indices (.png), and the images with colored classes (_overlay.jpg)"
 
 
 def _image_id(path: Path) -> int | str:
-    """How COCO's results name an image: by the number that its stem is, 139 for 000000000139.jpg, else by its stem."""
+    """The image id in COCO's results: the stem, as a number if it is one, such as 139 for 000000000139.jpg."""
     return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else path.stem
 
 
-def _folder_for(command: Predict, names: dict[Path, str]) -> Path:
-    """The folder to write to. `names` are those that the images' results will go by, and have to differ.
+def _output_folder(command: Predict, names: dict[Path, str]) -> Path:
+    """The output folder. `names` are the names of the images' results, which must be unique.
 
     Raises:
-        ValueError: two images of one name, an image in that very folder, a file instead of it.
+        ValueError: two images with the same name, an image in the output folder, or a file instead of the folder.
     """
     out = expand(command.out or Path("predictions"))
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; name a folder with --out")
-    seen: dict[str, Path] = {}
+        raise ValueError(f"{out}: is a file; give a folder with --out")
+    by_name: dict[str, Path] = {}
     for path, name in names.items():
         if path.absolute().parent.resolve() == out.resolve():
-            raise ValueError(f"{path}: lies in {out}, where results are written; name another folder with --out")
-        # To some file systems A.png and a.png are the same.
-        other = seen.setdefault(name.casefold(), path)
+            raise ValueError(f"{path}: is in {out}, where results are written; give another folder with --out")
+        # Case-insensitive: some file systems do not distinguish A.png and a.png.
+        other = by_name.setdefault(name.casefold(), path)
         if other != path:
             raise ValueError(
-                f"{other} and {path}: the results of both would be called {name}; predict one after the other, each "
-                "with its own --out"
+                f"{other} and {path}: the results of both would be named {name}; predict them separately, each with "
+                "its own --out"
             )
     return out

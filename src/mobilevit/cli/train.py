@@ -22,37 +22,37 @@ from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand,
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network on your images, or resume a run that was stopped.
+    """Train a network on your images, or resume an interrupted run.
 
     mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
     """
 
     data: str
-    """A folder with a folder of images for each class, or with train/ and val/ that hold those; idx files, tar
-    shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub. To detect, COCO's or VOC's layout; to
-    segment, VOC's, or images/ and masks/."""
+    """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
+    or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
+    and masks/."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder for checkpoints, weights, metrics and report; unless given, runs/ and the name of the data."""
+    """Run folder: checkpoints, weights, metrics and report. Default: runs/ and the name of the data."""
     weights: Annotated[
         str | None,
         tyro.conf.arg(
             aliases=["--backbone"],
-            help=f"Start from these weights instead of random ones: {WEIGHTS}. Of another task, their backbone.",
+            help=f"Pretrained weights: {WEIGHTS}. From weights of another task, only the backbone is used.",
         ),
     ] = None
     download: Download = False
     device: Device = "auto"
     num_threads: NumThreads = None
     checkpoint_minutes: float = 5.0
-    """A checkpoint is kept this often, and after every epoch."""
+    """Minutes between checkpoints. Every epoch ends with a checkpoint, too."""
     tensorboard: bool = False
-    """Write for TensorBoard as well."""
+    """Log to TensorBoard as well."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     recipe_name: tyro.conf.Suppress[str] = "plain"
     command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
-        """Train, then say what to do next."""
+        """Train, then print the results and a next command."""
         from mobilevit.report.training import Origin
         from mobilevit.training.loop import train
         from mobilevit.training.run import FinishedError
@@ -64,12 +64,12 @@ class Train:
         out = expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = read_weights(self.weights, self.download) if self.weights else None
         architecture = self.recipe.architecture
-        # The weights override the recipe's default, but not what the command names.
+        # The weights override the default of the recipe, but not an option of the command.
         is_given = any(arg.partition("=")[0] == "--architecture" for arg in shlex.split(self.command))
         if pretrained and is_given and architecture != pretrained.architecture.name:
             raise ValueError(
                 f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
-                f"or give weights of MobileViT-{architecture.upper()}"
+                f"or use weights of MobileViT-{architecture.upper()}"
             )
         try:
             run = train(
@@ -83,7 +83,7 @@ class Train:
                 extend=True,
                 origin=Origin(self.recipe_name, self.command),
             )
-        except FinishedError as finished:  # scripts that repeat the command until it succeeds end here
+        except FinishedError as finished:  # success, for scripts that repeat the command until it succeeds
             warn(str(finished))
             return 0
         if os.environ.get("RANK", "0") == "0":
@@ -97,7 +97,7 @@ class Train:
 
 
 def recipe_list() -> str:
-    """The recipes, each with the first line of its description; those that differ in size alone together."""
+    """The recipes with the first line of their descriptions. Recipes that differ in size only share a line."""
     purposes: dict[str, list[str]] = {}
     for name in RECIPES:
         purposes.setdefault(describe(name).partition("\n")[0], []).append(name)

@@ -1,29 +1,22 @@
-"""What the paper says of MobileViT beside the others, computed anew from the table; and its other two comparisons.
+"""Claims of the MobileViT paper (arXiv 2110.02178), recomputed; its detection and segmentation tables.
 
-All published figures here are the MobileViT paper's (arXiv 2110.02178); what is counted is our own.
+All published figures are the paper's. Parameter counts are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from mobilevit.compare.counts import count_parameters
+from mobilevit.benchmark.cost import count_parameters
+from mobilevit.compare.reports import CheckedClaim, Claim, DenseRow, PublishedRow, SpeedRatio
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.ssdlite import SSDLite
 
-
-@dataclass(frozen=True)
-class Claim:
-    """`ours` has `better` points more of top-1 than `other`, and `other` has `larger` times its parameters."""
-
-    ours: str
-    other: str
-    better: float
-    larger: float | None = None
+# Milliseconds on the CPU of an iPhone 12.
+PUBLISHED_LATENCY_MS = {"mobilevit-xs": 17.86, "mobilenetv2-1.0": 7.50, "pit-tiny": 24.03, "deit-tiny": 28.15}
+LATENCY_BASELINE = "mobilevit-xs"
 
 
 CLAIMS = (
@@ -31,139 +24,88 @@ CLAIMS = (
     Claim("mobilevit-xs", "shufflenetv2", 5.4),
     Claim("mobilevit-xs", "mobilenetv3-small", 7.4),
     Claim("mobilevit-s", "efficientnet-b0", 2.1),
-    Claim("mobilevit-xs", "deit-tiny", 2.6, larger=2.5),
+    Claim("mobilevit-xs", "deit-tiny", 2.6, times_larger=2.5),
 )
 
-# Milliseconds on an iPhone 12's CPU, by name in the table.
-PUBLISHED_LATENCY_MS = {"mobilevit-xs": 17.86, "mobilenetv2-1.0": 7.50, "pit-tiny": 24.03, "deit-tiny": 28.15}
 
-
-@dataclass(frozen=True)
-class Dense:
-    """A backbone under a detection or segmentation head; `published` is COCO mAP or VOC mIoU, in per cent."""
-
-    backbone: str
-    published_parameters: int
-    published: float
-
-
-# SSDLite at 320 px, but for the VGG.
+# SSDLite at 320 px, except for VGG.
 DETECTION = (
-    Dense("mobilenetv3", 4_900_000, 22.0),
-    Dense("mobilenetv2", 4_300_000, 22.1),
-    Dense("mobilenetv1", 5_100_000, 22.2),
-    Dense("mixnet", 4_500_000, 22.3),
-    Dense("mnasnet", 4_900_000, 23.0),
-    Dense("vgg (ssd300)", 35_600_000, 25.1),
-    Dense("resnet-50", 22_900_000, 25.2),
-    Dense("mobilevit-xxs", 1_800_000, 19.9),
-    Dense("mobilevit-xs", 2_700_000, 24.8),
-    Dense("mobilevit-s", 5_700_000, 27.7),
+    DenseRow("mobilenetv3", 4_900_000, 22.0),
+    DenseRow("mobilenetv2", 4_300_000, 22.1),
+    DenseRow("mobilenetv1", 5_100_000, 22.2),
+    DenseRow("mixnet", 4_500_000, 22.3),
+    DenseRow("mnasnet", 4_900_000, 23.0),
+    DenseRow("vgg (ssd300)", 35_600_000, 25.1),
+    DenseRow("resnet-50", 22_900_000, 25.2),
+    DenseRow("mobilevit-xxs", 1_800_000, 19.9),
+    DenseRow("mobilevit-xs", 2_700_000, 24.8),
+    DenseRow("mobilevit-s", 5_700_000, 27.7),
 )
 # DeepLabv3.
 SEGMENTATION = (
-    Dense("mobilenetv1", 11_200_000, 75.3),
-    Dense("mobilenetv2", 4_500_000, 75.7),
-    Dense("resnet-101", 58_200_000, 80.5),
-    Dense("mobilevit-xxs", 1_900_000, 73.6),
-    Dense("mobilevit-xs", 2_900_000, 77.1),
-    Dense("mobilevit-s", 6_400_000, 79.1),
+    DenseRow("mobilenetv1", 11_200_000, 75.3),
+    DenseRow("mobilenetv2", 4_500_000, 75.7),
+    DenseRow("resnet-101", 58_200_000, 80.5),
+    DenseRow("mobilevit-xxs", 1_900_000, 73.6),
+    DenseRow("mobilevit-xs", 2_900_000, 77.1),
+    DenseRow("mobilevit-s", 6_400_000, 79.1),
 )
 
 
-def check_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every claim whose two systems are among `rows` of the table, with the numbers it is computed from.
+def check_claims(rows: Sequence[PublishedRow]) -> list[CheckedClaim]:
+    """Check every claim whose two models are among `rows`.
 
-    A claim holds if what comes out is what the paper prints, rounded as the paper prints it. `difference_today` is
-    that of the best weights of the libraries on both sides; None where there are none.
+    A claim holds if the result equals the printed one when rounded to its precision.
     """
-    by_name = {row["name"]: row for row in rows}
+    by_name = {row.name: row for row in rows}
     checked = []
     for claim in CLAIMS:
         if not {claim.ours, claim.other} <= by_name.keys():
             continue
         ours, other = by_name[claim.ours], by_name[claim.other]
-        difference = ours["published_top1"] - other["published_top1"]
-        times_larger = other["num_parameters"] / ours["num_parameters"]
-        today = [max((w["top1"] for w in row["library_weights"]), default=None) for row in (ours, other)]
-        difference_today = None if today[0] is None or today[1] is None else round(today[0] - today[1], 2)
+        difference = round(ours.published_top1 - other.published_top1, 2)
+        times_larger = other.cost.num_parameters / ours.cost.num_parameters
+        best = ours.best_weights, other.best_weights
         checked.append(
-            {
-                "ours": claim.ours,
-                "other": claim.other,
-                "claimed_difference": claim.better,
-                "claimed_times_larger": claim.larger,
-                "top1": [ours["published_top1"], other["published_top1"]],
-                "num_parameters": [ours["num_parameters"], other["num_parameters"]],
-                "difference": round(difference, 2),
-                "times_larger": times_larger,
-                "holds": round(difference, 1) == claim.better
-                and (claim.larger is None or round(times_larger, 1) == claim.larger),
-                "top1_today": today,
-                "difference_today": difference_today,
-            }
+            CheckedClaim(
+                claim,
+                top1=(ours.published_top1, other.published_top1),
+                num_parameters=(ours.cost.num_parameters, other.cost.num_parameters),
+                difference=difference,
+                times_larger=times_larger,
+                holds=round(difference, 1) == claim.difference
+                and (claim.times_larger is None or round(times_larger, 1) == claim.times_larger),
+                best_top1=(best[0].top1, best[1].top1) if best[0] and best[1] else None,
+            )
         )
     return checked
 
 
-def speeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as long as MobileViT-XS others take for an image, as published for a phone, and as timed here."""
+def speed_ratios(rows: Sequence[PublishedRow]) -> list[SpeedRatio]:
+    """The times of models divided by that of MobileViT-XS, published and measured."""
     return [
-        {
-            "ours": "mobilevit-xs",
-            "other": row["name"],
-            "published_ratio": PUBLISHED_LATENCY_MS[row["name"]] / PUBLISHED_LATENCY_MS["mobilevit-xs"],
-            "runtime": timing["runtime"],
-            "batch_size": timing["batch_size"],
-            "ratio": timing["ratios"]["mobilevit-xs"]["median"],
-        }
+        SpeedRatio(
+            ours=LATENCY_BASELINE,
+            other=row.name,
+            published_ratio=PUBLISHED_LATENCY_MS[row.name] / PUBLISHED_LATENCY_MS[LATENCY_BASELINE],
+            runtime=timing.runtime,
+            batch_size=timing.batch_size,
+            ratio=timing.ratios[LATENCY_BASELINE].median,
+        )
         for row in rows
-        if row["name"] in PUBLISHED_LATENCY_MS and row["name"] != "mobilevit-xs"
-        for timing in row["timings"]
-        if timing["batch_size"] == 1 and "mobilevit-xs" in timing["ratios"]
+        if row.name in PUBLISHED_LATENCY_MS
+        for timing in row.timings
+        if timing.batch_size == 1 and LATENCY_BASELINE in timing.ratios
     ]
 
 
-def dense_tables() -> dict[str, list[dict[str, Any]]]:
-    """The paper's detection and segmentation tables, with our own counts for the networks that are here."""
-    with torch.device("meta"):
-        counts = {
-            "detection": {f"mobilevit-{size}": count_parameters(SSDLite(size)) for size in ("xxs", "xs", "s")},
-            "segmentation": {f"mobilevit-{size}": count_parameters(DeepLabV3(size)) for size in ("xxs", "xs", "s")},
-        }
-    return {
-        task: [
-            {
-                "backbone": row.backbone,
-                "published_parameters": row.published_parameters,
-                "num_parameters": counts[task].get(row.backbone),
-                "published": row.published,
-            }
-            for row in published
+def dense_tables() -> dict[str, list[DenseRow]]:
+    """The paper's detection and segmentation tables, with our parameter counts for MobileViT."""
+    tables = {}
+    for task, model, rows in (("detection", SSDLite, DETECTION), ("segmentation", DeepLabV3, SEGMENTATION)):
+        with torch.device("meta"):
+            counts = {f"mobilevit-{size}": count_parameters(model(size)) for size in ("xxs", "xs", "s")}
+        tables[task] = [
+            DenseRow(row.backbone, row.published_parameters, row.published, counts.get(row.backbone)) for row in rows
         ]
-        for task, published in (("detection", DETECTION), ("segmentation", SEGMENTATION))
-    }
-
-
-def sentence(claim: Mapping[str, Any]) -> str:
-    """A checked claim in words."""
-    ours, other = claim["top1"]
-    small, large = (f"{number / 1e6:.2f} M" for number in claim["num_parameters"])
-    text = (
-        f"{claim['ours']} over {claim['other']}: claimed +{claim['claimed_difference']:.1f}, "
-        f"{ours:.1f} - {other:.1f} = {claim['difference']:+.1f}"
-    )
-    if claim["claimed_times_larger"]:
-        text += (
-            f"; claimed {claim['claimed_times_larger']:.1f} times smaller, {large} / {small} = "
-            f"{claim['times_larger']:.2f}"
-        )
-    else:
-        text += f", at {small} and {large} parameters"
-    text += "; holds" if claim["holds"] else "; does not hold"
-    if claim["difference_today"] is not None:
-        ours, other = claim["top1_today"]
-        text += (
-            f" (with the libraries' best weights of today {ours:.2f} - {other:.2f} = {claim['difference_today']:+.2f})"
-        )
-    return text
+    return tables

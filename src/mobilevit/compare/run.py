@@ -1,344 +1,297 @@
-"""The comparison as plain JSON values: what was published of the systems, what they cost, what they take here and now.
+"""Count and time the listed models.
 
-Times of two separate runs cannot be compared, see `mobilevit.benchmark.run`. So the systems are timed in small
-groups, and in every group the three sizes of MobileViT take their turns in every round: what counts is the ratio of two
-times of the same round.
+Times of separate runs are not comparable, see `mobilevit.benchmark.timing`. So the models are timed in small groups,
+every group together with the three sizes of MobileViT, and results are ratios of two times of the same round.
 """
 
 from __future__ import annotations
 
 import copy
-import datetime
-import os
+import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from mobilevit.benchmark import timing
-from mobilevit.benchmark.rivals import keep_silu, randomise
-from mobilevit.benchmark.run import example, load, write_side
-from mobilevit.compare.claims import check_claims, dense_tables, speeds
-from mobilevit.compare.counts import count
-from mobilevit.compare.models import SYSTEMS, Network, System
+from mobilevit.benchmark.cost import count
+from mobilevit.benchmark.models import LAYOUT_ROUNDS, write_model
+from mobilevit.benchmark.rivals import protect_silu, randomize
+from mobilevit.benchmark.timing import Spread
+from mobilevit.compare.claims import check_claims, dense_tables, speed_ratios
+from mobilevit.compare.models import MOBILEVITS, MODELS, Model, PublishedModel, check_names, network_key
+from mobilevit.compare.reports import RUNTIMES, Baseline, PublishedReport, PublishedRow, Runtime, Timing
+from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
 from mobilevit.export import TOLERANCE, find_backend
-from mobilevit.export.artifact import Target
+from mobilevit.export.artifact import ArtifactSpec
 from mobilevit.images import first_line
-from mobilevit.names import nearest
 
-Runtime = Literal["torch", "onnx"]
-Baseline = Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"]
-RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
-OURS = tuple(name for name, system in SYSTEMS.items() if system.family == "mobilevit")
-GROUP = 6  # systems beside ours in a round: with more, the two sides of a ratio are seconds apart
-LAYOUT_ROUNDS = 3
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
-
-def choose(names: Sequence[str]) -> list[System]:
-    """The systems called `names`, all if there are none, in the order of the table; always with MobileViT's three.
-
-    Raises:
-        ValueError: names that are not in the table.
-    """
-    check_names(names, SYSTEMS)
-    wanted = {*names, *OURS} if names else set(SYSTEMS)
-    return [system for name, system in SYSTEMS.items() if name in wanted]
-
-
-def check_names(names: Sequence[str], known: Collection[str]) -> None:
-    """Refuse names that are not among those known.
-
-    Raises:
-        ValueError: which they are, with the most similar names, or all names where none is similar.
-    """
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        hint = nearest(unknown[0], known) or f"there are {', '.join(known)}"
-        raise ValueError(f"there is no system {', '.join(repr(name) for name in unknown)}; {hint.strip()}")
-
-
-def compare(
-    systems: Sequence[System],
-    *,
-    runtimes: Sequence[Runtime] = RUNTIMES,
-    batch_sizes: Sequence[int] = (1,),
-    size_px: int | None = None,
-    device: str = "cpu",
-    baseline: Baseline = "nearest",
-    num_rounds: int = 40,
-    num_threads: int = 2,
-    on_start: Say = lambda what: None,
-    on_problem: Say = lambda what: None,
-) -> dict[str, Any]:
-    """Count and time `systems`, of which MobileViT's three are some; without `runtimes` nothing is timed.
-
-    Args:
-        size_px: the side of the images; unless given, that of each system.
-        device: where torch computes; ONNX Runtime is timed on the CPU alone.
-        baseline: what the others' times are divided by, one size of MobileViT or the nearest in parameters.
-        on_problem: told of a system that does not take the size, or that a runtime does not take. It is left out, and
-            in the notes.
-
-    Raises:
-        ValueError: a library or runtime that is not installed.
-    """
-    check_runtimes(runtimes, device)
-    begun = circumstances(device)
-    notes: list[str] = []
-    taken = []
-    for system in systems:
-        try:
-            system.check_size(size_px or system.size_px)
-            taken.append(system)
-        except ValueError as error:
-            notes.append(f"left out {system.name}: {error}")
-    if size_px and any(system.size_px != size_px for system in taken):
-        notes.append(f"top-1, and what the paper claims, are for the sizes of the papers and not for {size_px} px")
-    for note in notes:
-        on_problem(note)
-    rows = [_row(system, size_px, on_start) for system in taken]
-    notes += add_times(
-        [(system, row["size_px"], row) for system, row in zip(taken, rows, strict=True)],
-        runtimes=runtimes,
-        batch_sizes=batch_sizes,
-        device=device,
-        baseline=baseline,
-        num_rounds=num_rounds,
-        num_threads=num_threads,
-        on_start=on_start,
-        on_problem=on_problem,
-    )
-    as_published = [row for row in rows if row["size_px"] == SYSTEMS[row["name"]].size_px]
-    return {
-        **begun,
-        "num_threads": num_threads,
-        "num_rounds": num_rounds if runtimes else 0,
-        "baseline": baseline,
-        "rows": rows,
-        "claims": check_claims(as_published),
-        "speeds": speeds(as_published),
-        "dense": dense_tables(),
-        "notes": notes,
-    }
-
-
-def check_runtimes(runtimes: Sequence[Runtime], device: str) -> None:
-    """Refuse what cannot be timed in.
-
-    Raises:
-        ValueError: ONNX Runtime where it is not installed, or beside a device that is not the CPU.
-    """
-    if "onnx" in runtimes:
-        find_backend("onnx", Target("fp32", 256, 256))  # says so if it is not installed
-        if device != "cpu":
-            raise ValueError(f"ONNX Runtime is timed on the CPU alone; with --device {device} give --runtime torch")
-
-
-def add_times(
-    systems: Sequence[tuple[Network, int, dict[str, Any]]],
-    *,
-    runtimes: Sequence[Runtime],
-    batch_sizes: Sequence[int],
-    device: str,
-    baseline: Baseline,
-    num_rounds: int,
-    num_threads: int,
-    num_classes: int = 1000,
-    on_start: Say,
-    on_problem: Say,
-) -> list[str]:
-    """Time systems, given with the side of their images and their row, and put the times into the rows.
-
-    Each is compared with the MobileViT among them that is its `baseline`. For the arguments see `compare`. Returns what
-    `on_problem` was told.
-    """
-    notes: list[str] = []
-
-    def problem(what: str) -> None:
-        notes.append(what)
-        on_problem(what)
-
-    rows = [row for _, _, row in systems]
-    for runtime in runtimes:
-        for batch_size in batch_sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                clock = _Clock(
-                    runtime,
-                    batch_size,
-                    num_classes,
-                    device,
-                    num_rounds,
-                    num_threads,
-                    Path(folder),
-                    on_start,
-                    problem,
-                )
-                timings = clock.time([(system, size_px) for system, size_px, _ in systems])
-            for row in rows:
-                if network_of(row["name"]) in timings:
-                    other = against(row, rows, baseline)
-                    timing = timings[network_of(row["name"])]
-                    row["timings"].append(timing | {"against": other, "ratio": timing["ratios"].get(other)})
-    return notes
-
-
-def circumstances(device: str) -> dict[str, Any]:
-    """When, on what and with what something is measured in torch."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": timing.processor(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "num_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": timing.versions(),
-    }
-
-
-def _row(system: System, size_px: int | None, on_start: Say) -> dict[str, Any]:
-    size_px = size_px or system.size_px
-    on_start(f"{system.name}: counting ...")
-    counts = count(lambda: system.build(size_px=size_px), size_px)
-    return {
-        "name": system.name,
-        "family": system.family,
-        "paper": system.paper,
-        "library": system.library,
-        "size_px": size_px,
-        "num_parameters": counts.num_parameters,
-        "published_parameters": system.published_parameters,
-        "num_macs": counts.num_macs + counts.num_attention_macs,
-        "num_macs_without_attention": counts.num_macs,
-        "activation_bytes": counts.inference_bytes,
-        "published_top1": system.published_top1,
-        "augmentation": system.augmentation,
-        "source": system.source,
-        "library_weights": [asdict(weights) for weights in system.library_weights],
-        "timings": [],
-    }
-
-
-def network_of(name: str) -> str:
-    """The same for systems that differ only in how they were trained."""
-    return name.removesuffix("-basic")
-
-
-def against(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], baseline: Baseline) -> str | None:
-    """The MobileViT among `rows` that a row is compared with; None if it is not there, or is the row itself."""
-    sizes = {other["name"]: other["num_parameters"] for other in rows if other["name"] in OURS}
-    if baseline != "nearest":
-        sizes = {name: size for name, size in sizes.items() if name == baseline}
-    name = min(sizes, key=lambda name: abs(np.log(sizes[name] / row["num_parameters"])), default=None)
-    return None if name == row["name"] else name
+GROUP_SIZE = 6  # models timed together with ours; in larger groups the two times of a ratio are seconds apart
 
 
 @dataclass(frozen=True)
-class _Clock:
-    """Times systems in one runtime, in batches of one size."""
+class TimingOptions:
+    """How models are timed; without `runtimes` they are not.
+
+    `baseline` is the MobileViT by whose time the others are divided, or "nearest", the one nearest in parameters.
+    `device` is that of torch; ONNX Runtime is timed on the CPU only.
+    """
+
+    runtimes: Sequence[Runtime] = RUNTIMES
+    batch_sizes: Sequence[int] = (1,)
+    device: str = "cpu"
+    baseline: Baseline = "nearest"
+    num_rounds: int = NUM_ROUNDS
+    num_threads: int = NUM_THREADS
+
+    def check(self) -> None:
+        """Raise ValueError if ONNX Runtime is requested and not installed, or together with an accelerator."""
+        if "onnx" in self.runtimes:
+            find_backend("onnx", ArtifactSpec("fp32", 256, 256))
+            if self.device != "cpu":
+                raise ValueError(
+                    f"ONNX Runtime is timed on the CPU only; with --device {self.device} give --runtime torch"
+                )
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
+
+
+def choose(names: Sequence[str]) -> list[PublishedModel]:
+    """The models `names` and the three sizes of MobileViT, in the order of the table; all models if `names` is empty.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    check_names(names, MODELS)
+    return [model for name, model in MODELS.items() if not names or name in names or name in MOBILEVITS]
+
+
+def compare(
+    models: Sequence[PublishedModel], *, size_px: int | None = None, options: TimingOptions | None = None
+) -> PublishedReport:
+    """Count and time `models`, which must include a MobileViT.
+
+    Args:
+        models: see `choose`.
+        size_px: image size for all models, by default that of each model's published figures. Models that do not
+            support it are left out with a warning.
+        options: how to time them.
+
+    Raises:
+        ValueError: a library or runtime is not installed.
+    """
+    options = options or TimingOptions()
+    options.check()
+    machine = timing.machine(options.num_threads)
+    notes, rows = [], []
+    for model in models:
+        size = size_px or model.size_px
+        try:
+            model.check_size(size)
+        except ValueError as error:
+            notes.append(f"left out {model.name}: {error}")
+            continue
+        logger.info("%s: counting ...", model.name)
+        rows.append(_count(model, size))
+    if any(row.size_px != MODELS[row.name].size_px for row in rows):
+        notes.append(f"published top-1 and claims are for the image sizes of the papers, not for {size_px} px")
+    for note in notes:
+        logger.warning(note)
+    timings, problems = time_models([(MODELS[row.name], row.size_px) for row in rows], options)
+    num_parameters = {row.name: row.cost.num_parameters for row in rows}
+    rows = [replace(row, timings=timings_of(row.name, timings, num_parameters, options)) for row in rows]
+    at_published_size = [row for row in rows if row.size_px == MODELS[row.name].size_px]
+    return PublishedReport(
+        machine=machine,
+        device=options.device_name,
+        num_rounds=options.num_rounds if options.runtimes else 0,
+        num_timing_threads=options.num_threads,
+        baseline=options.baseline,
+        rows=rows,
+        notes=notes + problems,
+        claims=check_claims(at_published_size),
+        speeds=speed_ratios(at_published_size),
+        dense=dense_tables(),
+    )
+
+
+def _count(model: PublishedModel, size_px: int) -> PublishedRow:
+    with torch.device("meta"):
+        network = model.build(size_px=size_px)
+    return PublishedRow(
+        name=model.name,
+        family=model.family,
+        paper=model.paper,
+        library=model.library,
+        size_px=size_px,
+        cost=count(network, (size_px, size_px)),
+        published_parameters=model.published_parameters,
+        published_top1=model.published_top1,
+        augmentation=model.augmentation,
+        source=model.source,
+        library_weights=model.library_weights,
+    )
+
+
+def baseline_of(name: str, num_parameters: Mapping[str, int], baseline: Baseline) -> str | None:
+    """The MobileViT among `num_parameters` that a model is compared with; None if it is missing or the model itself."""
+    candidates = [other for other in MOBILEVITS if other in num_parameters and baseline in ("nearest", other)]
+    nearest = min(candidates, key=lambda other: abs(np.log(num_parameters[other] / num_parameters[name])), default=None)
+    return None if nearest == name else nearest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times
+
+
+def timings_of(
+    name: str, timings: Mapping[str, Sequence[Timing]], num_parameters: Mapping[str, int], options: TimingOptions
+) -> tuple[Timing, ...]:
+    """The timings of a model, with its baseline. Models that differ only in their training are timed once."""
+    baseline = baseline_of(name, num_parameters, options.baseline)
+    return tuple(
+        replace(one, baseline=baseline, ratio=one.ratios.get(baseline or ""))
+        for one in timings.get(network_key(name), ())
+    )
+
+
+def time_models(
+    models: Sequence[tuple[Model, int]], options: TimingOptions, num_classes: int = 1000
+) -> tuple[dict[str, list[Timing]], list[str]]:
+    """Time models, given with their image sizes, with ratios to the MobileViTs among them.
+
+    Returns the timings by `network_key`, and a line for every problem: a model that a runtime cannot run is left out
+    with a warning.
+    """
+    sizes = {network_key(model.name): (model, size_px) for model, size_px in models}
+    timings: dict[str, list[Timing]] = {name: [] for name in sizes}
+    problems: list[str] = []
+    for runtime in options.runtimes:
+        for batch_size in options.batch_sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                timer = _Timer(runtime, batch_size, num_classes, options, Path(folder), problems)
+                for name, result in timer.time(sizes).items():
+                    timings[name].append(result)
+    return timings, problems
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that is ready to run; see `Timing`."""
+
+    run: Callable[[], Any]
+    layout: str | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Times models in one runtime with one batch size."""
 
     runtime: Runtime
     batch_size: int
     num_classes: int
-    device: str
-    num_rounds: int
-    num_threads: int
+    options: TimingOptions
     folder: Path
-    on_start: Say
-    on_problem: Say
+    problems: list[str]
 
-    def time(self, systems: Sequence[tuple[Network, int]]) -> dict[str, dict[str, Any]]:
-        """By network, for systems and the side of their images: times, and ratios to the MobileViTs among them."""
-        torch.set_num_threads(self.num_threads)
-        sides = {network_of(system.name): (system, size_px) for system, size_px in systems}
-        ours = self._prepare({name: sides.pop(name) for name in OURS if name in sides})
-        names = list(sides)
-        groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)] or [[]]
-        times_ms: dict[str, list[np.ndarray]] = {name: [] for name in (*ours, *names)}
-        ratios: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in times_ms}
-        about: dict[str, dict[str, Any]] = {}
-        for number, group in enumerate(groups, start=1):
-            runs = ours | self._prepare({name: sides[name] for name in group})
-            about |= {name: found for name, (_, found) in runs.items()}
-            self.on_start(
-                f"{self.runtime}, batches of {self.batch_size}: {len(runs)} systems in turns, {self.num_rounds} "
-                f"rounds, group {number} of {len(groups)} ..."
+    def time(self, models: Mapping[str, tuple[Model, int]]) -> dict[str, Timing]:
+        """Time every model in a group with the MobileViTs, and divide by their times of the same round."""
+        torch.set_num_threads(self.options.num_threads)
+        ours = self._prepare_all({name: models[name] for name in MOBILEVITS if name in models})
+        names = [name for name in models if name not in MOBILEVITS]
+        groups = [names[i : i + GROUP_SIZE] for i in range(0, len(names), GROUP_SIZE)] or [[]]
+        prepared: dict[str, _Prepared] = {}
+        times_ms: dict[str, list[np.ndarray]] = {}
+        ratios: dict[tuple[str, str], list[np.ndarray]] = {}
+        for index, group in enumerate(groups, start=1):
+            members = ours | self._prepare_all({name: models[name] for name in group})
+            prepared |= members
+            logger.info(
+                "%s, batch size %d, group %d of %d: %d models interleaved, %d rounds ...",
+                *(self.runtime, self.batch_size, index, len(groups), len(members), self.options.num_rounds),
             )
-            measured = timing.measure([run for run, _ in runs.values()], self.num_rounds)
-            of = dict(zip(runs, measured, strict=True))
-            for name, times in of.items():
-                times_ms[name].append(times)
+            times = timing.measure([member.run for member in members.values()], self.options.num_rounds)
+            of = dict(zip(members, times, strict=True))
+            for name in of:
+                times_ms.setdefault(name, []).append(of[name])
                 for base in ours:
-                    ratios[name].setdefault(base, []).append(times / of[base])
+                    ratios.setdefault((name, base), []).append(of[name] / of[base])
         return {
-            name: {
-                "runtime": self.runtime,
-                "batch_size": self.batch_size,
-                **about[name],
-                "latency_ms": timing.spread(np.concatenate(times)),
-                "images_per_second": 1e3 * self.batch_size / float(np.median(np.concatenate(times))),
-                "ratios": {
-                    base: timing.spread(np.concatenate(found)) for base, found in ratios[name].items() if base != name
-                },
-            }
+            name: Timing(
+                runtime=self.runtime,
+                batch_size=self.batch_size,
+                layout=prepared[name].layout,
+                error=prepared[name].error,
+                latency_ms=Spread.of(np.concatenate(times)),
+                images_per_second=1e3 * self.batch_size / float(np.median(np.concatenate(times))),
+                ratios={base: Spread.of(np.concatenate(ratios[name, base])) for base in ours if base != name},
+            )
             for name, times in times_ms.items()
-            if times
         }
 
-    def _prepare(
-        self, systems: Mapping[str, tuple[Network, int]]
-    ) -> dict[str, tuple[Callable[[], Any], dict[str, Any]]]:
-        """What runs each network once, and what there is to say of it; without those that cannot be run."""
+    def _prepare_all(self, models: Mapping[str, tuple[Model, int]]) -> dict[str, _Prepared]:
+        """Prepare the models that this runtime can run."""
         prepared = {}
-        for name, (system, size_px) in systems.items():
-            self.on_start(f"{self.runtime}, batches of {self.batch_size}: preparing {name} ...")
-            # Not the initialisation it has: see `randomise`.
-            network = randomise(system.build(self.num_classes, size_px), seed=0).requires_grad_(False)
+        for name, (model, size_px) in models.items():
+            logger.info("%s, batch size %d: preparing %s ...", self.runtime, self.batch_size, name)
+            network = randomize(model.build(self.num_classes, size_px), seed=0).requires_grad_(False)
+            prepare = self._prepare_torch if self.runtime == "torch" else self._prepare_onnx
             try:
-                prepared[name] = (self._in_torch if self.runtime == "torch" else self._in_onnx)(name, network, size_px)
-            except Exception as error:  # whatever a converter says of a network
-                self.on_problem(f"{self.runtime}: left out {name}, which cannot be run ({first_line(error)})")
+                prepared[name] = prepare(name, network, size_px)
+            except Exception as error:  # a converter may raise anything
+                self._report(f"{self.runtime}: left out {name}, which does not run ({first_line(error)})")
         return prepared
 
-    def _in_torch(self, name: str, network: nn.Module, size_px: int) -> tuple[Callable[[], Any], dict[str, Any]]:
-        """As it is defined, nothing rewritten, in the memory layout of weights that is the faster one here."""
-        images = torch.rand(self.batch_size, 3, size_px, size_px).to(self.device)
+    def _prepare_torch(self, name: str, network: nn.Module, size_px: int) -> _Prepared:
+        """The model as it is defined, without rewrites, in the memory layout that is faster on this machine."""
+        device = self.options.device
+        images = torch.rand(self.batch_size, 3, size_px, size_px).to(device)
 
         def runner(network: nn.Module) -> Callable[[], Any]:
             def run() -> None:
                 with torch.inference_mode():
                     network(images)
-                if self.device != "cpu":
-                    torch.accelerator.synchronize(self.device)
+                if device != "cpu":
+                    torch.accelerator.synchronize(device)
 
             return run
 
-        network = network.to(self.device)
+        network = network.to(device)
         runs = {
             "channels first": runner(network),
             "channels last": runner(copy.deepcopy(network).to(memory_format=torch.channels_last)),
         }
         times_ms = timing.measure(list(runs.values()), LAYOUT_ROUNDS)
         layout = list(runs)[int(times_ms.min(axis=1).argmin())]
-        return runs[layout], {"layout": layout, "error": None}
+        return _Prepared(runs[layout], layout=layout)
 
-    def _in_onnx(self, name: str, network: nn.Module, size_px: int) -> tuple[Callable[[], Any], dict[str, Any]]:
-        """Exported as `mobilevit export` does it."""
-        if name not in OURS:
-            keep_silu(network)
-        target = Target("fp32", size_px, size_px, self.batch_size)
-        side = write_side(name, network, "onnx", target, self.folder)
-        run, images = load(side, self.num_threads), example(side)
-        assert side.expected is not None
-        (expected,), (found,) = side.expected, run(images)
+    def _prepare_onnx(self, name: str, network: nn.Module, size_px: int) -> _Prepared:
+        """The model as `mobilevit export` converts it; the rewrites apply to MobileViT only."""
+        if name not in MOBILEVITS:
+            protect_silu(network)
+        spec = ArtifactSpec("fp32", size_px, size_px, self.batch_size)
+        model = write_model(name, network, "onnx", spec, self.folder)
+        run, images = model.load(self.options.num_threads), model.example_input()
+        assert model.expected is not None
+        (expected,), (found,) = model.expected, run(images)
         error = float(np.abs(found - expected).max() / expected.std())
         if not error <= TOLERANCE["fp32"]:
-            self.on_problem(
-                f"onnx: {name} differs from torch by {error:.1g} of the standard deviation of its logits, allowed are "
-                f"{TOLERANCE['fp32']:g}; with random weights some networks amplify rounding"
+            self._report(
+                f"onnx: the logits of {name} differ from torch's by {error:.1g} of their standard deviation, the "
+                f"tolerance is {TOLERANCE['fp32']:g}; with random weights some models amplify rounding errors"
             )
-        return lambda: run(images), {"layout": None, "error": error}
+        return _Prepared(lambda: run(images), error=error)
+
+    def _report(self, problem: str) -> None:
+        self.problems.append(problem)
+        logger.warning(problem)

@@ -1,24 +1,25 @@
-"""Whether networks differ by more than chance, where each was trained a few times with different seeds."""
+"""Significance of differences between models that were trained with several seeds."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-LEVEL = 0.05  # what is rarer than this, were there no difference, is taken for one
+from mobilevit.files import require
+
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of one sample minus that of another.
+    """The mean of one sample minus that of another, by Welch's t-test.
 
-    `low` and `high` are the ends of its 95 % confidence interval and `p` how often chance alone makes a difference as
-    large, both of Welch's t test. All three are None where nothing can be said of chance: with fewer than two values on
-    a side, or where no value differs from the others of its side.
+    `low` and `high` are the limits of the 95 % confidence interval, `p` is the p-value. All three are None if there is
+    no test: a sample has fewer than two values, or both are constant.
     """
 
     mean: float
@@ -27,60 +28,62 @@ class Difference:
     p: float | None = None
 
 
-def check_scipy() -> None:
-    """Refuse to begin what could not be tested in the end.
+@dataclass(frozen=True)
+class Comparison:
+    """The top-1 of a model minus that of `baseline`, in percentage points, over `num_seeds` seeds each.
 
-    Raises:
-        ValueError: scipy is not installed.
+    `low`, `high` and `p` are those of `Difference`, `p_holm` is corrected for all `num_tests` tests of the report.
     """
-    try:
-        importlib.import_module("scipy")
-    except ImportError:
-        raise ValueError(
-            "scipy is not installed, and says what seeds are worth: pip install 'mobilevit[compare]'"
-        ) from None
+
+    name: str
+    baseline: str
+    num_seeds: int
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None = None
+    num_tests: int = 0
+
+    def describe(self) -> str:
+        """The comparison as a sentence."""
+        sign = "above" if self.difference > 0 else "below"
+        result = f"{abs(self.difference):.2f} points {sign}" if self.difference else "equal to"
+        subject = f"{self.name} is {result} {self.baseline}"
+        if self.num_seeds < 2:
+            return f"{subject}; a single seed permits no significance test"
+        if self.p_holm is None:
+            return f"{subject} with each of {self.num_seeds} seeds; without variance there is no significance test"
+        p = f"p = {self.p_holm:.2g}" if self.p_holm >= 0.001 else "p < 0.001"
+        significant = "significant" if self.p_holm < SIGNIFICANCE_LEVEL else "not significant"
+        correction = f", Holm-corrected for {self.num_tests} comparisons" if self.num_tests > 1 else ""
+        return (
+            f"{subject} (95 % confidence interval {self.low:+.2f} to {self.high:+.2f}, {self.num_seeds} seeds). The "
+            f"difference is {significant} ({p}; Welch's t-test{correction})."
+        )
+
+
+def require_scipy() -> Any:
+    """Import scipy.stats."""
+    return require("scipy.stats", "compare", "a significance test over several seeds")
 
 
 def welch(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """The mean of `values` minus that of `others`, two samples whose spreads may differ."""
+    """The mean of `values` minus that of `others`, two samples whose variances may differ."""
     mean = float(np.mean(values) - np.mean(others))
-    if min(len(values), len(others)) < 2:
+    if min(len(values), len(others)) < 2 or np.ptp(values) == np.ptp(others) == 0:
         return Difference(mean)
-    a, b = (np.var(sample, ddof=1) / len(sample) for sample in (values, others))
-    error = float(np.sqrt(a + b))
-    # Of equal values the mean is rounded, and what is left of their spread is no spread.
-    if error <= 1e-9 * float(np.abs([*values, *others]).max()):
-        return Difference(mean)
-    from scipy.stats import t
-
-    freedom = float((a + b) ** 2 / (a**2 / (len(values) - 1) + b**2 / (len(others) - 1)))
-    half = float(t.ppf(0.975, freedom)) * error
-    return Difference(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, freedom)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one of the samples may be constant
+        result = require_scipy().ttest_ind(values, others, equal_var=False)
+    interval = result.confidence_interval(0.95)
+    return Difference(mean, float(interval.low), float(interval.high), float(result.pvalue))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """`ps` of several tests, each raised so that some are below `LEVEL` by chance as seldom as one alone would be."""
-    raised, so_far = [0.0] * len(ps), 0.0
+    """Holm's correction of the p-values of several tests."""
+    corrected, largest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(np.argsort(ps, kind="stable")):
-        so_far = max(so_far, min(1.0, (len(ps) - rank) * ps[i]))
-        raised[i] = so_far
-    return raised
-
-
-def sentence(comparison: Mapping[str, Any]) -> str:
-    """What a comparison of two networks says, in words."""
-    name, against, num_seeds = (comparison[key] for key in ("name", "against", "num_seeds"))
-    mean, low, high, p = (comparison[key] for key in ("difference", "low", "high", "p_holm"))
-    apart = f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'}" if mean else "level with"
-    if num_seeds < 2:
-        return f"{name} is {apart} {against}; one seed says nothing about chance"
-    if p is None:
-        return f"{name} is {apart} {against}, the same with each of {num_seeds} seeds: they say nothing about chance"
-    tested = f"95 % interval {low:+.2f} to {high:+.2f}, {_p(p)}"
-    if p < LEVEL:
-        return f"{name} is {apart} {against} ({tested} over {num_seeds} seeds): unlikely chance"
-    return f"{name}: no difference from {against} can be seen with {num_seeds} seeds ({mean:+.2f} points, {tested})"
-
-
-def _p(p: float) -> str:
-    return f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected

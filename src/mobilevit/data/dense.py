@@ -24,7 +24,7 @@ from mobilevit.data.labels import IGNORE, Boxes, MaskFile
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import Box, resize
-from mobilevit.images import Preprocessing, read_image, read_part
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 # JPEG hands parts over at 1/2, 1/4 or 1/8 of their size, from 8 pixels to 8 pixels; a part that began between two of
 # them would be moved against its boxes. Parts of images from LARGE_PX up therefore keep to such a grid, and no other
@@ -108,7 +108,7 @@ class BoxAugmentation:
             labels = labels[is_seen]
             return part
 
-        part = read_part(sample.image, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
+        part = read_crop(sample.image, choose, max(pick.size_px, LARGE_PX // 2), sample.name)
         pixels = distort(Image.fromarray(resize(part, pick.size_px).numpy()), random)
         if self.flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -254,7 +254,7 @@ class MaskAugmentation:
             box = (left, top, right, bottom)
             return box
 
-        part = read_part(sample.image, choose, max(side, LARGE_PX // 2), sample.name)
+        part = read_crop(sample.image, choose, max(side, LARGE_PX // 2), sample.name)
         left, top, right, bottom = box
         classes = torch.from_numpy(sample.label.read(*whole)[top:bottom, left:right].copy())
         pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
-from mobilevit.images import Preprocessing, read_image, read_part
+from mobilevit.images import Preprocessing, read_crop, read_image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Policy = Literal["basic", "advanced"]
@@ -44,7 +44,7 @@ class Augmentation:
         Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.number))
-        part = read_part(
+        part = read_crop(
             sample.image,
             lambda width, height: random_box(width, height, self.min_scale, random),
             pick.size_px,

@@ -16,7 +16,7 @@ from mobilevit.defaults import SCORE_THRESHOLD
 from mobilevit.demo.runtime import FILES, find_runtime
 from mobilevit.demo.server import ISOLATION_HEADERS
 from mobilevit.draw import MASK_OPACITY, PALETTE
-from mobilevit.export import export
+from mobilevit.export import ExportOptions, export
 from mobilevit.images import ImageInput
 from mobilevit.report import render
 from mobilevit.weights import TaskName, Weights
@@ -102,18 +102,21 @@ def write_page(
         )
     # Some servers do not know the media type of .mjs, and browsers run only scripts with the right one.
     runtime_names = {name: f"ort/{name.replace('.bundle.min.mjs', '.js')}" for name in FILES}
-    static_files = [file for file in STATIC.iterdir() if file.is_file()]
+    # index.html is written first: it marks an interrupted page as ours.
+    static_files = sorted(STATIC.iterdir(), key=lambda file: file.name != "index.html")
     if not overwrite:
         names = [*(file.name for file in static_files), *runtime_names.values(), MODEL, "style.css", "network.json"]
         _check_folder(out, names)
     runtime_folder = find_runtime(runtime_folder)  # first, because it fails faster than the export
     with tempfile.TemporaryDirectory() as temporary:
         logger.info("exporting to ONNX ...")
-        (artifact,) = export(weights, ["onnx"], temporary, answers=is_dense, images=images, source=source)
+        (artifact,) = export(
+            weights, ["onnx"], temporary, ExportOptions(postprocess=is_dense), images=images, source=source
+        )
         (out / "ort").mkdir(parents=True, exist_ok=True)
+        for file in static_files:
+            shutil.copyfile(file, out / file.name)
         shutil.copyfile(artifact.path, out / MODEL)
-    for file in static_files:
-        shutil.copyfile(file, out / file.name)
     for name, target in runtime_names.items():
         shutil.copyfile(runtime_folder / name, out / target)
     (out / "style.css").write_text(render("style.css"), encoding="utf-8")

@@ -16,7 +16,7 @@ MAX_OPACITY = 0.75  # of the brightest color
 MIN_BRIGHTEST = 3.0
 UNIFORM_BELOW = 1.1  # attention counts as uniform if its maximum is below this multiple of the mean
 GRADIENT_DECADES = 4  # of the logarithmic scale, from the darkest to the brightest color
-MIN_GRADIENT_VALUE = 0.1  # of the smallest nonzero gradient, so that it can be told from exactly 0
+MIN_GRADIENT_VALUE = 0.1  # of the smallest nonzero gradient, to distinguish it from exactly 0
 SMALLEST_GRADIENT_TEXT = f"1/{round(10 ** (GRADIENT_DECADES * (1 - MIN_GRADIENT_VALUE)), -2):,.0f} or less"
 
 

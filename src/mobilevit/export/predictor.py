@@ -1,4 +1,4 @@
-"""Exported artifacts as predictors: images in, class names, boxes or masks out, computed by the artifact's runtime."""
+"""Exported artifacts as a `Classifier`, `Detector` or `Segmenter`, computed by the runtime of the artifact."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.export import artifact_input, load_artifact, read_metadata
-from mobilevit.export.artifact import OUTPUTS, SCORE_THRESHOLD, Target
-from mobilevit.export.verify import filled_batches
-from mobilevit.images import ImageInput, Preprocessing, read_image
+from mobilevit.export.artifact import RAW_OUTPUTS, SCORE_THRESHOLD, ArtifactSpec, artifact_input, fill_batches
+from mobilevit.export.backend import load_artifact, read_metadata
+from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
-from mobilevit.predict import Classifier, Detector, Predictor, Segmenter, Size
+from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
 
 
 class Artifact(Predictor):
-    """The predictor of an artifact; preprocessing and class names are those in its metadata.
+    """Base class of exported predictors: preprocessing and class names from the metadata of the artifact.
 
-    It replaces the network of the class that it is combined with, so that nothing can be trained or saved.
+    The runtime replaces the network, so that the model cannot be trained or saved.
 
     Raises:
-        ValueError: no artifact, without this package's metadata, or of a runtime that is not installed.
+        ValueError: not an artifact, one without this package's metadata, or the runtime is not installed.
     """
 
     def __init__(self, path: Path):
@@ -36,40 +36,38 @@ class Artifact(Predictor):
             preprocessing = json.loads(metadata["preprocessing"])
             uint8 = preprocessing.pop("scaled_inside")
             height, width = map(int, metadata["size"].split())
-            self.target = Target(
+            self.spec = ArtifactSpec(
                 precision=metadata["precision"],  # pyright: ignore[reportArgumentType] - one of ours
                 height=height,
                 width=width,
                 batch_size=int(metadata["batch_size"]),
                 uint8=uint8,
                 task=self.task,
-                answers=metadata["outputs"] != " ".join(OUTPUTS[self.task]),
+                postprocess=metadata["outputs"] != " ".join(RAW_OUTPUTS[self.task]),
             )
             self.preprocessing = Preprocessing.from_dict(preprocessing)
+            self._num_classes = int(metadata["num_classes"])
             self.class_names = tuple(json.loads(metadata["class_names"]))
             self.category_ids = tuple(json.loads(metadata.get("category_ids", "[]")))
-            self._num_classes = int(metadata["num_classes"])
         except KeyError as error:
-            raise _not_described(path, error) from None
+            raise _incomplete(path, error) from None
         self._run = load_artifact(path, torch.get_num_threads())
 
     @property
     def num_classes(self) -> int:
-        """The background of a detector is not counted."""
+        """Without the background of a detector."""
         return self._num_classes
 
     def outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the artifact, in as many runs as its batch size requires."""
-        batches = [self._run(batch.numpy()) for batch in filled_batches(pixels.split(1), self.target.batch_size)]
+        """The outputs of the artifact, from as many runs as its batch size requires."""
+        batches = [self._run(batch.numpy()) for batch in fill_batches(pixels.split(1), self.spec.batch_size)]
         return tuple(torch.from_numpy(np.concatenate(parts)[: len(pixels)]) for parts in zip(*batches, strict=True))
 
-    def _read(self, source: ImageInput) -> tuple[Tensor, Size]:
-        image = read_image(source)
-        return artifact_input(image, self.preprocessing, self.target)[0], image.size
+    def _pixels(self, image: Image.Image) -> Tensor:
+        return artifact_input(image, self.preprocessing, self.spec)[0]
 
-    def _batch(self, read: Sequence[tuple[Tensor, Size]]) -> tuple[Tensor, list[Size]]:
-        pixels, sizes = zip(*read, strict=True)
-        return torch.stack(pixels), list(sizes)
+    def _batch(self, pixels: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(pixels))
 
 
 class ArtifactClassifier(Artifact, Classifier):
@@ -82,46 +80,46 @@ class ArtifactClassifier(Artifact, Classifier):
 
 
 class ArtifactDetector(Artifact, Detector):
-    """An exported detector, with NMS inside or without."""
+    """An exported detector; with decoded outputs, NMS is part of the artifact."""
 
-    def _find(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
-        if not self.target.answers:
+    def _detect(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
+        if not self.spec.postprocess:
             boxes, scores = self.outputs(pixels)
             return suppress(boxes.float(), scores.float(), score_threshold=score_threshold, max_per_image=max_per_image)
         if score_threshold < SCORE_THRESHOLD:
             raise ValueError(
-                f"score threshold is {score_threshold}; this artifact leaves out boxes below {SCORE_THRESHOLD}: give "
-                "that or more, or export without --answers"
+                f"score threshold is {score_threshold}, but this artifact omits boxes below {SCORE_THRESHOLD}; use a "
+                "higher threshold, or export without --postprocess"
             )
-        found = []
+        detections = []
         for boxes, scores, labels in zip(*self.outputs(pixels), strict=True):
-            shown = (scores > score_threshold).nonzero()[:max_per_image, 0]  # best first
-            found.append(Detections(boxes[shown], scores[shown], labels[shown]))
-        return found
+            top = (scores > score_threshold).nonzero()[:max_per_image, 0]  # sorted by score
+            detections.append(Detections(boxes[top], scores[top], labels[top]))
+        return detections
 
 
 class ArtifactSegmenter(Artifact, Segmenter):
-    """An exported segmentation network, with logits or the class of every pixel as its output."""
+    """An exported segmentation network; the output is logits or, with decoded outputs, class indices."""
 
     def coarse(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W), or 1 for the class of a pixel and 0 for the others."""
+        """Logits (B, num_classes, H, W), or the class indices one-hot encoded."""
         (output,) = self.outputs(images)
-        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.target.answers else output
+        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.spec.postprocess else output
 
     def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
-        return logits  # the artifact has done it
+        return logits  # part of the artifact
 
 
 def load_predictor(path: str | Path) -> ArtifactClassifier | ArtifactDetector | ArtifactSegmenter:
-    """The predictor of an artifact, as its task requires; errors as of `Artifact`."""
+    """The predictor of an artifact, by the task in its metadata; errors as for `Artifact`."""
     path = Path(path)
     try:
         task = read_metadata(path)["task"]
     except KeyError as error:
-        raise _not_described(path, error) from None
+        raise _incomplete(path, error) from None
     predictors = {"classify": ArtifactClassifier, "detect": ArtifactDetector, "segment": ArtifactSegmenter}
     return predictors[task](path)
 
 
-def _not_described(path: Path, error: KeyError) -> ValueError:
-    return ValueError(f"{path}: {error.args[0]!r} is missing in its metadata; export it with this version of mobilevit")
+def _incomplete(path: Path, error: KeyError) -> ValueError:
+    return ValueError(f"{path}: its metadata has no {error.args[0]!r}; export it with this version of mobilevit")

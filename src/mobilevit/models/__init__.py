@@ -1,1 +1,1 @@
-"""The network, its heads, and weights in every format in use."""
+"""The networks: MobileViT, and detection and segmentation on it."""

@@ -1,8 +1,8 @@
-"""DeepLabv3 on MobileViT (arXiv 2110.02178, section 4.2.2; DeepLabv3 arXiv 1706.05587): a class for every pixel.
+"""DeepLabv3 on MobileViT (arXiv 2110.02178, section 4.2.2; DeepLabv3 arXiv 1706.05587): semantic segmentation.
 
-The last stages of the backbone keep the size of their input, so that the map is not too coarse. On it stand
-convolutions of several dilations side by side, each with another field of view (atrous spatial pyramid pooling), and
-the mean of the whole map; what they see together is classified pixel by pixel and resized to the size of the image.
+The last stages of the backbone do not downsample. Parallel convolutions with different dilations and global average
+pooling follow (atrous spatial pyramid pooling, ASPP). Their concatenated outputs are classified pixel by pixel, and the
+logits are resized to the size of the image.
 
 Shapes as in `mobilevit.py`.
 """
@@ -20,15 +20,17 @@ from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S, init
 
 @dataclass(frozen=True)
 class DeepLabHead:
-    """What stands on the backbone; the defaults are the paper's.
+    """The segmentation head; the defaults are the paper's.
 
-    `channels` is the width of the pyramid, `rates` are the dilations of its 3x3 convolutions in pixels of the map, and
-    `dropout` the share of its channels that training leaves out. `auxiliary_channels` is the width of a second, small
-    classifier on stage 4 that serves training alone; 0 means that there is none. `align_corners` says how the logits
-    are resized to the image, as in `torch.nn.functional.interpolate`.
+    Attributes:
+        channels: width of the pyramid.
+        rates: dilations of its 3x3 convolutions.
+        auxiliary_channels: width of a second classifier on stage 4 for training; 0 for none.
+        dropout: probability, of whole channels.
+        align_corners: of `torch.nn.functional.interpolate`, which resizes the logits to the image.
 
     Raises:
-        ValueError: a width or a rate below 1, no three rates.
+        ValueError: a width or a rate below 1, or not three rates.
     """
 
     channels: int = 256
@@ -39,7 +41,7 @@ class DeepLabHead:
 
     def __post_init__(self) -> None:
         if len(self.rates) != 3 or min(self.rates) < 1:
-            raise ValueError(f"rates is {self.rates}; it must be three whole numbers above 0")
+            raise ValueError(f"rates is {self.rates}; it must be three integers above 0")
         if self.channels < 1 or self.auxiliary_channels < 0:
             raise ValueError(
                 f"channels is {self.channels} and auxiliary_channels {self.auxiliary_channels}; they must be at least "
@@ -47,7 +49,7 @@ class DeepLabHead:
             )
 
 
-# The two that Apple published weights of: with the paper at output stride 16, and later, for S alone, at 8.
+# Apple published weights for both: with the paper at output stride 16, and later, for S only, at 8.
 PAPER_HEAD = DeepLabHead()
 LATER_HEAD = DeepLabHead(channels=512, rates=(12, 24, 36), auxiliary_channels=128, align_corners=True)
 
@@ -55,8 +57,8 @@ LATER_HEAD = DeepLabHead(channels=512, rates=(12, 24, 36), auxiliary_channels=12
 class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling; (B, C, H, W) -> (B, out, H, W).
 
-    It looks at one pixel, at three dilated windows around it and at the mean of the map, and mixes what it saw. In
-    training mode the batch norm on the mean needs at least two images.
+    A 1x1 convolution, three dilated ones and global average pooling, then a 1x1 projection. In training mode, the batch
+    norm after the pooling needs at least two images.
     """
 
     def __init__(self, in_channels: int, head: DeepLabHead):
@@ -69,19 +71,15 @@ class Pyramid(nn.Module):
         self.dropout = nn.Dropout2d(head.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map of the same size."""
         pooled = self.pooled(x.mean(dim=(-2, -1), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
-        # Of inputs in two layouts, cat would take the other one, and the convolution behind it turn all of it back.
+        # For inputs in two memory formats, cat would choose the other one, and the next convolution convert it back.
         pooled = pooled.contiguous(memory_format=torch.channels_last)
-        seen = [conv(x) for conv in self.convs]
-        return self.dropout(F.relu(self.project(F.relu(torch.cat((*seen, pooled), dim=1)))))
+        maps = [conv(x) for conv in self.convs]
+        return self.dropout(F.relu(self.project(F.relu(torch.cat((*maps, pooled), dim=1)))))
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier on an earlier map, so that the stages before it learn sooner.
-
-    (B, C, H, W) -> (B, num_classes, H, W).
-    """
+    """A second classifier on an earlier map, for deep supervision; (B, C, H, W) -> (B, num_classes, H, W)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float):
         super().__init__()
@@ -90,7 +88,6 @@ class AuxiliaryHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the size of the map."""
         return self.classifier(self.dropout(F.relu(self.project(x))))
 
 
@@ -99,12 +96,12 @@ class DeepLabV3(nn.Module):
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
-        num_classes: with the background, where there is one.
-        output_stride: how many pixels of the image one of the classified map stands for; see `Backbone`.
+        num_classes: including the background, if there is one.
+        output_stride: of the classified map; see `Backbone`.
         head: see `DeepLabHead`.
 
     Raises:
-        ValueError: an unknown architecture or output stride, a class count below 1.
+        ValueError: an unknown architecture or output stride, a number of classes below 1.
     """
 
     def __init__(
@@ -137,11 +134,11 @@ class DeepLabV3(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many logits a pixel has."""
+        """Including the background, if there is one."""
         return self.classifier.out_channels
 
     def reset_classes(self, num_classes: int) -> None:
-        """Put newly initialised classifiers of `num_classes` in place, the auxiliary one too where there is one."""
+        """Replace the classifier, and the auxiliary one, by newly initialized ones."""
         _check_count(num_classes)
         for module in (self, self.auxiliary):
             if module is not None:
@@ -161,7 +158,7 @@ class DeepLabV3(nn.Module):
         return self._resize(logits, images), self._resize(auxiliary, images)
 
     def coarse(self, images: Tensor) -> Tensor:
-        """The logits before they are resized, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
+        """Logits before the resize, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
         return self._classify(self.backbone(images)["stage5"])
 
     def _classify(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batch-norm folding, for inference in PyTorch and as the first rewrite of every export."""
+"""Batch-norm folding, for inference in PyTorch and before every export."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from mobilevit.models.mobilevit import ConvNorm
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def fold_batch_norm(model: Network) -> Network:
-    """A copy of `model` with every batch norm in the convolution before it: one pass over each map instead of two.
+def fold_batch_norm(model: Network, *, inplace: bool = False) -> Network:
+    """Fold every batch norm into the convolution before it: one pass over each map instead of two.
+
+    Returns a copy without gradients, unless `inplace`.
 
     Raises:
-        ValueError: a model in training mode, where batch norm depends on the batch.
+        ValueError: `model` is in training mode, where batch norm depends on the batch.
     """
-    model = frozen_copy(model)
+    model = _check_eval(model).requires_grad_(False) if inplace else frozen_copy(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, ConvNorm):
@@ -29,11 +31,15 @@ def fold_batch_norm(model: Network) -> Network:
 
 
 def frozen_copy(model: Network) -> Network:
-    """A deep copy of `model` without gradients.
+    """Return a deep copy of `model` without gradients.
 
     Raises:
-        ValueError: a model in training mode.
+        ValueError: `model` is in training mode.
     """
+    return copy.deepcopy(_check_eval(model)).requires_grad_(False)
+
+
+def _check_eval(model: Network) -> Network:
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() before it is rewritten")
-    return copy.deepcopy(model).requires_grad_(False)
+        raise ValueError("the model is in training mode; call model.eval() first")
+    return model

@@ -1,15 +1,14 @@
 """MobileViT (Mehta and Rastegari, ICLR 2022, arXiv 2110.02178): the whole network, top to bottom.
 
 A convolution unfolds its input into windows, multiplies each by one matrix, and folds the results back into a map.
-MobileViT keeps the unfold and the fold and puts a transformer where the matrix was: a map is cut into patches of p by p
-pixels, the pixels that stand at the same place in their patch attend to each other across all patches, and the map is
-put together again. A 3x3 convolution before the unfold has already shown each pixel its own patch, so afterwards every
-pixel has seen the whole image.
+MobileViT replaces the matrix by a transformer: it cuts a map into patches of p by p pixels, lets the pixels at the same
+position in their patches attend to each other across all patches, and folds the map together again. A 3x3 convolution
+before the unfold covers each pixel's own patch, so the receptive field afterwards is the whole image.
 
 Shapes: B batch, C channels of a map, H W its height and width, p patch side, P = p * p pixel positions in a patch,
-N patches in a map, D width of a token. Maps are (B, C, H, W) and lie channels-last in memory, so that the channels of a
-pixel are neighbours: a 1x1 convolution and a linear layer are then the same matrix product, LayerNorm needs no
-transpose, and unfold and fold move whole rows.
+N patches in a map, D width of a token. Maps are (B, C, H, W) in channels-last memory format, so that the channels of a
+pixel are adjacent: a 1x1 convolution and a linear layer are the same matrix product, LayerNorm needs no transpose, and
+unfold and fold move whole rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Transformer:
-    """The transformer inside a MobileViT block."""
+    """The transformer in a MobileViT block."""
 
     dim: int
     num_layers: int
@@ -35,7 +34,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Stage:
-    """Inverted residuals, the first of them with `stride`, then a MobileViT block if there is a transformer."""
+    """Inverted residuals, the first with `stride`, then a MobileViT block if there is a transformer."""
 
     channels: int
     num_residuals: int
@@ -45,7 +44,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the function of the network except its output stride, class count and weights."""
+    """Everything that defines the network except output stride, number of classes and weights."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -104,22 +103,22 @@ ARCHITECTURES = {architecture.name: architecture for architecture in (XXS, XS, S
 
 
 def unfold(x_BCHW: Tensor, patch_px: int) -> Tensor:
-    """Cut a map into patches and gather the pixels of equal position: (B, C, H, W) -> (B * P, N, C).
+    """Cut a map into patches and group pixels by their position in the patch: (B, C, H, W) -> (B * P, N, C).
 
-    H and W are multiples of `patch_px`. Positions and patches are numbered row by row.
+    H and W must be multiples of `patch_px`. Positions and patches are in row-major order.
     """
     B, C, H, W = x_BCHW.shape
     p = patch_px
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     if always(H % (H // p) == 0) and always(W % (W // p) == 0):
         x = x_BHWC.reshape(B, H // p, p, W // p, p, C).permute(0, 2, 4, 1, 3, 5)
-    else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
+    else:  # the same for symbolic sizes, which torch.export cannot prove to be divisible
         x = torch.stack([x_BHWC[:, i::p, j::p] for i in range(p) for j in range(p)], dim=1)
     return x.reshape(B * p * p, (H // p) * (W // p), C)
 
 
 def fold(x_BPNC: Tensor, patch_px: int, height: int, width: int) -> Tensor:
-    """Undo `unfold`: (B * P, N, C) -> (B, C, height, width)."""
+    """The inverse of `unfold`: (B * P, N, C) -> (B, C, height, width)."""
     p = patch_px
     C = x_BPNC.shape[-1]
     x = x_BPNC.reshape(-1, p, p, height // p, width // p, C).permute(0, 3, 1, 4, 2, 5)
@@ -127,10 +126,10 @@ def fold(x_BPNC: Tensor, patch_px: int, height: int, width: int) -> Tensor:
 
 
 def resize_map(x_BCHW: Tensor, height: int, width: int) -> Tensor:
-    """Resize a map bilinearly; nothing happens where the size is already right.
+    """Resize a map bilinearly, unless it has this size.
 
-    Under `torch.export` with a size known only as a symbol, the resize stays in the graph (to its own size it is the
-    identity), so that one exported program is right for every size.
+    Under `torch.export` with symbolic sizes, the resize stays in the graph, so that one program is correct for every
+    size. A resize to the same size is the identity.
     """
     H, W = x_BCHW.shape[-2:]
     if always(height == H) and always(width == W):
@@ -139,9 +138,9 @@ def resize_map(x_BCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def always(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes is true; where sizes are symbols, whether it is known to be true for all of them."""
+    """Whether a condition on sizes is true; for symbolic sizes, whether it is known to be true for all of them."""
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
-        # Imported on use: the module takes as long to import as a fifth of torch, and only compilers have symbols.
+        # Imported on use: it takes a fifth of the import time of torch, and only compilers have symbolic sizes.
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(condition)
@@ -149,9 +148,9 @@ def always(condition: bool | torch.SymBool) -> bool:
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor that nothing else uses: in place, unless autograd needs `x` again and would have to copy it.
+    """SiLU of a tensor that nothing else uses: in place, unless autograd needs `x` for the gradient.
 
-    A trace is checked by another one without autograd, which has to record the same operators.
+    Not in place while tracing: torch.jit checks a trace against one without autograd, with the same operators.
     """
     is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return F.silu(x, inplace=not x.requires_grad and not is_tracing)
@@ -169,7 +168,7 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        # The heads are moved after the split, so that the three gradients are put together by one copy, not two.
+        # Transposed after the split, so that autograd concatenates the three gradients with one copy, not two.
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, N, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).reshape(B, N, D))
@@ -198,7 +197,7 @@ class TransformerLayer(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and, unless switched off, SiLU; (B, C, H, W) -> (B, out, H / stride, W / stride)."""
+    """Convolution, batch norm and optionally SiLU; (B, C, H, W) -> (B, out, H / stride, W / stride)."""
 
     def __init__(
         self,
@@ -231,7 +230,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetv2's block: widen by 1x1, filter each channel by 3x3, narrow by 1x1 without activation."""
+    """MobileNetv2's block: 1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, dilation: int, expansion: int):
         super().__init__()
@@ -247,7 +246,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """See the neighbourhood by convolution, then the whole map by attention; (B, C, H, W) -> (B, C, H, W)."""
+    """Local features by convolution, then global ones by attention; (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, transformer: Transformer, dropout: float):
         super().__init__()
@@ -276,7 +275,7 @@ class MobileViTBlock(nn.Module):
 
 
 def round_to_8(channels: float) -> int:
-    """The multiple of 8 nearest to `channels`, at least 8 and never more than a tenth below it (MobileNets' rule)."""
+    """The nearest multiple of 8, at least 8 and not more than 10 % below `channels` (MobileNet's rule)."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
@@ -286,17 +285,18 @@ def round_to_8(channels: float) -> int:
 
 
 class Backbone(nn.Module):
-    """The stem and the stages: images in, named feature maps out.
+    """Stem and stages: images in, named feature maps out.
 
     Args:
-        architecture: one of the published sizes by name, or an `Architecture`.
-        out_stages: names of the maps to return, from "stem" and "stage1" to "stage5". Stages behind the last one named
-            are not built, so that no parameter lies idle.
-        output_stride: of stage 5. At 16 stage 5 keeps the size of its input; at 8 stage 4 does too, and the depthwise
-            convolution of stage 5 is dilated by 2 (the rule of the released code).
+        architecture: "xxs", "xs", "s" or an `Architecture`.
+        out_stages: names of the maps to return, from "stem" and "stage1" to "stage5". Stages after the last of them are
+            not built, so that there are no unused parameters.
+        output_stride: of stage 5. At 16, stage 5 does not downsample; at 8, stage 4 does not either, and the depthwise
+            convolution of stage 5 has dilation 2 (the rule of the released code).
 
-    `channels` and `strides` give, by name, the width of each returned map and how many pixels of the image one of its
-    pixels stands for.
+    Attributes:
+        channels: number of channels of each returned map, by name.
+        strides: pixels of the image per pixel of each returned map, by name.
 
     Raises:
         ValueError: an unknown architecture, stage or output stride.
@@ -325,8 +325,8 @@ class Backbone(nn.Module):
         in_channels, stride, dilation = a.stem_channels, 2, 1
         last = max(names.index(name) for name in self.out_stages)
         for name, stage in zip(names[1 : last + 1], a.stages, strict=False):
-            # A stage that would go beyond the output stride keeps its size. Its own first convolution still has the
-            # dilation gathered before it: the field of view only has to be made up for by the stages behind.
+            # A stage that would exceed the output stride does not downsample. Its convolutions have the dilation of the
+            # stages before it: only the stages after it have to compensate for the missing stride.
             downsamples = stage.stride > 1 and stride * stage.stride <= output_stride
             blocks: list[nn.Module] = []
             for i in range(stage.num_residuals):
@@ -355,10 +355,10 @@ class Backbone(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps by name, in the order of `out_stages`, of RGB `images` (B, 3, H, W) in [0, 1], H and W from 32 up."""
+        """Maps by name, in the order of `out_stages`, of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
         check_input(images)
-        maps = dict.fromkeys(self.out_stages, images)  # to be replaced; fixes the order
-        x = images  # in any layout: the convolutions hand on that of their weights
+        maps = dict.fromkeys(self.out_stages, images)  # placeholders, for the order
+        x = images  # in any memory format: convolutions use that of their weights
         for name, stage in self.named_children():
             x = stage(x)
             if name in maps:
@@ -371,11 +371,11 @@ class MobileViT(nn.Module):
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
-        num_classes: 0 leaves the classifier out: the output is then the pooled features (B, head_channels).
+        num_classes: 0 for no classifier: the output is then the pooled features (B, head_channels).
         output_stride: see `Backbone`.
 
     Raises:
-        ValueError: an unknown architecture or output stride, a negative class count.
+        ValueError: an unknown architecture or output stride, a negative number of classes.
     """
 
     def __init__(self, architecture: Architecture | str = S, *, num_classes: int = 1000, output_stride: int = 32):
@@ -390,27 +390,30 @@ class MobileViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many logits come out; 0 without a classifier."""
+        """0 without a classifier."""
         return self.classifier.out_features if isinstance(self.classifier, nn.Linear) else 0
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a newly initialised classifier of `num_classes` in place; 0 takes it away."""
+        """Replace the classifier by a newly initialized one; 0 removes it."""
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; it must be 0 (no classifier) or more")
         self.classifier = nn.Linear(self.architecture.head_channels, num_classes) if num_classes else nn.Identity()
         self.classifier.apply(initialise).to(self.head.norm.weight)  # its device and dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W from 32 px up, of any ratio."""
+        """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
         (x,) = self.backbone(images).values()
-        x = (
-            self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)
-        )  # a mean that keeps its axes, runtimes know as a pool
+        x = self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # runtimes recognize a pool by its kept axes
         return self.classifier(self.dropout(x))
 
 
 def check_input(images: Tensor) -> None:
-    """Raise TypeError or ValueError, with the fix, for anything but a float tensor of shape (B, 3, H, W)."""
+    """Check that `images` is a float tensor of shape (B, 3, H, W).
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: another shape.
+    """
     expected = "expected a float tensor of shape (B, 3, H, W)"
     if not isinstance(images, Tensor):
         raise TypeError(f"{expected}, found {type(images).__name__}; use model.preprocess(...) or torch.from_numpy(x)")
@@ -428,16 +431,14 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
     if isinstance(architecture, Architecture):
         return architecture
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"no architecture is called {architecture!r}; the published ones are {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"architecture is {architecture!r}; the published ones are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture]
 
 
 def initialise(module: nn.Module) -> None:
-    """As published: convolutions Kaiming normal over fan-out, linears normal of 0.02 truncated at two deviations."""
+    """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # there is no memory to fill, and PyTorch would import its compiler to find out
+        return  # nothing to fill, and PyTorch would import its compiler
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):

@@ -1,16 +1,19 @@
 """SSDLite on MobileViT (arXiv 2110.02178, section 4.2.1; SSD arXiv 1512.02325, SSDLite arXiv 1801.04381).
 
-Six maps of an image, each coarser than the one before, are looked at by one small head each. In every pixel of a map
-stand a few anchors, boxes of fixed shapes; for each of them the head says what is there (class logits, 0 means nothing)
-and how the anchor is to be moved and stretched to fit it (locations).
+Six feature maps of decreasing size have one small head each. Every pixel of a map has a few anchors, boxes of fixed
+shapes. For each anchor, the head predicts class logits (class 0 is the background) and the offset of the box from the
+anchor (location).
 
-Shapes: as in `mobilevit.py`, and A anchors of an image, K logits of an anchor (classes and background). Boxes are in
-units of the image: (0, 0) is its upper left corner and (1, 1) its lower right one, whatever its ratio.
+Shapes: as in `mobilevit.py`, A anchors of an image, K logits of an anchor (background and classes). Boxes are in
+relative coordinates: (0, 0) is the upper left corner of the image and (1, 1) the lower right one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,19 +22,19 @@ from torch import Tensor, nn
 
 from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S
 
-EXTRA_CHANNELS = (256, 128, 128)  # of the maps behind the backbone, each half as wide as the one before
+EXTRA_CHANNELS = (256, 128, 128)  # of the maps after the backbone, each with half the size of the one before
 POOLED_CHANNELS = 64  # of the last map, one pixel for the whole image
 HEAD_CHANNELS = (512, 256, *EXTRA_CHANNELS)  # in the heads of all maps but the last
-RATIOS = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))  # of the sides of the anchors that are no squares, by map
-NUM_ANCHORS = tuple(2 + 2 * len(ratios) for ratios in RATIOS)  # in a pixel: two squares, each ratio wide and tall
-MIN_SCALE, MAX_SCALE = 0.1, 1.05  # sides of the smallest square, and of the one that a seventh map would begin with
-CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # locations are divided by these, so that their size is about 1
+RATIOS = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))  # aspect ratios of the anchors besides squares, by map
+NUM_ANCHORS = tuple(2 + 2 * len(ratios) for ratios in RATIOS)  # per pixel: two squares, each ratio wide and tall
+MIN_SCALE, MAX_SCALE = 0.1, 1.05  # side of the smallest square, and of the first one that a seventh map would have
+CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # divisors of locations, so that they are of order 1
 MAX_GROWTH = math.log(1000 / 16)  # of an anchor's side; keeps exp finite (torchvision's bound)
-MIN_CANDIDATES = 1000  # for NMS to begin with, all classes of an image together
+MIN_CANDIDATES = 1000  # initial number of candidates for NMS, all classes of an image together
 
 
 class SeparableConv(nn.Module):
-    """A 3x3 convolution channel by channel, then a 1x1 one, ReLU; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
+    """3x3 depthwise convolution of stride 2, 1x1 convolution, ReLU; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -39,10 +42,9 @@ class SeparableConv(nn.Module):
         self.pointwise = ConvNorm(in_channels, out_channels, 1, activation=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map of half the size, rounded up."""
         if self.training and x.shape[3] == 1:
-            # Either stride leaves one column. With 2, oneDNN's gradient of the weights reads in bfloat16 memory that
-            # nobody wrote (torch 2.15).
+            # The output has one column for either stride. With stride 2, oneDNN's bfloat16 weight gradient reads
+            # uninitialized memory (torch 2.15).
             conv = self.depthwise.conv
             x = self.depthwise.norm(F.conv2d(x, conv.weight, stride=(2, 1), padding=1, groups=conv.groups))
         else:
@@ -51,9 +53,10 @@ class SeparableConv(nn.Module):
 
 
 class MapHead(nn.Module):
-    """What the anchors of one map see; (B, C, H, W) -> (B, H * W * anchors, 4 + K), the location first.
+    """Predictions for the anchors of one map; (B, C, H, W) -> (B, H * W * anchors, 4 + K), the location first.
 
-    `channels` is the width inside; 0 leaves only the last 1x1 convolution, for a map of one pixel.
+    Anchors are ordered by row, column and shape. `channels` is the hidden width; with 0 there is only the last 1x1
+    convolution, for a map of one pixel.
     """
 
     def __init__(self, in_channels: int, channels: int, num_anchors: int, num_classes: int):
@@ -66,7 +69,6 @@ class MapHead(nn.Module):
         self.out = nn.Conv2d(width, num_anchors * (5 + num_classes), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Locations and logits, pixel by pixel in rows and anchor by anchor in a pixel."""
         if self.project is not None:
             x = F.relu(self.project(x))
         if self.depthwise is not None:
@@ -80,10 +82,10 @@ class SSDLite(nn.Module):
 
     Args:
         architecture: "xxs", "xs", "s" or an `Architecture`.
-        num_classes: without the background, which is class 0 of the logits.
+        num_classes: without the background.
 
     Raises:
-        ValueError: an unknown architecture, a class count below 1.
+        ValueError: an unknown architecture, a number of classes below 1.
     """
 
     def __init__(self, architecture: Architecture | str = S, num_classes: int = 80):
@@ -106,58 +108,53 @@ class SSDLite(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are besides the background."""
+        """Without the background."""
         head = self.heads[-1]
         assert isinstance(head, MapHead)
         return head.out.out_channels // head.num_anchors - 5
 
     def reset_classes(self, num_classes: int) -> None:
-        """Forget the classes and make room for `num_classes` new ones.
-
-        Where things are, and that there is nothing, stays learnt: the rows of locations and background are kept.
-        """
+        """Replace the classifiers by newly initialized ones; the weights of locations and background stay."""
         _check_count(num_classes)
         for head in self.heads:
             assert isinstance(head, MapHead)
             old = head.out
             new = nn.Conv2d(old.in_channels, head.num_anchors * (5 + num_classes), 1).apply(initialise).to(old.weight)
             with torch.no_grad():
-                for theirs, ours in ((old.weight, new.weight), (old.bias, new.bias)):
-                    assert theirs is not None
-                    assert ours is not None
-                    kept = theirs.unflatten(0, (head.num_anchors, -1))[:, :5]
-                    ours.unflatten(0, (head.num_anchors, -1))[:, :5] = kept
+                for source, target in zip(old.parameters(), new.parameters(), strict=True):
+                    rows = source.unflatten(0, (head.num_anchors, -1))[:, :5]
+                    target.unflatten(0, (head.num_anchors, -1))[:, :5] = rows
             head.out = new.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, A, num_classes + 1) and locations (B, A, 4) of RGB `images` (B, 3, H, W) in [0, 1].
 
-        Any H and W from 32 px up; under torch.export with symbols for them from 257 px up, where no map but the last is
-        sure to be one pixel. `decode` makes boxes of locations and `anchors`, `detect` finds what to show.
+        H and W are at least 32, or at least 257 under torch.export with symbolic sizes, where no map but the last can
+        have one pixel. `decode` converts locations and `anchors` to boxes, `detect` to detections.
         """
         maps = list(self.backbone(images).values())
         for layer in self.extra_layers:
             maps.append(layer(maps[-1]))
         maps.append(F.relu(self.pooled(maps[-1].mean(dim=(-2, -1), keepdim=True))))
-        found = torch.cat([head(x) for head, x in zip(self.heads, maps, strict=True)], dim=1)
-        return found[..., 4:], found[..., :4]
+        outputs = torch.cat([head(x) for head, x in zip(self.heads, maps, strict=True)], dim=1)
+        return outputs[..., 4:], outputs[..., :4]
 
     def anchors(self, height_px: int, width_px: int) -> Tensor:
-        """Anchors (A, 4) of an image of this size, in the order of the outputs: centre x, y, width, height.
+        """Anchors (A, 4) of an image of this size, in the order of the outputs: center x, y, width, height.
 
-        In units of the image, each value clipped to [0, 1], float32 on the device of the network.
+        Relative coordinates, clipped to [0, 1], float32 on the device of the network.
         """
         strides = list(self.backbone.strides.values())
         for _ in self.extra_layers:
             strides.append(2 * strides[-1])
-        # Padded as they are, convolutions of stride 2 round up, and so many of them are one division that rounds up.
+        # With this padding, a convolution of stride 2 rounds up, and so does a sequence of them.
         sizes = [(-(-height_px // stride), -(-width_px // stride)) for stride in strides]
         sizes.append((1, 1))
         return anchors_of_maps(sizes).to(self.pooled.weight.device)
 
 
 def anchors_of_maps(sizes: list[tuple[int, int]]) -> Tensor:
-    """Anchors (A, 4) of maps of these heights and widths, centre form, float32 (SSD, section 2.2)."""
+    """Anchors (A, 4) of maps of these heights and widths: center x, y, width, height, float32 (SSD, section 2.2)."""
     step = (MAX_SCALE - MIN_SCALE) / len(sizes)
     scales = [MIN_SCALE + step * i for i in range(len(sizes) + 1)]
     anchors = []
@@ -177,37 +174,37 @@ def anchors_of_maps(sizes: list[tuple[int, int]]) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """The locations (..., 4) by which `anchors` (..., 4; centre form) become `boxes` (..., 4; x1 y1 x2 y2).
+    """The regression target of a network: the locations (..., 4) of `boxes` (..., 4; x1 y1 x2 y2) for `anchors`.
 
-    What a network should answer: the way of the centres in sides of the anchor, and the logarithms of how the sides
-    grow, divided by the variances (SSD, equation 2). Boxes have width and height above 0.
+    The distance of the centers in sides of the anchor and the logarithms of the ratios of the sides, divided by the
+    variances (SSD, equation 2). Boxes must have width and height above 0.
     """
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
-    centres, sides = anchors[..., :2], anchors[..., 2:]
-    moved = ((top_left + bottom_right) / 2 - centres) / sides / CENTRE_VARIANCE
-    grown = ((bottom_right - top_left) / sides).log() / SIZE_VARIANCE
-    return torch.cat((moved, grown), dim=-1)
+    centers, sides = anchors[..., :2], anchors[..., 2:]
+    shifts = ((top_left + bottom_right) / 2 - centers) / sides / CENTRE_VARIANCE
+    growths = ((bottom_right - top_left) / sides).log() / SIZE_VARIANCE
+    return torch.cat((shifts, growths), dim=-1)
 
 
 def decode(locations: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes (..., 4; x1 y1 x2 y2, in units of the image) of `locations` (..., 4); undoes `encode`.
+    """Boxes (..., 4; x1 y1 x2 y2) of `locations` (..., 4): the inverse of `encode`.
 
-    They are not clipped, and may reach out of the image.
+    Boxes are not clipped to the image.
     """
-    centres = anchors[..., :2] + locations[..., :2] * CENTRE_VARIANCE * anchors[..., 2:]
+    centers = anchors[..., :2] + locations[..., :2] * CENTRE_VARIANCE * anchors[..., 2:]
     sides = anchors[..., 2:] * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
-    return torch.cat((centres - sides / 2, centres + sides / 2), dim=-1)
+    return torch.cat((centers - sides / 2, centers + sides / 2), dim=-1)
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first."""
+    """The detections in one image, highest score first."""
 
     boxes: Tensor
-    """(found, 4): x1 y1 x2 y2 in units of the image, not clipped."""
+    """(n, 4): x1 y1 x2 y2, relative coordinates, not clipped."""
     scores: Tensor
-    """(found,): probabilities."""
+    """(n,): probabilities."""
     labels: Tensor
-    """(found,): classes from 0, the background not counted."""
+    """(n,): classes from 0, without the background."""
 
 
 def detect(
@@ -220,16 +217,16 @@ def detect(
     max_per_class: int = 200,
     max_per_image: int,
 ) -> list[Detections]:
-    """What the outputs of an `SSDLite` show, image by image.
+    """The detections in each image, from the outputs of an `SSDLite`: softmax, box decoding and NMS.
 
     Args:
         class_logits: (B, A, num_classes + 1).
         locations: (B, A, 4).
-        anchors: (A, 4), of images of this size.
-        score_threshold: probability that a class must exceed; 0.01 where mean average precision is measured.
-        iou_threshold: of two boxes of a class that overlap more than this, the better one stays.
-        max_per_class: how many of a class stay, best first.
-        max_per_image: how many of all classes then stay, best first.
+        anchors: (A, 4), see `SSDLite.anchors`.
+        score_threshold: lower bound of the probability, exclusive; 0.01 to measure mean average precision.
+        iou_threshold: of two boxes of a class with a larger IoU, NMS removes the one with the lower score.
+        max_per_class: detections per class and image.
+        max_per_image: detections per image.
     """
     return suppress(
         decode(locations.float(), anchors),
@@ -251,28 +248,47 @@ def suppress(
     max_per_image: int,
 ) -> list[Detections]:
     """Non-maximum suppression: the rest of `detect`, from boxes (B, A, 4) and probabilities (B, A, num_classes)."""
-    from torchvision.ops import batched_nms  # on use: importing it takes a second, and classifiers do not need it
-
-    found = []
+    detections = []
     for scores_AK, boxes_A4 in zip(scores, boxes, strict=True):
         of_anchor, labels = (scores_AK > score_threshold).nonzero(as_tuple=True)
         sorted_scores, order = scores_AK[of_anchor, labels].sort(descending=True, stable=True)
         sorted_boxes, labels = boxes_A4[of_anchor[order]], labels[order]
-        # A box falls to better ones alone, so what stays of the best few are the first of what stays of all. An
-        # untrained network shows nearly all its anchors in every class: all of them would take a second.
+        # Only boxes with higher scores suppress a box, so NMS of the top candidates gives the first survivors of NMS of
+        # all of them. Start with few and widen until `max_per_image` boxes survive: an untrained network has nearly all
+        # anchors of every class as candidates, which would take a second.
         num = max(MIN_CANDIDATES, 4 * max_per_image)
         while True:
-            kept = batched_nms(sorted_boxes[:num], sorted_scores[:num], labels[:num], iou_threshold)  # best first
-            kept = kept[_rank_in_class(labels[kept]) < max_per_class][:max_per_image]
-            if len(kept) == max_per_image or num >= len(order):
+            survivors = _batched_nms(sorted_boxes[:num], sorted_scores[:num], labels[:num], iou_threshold)
+            survivors = survivors[_rank_in_class(labels[survivors]) < max_per_class][:max_per_image]
+            if len(survivors) == max_per_image or num >= len(order):
                 break
             num *= 4
-        found.append(Detections(sorted_boxes[kept], sorted_scores[kept], labels[kept]))
-    return found
+        detections.append(Detections(sorted_boxes[survivors], sorted_scores[survivors], labels[survivors]))
+    return detections
+
+
+def _batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
+    """`torchvision.ops.batched_nms`: the indices that survive NMS within each class, highest score first.
+
+    `import torchvision` imports torch's compiler, which takes as long as `import torch`. A prediction of one image
+    loads only torchvision's kernels.
+    """
+    if not len(boxes):
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    spec = importlib.util.find_spec("torchvision")
+    kernels = Path(spec.origin).with_name("_C.so") if spec and spec.origin else Path()
+    if len(boxes) > 1000 or "torchvision" in sys.modules or not kernels.is_file():
+        from torchvision.ops import batched_nms
+
+        return batched_nms(boxes, scores, labels, iou_threshold)
+    torch.ops.load_library(kernels)
+    # As torchvision does for up to 1,000 boxes: move the classes apart, so that boxes of two classes do not overlap.
+    offsets = labels.to(boxes) * (boxes.max() + 1)
+    return torch.ops.torchvision.nms(boxes + offsets[:, None], scores, iou_threshold)
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """For each label, how many equal ones stand before it."""
+    """For each label, the number of equal labels before it."""
     by_class = labels.argsort(stable=True)
     is_first = torch.ones_like(labels, dtype=torch.bool)
     is_first[1:] = labels[by_class][1:] != labels[by_class][:-1]
@@ -283,9 +299,9 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """As in the released code: all that stands on the backbone Xavier uniform (Glorot), biases 0.
+    """As in the released code: everything but the backbone Xavier uniform (Glorot), biases 0.
 
-    No bias against objects: with three negatives to a positive in the loss, background does not drown them.
+    No prior bias for the background: the loss uses three negatives per positive.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
@@ -295,4 +311,4 @@ def initialise(module: nn.Module) -> None:
 
 def _check_count(num_classes: int) -> None:
     if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be 1 or more, the background not counted")
+        raise ValueError(f"num_classes is {num_classes}; it must be 1 or more, without the background")

@@ -44,42 +44,44 @@ class Architecture:
     head_dim: int
 
 
-# Named by million multiply-accumulates.
-M96 = Architecture(
-    stem_channels=12,
-    blocks=(
-        Block(16, 6, halves=True),
-        Block(32, 6, halves=True),
-        Block(32, 3),
-        Block(64, 6, halves=True),
-        Block(64, 4),
-        Block(88, 6),
-        Block(128, 6, halves=True),
-        Block(128, 6),
+# Named after millions of multiply-accumulates.
+ARCHITECTURES = {
+    "96m": Architecture(
+        stem_channels=12,
+        blocks=(
+            Block(16, 6, halves=True),
+            Block(32, 6, halves=True),
+            Block(32, 3),
+            Block(64, 6, halves=True),
+            Block(64, 4),
+            Block(88, 6),
+            Block(128, 6, halves=True),
+            Block(128, 6),
+        ),
+        num_tokens=4,
+        token_dim=128,
+        head_dim=1280,
     ),
-    num_tokens=4,
-    token_dim=128,
-    head_dim=1280,
-)
-M214 = Architecture(
-    stem_channels=12,
-    blocks=(
-        Block(20, 6, halves=True),
-        Block(20, 3),
-        Block(40, 6, halves=True),
-        Block(40, 4),
-        Block(80, 6, halves=True),
-        Block(80, 4),
-        Block(112, 6),
-        Block(112, 6),
-        Block(160, 6, halves=True),
-        Block(160, 6),
-        Block(160, 6),
+    "214m": Architecture(
+        stem_channels=12,
+        blocks=(
+            Block(20, 6, halves=True),
+            Block(20, 3),
+            Block(40, 6, halves=True),
+            Block(40, 4),
+            Block(80, 6, halves=True),
+            Block(80, 4),
+            Block(112, 6),
+            Block(112, 6),
+            Block(160, 6, halves=True),
+            Block(160, 6),
+            Block(160, 6),
+        ),
+        num_tokens=6,
+        token_dim=192,
+        head_dim=1600,
     ),
-    num_tokens=6,
-    token_dim=192,
-    head_dim=1600,
-)
+}
 
 
 class ToTokens(nn.Module):
@@ -208,11 +210,11 @@ class MobileFormerBlock(nn.Module):
 
 
 class MobileFormer(nn.Module):
-    """The classifier of an architecture, `M96` or `M214`."""
+    """The classifier of the architecture `name`, "96m" or "214m"."""
 
-    def __init__(self, num_classes: int, architecture: Architecture):
+    def __init__(self, num_classes: int, name: str):
         super().__init__()
-        a = architecture
+        a = ARCHITECTURES[name]
         channels = a.stem_channels
         self.stem = nn.Sequential(_conv_norm(3, channels, 3, stride=2), nn.ReLU6())
         self.lite = nn.Sequential(  # the block at stride 2, still without a bridge

@@ -160,15 +160,15 @@ export class Pad {
   }
 }
 
-function lines(context, strokes, place) {
+function lines(context, strokes, transform) {
   context.strokeStyle = "white";
   context.lineCap = context.lineJoin = "round";
   for (const stroke of strokes) {
     context.beginPath();
-    const first = place(stroke[0]);
+    const first = transform(stroke[0]);
     context.moveTo(first.x, first.y);
     if (stroke.length === 1) context.lineTo(first.x + 1e-3, first.y); // a dot is a line too short to see
-    for (const point of stroke.slice(1).map(place)) context.lineTo(point.x, point.y);
+    for (const point of stroke.slice(1).map(transform)) context.lineTo(point.x, point.y);
     context.stroke();
   }
 }

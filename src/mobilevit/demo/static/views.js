@@ -11,7 +11,7 @@ const MIN_LABELED = 0.005; // fraction of the pixels below which a class gets no
 const $ = (id) => document.getElementById(id);
 const percent = (fraction, digits = 0) => `${(100 * fraction).toFixed(digits)} %`;
 const countObjects = (count) => `${count || "no"} object${count === 1 ? "" : "s"}`;
-const spoken = (fraction) => `${Math.round(100 * fraction)} percent`;
+const percentText = (fraction) => `${Math.round(100 * fraction)} percent`;
 
 class View {
   localizes = false;
@@ -78,7 +78,7 @@ export class ClassificationView extends View {
     const top = this.#top(result);
     this.headline(top[0].name, top[0].text);
     this.rows(top);
-    this.announcement = `${top[0].name}, ${spoken(top[0].fraction)}`;
+    this.announcement = `${top[0].name}, ${percentText(top[0].fraction)}`;
   }
 
   clear(text) {
@@ -104,7 +104,7 @@ class OverlayView extends View {
     const readSlider = () => {
       this.sliderValue = input.valueAsNumber;
       output.textContent = percent(this.sliderValue);
-      input.setAttribute("aria-valuetext", spoken(this.sliderValue));
+      input.setAttribute("aria-valuetext", percentText(this.sliderValue));
     };
     input.addEventListener("input", () => {
       readSlider();
@@ -220,8 +220,7 @@ export class DetectionView extends OverlayView {
   summary(result) {
     const detections = this.#detections(result);
     const texts = detections.map(({ index, score }) => `${this.name(index)}, ${percent(score)}`);
-    const count = countObjects(detections.length);
-    return [count, texts.join("; ") || count];
+    return [`${detections.length || "none"} found`, texts.join("; ") || countObjects(0)];
   }
 
   update() {
@@ -238,7 +237,7 @@ export class DetectionView extends OverlayView {
         data: { index, score, box: box.map((v, i) => v * (i % 2 ? height : width)).join(" ") },
       })),
     );
-    const texts = detections.slice(0, MAX_ANNOUNCED).map(({ index, score }) => `${this.name(index)} ${spoken(score)}`);
+    const texts = detections.slice(0, MAX_ANNOUNCED).map(({ index, score }) => `${this.name(index)} ${percentText(score)}`);
     this.announcement = [count, ...texts].join(", ");
   }
 
@@ -313,7 +312,7 @@ export class SegmentationView extends OverlayView {
       })),
     );
     const announced = fractions.filter(({ fraction }) => fraction >= MIN_LABELED).slice(0, MAX_ANNOUNCED);
-    this.announcement = announced.map(({ index, fraction }) => `${this.name(index)} ${spoken(fraction)}`).join(", ");
+    this.announcement = announced.map(({ index, fraction }) => `${this.name(index)} ${percentText(fraction)}`).join(", ");
     this.#render(fractions.filter(({ index }) => this.#isPainted(index)));
   }
 
