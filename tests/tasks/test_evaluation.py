@@ -47,7 +47,7 @@ def test_same_as_the_command(here: Path, capsys: pytest.CaptureFixture[str], siz
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"weights": nn.Linear(2, 2)}, TypeError, "the weights are a Linear; give a path.*mobilevit.save"),
+        ({"weights": nn.Linear(2, 2)}, TypeError, "Linear.*mobilevit.save"),
         ({"weights": "missing.pt"}, ValueError, "missing.pt: no such file"),
         ({"data": "missing"}, ValueError, "missing: no such folder"),
         ({"device": "tpu9"}, ValueError, "device 'tpu9' cannot be used here"),

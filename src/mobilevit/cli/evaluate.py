@@ -118,8 +118,8 @@ class Evaluate:
             for title, table in class_tables:
                 console.print(title)
                 console.print(table)
-            for line in dict.fromkeys(splits):
-                console.print(line)
+            for split_line in dict.fromkeys(splits):
+                console.print(split_line)
         return 0
 
     def _check(self) -> None:

@@ -87,9 +87,9 @@ class Train:
             warn(str(finished))
             return 0
         if os.environ.get("RANK", "0") == "0":
-            value = run.epochs[-1][f"val_{run.mainformat_metric}"]
+            value = run.epochs[-1][f"val_{run.main_metric}"]
             print(
-                f"{run.weights}: weights of the last epoch, validation {format_metric(run.mainformat_metric, value)}\n"
+                f"{run.weights}: weights of the last epoch, validation {format_metric(run.main_metric, value)}\n"
                 f"{out / 'report.html'}: curves, metrics by class, images\n"
                 f"try next: mobilevit predict {run.weights} IMAGE..."
             )
