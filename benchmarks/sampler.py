@@ -20,7 +20,7 @@ import torch
 
 from mobilevit.data.idx import read_idx_file
 from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, to_dict
-from mobilevit.tasks import evaluate_weights
+from mobilevit.tasks.evaluation import evaluate_weights
 from mobilevit.training.loop import train
 from mobilevit.weights import read
 

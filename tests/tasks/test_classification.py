@@ -1,5 +1,6 @@
-"""Classification: its loss and metrics against scikit-learn and formulas, and what its weights start from."""
+"""Classification: loss and metrics against scikit-learn and formulas, initial weights, evaluation."""
 
+import logging
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
@@ -18,8 +19,9 @@ from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.predict import classifier
 from mobilevit.recipes import Data, Recipe, to_dict
-from mobilevit.tasks import classification, default_split, evaluate_weights
-from mobilevit.tasks.classification import Answers, Classification
+from mobilevit.tasks import classification
+from mobilevit.tasks.classification import Classification, ClassificationResults
+from mobilevit.tasks.evaluation import default_split, evaluate_weights
 from mobilevit.weights import Weights
 
 TASK = Classification()
@@ -27,7 +29,7 @@ RECIPE = Recipe(architecture="xxs", data=Data(size_px=32, eval_resize=1.3, min_s
 
 
 class Prepared(nn.Module):
-    """Gives the prepared logits of the image whose number is its value, 0 to 255."""
+    """Returns the prepared logits of the image whose index is its pixel value, 0 to 255."""
 
     def __init__(self, logits: Tensor):
         super().__init__()
@@ -46,7 +48,7 @@ def batches(labels: Tensor, *sizes: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])
-def test_metrics_against_scikit_learns(num_classes: int):
+def test_metrics_against_sklearn(num_classes: int):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(100, num_classes), torch.randint(num_classes, (100,))
     metrics = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1)).metrics()
@@ -86,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def weights(class_names: tuple[str, ...] = ("a", "b", "c"), seed: int = 0, **values) -> Weights:
-    """Of a network whose answers differ from image to image."""
+    """Weights of a network whose predictions differ between images."""
     torch.manual_seed(seed)
     model = MobileViT("xxs", num_classes=len(class_names))
     for weight in model.classifier.parameters():
@@ -103,7 +105,7 @@ def test_datasets(folder: Path):
         TASK.datasets(RECIPE, folder / "missing")
 
 
-def test_build_from_nothing(folder: Path):
+def test_build_with_random_weights(folder: Path):
     train, _ = TASK.datasets(RECIPE, folder)
     built = TASK.build(RECIPE, train, None)
     assert (built.architecture.name, built.num_classes, built.class_names) == ("xxs", 3, ("a", "b", "c"))
@@ -144,8 +146,8 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
     assert metrics["num_images"] == 12
 
 
-def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
-    with pytest.raises(ValueError, match="class names"):
+def test_invalid_arguments_of_evaluation(folder: Path):
+    with pytest.raises(ValueError, match="class"):
         evaluate_weights(weights(()), folder)
     with pytest.raises(ValueError, match="batch size is 0"):
         evaluate_weights(weights(), folder, batch_size=0)
@@ -154,7 +156,7 @@ def test_evaluation_without_class_names_or_with_empty_batches(folder: Path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
-def test_an_unreadable_image_leaves_no_workers_behind(folder: Path):
+def test_workers_end_after_an_unreadable_image(folder: Path):
     file = folder / "b" / "0.png"
     file.write_bytes(file.read_bytes()[:-30])
     before = set(multiprocessing.active_children())
@@ -164,19 +166,19 @@ def test_an_unreadable_image_leaves_no_workers_behind(folder: Path):
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_evaluation_takes_the_validation_split_that_training_made(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
+def test_evaluation_uses_the_validation_split_of_training(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ):
     train, val = TASK.datasets(RECIPE, folder)
     training = {"recipe": to_dict(RECIPE), "val_data": fingerprint(val.source)}
-    trained, notes = weights(training=training), []
+    trained = weights(training=training)
     assert default_split(trained, folder) == "val"
     for split, expected in ((None, val), ("val", val), ("train", train)):
-        found = cast(Answers, evaluate_weights(trained, folder, split=split, say=notes.append))
-        assert found.labels.tolist() == list(expected.source.labels)
+        results = cast(ClassificationResults, evaluate_weights(trained, folder, split=split))
+        assert results.labels.tolist() == list(expected.source.labels)
     assert evaluate_weights(trained, folder, split="all").metrics()["num_images"] == 12
-    assert notes == []
-    # Of other data, and with weights that say nothing of their training, all images are evaluated.
+    assert not caplog.messages
+    # Other data and weights without a record of their training: all images are evaluated.
     assert default_split(weights(), folder) == "all"
     other = tmp_path_factory.mktemp("other")
     for class_name in "abc":
@@ -185,60 +187,81 @@ def test_evaluation_takes_the_validation_split_that_training_made(
     assert default_split(trained, other) == "all"  # and not an error: one image of a class cannot be divided
     with pytest.raises(ValueError, match=f"^{folder}: has no split 'val'.*--split all"):
         evaluate_weights(weights(), folder, split="val")
-    # An image that was added may have moved the border between the splits.
+    # Added images may have changed the split.
     (folder / "a" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
     (folder / "c" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
     (folder / "c" / "5.png").write_bytes((folder / "a" / "0.png").read_bytes())
-    evaluate_weights(trained, folder, split="val", say=notes.append)
-    [note] = notes
-    assert "not the validation split of the training run" in note
+    evaluate_weights(trained, folder, split="val")
+    evaluate_weights(trained, folder, split="val")  # the same warning is logged once
+    [message] = caplog.messages
+    assert str(folder) in message
+    assert "not the validation split of the training run" in message
 
 
-def test_evaluation_leaves_out_as_many_unreadable_images_as_are_allowed(folder: Path):
+def test_evaluation_skips_up_to_max_unreadable_images(folder: Path, caplog: pytest.LogCaptureFixture):
     for name in ("a/0", "b/1"):
         file = folder / f"{name}.png"
         file.write_bytes(file.read_bytes()[:-30])
-    notes = []
-    metrics = evaluate_weights(weights(), folder, batch_size=5, max_unreadable=2, say=notes.append).metrics()
+    metrics = evaluate_weights(weights(), folder, batch_size=5, max_unreadable=2).metrics()
     assert metrics["num_images"] == 10
-    assert notes == [f"cannot be read, left out: {folder / 'a/0.png'}, {folder / 'b/1.png'}"]
-    with pytest.raises(ImageError, match=r"^2 images cannot be read \(.*a/0.png, .*b/1.png\).*--max-unreadable 2$"):
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert all(str(folder / name) in record.message for name in ("a/0.png", "b/1.png"))
+    with pytest.raises(ImageError, match=r"a/0.png, .*b/1.png.*--max-unreadable 2"):
         evaluate_weights(weights(), folder, batch_size=5, max_unreadable=1)
-    with pytest.raises(ImageError, match=r"a/0.png: damaged .*; or skip .* with --max-unreadable"):
+    with pytest.raises(ImageError, match=r"a/0.png.*--max-unreadable"):
         evaluate_weights(weights(), folder)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
 def test_evaluation_at_another_size(folder: Path):
     w = weights()  # for 32 px, cut from 36
-    larger = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
-    expected = [larger.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
+    at_64_px = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
+    expected = [at_64_px.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
     options: list[dict[str, Any]] = [{"size_px": 64}, {}, {"size_px": 64, "num_workers": 2}]
-    answers, as_before, with_workers = (cast(Answers, evaluate_weights(w, folder, **some)) for some in options)
-    assert ["abc"[answer] for answer in answers.answers[:, 0]] == expected
-    assert not np.array_equal(answers.losses, as_before.losses)
-    np.testing.assert_array_equal(answers.losses, with_workers.losses)
+    larger, default, with_workers = (
+        cast(ClassificationResults, evaluate_weights(w, folder, **some)) for some in options
+    )
+    assert ["abc"[i] for i in larger.predictions[:, 0]] == expected
+    assert not np.array_equal(larger.losses, default.losses)
+    np.testing.assert_array_equal(larger.losses, with_workers.losses)
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])
-def test_counts_against_scikit_learns(num_classes: int):
+def test_confusion_matrix_and_per_class_against_sklearn(num_classes: int):
     torch.manual_seed(0)
     logits, labels = torch.randn(50, num_classes), torch.randint(num_classes, (50,))
-    answers = TASK.evaluate(Prepared(logits), batches(labels, 50))
-    expected = confusion_matrix(labels, logits.argmax(1), labels=np.arange(num_classes))
-    np.testing.assert_array_equal(answers.counts(), expected)
+    results = TASK.evaluate(Prepared(logits), batches(labels, 50))
+    classes = np.arange(num_classes)
+    expected = confusion_matrix(labels, logits.argmax(1), labels=classes)
+    np.testing.assert_array_equal(results.confusion_matrix(), expected)
+    precision, recall, _, support = precision_recall_fscore_support(
+        labels, logits.argmax(1), labels=classes, zero_division=np.nan
+    )
+    rows = results.per_class([str(i) for i in classes])
+    assert [row.class_name for row in rows] == [str(i) for i in classes]
+    for name, values in (("num_images", support), ("recall", 100 * recall), ("precision", 100 * precision)):
+        ours = [np.nan if row.metrics[name] is None else row.metrics[name] for row in rows]
+        np.testing.assert_allclose(ours, values)
 
 
-def columns(answers: Answers) -> list[np.ndarray]:
-    return [answers.numbers, answers.labels, answers.answers, answers.probabilities, answers.losses]
+def test_most_confident_errors():
+    logits = torch.tensor([[5.0, 0], [0, 1], [2, 0], [3, 0]])
+    results = TASK.evaluate(Prepared(logits), batches(torch.tensor([0, 0, 1, 1]), 4))
+    assert results.most_confident_errors(5) == [3, 2, 1]
+    assert results.most_confident_errors(1) == [3]
 
 
-def test_answers_do_not_depend_on_how_the_images_were_dealt_out():
+def columns(results: ClassificationResults) -> list[np.ndarray]:
+    return [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
+
+
+def test_results_do_not_depend_on_batches_and_processes():
     torch.manual_seed(0)
     model, labels = Prepared(torch.randn(20, 7)), torch.randint(7, (20,))
     whole = TASK.evaluate(model, batches(labels, 20))
-    assert whole.numbers.tolist() == list(range(20))
-    assert whole.answers.shape == (20, 5)
+    assert whole.indices.tolist() == list(range(20))
+    assert whole.predictions.shape == (20, 5)
     empty = Batch(torch.empty(0, 3, 2, 2), torch.empty(0, dtype=torch.long), (), ("unreadable.png",))
     in_turn = batches(labels, 3, 7, 1, 9)
     halves: list[Any] = []
@@ -262,8 +285,8 @@ def test_answers_do_not_depend_on_how_the_images_were_dealt_out():
         TASK.evaluate(model, [empty])
 
 
-def test_loss_of_mixed_images_by_hand(monkeypatch: pytest.MonkeyPatch):
-    """Each image with the next but one, three quarters to one, in pixels and in targets."""
+def test_loss_of_mixed_images(monkeypatch: pytest.MonkeyPatch):
+    """Image i is mixed with image i + 2 with weights 0.75 and 0.25, in pixels and targets."""
     torch.manual_seed(0)
     labels = torch.tensor([2, 0, 2, 1, 1])
     linear = nn.Linear(12, 3).double()
@@ -287,7 +310,7 @@ def test_loss_of_mixed_images_by_hand(monkeypatch: pytest.MonkeyPatch):
     assert loss.item() == pytest.approx(total / 5, rel=1e-6)
 
 
-def test_what_is_mixed_follows_from_the_seed():
+def test_mixing_is_seeded():
     (batch,) = batches(torch.arange(6) % 3, 6)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     recipe = replace(RECIPE, data=replace(RECIPE.data, policy="advanced"))

@@ -1,4 +1,4 @@
-"""`mobilevit.evaluate` is `mobilevit evaluate` in Python."""
+"""`mobilevit.evaluate` against `mobilevit evaluate`."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size_px", [None, 48])
-def test_as_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], size_px: int | None):
+def test_same_as_the_command(here: Path, capsys: pytest.CaptureFixture[str], size_px: int | None):
     data, file = str(here / "data"), here / "xy.safetensors"
     size = ["--size", str(size_px)] if size_px else []
     with pytest.raises(SystemExit):
@@ -40,14 +40,14 @@ def test_as_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], 
         result = mobilevit.evaluate(weights, data, size_px=size_px, batch_size=5)
         assert result.size_px == line["size_px"] == (size_px or 32)
         assert result.metrics == pytest.approx({name: line[name] for name in result.metrics}, rel=1e-6)
-        assert result.per_class == line["classes"]
+        assert [row.as_dict() for row in result.per_class] == line["classes"]
     assert result.metrics["num_images"] == 5
 
 
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"weights": nn.Linear(2, 2)}, TypeError, "the weights are a Linear; give a path.*mobilevit.save"),
+        ({"weights": nn.Linear(2, 2)}, TypeError, "Linear.*mobilevit.save"),
         ({"weights": "missing.pt"}, ValueError, "missing.pt: no such file"),
         ({"data": "missing"}, ValueError, "missing: no such folder"),
         ({"device": "tpu9"}, ValueError, "device 'tpu9' cannot be used here"),

@@ -1,4 +1,4 @@
-"""Segmentation: its loss against formulas, its metrics against scikit-learn's, what its weights start from."""
+"""Segmentation: loss against formulas, metrics against scikit-learn, initial weights, report."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import accuracy_score, jaccard_score
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, ImageDataset, load
@@ -22,8 +23,9 @@ from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Data, Recipe
+from mobilevit.report.results import sections
 from mobilevit.tasks import segmentation
-from mobilevit.tasks.segmentation import Segmentation, at_size, confusion, pixel_loss
+from mobilevit.tasks.segmentation import Segmentation, confusion_matrix, mask_iou, pixel_loss, predict_mask
 from mobilevit.weights import Weights
 
 TASK = Segmentation()
@@ -45,7 +47,7 @@ def test_loss_against_the_formula(smoothing: float, size: tuple[int, int]):
     assert loss.item() == pytest.approx(-(target * log_p).sum(3)[counts].mean(), rel=1e-6)
 
 
-def test_loss_where_everything_is_to_be_ignored():
+def test_loss_if_every_pixel_is_ignored():
     logits = torch.randn(2, 4, 5, 7, requires_grad=True)
     loss = pixel_loss(logits, torch.full((2, 5, 7), 255))
     loss.backward()
@@ -64,10 +66,13 @@ def test_loss_of_the_network_reaches_every_parameter(head: DeepLabHead):
     loss = TASK.loss(RECIPE, model, Batch(pixels, labels))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    expected = F.cross_entropy(model(pixels), labels.long())
-    if head.auxiliary_channels:
-        expected = expected + 0.4 * F.cross_entropy(model.with_auxiliary(pixels)[1], labels.long())
-    # The transformers drop what they like: equal only where no chance is left.
+    outputs = model(pixels)
+    assert isinstance(outputs, tuple) == (head.auxiliary_channels > 0)
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    expected = F.cross_entropy(logits, labels.long())
+    if isinstance(outputs, tuple):
+        expected = expected + 0.4 * F.cross_entropy(outputs[1], labels.long())
+    # The transformers use attention dropout: the two forward passes differ.
     torch.testing.assert_close(loss, expected, rtol=0.2, atol=0)
     model.eval()
     for _ in range(2):
@@ -85,16 +90,18 @@ def test_loss_of_the_network_reaches_every_parameter(head: DeepLabHead):
 
 
 @pytest.mark.parametrize(("height", "width", "num_classes"), [(30, 41, 3), (64, 64, 21)])
-def test_enlarged_some_classes_at_a_time(height: int, width: int, num_classes: int, monkeypatch: pytest.MonkeyPatch):
+def test_masks_are_predicted_some_classes_at_a_time(
+    height: int, width: int, num_classes: int, monkeypatch: pytest.MonkeyPatch
+):
     logits = torch.randn(num_classes, 17, 16)
     expected = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
-    for at_once in (1, 2, 5, 100):
-        monkeypatch.setattr(segmentation, "MAX_ENLARGED", at_once * height * width)
-        assert torch.equal(at_size(logits, height, width), expected)
+    for step in (1, 2, 5, 100):
+        monkeypatch.setattr(segmentation, "MAX_RESIZED", step * height * width)
+        assert torch.equal(predict_mask(logits, height, width), expected)
 
 
 class Prepared(DeepLabV3):
-    """Gives the prepared logits of the image whose number is its value, 0 to 255."""
+    """Returns the prepared logits of the image whose index is its pixel value, 0 to 255."""
 
     def __init__(self, logits: Tensor):
         super().__init__("xxs", logits.shape[1], head=DeepLabHead(channels=8))
@@ -105,15 +112,15 @@ class Prepared(DeepLabV3):
         return self.prepared[(255 * images[:, 0, 0, 0]).round().long()]
 
 
-def scene(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, list[np.ndarray]]:
-    """Logits (num, C, 16, 16), and masks of several sizes that are like them, with some pixels to be ignored."""
+def random_logits_and_masks(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, list[np.ndarray]]:
+    """Logits (num, C, 16, 16) and similar masks of several sizes, with some ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
     random = np.random.default_rng(seed)
     logits = F.interpolate(torch.randn(num, num_classes, 4, 4, generator=generator), (16, 16), mode="bicubic")
     masks = []
     for i in range(num):
         height, width = 20 + 3 * i, 50 - 2 * i
-        mask = at_size(logits[i], height, width).numpy().astype(np.uint8)
+        mask = predict_mask(logits[i], height, width).numpy().astype(np.uint8)
         other = random.random(mask.shape) < 0.3
         mask[other] = random.integers(num_classes - 1, size=int(other.sum()))  # the last class is often missing
         mask[random.random(mask.shape) < 0.1] = 255
@@ -131,46 +138,48 @@ def batches(masks: Sequence[np.ndarray], *sizes: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 21])
-def test_metrics_against_scikit_learns(num_classes: int):
-    logits, masks = scene(9, num_classes)
+def test_metrics_against_sklearn(num_classes: int):
+    logits, masks = random_logits_and_masks(9, num_classes)
     results = TASK.evaluate(Prepared(logits).eval(), batches(masks, 5, 3, 1))
-    truth, found = [], []
+    truth, predicted = [], []
     for mask, of_image in zip(masks, logits, strict=True):
         enlarged = F.interpolate(of_image[None], mask.shape, mode="bilinear", align_corners=False)
         truth.append(mask[mask != 255])
-        found.append(enlarged[0].argmax(0).numpy()[mask != 255])
-    truth, found = np.concatenate(truth), np.concatenate(found)
-    seen = np.union1d(truth, found)
+        predicted.append(enlarged[0].argmax(0).numpy()[mask != 255])
+    truth, predicted = np.concatenate(truth), np.concatenate(predicted)
+    present = np.union1d(truth, predicted)
     metrics = results.metrics()
     assert metrics == {
-        "miou": pytest.approx(100 * jaccard_score(truth, found, average="macro")),
-        "pixel_accuracy": pytest.approx(100 * accuracy_score(truth, found)),
+        "miou": pytest.approx(100 * jaccard_score(truth, predicted, average="macro")),
+        "pixel_accuracy": pytest.approx(100 * accuracy_score(truth, predicted)),
         "num_images": 9,
     }
-    np.testing.assert_array_equal(results.counts, confusion_matrix(truth, found, labels=np.arange(num_classes)))
+    expected = sklearn_metrics.confusion_matrix(truth, predicted, labels=np.arange(num_classes))
+    np.testing.assert_array_equal(results.confusion_matrix, expected)
+    np.testing.assert_allclose(np.nanmean(mask_iou(expected)), jaccard_score(truth, predicted, average="macro"))
     rows = results.per_class([str(i) for i in range(num_classes)])
-    assert [row["num_pixels"] for row in rows] == np.bincount(truth, minlength=num_classes).tolist()
+    assert [row.metrics["num_pixels"] for row in rows] == np.bincount(truth, minlength=num_classes).tolist()
     for i, row in enumerate(rows):
-        if i in seen:
-            assert row["iou"] == pytest.approx(100 * jaccard_score(truth == i, found == i))
+        if i in present:
+            assert row.metrics["iou"] == pytest.approx(100 * jaccard_score(truth == i, predicted == i))
         else:
-            assert row["iou"] is None
+            assert row.metrics["iou"] is None
 
 
-def test_confusion_leaves_out_what_is_ignored():
+def test_confusion_matrix_excludes_ignored_pixels():
     truth = torch.tensor([[0, 1, 255], [2, 2, 0]], dtype=torch.uint8)
-    found = torch.tensor([[0, 2, 1], [2, 0, 0]])
-    assert confusion(truth, found, 3).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 1]]
+    prediction = torch.tensor([[0, 2, 1], [2, 0, 0]])
+    assert confusion_matrix(truth, prediction, 3).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 1]]
 
 
-def test_results_do_not_depend_on_how_the_images_were_dealt_out():
-    logits, masks = scene(20, 4)
+def test_results_do_not_depend_on_batches_and_processes():
+    logits, masks = random_logits_and_masks(20, 4)
     model = Prepared(logits).eval()
     whole = TASK.evaluate(model, batches(masks, 20))
-    shares = [seen.share for seen in whole.worst]
-    assert shares == sorted(shares)
-    assert len(shares) == len(whole.best) == 6
-    assert whole.best[0].share > whole.best[-1].share > shares[-1]
+    ious = [example.iou for example in whole.worst]
+    assert ious == sorted(ious)
+    assert len(ious) == len(whole.best) == 6
+    assert whole.best[0].iou > whole.best[-1].iou > ious[-1]
     empty = Batch(torch.empty(0, 3, 16, 16), [], (), ("unreadable.png",))
     in_turn = batches(masks, 3, 7, 1, 9)
     halves: list[Any] = []
@@ -187,14 +196,14 @@ def test_results_do_not_depend_on_how_the_images_were_dealt_out():
         TASK.evaluate(model, in_turn[::2], lambda mine: [(0, 0, [], []), *halves, mine]),  # one had no image
     ):
         assert others.metrics() == whole.metrics()
-        np.testing.assert_array_equal(others.counts, whole.counts)
+        np.testing.assert_array_equal(others.confusion_matrix, whole.confusion_matrix)
         for ours, theirs in ((whole.worst, others.worst), (whole.best, others.best)):
-            assert [seen[:2] for seen in ours] == [seen[:2] for seen in theirs]
             for a, b in zip(ours, theirs, strict=True):
-                np.testing.assert_array_equal(a.found, b.found)
+                assert (a.iou, a.index) == (b.iou, b.index)
+                np.testing.assert_array_equal(a.prediction, b.prediction)
     with pytest.raises(ImageError, match="none of the images"):
         TASK.evaluate(model, [empty])
-    with pytest.raises(ValueError, match="to be ignored"):
+    with pytest.raises(ValueError, match="ignored"):
         TASK.evaluate(model, batches([np.full((5, 6), 255, np.uint8)], 1))
 
 
@@ -256,7 +265,7 @@ def same(built: Weights, before: Weights) -> set[str]:
     }
 
 
-def test_build_from_nothing(folder: Path):
+def test_build_with_random_weights(folder: Path):
     train, _ = TASK.datasets(RECIPE, folder)
     built = TASK.build(RECIPE, train, None)
     assert (built.task, built.architecture.name, built.num_classes) == ("segment", "xxs", 3)
@@ -294,8 +303,8 @@ def test_build_from_classification_weights(folder: Path):
     assert {name for name in pretrained.tensors if name.startswith("backbone.")} <= same(built, pretrained)
 
 
-def test_sections_stand_on_their_own(tmp_path: Path):
-    logits, masks = scene(9, 4)
+def test_report_sections(tmp_path: Path):
+    logits, masks = random_logits_and_masks(9, 4)
 
     class Source:
         class_names = ("background", "<b>a & b</b>", "c", "d")
@@ -306,17 +315,17 @@ def test_sections_stand_on_their_own(tmp_path: Path):
             return Sample(np.zeros((*masks[index].shape, 3), np.uint8), file, f"<i>{index}</i>.png")
 
     source: Any = Source()
-    sections = TASK.evaluate(Prepared(logits).eval(), batches(masks, 9)).sections(source)
-    assert [title for title, _ in sections] == ["Classes", "Confusion", "Worst images", "Best images"]
-    html = "".join(html for _, html in sections)
-    assert "a & b" not in html
-    assert "<i>" not in html
-    assert dict(sections)["Worst images"].count("<figure>") == 6
-    assert dict(sections)["Worst images"].count("<img") == 18
+    results = TASK.evaluate(Prepared(logits).eval(), batches(masks, 9))
+    html = {section.title: section.html for section in sections(results, source)}
+    assert list(html) == ["Classes", "Confusion matrix", "Worst images", "Best images"]
+    assert "a & b" not in "".join(html.values())
+    assert "<i>" not in "".join(html.values())
+    assert html["Worst images"].count("<figure>") == 6
+    assert html["Worst images"].count("<img") == 18
 
 
-def test_eight_images_are_learnt(folder: Path):
-    """From random weights, without augmentation, with a map of 12 x 12: the edges of what is seen are as fine as it."""
+def test_overfits_eight_images(folder: Path):
+    """From random weights, without augmentation, with a feature map of 12 x 12."""
     head = DeepLabHead(channels=64, rates=(1, 2, 3))
     recipe = replace(RECIPE, data=replace(RECIPE.data, size_px=96))
     initial = TASK.build(recipe, TASK.datasets(recipe, folder)[0], weights(head=head))
@@ -343,7 +352,7 @@ def test_eight_images_are_learnt(folder: Path):
         optimizer.step()
         schedule.step()
     model.eval()
-    for module in model.modules():  # of so few images and steps, running statistics are not yet what a step sees
+    for module in model.modules():  # after so few steps, running statistics differ from those of a batch
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     assert TASK.evaluate(model, [batch]).metrics()["miou"] > 95

@@ -28,8 +28,8 @@ from mobilevit.data.sources import find_splits
 from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Recipe, Sampler, from_dict
-from mobilevit.tasks import evaluate_weights
-from mobilevit.tasks.classification import Answers, Classification
+from mobilevit.tasks.classification import Classification, ClassificationResults
+from mobilevit.tasks.evaluation import evaluate_weights
 from mobilevit.training import loop, step
 from mobilevit.training.loop import TrainingResult, train
 from mobilevit.training.optim import EMA, learning_rate_at
@@ -582,12 +582,12 @@ def test_best_ema_and_raw_weights(data: Path, tmp_path: Path, monkeypatch: pytes
     # Correct predictions of three, after each epoch: of the EMA weights, then of the raw weights.
     num_correct = iter([1, 0, 3, 0, 3, 0, 2, 0])
 
-    def evaluate_with_errors(self: Classification, model: nn.Module, *arguments: Any) -> Answers:
+    def evaluate_with_errors(self: Classification, model: nn.Module, *arguments: Any) -> ClassificationResults:
         states.append(copy.deepcopy(model.state_dict()))
-        answers = evaluate(self, model, *arguments)
+        results = evaluate(self, model, *arguments)
         wrong = np.arange(3) >= next(num_correct)
-        labels = np.where(wrong, (answers.answers[:, 0] + 1) % 3, answers.answers[:, 0])
-        return replace(answers, labels=labels)
+        labels = np.where(wrong, (results.predictions[:, 0] + 1) % 3, results.predictions[:, 0])
+        return replace(results, labels=labels)
 
     monkeypatch.setattr(Classification, "evaluate", evaluate_with_errors)
     monkeypatch.setattr(step, "EMA", lambda model, decay, num_steps: EMA(model, 0.9, 10**6))

@@ -16,7 +16,7 @@ from mobilevit.recipes import RECIPES, Recipe, describe
 if TYPE_CHECKING:
     pass
 from mobilevit.cli.console import warn
-from mobilevit.cli.evaluate import _metric
+from mobilevit.cli.evaluate import format_metric
 from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand, expand_data, read_weights, use_threads
 
 
@@ -89,7 +89,7 @@ class Train:
         if os.environ.get("RANK", "0") == "0":
             value = run.epochs[-1][f"val_{run.main_metric}"]
             print(
-                f"{run.weights}: weights of the last epoch, validation {_metric(run.main_metric, value)}\n"
+                f"{run.weights}: weights of the last epoch, validation {format_metric(run.main_metric, value)}\n"
                 f"{out / 'report.html'}: curves, metrics by class, images\n"
                 f"try next: mobilevit predict {run.weights} IMAGE..."
             )

@@ -17,8 +17,7 @@ from mobilevit.explain.attention import BlockAttention
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.figure import LEGEND_GRAY
 from mobilevit.explain.receptive_field import ReceptiveField
-from mobilevit.report import render
-from mobilevit.report.results import jpeg_url
+from mobilevit.report import jpeg_url, render
 
 IMAGE_PX = 720  # long side of the image
 GRADIENT_PX = 128  # largest side of a gradient map

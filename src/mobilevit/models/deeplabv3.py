@@ -146,25 +146,20 @@ class DeepLabV3(nn.Module):
                 new = nn.Conv2d(old.in_channels, num_classes, 1).apply(_initialise_with_bias)
                 module.classifier = new.to(old.weight).to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
-        return self._resize(self.coarse(images), images)
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, num_classes, H, W) of RGB `images` (B, 3, H, W) in [0, 1] with H, W >= 32.
+
+        In training mode, a network with an auxiliary head returns a tuple: the logits and those of the auxiliary head.
+        """
+        if not self.training or self.auxiliary is None:
+            return self._resize(self.coarse(images), images)
+        maps = self.backbone(images)
+        logits, auxiliary = self._classify(maps["stage5"]), self.auxiliary(maps["stage4"])
+        return self._resize(logits, images), self._resize(auxiliary, images)
 
     def coarse(self, images: Tensor) -> Tensor:
         """Logits before the resize, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
         return self._classify(self.backbone(images)["stage5"])
-
-    def with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and those of the auxiliary head, for a loss of both; each as `forward` gives them.
-
-        Raises:
-            ValueError: the network has no auxiliary head.
-        """
-        if self.auxiliary is None:
-            raise ValueError("this network has no auxiliary head; build it with auxiliary_channels above 0")
-        maps = self.backbone(images)
-        main, auxiliary = self._classify(maps["stage5"]), self.auxiliary(maps["stage4"])
-        return self._resize(main, images), self._resize(auxiliary, images)
 
     def _classify(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.pyramid(x)))

@@ -1,11 +1,14 @@
-"""HTML reports: Jinja2 templates in `templates/`, one stylesheet, and charts."""
+"""HTML reports: Jinja2 templates and one stylesheet in `templates/`, and charts."""
 
 from __future__ import annotations
 
+import base64
+import io
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 
 @cache
@@ -20,3 +23,10 @@ def render(template: str, **context: Any) -> str:
     Templates include the stylesheet with `{% include "style.css" %}`.
     """
     return _environment().get_template(template).render(context)
+
+
+def jpeg_url(image: Image.Image, quality: int) -> str:
+    """An RGB image as a JPEG in a data URL; `quality` as in Pillow, 0 to 95."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,11 +1,10 @@
-"""Classification: one class an image (paper, section 4.1)."""
+"""Classification: one class per image (paper, section 4.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,91 +13,67 @@ from torch import Tensor, nn
 
 from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.samples import Source
 from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
-from mobilevit.report.results import confusion_html, mistakes_html, per_class_html
+from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.weights import Weights
-
-Gather = Callable[[Any], list[Any]]
-"""From what one process has to the list of what all have."""
-
-NUM_MISTAKES = 24  # shown in a report
-
-
-def alone(value: Any) -> list[Any]:
-    """A `Gather` where there is one process."""
-    return [value]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a network made of N images; `mobilevit.tasks.Results` for classification."""
+class ClassificationResults:
+    """Predictions for N images; the `mobilevit.tasks.Results` of classification."""
 
-    numbers: np.ndarray  # (N,) of the images in their source, ascending
-    labels: np.ndarray  # (N,) the right classes
-    answers: np.ndarray  # (N, 5 or as many as there are classes) the likeliest classes, best first
-    probabilities: np.ndarray  # (N,) of the likeliest
-    losses: np.ndarray  # (N,) cross entropy
+    indices: np.ndarray  # (N,) of the images in their data source, ascending
+    labels: np.ndarray  # (N,)
+    predictions: np.ndarray  # (N, min(5, num_classes)) most probable classes, best first
+    probabilities: np.ndarray  # (N,) of the most probable class
+    losses: np.ndarray  # (N,) cross-entropy
     num_classes: int
     main_metric = "top1"
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 in per cent, the mean loss, the number of images."""
-        hits = self.answers == self.labels[:, None]
+        """Top-1 and top-5 accuracy in per cent, mean loss, number of images."""
+        is_correct = self.predictions == self.labels[:, None]
         return {
-            "top1": 100 * int(hits[:, 0].sum()) / len(hits),
-            "top5": 100 * int(hits.any(1).sum()) / len(hits),
+            "top1": 100 * int(is_correct[:, 0].sum()) / len(is_correct),
+            "top5": 100 * int(is_correct.any(1).sum()) / len(is_correct),
             "loss": float(self.losses.mean()),
             "num_images": len(self.labels),
         }
 
-    def counts(self) -> np.ndarray:
-        """Images by right class (rows) and first answer (columns)."""
-        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
-        np.add.at(counts, (self.labels, self.answers[:, 0]), 1)
-        return counts
+    def confusion_matrix(self) -> np.ndarray:
+        """Number of images by true class (rows) and predicted class (columns), (C, C) int64."""
+        matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
+        np.add.at(matrix, (self.labels, self.predictions[:, 0]), 1)
+        return matrix
 
-    def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
-        """Images of every class, recall and precision in per cent; None where they are undefined."""
-        counts = self.counts()
+    def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:
+        """Number of images, recall and precision of every class."""
+        matrix = self.confusion_matrix()
+        correct, num_true, num_predicted = (x.tolist() for x in (np.diag(matrix), matrix.sum(1), matrix.sum(0)))
         return [
-            {
-                "class": class_name,
-                "num_images": int(counts[i].sum()),
-                "recall": 100 * int(counts[i, i]) / int(counts[i].sum()) if counts[i].sum() else None,
-                "precision": 100 * int(counts[i, i]) / int(counts[:, i].sum()) if counts[:, i].sum() else None,
-            }
+            ClassMetrics(
+                class_name,
+                {
+                    "num_images": num_true[i],
+                    "recall": 100 * correct[i] / num_true[i] if num_true[i] else None,
+                    "precision": 100 * correct[i] / num_predicted[i] if num_predicted[i] else None,
+                },
+            )
             for i, class_name in enumerate(class_names)
         ]
 
-    def sections(self, source: Source) -> list[tuple[str, str]]:
-        """Confusion matrix, classes, and the mistakes that the network was surest of."""
-        names = source.class_names
-        wrong = np.flatnonzero(self.answers[:, 0] != self.labels)
-        worst = wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:NUM_MISTAKES]
-        mistakes = []
-        for i in worst:
-            sample = source[int(self.numbers[i])]
-            try:
-                image = read_image(sample.image, sample.name)
-            except ImageError:  # gone since it was evaluated: the report has one mistake less
-                continue
-            answer = names[self.answers[i, 0]]
-            mistakes.append((image, names[self.labels[i]], answer, float(self.probabilities[i]), sample.name))
-        counts = self.counts()
-        return [
-            ("Confusion", confusion_html(counts, names)),
-            ("Classes", per_class_html(counts, names)),
-            ("Surest mistakes", mistakes_html(mistakes) if mistakes else "<p>None: every image was right.</p>"),
-        ]
+    def most_confident_errors(self, num: int) -> list[int]:
+        """Positions in the arrays of the `num` wrong predictions with the highest probability, highest first."""
+        wrong = np.flatnonzero(self.predictions[:, 0] != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:num].tolist()
 
 
 class Classification:
-    """See `mobilevit.tasks.Task` for what the methods do."""
+    """The `mobilevit.tasks.Task` of classification."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
@@ -120,7 +95,7 @@ class Classification:
             model = pretrained.build()
             if pretrained.class_names != class_names:
                 model.reset_classifier(len(class_names))
-            # Their first convolution has learnt what its input is scaled to.
+            # The pretrained first convolution expects inputs normalized in this way.
             preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
         return Weights(
             architecture=model.architecture,
@@ -144,38 +119,39 @@ class Classification:
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         if recipe.data.policy == "basic":
             return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
-        # Rows: how much of which image of the batch is in each mixed one. How many classes there are, logits say.
+        # Mix one-hot rows of image indices: row i has the weights of the original images in mixed image i.
         random = np.random.default_rng(int(torch.randint(2**62, ())))
-        pixels, shares = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
+        pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
         logits = model(pixels)
-        targets = shares @ F.one_hot(batch.labels, logits.shape[1]).float()
+        targets = weights @ F.one_hot(batch.labels, logits.shape[1]).float()
         return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Answers:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process
+    ) -> ClassificationResults:
         columns: list[list[Tensor]] = [[], [], [], [], []]
         num_classes = 0
         for batch in batches:
-            if not batch.indices:  # none of it could be read
+            if not batch.indices:  # no image of the batch could be read
                 continue
             logits = model(batch.pixels).float()
             num_classes = logits.shape[1]
-            likeliest = logits.softmax(1).topk(min(5, num_classes))
+            top = logits.softmax(1).topk(min(5, num_classes))
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            numbers = torch.tensor(batch.indices)
-            found = (numbers, batch.labels, likeliest.indices, likeliest.values[:, 0], losses)
-            for column, values in zip(columns, found, strict=True):
-                column.append(values)
-        mine = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
-        everything = [one for one in gather((mine, num_classes)) if one[0] is not None]
-        if not everything:
+            values = (torch.tensor(batch.indices), batch.labels, top.indices, top.values[:, 0], losses)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        arrays = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
+        gathered = [(arrays, num) for arrays, num in gather((arrays, num_classes)) if arrays is not None]
+        if not gathered:
             raise ImageError("none of the images to evaluate on can be read")
-        merged = [np.concatenate(arrays) for arrays in zip(*(one[0] for one in everything), strict=True)]
-        order = np.argsort(merged[0])  # the same sums in the same order, however many processes there were
-        return Answers(*(array[order] for array in merged), num_classes=everything[0][1])
+        merged = [np.concatenate(column) for column in zip(*(arrays for arrays, _ in gathered), strict=True)]
+        order = np.argsort(merged[0])  # the order of summation must not depend on the number of processes
+        return ClassificationResults(*(array[order] for array in merged), num_classes=gathered[0][1])
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:
-    """How a network that is trained by `recipe` from random weights gets to see an image in evaluation."""
+    """Preprocessing for evaluation of a model that is trained by `recipe` from random weights."""
     size_px = recipe.data.size_px
     return Preprocessing(resize_px=round(recipe.data.eval_resize * size_px), crop_px=size_px)

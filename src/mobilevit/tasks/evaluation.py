@@ -1,31 +1,41 @@
-"""Evaluation from Python: `mobilevit.evaluate`."""
+"""Evaluate trained weights on data: `mobilevit.evaluate` and `mobilevit evaluate`."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+from mobilevit.data import sources
+from mobilevit.data.loader import ImageDataset, load
+from mobilevit.data.sampler import eval_batches
+from mobilevit.data.samples import fingerprint
+from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
-from mobilevit.tasks import default_split, evaluate_weights
+from mobilevit.images import ImageError
+from mobilevit.names import join_names
+from mobilevit.tasks import TASKS
+from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of weights on data, those that `mobilevit evaluate --json --per-class` prints.
+    """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` has a number by name: "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector,
-    "miou" and others of a segmentation network, in per cent except for the loss, and "num_images". `per_class` has a
-    row per class with its name under "class"; a metric that is undefined for a class is None.
+    `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
+    a segmentation network, all in per cent except the loss; and "num_images".
     """
 
     split: str
     size_px: int
     metrics: dict[str, float]
-    per_class: list[dict[str, Any]]
+    per_class: list[ClassMetrics]
 
 
 def evaluate(
@@ -42,18 +52,18 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate `weights` (a path, a hub id or `Weights`) on a split of `data`: "train", "val", "test" or "all".
 
-    The default is val, or test where there is no val. Data without splits are divided as in training if the weights
-    were trained on them; of other data all images are evaluated. Images are resized for the size that the weights were
-    trained at, or for `size_px`. `num_workers` processes read them; 0 reads them in
-    this process. Up to `max_unreadable` images that cannot be read are left out. Notes, such as their names, are
-    warnings. A hub id is fetched only with `download=True`.
+    The default split is val, or test if there is no val. Data without splits are split as in training if the weights
+    were trained on them; otherwise all images are evaluated. `size_px` is the input size; the default is the size that
+    the weights were trained at. `num_workers` processes read images; 0 reads them in this process. Up to
+    `max_unreadable` unreadable images are skipped, and their names are logged. A hub id is downloaded only with
+    `download=True`.
 
     >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
     Raises:
-        ValueError: weights that cannot be read or name no classes, data of other classes, an image that cannot be read,
-            a size below 32 px, a split that `data` lacks, a device that is not available.
-        TypeError: `weights` of another type.
+        ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
+            read; the size is below 32 px; `data` lacks the split; the device is not available.
+        TypeError: `weights` has another type.
     """
     weights = to_weights(weights, download=download)
     split = split or default_split(weights, data)
@@ -66,7 +76,86 @@ def evaluate(
         num_workers=num_workers,
         device=choose_device(device),
         max_unreadable=max_unreadable,
-        say=lambda note: warnings.warn(note, stacklevel=3),
     )
     size_px = size_px or weights.preprocessing.crop_px
     return EvaluationResult(split, size_px, results.metrics(), results.per_class(weights.class_names))
+
+
+def default_split(weights: Weights, data: str | Path) -> str:
+    """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
+
+    Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
+    same way; otherwise all.
+    """
+    split = sources.default_split(weights.task, data)
+    if split == "all" and "val_data" in weights.training:
+        with contextlib.suppress(ValueError):  # other data may have too few images to split
+            val = TASKS[weights.task].evaluation_set(weights, data, weights.preprocessing, "val")
+            if _is_val_of_training(weights, val):
+                return "val"
+    return split
+
+
+def evaluate_weights(
+    weights: Weights,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    size_px: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str = "cpu",
+    max_unreadable: int = 0,
+) -> Results:
+    """As `evaluate`, but returns the complete results.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
+    preprocessing = weights.preprocessing
+    if size_px is not None:
+        if size_px < MIN_SIZE_PX:
+            raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
+        preprocessing = preprocessing.at_size(size_px)
+    task = TASKS[weights.task]
+    split = split or default_split(weights, data)
+    dataset = task.evaluation_set(weights, data, preprocessing, split)
+    for note in dataset.notes:
+        _warn_once(note)
+    was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"
+    if was_split_by_us and not _is_val_of_training(weights, dataset):
+        _warn_once(
+            f"{data}: this is not the validation split of the training run: image names or labels have changed since, "
+            "or another version split the data; the split may contain training images"
+        )
+    loaded = load(
+        dataset,
+        eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
+        num_workers=num_workers,
+        device=device,
+        preprocessing=preprocessing,
+        max_unreadable=max_unreadable,
+        replace_unreadable=False,
+    )
+    with contextlib.closing(loaded):
+        results = task.evaluate(weights.build().to(device), loaded)
+    if len(loaded.unreadable) > max_unreadable:
+        raise ImageError(
+            f"{len(loaded.unreadable)} images cannot be read ({join_names(loaded.unreadable)}), and max_unreadable is "
+            f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
+        )
+    if loaded.unreadable:
+        _warn_once(f"skipped images that cannot be read: {', '.join(loaded.unreadable)}")
+    return results
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning the first time only: a command evaluates the same data with several weights and sizes."""
+    logger.warning(message)
+
+
+def _is_val_of_training(weights: Weights, dataset: ImageDataset) -> bool:
+    return fingerprint(dataset.source) == weights.training.get("val_data")

@@ -1,4 +1,4 @@
-"""Segmentation: the class of every pixel, by DeepLabv3 (paper, section 4.2.2)."""
+"""Semantic segmentation: the class of every pixel by DeepLabv3 (paper, section 4.2.2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,86 +16,71 @@ from torch import Tensor, nn
 from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.mask_transforms import MaskAugmentation, MaskEvaluation, stack_masks
-from mobilevit.data.masks import IGNORE, MaskFile
-from mobilevit.data.samples import Source
+from mobilevit.data.masks import IGNORE
 from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.data.transforms import warp
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels, read_image
+from mobilevit.images import ImageError, Preprocessing, limit_megapixels
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.recipes import Recipe
-from mobilevit.report.results import FIGURE_PX, Painted, confusion_html, figures_html, masks_html
-from mobilevit.tasks.classification import Gather, alone
+from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.weights import Weights, backbone_tensors
 
 OUTPUT_STRIDE = 16  # of a new network, as published
-AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, where there is one (as the later release has it)
-MAX_ENLARGED = 1 << 26  # logits at the size of the image, a quarter of a gigabyte
-NUM_SHOWN = 6  # best and worst images of a report, each
-
-
-class Seen(NamedTuple):
-    """An image to show in a report: its mean IoU (0..1), its number, what was found (h, w), made small."""
-
-    share: float
-    number: int
-    found: np.ndarray
+AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, as in the reference implementation
+MAX_RESIZED = 1 << 26  # logits per resize to the size of the image: 256 MB
+NUM_EXAMPLES = 6  # best and worst images in the results, each
+EXAMPLE_PX = 360  # longer side of a mask in an example
 
 
 @dataclass(frozen=True)
-class Segmented:
-    """What a network made of the pixels of images; `mobilevit.tasks.Results` for segmentation.
+class SegmentationExample:
+    """One evaluated image: its mean IoU (0 to 1), its index in the data source, and the predicted mask.
 
-    `counts` (C, C) are pixels of the images as they were annotated, a row for the true class and a column for the
-    predicted one; what is to be ignored is not in them.
+    `prediction` is (h, w) uint8, at most 360 px high and wide.
     """
 
-    counts: np.ndarray
+    iou: float
+    index: int
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class SegmentationResults:
+    """The confusion matrix of all pixels; the `mobilevit.tasks.Results` of segmentation.
+
+    `confusion_matrix` (C, C) counts pixels of the original images by true class (rows) and predicted class (columns),
+    without ignored pixels.
+    """
+
+    confusion_matrix: np.ndarray
     num_images: int
-    worst: tuple[Seen, ...]  # worst first
-    best: tuple[Seen, ...]  # best first
+    worst: tuple[SegmentationExample, ...]  # lowest IoU first
+    best: tuple[SegmentationExample, ...]  # highest IoU first
     main_metric = "miou"
 
     def metrics(self) -> dict[str, float]:
-        """Mean IoU over the classes and right pixels, both in per cent, and the number of images.
+        """Mean IoU and pixel accuracy in per cent over the pixels of all images, and the number of images.
 
-        IoU is of all images together. A class that is neither annotated nor found anywhere is left out of its mean.
+        The mean excludes classes that are neither annotated nor predicted anywhere.
         """
-        ious = _ious(self.counts)
+        matrix = self.confusion_matrix
         return {
-            "miou": 100 * float(np.nanmean(ious)),
-            "pixel_accuracy": 100 * int(np.trace(self.counts)) / int(self.counts.sum()),
+            "miou": 100 * float(np.nanmean(mask_iou(matrix))),
+            "pixel_accuracy": 100 * int(np.trace(matrix)) / int(matrix.sum()),
             "num_images": self.num_images,
         }
 
-    def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
-        """Annotated pixels of every class and its IoU in per cent, None where it is neither annotated nor found."""
-        ious = _ious(self.counts)
+    def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:
+        """Number of annotated pixels and IoU of every class."""
+        num_pixels, iou = self.confusion_matrix.sum(1).tolist(), mask_iou(self.confusion_matrix).tolist()
         return [
-            {
-                "class": class_name,
-                "num_pixels": int(self.counts[i].sum()),
-                "iou": None if math.isnan(ious[i]) else 100 * float(ious[i]),
-            }
+            ClassMetrics(class_name, {"num_pixels": num_pixels[i], "iou": None if math.isnan(iou[i]) else 100 * iou[i]})
             for i, class_name in enumerate(class_names)
-        ]
-
-    def sections(self, source: Source[MaskFile]) -> list[tuple[str, str]]:
-        """Classes, which is taken for which, and the images that came out best and worst."""
-        names = source.class_names
-        columns = {"num_pixels": "pixels", "iou": "IoU, %"}
-        classes = figures_html(self.per_class(names), columns, "The class with the lowest IoU comes first.")
-        worst, best = (_painted(source, seen) for seen in (self.worst, self.best))
-        none = "<p>No images to show.</p>"
-        return [
-            ("Classes", classes),
-            ("Confusion", confusion_html(self.counts, names, unit="pixels")),
-            ("Worst images", masks_html(worst, names) if worst else none),
-            ("Best images", masks_html(best, names) if best else none),
         ]
 
 
 class Segmentation:
-    """See `mobilevit.tasks.Task` for what the methods do."""
+    """The `mobilevit.tasks.Task` of segmentation."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         limit_megapixels(recipe.data.max_megapixels)
@@ -135,7 +119,7 @@ class Segmentation:
             else:
                 model = DeepLabV3(pretrained.architecture, len(class_names), output_stride, head)
                 model.backbone.load_state_dict(backbone_tensors(pretrained))
-            # Their first convolution has learnt what its input is scaled to.
+            # The pretrained first convolution expects inputs normalized in this way.
             preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
         return Weights(
             architecture=model.architecture,
@@ -152,55 +136,52 @@ class Segmentation:
 
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         labels, smoothing = batch.labels.long(), recipe.label_smoothing
-        # Whatever the loop has wrapped it in.
-        network = next(module for module in model.modules() if isinstance(module, DeepLabV3))
-        if not network.head.auxiliary_channels:
-            return pixel_loss(model(batch.pixels), labels, smoothing)
-        # Through the wrappers all the same: they share the gradients, and compile.
-        vars(network)["forward"] = network.with_auxiliary
-        try:
-            logits, auxiliary = model(batch.pixels)
-        finally:
-            del vars(network)["forward"]
+        outputs = model(batch.pixels)
+        if isinstance(outputs, Tensor):
+            return pixel_loss(outputs, labels, smoothing)
+        logits, auxiliary = outputs
         return pixel_loss(logits, labels, smoothing) + AUXILIARY_WEIGHT * pixel_loss(auxiliary, labels, smoothing)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = alone) -> Segmented:
-        counts: np.ndarray | int = 0
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process
+    ) -> SegmentationResults:
+        total: np.ndarray | int = 0
         num_images = 0
-        worst: list[Seen] = []
-        best: list[Seen] = []
+        worst: list[SegmentationExample] = []
+        best: list[SegmentationExample] = []
         for batch in batches:
-            if not batch.indices:  # none of it could be read
+            if not batch.indices:  # no image of the batch could be read
                 continue
             logits = model(batch.pixels)
-            for number, mask, of_image in zip(batch.indices, batch.labels, logits, strict=True):
-                found = at_size(of_image, *mask.shape)
-                of_pixels = confusion(torch.from_numpy(mask).to(found.device), found, logits.shape[1])
-                counts += of_pixels
+            for index, mask, of_image in zip(batch.indices, batch.labels, logits, strict=True):
+                prediction = predict_mask(of_image, *mask.shape)
+                matrix = confusion_matrix(torch.from_numpy(mask).to(prediction.device), prediction, logits.shape[1])
+                total += matrix
                 num_images += 1
-                if not of_pixels.any():  # all of it is to be ignored
+                if not matrix.any():  # every pixel is ignored
                     continue
-                seen = Seen(float(np.nanmean(_ious(of_pixels))), number, _small(found))
-                worst, best = _sorted([*worst, seen]), _sorted([*best, seen], best=True)
-        everything = [one for one in gather((counts, num_images, worst, best)) if one[1]]
-        if not everything:
+                example = SegmentationExample(float(np.nanmean(mask_iou(matrix))), index, _thumbnail(prediction))
+                worst, best = _lowest([*worst, example]), _highest([*best, example])
+        gathered = [of_process for of_process in gather((total, num_images, worst, best)) if of_process[1]]
+        if not gathered:
             raise ImageError("none of the images to evaluate on can be read")
-        all_counts = np.sum([one[0] for one in everything], 0)
-        if not all_counts.sum():
-            raise ValueError("the masks to evaluate on say of every pixel that it is to be ignored (255); mend them")
-        return Segmented(
-            all_counts,
-            sum(one[1] for one in everything),
-            worst=tuple(_sorted([seen for one in everything for seen in one[2]])),
-            best=tuple(_sorted([seen for one in everything for seen in one[3]], best=True)),
+        totals, nums, all_worst, all_best = zip(*gathered, strict=True)
+        matrix = np.sum(totals, 0)
+        if not matrix.sum():
+            raise ValueError("every pixel of the masks to evaluate on is 255 (ignored); annotate at least one class")
+        return SegmentationResults(
+            matrix,
+            sum(nums),
+            worst=tuple(_lowest([example for of_process in all_worst for example in of_process])),
+            best=tuple(_highest([example for of_process in all_best for example in of_process])),
         )
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean cross entropy of the pixels that are not to be ignored, a scalar of float32; 0 where all are.
+    """Mean cross-entropy over the pixels that are not ignored, a float32 scalar; 0 if all are ignored.
 
-    `logits` (B, C, H, W), `labels` (B, H, W) int64, 255 where they are to be ignored.
+    `logits` (B, C, H, W), `labels` (B, H, W) int64, 255 for ignored pixels.
     """
     total = F.cross_entropy(
         logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
@@ -208,62 +189,51 @@ def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def at_size(logits: Tensor, height: int, width: int) -> Tensor:
-    """Logits (C, H, W) of the warped image -> the likeliest classes of the image itself, (height, width) int64."""
+def predict_mask(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits (C, H, W) of a warped image -> predicted classes (height, width) int64 of the original image."""
     best = classes = None
-    # Undoes the warp, which goes by the middles of pixels whatever the head does: `align_corners` is the network's own.
-    # Some classes at a time: all of them, enlarged to a large photograph, are gigabytes.
-    at_once = max(1, MAX_ENLARGED // (height * width))
-    for first in range(0, len(logits), at_once):
-        part = logits[None, first : first + at_once].float()
-        values, these = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0].max(0)
+    # Inverts the warp, which aligns pixel centres; the head's own `align_corners` does not matter here. Some classes at
+    # a time: all logits at the size of a large photograph take gigabytes.
+    step = max(1, MAX_RESIZED // (height * width))
+    for start in range(0, len(logits), step):
+        chunk = logits[None, start : start + step].float()
+        values, indices = F.interpolate(chunk, (height, width), mode="bilinear", align_corners=False)[0].max(0)
         if best is None or classes is None:
-            best, classes = values, these
+            best, classes = values, indices
         else:
-            classes = torch.where(values > best, these + first, classes)
+            classes = torch.where(values > best, indices + start, classes)
             best = torch.maximum(values, best)
     assert classes is not None
     return classes
 
 
-def confusion(truth: Tensor, found: Tensor, num_classes: int) -> np.ndarray:
-    """Pixels by true class (rows) and found class (columns), (C, C) int64; pixels that are 255 in `truth` are left out.
+def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> np.ndarray:
+    """Number of pixels by true class (rows) and predicted class (columns), (C, C) int64, without ignored pixels.
 
-    `truth` (H, W) uint8 and `found` (H, W) int64, on one device.
+    `truth` (H, W) uint8 with 255 for ignored pixels and `prediction` (H, W) int64, on the same device.
     """
-    counts_here = truth != IGNORE
-    pairs = truth[counts_here].long() * num_classes + found[counts_here]
+    is_counted = truth != IGNORE
+    pairs = truth[is_counted].long() * num_classes + prediction[is_counted]
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).cpu().numpy()
 
 
-def _ious(counts: np.ndarray) -> np.ndarray:
-    """Intersection over union by class, NaN where both are empty."""
-    both = np.diag(counts)
-    either = counts.sum(0) + counts.sum(1) - both
-    return np.divide(both, either, out=np.full(len(counts), np.nan), where=either > 0)
+def mask_iou(confusion_matrix: np.ndarray) -> np.ndarray:
+    """IoU (C,) of every class from a confusion matrix (C, C); NaN for a class that occurs in neither mask."""
+    intersection = np.diag(confusion_matrix)
+    union = confusion_matrix.sum(0) + confusion_matrix.sum(1) - intersection
+    return np.divide(intersection, union, out=np.full(len(union), np.nan), where=union > 0)
 
 
-def _sorted(seen: Iterable[Seen], *, best: bool = False) -> list[Seen]:
-    """The first that a report shows; the same ones however the images were dealt out."""
-    return sorted(seen, key=lambda one: (-one.share if best else one.share, one.number))[:NUM_SHOWN]
+def _lowest(examples: list[SegmentationExample]) -> list[SegmentationExample]:
+    return sorted(examples, key=lambda example: (example.iou, example.index))[:NUM_EXAMPLES]
 
 
-def _small(found: Tensor) -> np.ndarray:
-    mask = Image.fromarray(found.to(torch.uint8).cpu().numpy())
-    if (shrink := max(mask.size) / FIGURE_PX) > 1:
-        size = (max(1, round(mask.width / shrink)), max(1, round(mask.height / shrink)))
-        mask = mask.resize(size, Image.Resampling.NEAREST)
+def _highest(examples: list[SegmentationExample]) -> list[SegmentationExample]:
+    return sorted(examples, key=lambda example: (-example.iou, example.index))[:NUM_EXAMPLES]
+
+
+def _thumbnail(prediction: Tensor) -> np.ndarray:
+    mask = Image.fromarray(prediction.to(torch.uint8).cpu().numpy())
+    if (shrink := max(mask.size) / EXAMPLE_PX) > 1:
+        mask = mask.resize([max(1, round(side / shrink)) for side in mask.size], Image.Resampling.NEAREST)
     return np.asarray(mask)
-
-
-def _painted(source: Source[MaskFile], seen: Iterable[Seen]) -> list[Painted]:
-    painted = []
-    for share, number, found in seen:
-        sample = source[number]
-        try:
-            image = read_image(sample.image, sample.name)
-            truth = sample.label.read(*image.size)
-        except ImageError:  # gone since it was evaluated
-            continue
-        painted.append(Painted(image, sample.name, truth, found, share))
-    return painted

@@ -27,6 +27,7 @@ from mobilevit.device import choose_device, thread_advice
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.logs import CONSOLE, log_to_stderr
 from mobilevit.recipes import Recipe
+from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, write_report
 from mobilevit.tasks import TASKS, Results
 from mobilevit.training.distributed import Processes, join_processes
@@ -456,7 +457,7 @@ class _Training:
             origin=options.origin,
             epochs=run.progress.history,
             steps=options.out / "steps.jsonl",
-            sections=results.sections(self.val_set.source),
+            sections=sections(results, self.val_set.source),
             facts=environment(self.processes, self.plan, run.schedule_epochs),
             commands=() if options.classifier else next_commands(self.recipe, options.data, options.out),
         )

@@ -1,0 +1,90 @@
+"""The protocol of a task: what the training loop and evaluation know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.images import Preprocessing
+from mobilevit.recipes import Recipe
+from mobilevit.weights import Weights
+
+Gather = Callable[[Any], list[Any]]
+"""All-gather: takes the value of this process and returns the values of all processes, in the order of their ranks."""
+
+
+def single_process(value: Any) -> list[Any]:
+    """The `Gather` of a run with one process."""
+    return [value]
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Metrics of one class by name: a count, and values in per cent; None where a metric is undefined."""
+
+    class_name: str
+    metrics: dict[str, float | None]
+
+    def as_dict(self) -> dict[str, str | float | None]:
+        """A flat row for JSON, with the name under "class"."""
+        return {"class": self.class_name, **self.metrics}
+
+
+class Results(Protocol):
+    """The record of an evaluation. `mobilevit.report.results` renders it."""
+
+    main_metric: str
+    """Name of the metric, in per cent, that selects the best epoch."""
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the whole data set by name, the main metric first."""
+        ...
+
+    def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:
+        """Metrics of every class, in the order of `class_names`."""
+        ...
+
+
+class Task(Protocol):
+    """Datasets, model, loss and metrics of a task."""
+
+    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+        """Training and validation sets. Raises ValueError for every problem that can be found before training."""
+        ...
+
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+    ) -> ImageDataset:
+        """The images of a split of `data`, to evaluate trained `weights` on."""
+        ...
+
+    def held_out_name(self, data: str | Path) -> str | None:
+        """Name of the split of `data` that evaluation uses by default; None if `data` has no splits."""
+        ...
+
+    def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
+        """Initial weights, with the preprocessing and class names that the trained weights will have."""
+        ...
+
+    def blank_labels(self, batch_size: int, size_px: int) -> Any:
+        """Dummy labels with the type and shape of training labels, to measure the memory of a training step."""
+        ...
+
+    def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch, a scalar. `model` is in training mode, possibly wrapped in DDP or compiled."""
+        ...
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process) -> Results:
+        """Results of a model in evaluation mode on `batches` and on those of the other processes.
+
+        The results do not depend on how images are divided into batches and processes.
+
+        Raises:
+            ImageError: none of the images can be read.
+        """
+        ...
