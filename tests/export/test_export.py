@@ -187,7 +187,9 @@ def test_refused(weights: Weights, fake: FakeBackend, tmp_path: Path, backend: s
 
 
 def test_unusable_weights_and_images(weights: Weights, fake: FakeBackend, tmp_path: Path):
-    features = replace(weights, tensors={k: v for k, v in weights.tensors.items() if not k.startswith("classifier")})
+    features = replace(
+        weights, tensors={k: v for k, v in weights.tensors.items() if not k.startswith("classifier")}, class_names=()
+    )
     with pytest.raises(ValueError, match="no classifier"):
         export(features, ["fake"], tmp_path)
     with pytest.raises(ImageError, match=r"none\.png"):
