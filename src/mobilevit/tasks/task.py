@@ -58,13 +58,9 @@ class Task(Protocol):
         ...
 
     def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str | None = None
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
         """The images of a split of `data`, to evaluate trained `weights` on."""
-        ...
-
-    def held_out_name(self, data: str | Path) -> str | None:
-        """Name of the split of `data` that evaluation uses by default; None if `data` has no splits."""
         ...
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
