@@ -23,12 +23,14 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def log_to_stderr() -> None:
-    """Write the package's messages of level INFO and above to standard error; does nothing if a handler is present.
+def log_to_stderr(*, force: bool = False) -> None:
+    """Write the package's messages of level INFO and above to standard error.
 
-    The command line and `mobilevit.train` call it. A program that configures `logging` itself keeps its configuration.
+    `mobilevit.train` calls it. A program that configures `logging` itself keeps its configuration, unless `force` is
+    true, as in the command line.
     """
     logger = logging.getLogger("mobilevit")
-    if not logger.hasHandlers():
+    has_handler = bool(logger.handlers) if force else logger.hasHandlers()
+    if not has_handler:
         logger.addHandler(_StderrHandler())
         logger.setLevel(logging.INFO)

@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,6 +19,11 @@ from mobilevit.cli.console import warn
 from mobilevit.cli.evaluate import _metric
 from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand, expand_data, read_weights, use_threads
 
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+
 
 @dataclass(frozen=True)
 class Train:
@@ -27,7 +32,9 @@ class Train:
     mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
     """
 
-    data: str
+    recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
+    """Recipe: the defaults of the options."""
+    data: str = field(kw_only=True)
     """A folder with a folder of images for each class, or with train/ and val/ that hold those; idx files, tar
     shards, parquet or arrow files; or hf:OWNER/NAME, a data set on the hub. To detect, COCO's or VOC's layout; to
     segment, VOC's, or images/ and masks/."""
@@ -47,8 +54,7 @@ class Train:
     """A checkpoint is kept this often, and after every epoch."""
     tensorboard: bool = False
     """Write for TensorBoard as well."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
-    recipe_name: tyro.conf.Suppress[str] = "plain"
+    recipe: Recipe = field(default_factory=Recipe)
     command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
@@ -100,7 +106,7 @@ def recipe_list() -> str:
     purposes: dict[str, list[str]] = {}
     for name in RECIPES:
         purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
-    lines = ["Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
+    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
     for purpose, names in purposes.items():
         family = names[0].rpartition("-")[0]
         title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"
