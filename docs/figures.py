@@ -1,8 +1,7 @@
 """Draw the figures of the documentation: `python docs/figures.py` writes them to docs/figures/.
 
-Every figure shows something that is computed here: which pixels are seen is read from gradients, the numbers of the
-unfolded map come out of `unfold`, the batches out of the sampler. `tests/test_docs.py` holds the pixels against those
-that the page counts.
+Every figure shows computed values: receptive fields come from gradients, the unfolded map from `unfold`, the batches
+from the sampler. `tests/test_docs.py` compares the receptive fields with those in the documentation.
 """
 
 from collections.abc import Callable
@@ -20,17 +19,17 @@ from torch import Tensor
 from mobilevit.data.sampler import PAPER_SIZES_PX, EpochBatches
 from mobilevit.models.mobilevit import MobileViTBlock, Transformer, fold, unfold
 
-SIDE, ROW, COLUMN, PATCH = 16, 5, 10, 2  # the map, the output pixel asked about, the patch side; all in pixels
+SIDE, ROW, COLUMN, PATCH = 16, 5, 10, 2  # map side, position of the output pixel, patch side; in pixels
 
-# Colours after Okabe and Ito, which stay apart for every kind of colour vision.
-INK, UNSEEN, ORANGE, BLUE = "#22262b", "#eceef0", "#eba52a", "#0a6eb0"
+# The palette of Okabe and Ito, which is safe for color blindness.
+INK, OUTSIDE, ORANGE, BLUE = "#22262b", "#eceef0", "#eba52a", "#0a6eb0"
 POSITION_TINTS = ("#9fd0ee", "#f6cf85", "#8fd6bf", "#e3b3d0")  # light enough for dark numbers
 MARKER: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "markeredgecolor": INK, "markeredgewidth": 1.8}
 TOP = 1.45  # of the tables in the figure of unfold
 
 
-def seen_pixels() -> dict[str, Tensor]:
-    """Boolean maps (SIDE, SIDE): which pixels of the input the output pixel (ROW, COLUMN) depends on."""
+def receptive_fields() -> dict[str, Tensor]:
+    """Boolean maps (SIDE, SIDE): the receptive fields of the output pixel (ROW, COLUMN)."""
     torch.manual_seed(0)
     transformer = Transformer(dim=64, num_layers=2, ffn_dim=128, patch_px=PATCH)
     block = MobileViTBlock(48, transformer, dropout=0.0).eval()
@@ -41,33 +40,33 @@ def seen_pixels() -> dict[str, Tensor]:
             tokens = layer(tokens)
         return fold(block.norm(tokens), PATCH, SIDE, SIDE)
 
-    def seen(function: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    def field_of(function: Callable[[Tensor], Tensor], channels: int) -> Tensor:
         x = torch.randn(1, channels, SIDE, SIDE, requires_grad=True)
         (gradient,) = torch.autograd.grad(function(x)[0, 0, ROW, COLUMN], x)
         return gradient[0].abs().sum(0) > 0
 
     return {
-        "convolution": seen(block.local, 48),
-        "attention": seen(attend, 64),
-        "block": seen(block, 48),
+        "convolution": field_of(block.local, 48),
+        "attention": field_of(attend, 64),
+        "block": field_of(block, 48),
     }
 
 
-def draw_seen() -> Figure:
-    """Three maps side by side: the pixels seen by a convolution, by attention, by the block."""
-    masks = seen_pixels()
+def draw_receptive_fields() -> Figure:
+    """Receptive fields of a convolution, of attention alone and of the MobileViT block."""
+    masks = receptive_fields()
     convolution, attention, block = masks["convolution"], masks["attention"], masks["block"]
     panels = (
         ("3x3 convolution", convolution, convolution.int()),
         ("Attention alone", attention, 2 * attention.int()),
-        # What attention does not reach by itself comes to it through the windows of the convolution.
+        # Pixels that attention does not cover enter through the windows of the convolution.
         ("MobileViT block", block, torch.where(attention, 2, block.int())),
     )
     figure = Figure(figsize=(8, 3.5), dpi=200)
-    figure.suptitle("Which pixels of the map does one output pixel depend on?", fontsize=13, color=INK, y=0.97)
-    for i, (title, mask, colours) in enumerate(panels):
+    figure.suptitle("Receptive field of one output pixel on a 16x16 map", fontsize=13, color=INK, y=0.97)
+    for i, (title, mask, colors) in enumerate(panels):
         axes = figure.add_axes((0.015 + i * 0.3325, 0.125, 0.305, 0.305 * 8 / 3.5))
-        axes.pcolormesh(colours.numpy(), cmap=ListedColormap([UNSEEN, ORANGE, BLUE]), vmin=0, vmax=2)
+        axes.pcolormesh(colors.numpy(), cmap=ListedColormap([OUTSIDE, ORANGE, BLUE]), vmin=0, vmax=2)
         for edge in range(SIDE + 1):
             is_patch = edge % PATCH == 0
             style = {"color": INK, "linewidth": 0.8, "zorder": 3} if is_patch else {"color": "white", "linewidth": 0.6}
@@ -79,11 +78,11 @@ def draw_seen() -> Figure:
         axes.set_title(f"{title}: {int(mask.sum())} of {mask.numel()}", fontsize=10.5, color=INK, pad=5)
     handles = [
         Line2D([], [], **MARKER, linestyle="none", markersize=9),
-        *(Rectangle((0, 0), 1, 1, facecolor=colour, edgecolor=INK, linewidth=0.8) for colour in (ORANGE, BLUE, UNSEEN)),
+        *(Rectangle((0, 0), 1, 1, facecolor=color, edgecolor=INK, linewidth=0.8) for color in (ORANGE, BLUE, OUTSIDE)),
     ]
     figure.legend(
         handles,
-        ("the output pixel", "through a 3x3 window", "by attention", "not seen"),
+        ("the output pixel", "through a 3x3 window", "by attention", "outside the receptive field"),
         loc="lower center",
         bbox_to_anchor=(0.5, 0.0),
         ncols=4,
@@ -99,27 +98,27 @@ def draw_seen() -> Figure:
 
 
 def draw_unfold() -> Figure:
-    """The map of 1 to 16, its pixels gathered by their position in the patch, and the map again."""
+    """A map of 1 to 16, its pixels grouped by position in the patch, and the folded map."""
     side, N = 4, 4
     numbers = torch.arange(1, side * side + 1).reshape(1, 1, side, side)
     tokens = unfold(numbers, PATCH)  # (P, N, 1)
     positions = torch.arange(PATCH * PATCH).reshape(-1, 1, 1).expand(-1, N, 1)
-    tints = fold(positions, PATCH, side, side)[0, 0]  # the position of every pixel
+    tints = fold(positions, PATCH, side, side)[0, 0]  # position of every pixel within its patch
     folded = fold(tokens, PATCH, side, side)[0, 0]
 
     figure = Figure(figsize=(8, 2.7), dpi=200)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 19), ylim=(6.4125, 0))  # one unit is as long across as down
+    axes.set(xlim=(0, 19), ylim=(6.4125, 0))  # equal units on both axes
     axes.axis("off")
 
     def write(x: float, y: float, words: str, size: float, **alignment: Any) -> None:
         axes.text(x, y, words, fontsize=size, color=INK, va="center_baseline", **{"ha": "center", **alignment})
 
-    def draw_table(left: float, title: str, values: Tensor, colours: Tensor, outlines: tuple[int, int]) -> None:
+    def draw_table(left: float, title: str, values: Tensor, colors: Tensor, outlines: tuple[int, int]) -> None:
         """A 4x4 table, with an outline around every `outlines` (rows, columns) of its cells."""
         write(left + 2, 0.5, title, 11)
         for row, column in product(range(4), range(4)):
-            tint = POSITION_TINTS[int(colours[row, column])]
+            tint = POSITION_TINTS[int(colors[row, column])]
             axes.add_patch(Rectangle((left + column, TOP + row), 1, 1, facecolor=tint, edgecolor="white"))
             write(left + column + 0.5, TOP + row + 0.5, str(int(values[row, column])), 12.5)
         height, width = outlines
@@ -140,22 +139,22 @@ def draw_unfold() -> Figure:
     for i in range(4):
         write(7.85, TOP + i + 0.5, f"position {i}", 9, ha="right")
         write(8.5 + i, TOP - 0.3, str(i), 9)
-    write(10, TOP + 4.6, "attention mixes along a row, never between rows", 9.5)
+    write(10, TOP + 4.6, "attention operates within a row, not between rows", 9.5)
     draw_arrow(12.5, 14.1, "fold")
-    draw_table(14.7, "the map again", folded, tints, (PATCH, PATCH))
+    draw_table(14.7, "the folded map", folded, tints, (PATCH, PATCH))
     return figure
 
 
 def draw_sampler() -> Figure:
-    """Batch and image size of the first steps of an epoch: a bar a step, height the batch, colour the size."""
-    num_steps, colours = 100, ("#d3e8f6", "#9fd0ee", "#5aa9d6", BLUE, "#08395c")
+    """Batch size (bar height) and image size (color) of the first steps of an epoch."""
+    num_steps, colors = 100, ("#d3e8f6", "#9fd0ee", "#5aa9d6", BLUE, "#08395c")
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, variant in zip(rows, ("equation", "v0.1", "main"), strict=True):
         epoch = EpochBatches(1_281_167, sizes_px=PAPER_SIZES_PX, batch_size=128, base_px=256, variant=variant, world=8)
         for step in range(num_steps):
-            colour = colours[PAPER_SIZES_PX.index(epoch.size_px(step))]
-            axes.bar(step, len(epoch[step]), width=0.85, color=colour)
+            color = colors[PAPER_SIZES_PX.index(epoch.size_px(step))]
+            axes.bar(step, len(epoch[step]), width=0.85, color=color)
         axes.set_title(f"{variant}: {len(epoch):,} steps in this epoch", fontsize=10, loc="left", color=INK)
         axes.axhline(128, color=ORANGE, linewidth=1.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -164,8 +163,8 @@ def draw_sampler() -> Figure:
     rows[1].set_ylabel("images in the batch of one process", fontsize=9, color=INK)
     rows[2].set_xlabel("step", fontsize=9, color=INK)
     handles: list[Any] = [
-        Rectangle((0, 0), 1, 1, color=colour, label=f"{size} px")
-        for colour, size in zip(colours, PAPER_SIZES_PX, strict=True)
+        Rectangle((0, 0), 1, 1, color=color, label=f"{size} px")
+        for color, size in zip(colors, PAPER_SIZES_PX, strict=True)
     ]
     handles.append(Line2D([], [], color=ORANGE, label="128 images"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
@@ -175,7 +174,7 @@ def draw_sampler() -> Figure:
 def main(folder: Path) -> None:
     """Write every figure into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("seen", draw_seen), ("unfold", draw_unfold), ("sampler", draw_sampler)):
+    for name, draw in (("receptive_field", draw_receptive_fields), ("unfold", draw_unfold), ("sampler", draw_sampler)):
         # Without the version of matplotlib in the file, an unchanged figure stays the same file.
         draw().savefig(folder / f"{name}.png", metadata={"Software": None})
 

@@ -1,9 +1,10 @@
-"""Train MobileViT-XXS on the handwritten digits that ship with scikit-learn, and show what it learnt.
+"""Train MobileViT-XXS on the handwritten digits that ship with scikit-learn, and show its predictions.
 
-Writes the 1,797 images as files (two thirds for training, a held-out third for testing), trains by the recipe "tiny"
-through the same code as `mobilevit train`, tests the saved weights, and draws test digits with their predictions.
+Writes the 1,797 images as files (two thirds for training, one third for testing), trains with the recipe "tiny" and
+the code of `mobilevit train`, evaluates the saved weights on the test split, and draws test digits with their
+predictions.
 
-    python examples/digits.py [FOLDER]      # runs/digits unless given; replaced if it is there
+    python examples/digits.py [FOLDER]      # default: runs/digits; an existing run of this example is replaced
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mobilevit.training.loop import train
 
 
 def write_images(folder: Path) -> None:
-    """The digits as folder/{train,test}/{0..9}/NNNN.png, grey, 8 x 8 px; every third one is for testing."""
+    """The digits as folder/{train,test}/{0..9}/NNNN.png, grayscale, 8 x 8 px; every third image is a test image."""
     pixels, labels = load_digits(return_X_y=True)
     for i, (values, label) in enumerate(zip(pixels.reshape(-1, 8, 8), labels, strict=True)):
         path = folder / ("test" if i % 3 == 2 else "train") / str(label) / f"{i:04}.png"
@@ -35,7 +36,7 @@ def write_images(folder: Path) -> None:
 
 
 def draw(predictions: list[tuple[Path, str, float]], path: Path) -> None:
-    """A sheet of digits, each with what the network read in it: green where right, red where wrong."""
+    """A sheet of digits with their predictions: green if correct, red if wrong."""
     columns, cell_px, digit_px = 10, 96, 64
     rows = -(-len(predictions) // columns)
     sheet = Image.new("RGB", (columns * cell_px, rows * cell_px), "white")
@@ -45,40 +46,40 @@ def draw(predictions: list[tuple[Path, str, float]], path: Path) -> None:
         x, y = i % columns * cell_px, i // columns * cell_px
         digit = Image.open(file).resize((digit_px, digit_px), Image.Resampling.NEAREST)
         sheet.paste(digit, (x + (cell_px - digit_px) // 2, y + 4))
-        right = predicted == file.parent.name
-        text = f"{predicted}  {100 * probability:.0f} %" if right else f"{predicted}, is {file.parent.name}"
-        color = "#1a7f37" if right else "#c62828"
+        is_correct = predicted == file.parent.name
+        text = f"{predicted}  {100 * probability:.0f} %" if is_correct else f"{predicted}, is {file.parent.name}"
+        color = "#1a7f37" if is_correct else "#c62828"
         pen.text((x + cell_px / 2, y + digit_px + 18), text, fill=color, font=font, anchor="mm")
     sheet.save(path)
 
 
 def main(out: Path) -> None:
-    """Write, train, test, draw."""
+    """Write the images, train, evaluate, draw."""
     console = Console()
     started = time.perf_counter()
     if out.exists():
         if any(out.iterdir()) and not (out / "data" / "train" / "0").is_dir():
-            sys.exit(f"{out}: holds something else than a run of this example; give a folder of its own")
+            sys.exit(f"{out}: is not a run of this example; name another folder")
         shutil.rmtree(out)
     write_images(out / "data")
     run = train(RECIPES["tiny"], out / "data", out, console=console)
 
     model = mobilevit.load(run.weights)
-    read = [
+    predictions = [
         (file, result[0].class_name, result[0].probability)
         for file, result in predict_images(model, find_images([str(out / "data" / "test")]), batch_size=64)
         if isinstance(result, list)
     ]
-    wrong = [one for one in read if one[1] != one[0].parent.name]
-    right = [one for one in read if one[1] == one[0].parent.name]
-    draw([*right[:: max(1, len(right) // 40)][: 50 - len(wrong[:20])], *wrong[:20]], out / "predictions.png")
+    wrong = [one for one in predictions if one[1] != one[0].parent.name]
+    correct = [one for one in predictions if one[1] == one[0].parent.name]
+    draw([*correct[:: max(1, len(correct) // 40)][: 50 - len(wrong[:20])], *wrong[:20]], out / "predictions.png")
 
     console.print(
-        f"\nTest accuracy: {100 * len(right) / len(read):.2f} % of {len(read)} digits never trained on, "
+        f"\nTest accuracy: {100 * len(correct) / len(predictions):.2f} % of {len(predictions)} test digits, "
         f"after {time.perf_counter() - started:.0f} s.\n"
         f"Weights: {run.weights}\nReport: {out / 'report.html'}\nImage: {out / 'predictions.png'}\n\n"
-        f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {read[0][0]}\n"
-        "  .venv/bin/mobilevit train --data FOLDER      # your own images, a folder for each class\n",
+        f"Try next:\n  .venv/bin/mobilevit predict {run.weights} {predictions[0][0]}\n"
+        "  .venv/bin/mobilevit train --data FOLDER      # your images, one folder per class\n",
         soft_wrap=True,
         highlight=False,
     )

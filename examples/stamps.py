@@ -1,14 +1,13 @@
 """Make a data set for detection and segmentation from the photographs that come with Tux Paint.
 
-Each image shows up to five stamps (birds, coins, vehicles, ...) at random places, sizes and angles, the later ones
-before the earlier ones, on clutter made of other stamps. What is in `val` is made of stamps that `train` never saw, so
-that a score there is one for unseen things. The same arguments write the same bytes.
+Each image shows up to five stamps (birds, coins, vehicles, ...) at random positions, sizes and angles, which may
+occlude each other, on a cluttered background made of other stamps. `train` and `val` use different stamps, so
+validation metrics measure generalization to new objects. The same arguments write the same bytes.
 
     python examples/stamps.py FOLDER [--num-train 3000 --num-val 500 --seed 0 --size-px 320]
 
-FOLDER becomes a data set as COCO's (annotations/, train/, val/), FOLDER/voc the same images as VOC's, with masks, and
-FOLDER/crops the objects, each cut out of its image, in a folder for each class.
-Needs Debian's package tuxpaint-stamps-default.
+FOLDER has the COCO layout (annotations/, train/, val/), FOLDER/voc the same images in the VOC layout with masks, and
+FOLDER/crops the cropped objects in one folder per class. Requires the Debian package tuxpaint-stamps-default.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-# Class -> its kinds -> where their photographs are; folders stand for what lies directly in them.
+# Class -> groups of similar stamps -> files or folders (without subfolders).
 CLASSES = {
     "animal": [
         ["animals/birds"],
@@ -56,8 +55,8 @@ CLASSES = {
         ]
     ],
 }
-# Drawings, mirror images of another stamp, what is to be coloured in, and what does not belong to the class.
-LEFT_OUT = {
+# Drawings, mirrored copies, coloring pages, and stamps of another class.
+EXCLUDED = {
     *("0_sun", "7spoke256", "cementmixer", "dumper_mirror", "f22_raptor", "measuring_tape_mirror", "otter"),
     *(
         "railroad_crossing",
@@ -70,43 +69,43 @@ LEFT_OUT = {
     ),
     *("bradley_mirror", "stoplight_01_red", "stoplight_02_yellow", "stoplight_03_green", "xing_school_mirror"),
 }
-MIN_VISIBLE = 0.25  # of an object, or else it is not there
-EMPTY = 0.04  # share of images without objects
-MAX_ZOOM = 4.0  # some stamps are 50 px wide
-STAMP_PX = 400  # others are 2,000 and would only fill the memory
+MIN_VISIBLE = 0.25  # smallest visible fraction of an object
+EMPTY = 0.04  # fraction of images without objects
+MAX_ZOOM = 4.0  # largest enlargement: some stamps are 50 px wide
+STAMP_PX = 400  # larger stamps (up to 2,000 px) are reduced to save memory
 
 
 @cache
 def stamps() -> dict[str, dict[str, list[Path]]]:
-    """Files by "train" or "val" and class: every fourth stamp of a kind is for validation."""
-    found: dict[str, dict[str, list[Path]]] = {split: {name: [] for name in CLASSES} for split in ("train", "val")}
-    for name, kinds in CLASSES.items():
-        for places in kinds:
+    """Files by split and class. Every fourth stamp of a group is in "val"."""
+    files_of: dict[str, dict[str, list[Path]]] = {split: {name: [] for name in CLASSES} for split in ("train", "val")}
+    for name, groups in CLASSES.items():
+        for places in groups:
             paths = [STAMPS / place for place in places]
             files = sorted(file for path in paths for file in (path.glob("*.png") if path.is_dir() else [path]))
-            files = [file for file in files if file.stem not in LEFT_OUT or file in paths]
+            files = [file for file in files if file.stem not in EXCLUDED or file in paths]
             for i, file in enumerate(files):
-                found["val" if i % 4 == 2 else "train"][name].append(file)
-    return found
+                files_of["val" if i % 4 == 2 else "train"][name].append(file)
+    return files_of
 
 
 @dataclass
 class Object:
-    """One stamp in an image: its class name, and where it can be seen (H, W), bool."""
+    """One stamp in an image: its class name and its visible pixels (H, W), bool."""
 
     name: str
-    seen: np.ndarray
-    num_px: int  # as long as nothing hid it
+    visible: np.ndarray
+    num_px: int  # without occlusion
 
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, and, exclusive, right, bottom of what can be seen, in pixels."""
-        ys, xs = self.seen.nonzero()
+        """Left, top, right, bottom (exclusive) of the visible pixels."""
+        ys, xs = self.visible.nonzero()
         return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
 @cache
 def cut_out(file: Path) -> Image.Image:
-    """A stamp as RGBA, without its empty margin, STAMP_PX at most."""
+    """A stamp as RGBA without its empty margin, at most STAMP_PX."""
     with Image.open(file) as image:
         stamp = image.convert("RGBA")
     stamp = stamp.crop(stamp.getchannel("A").point([255 * (a > 127) for a in range(256)]).getbbox())
@@ -115,7 +114,7 @@ def cut_out(file: Path) -> Image.Image:
 
 
 def texture(split: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """RGB of `size`: a piece from the inside of a stamp, mirrored on and on, blown up, blurred and tinted."""
+    """RGB of `size`: a crop from inside a stamp, tiled by mirroring, enlarged, blurred and with changed colors."""
     files = [file for of_class in stamps()[split].values() for file in of_class]
     while True:
         stamp = cut_out(files[rng.integers(len(files))])
@@ -128,7 +127,7 @@ def texture(split: str, size: tuple[int, int], rng: np.random.Generator) -> Imag
                 piece = ImageEnhance.Brightness(piece).enhance(rng.uniform(0.5, 1.4))
                 piece = ImageEnhance.Color(piece).enhance(rng.uniform(0.3, 1.2))
                 pixels = np.asarray(piece)
-                for _ in range(rng.integers(3)):  # twice as wide and high without a seam
+                for _ in range(rng.integers(3)):  # doubles width and height without a seam
                     pixels = np.concatenate([pixels, pixels[:, ::-1]], 1)
                     pixels = np.concatenate([pixels, pixels[::-1]], 0)
                 piece = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -136,26 +135,26 @@ def texture(split: str, size: tuple[int, int], rng: np.random.Generator) -> Imag
 
 
 def gradient(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """RGB of `size`: from one colour to another in any direction."""
+    """RGB of `size`: a linear gradient between two colors in a random direction."""
     width, height = size
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]
-    share = ((slope + 1.5) / 3)[..., None]
-    return Image.fromarray((share * rng.uniform(0, 255, 3) + (1 - share) * rng.uniform(0, 255, 3)).astype(np.uint8))
+    weight = ((slope + 1.5) / 3)[..., None]
+    return Image.fromarray((weight * rng.uniform(0, 255, 3) + (1 - weight) * rng.uniform(0, 255, 3)).astype(np.uint8))
 
 
 def clouds(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """L of `size`: soft spots, a mask to mix two images by."""
+    """L of `size`: smooth noise, the mask that blends two images."""
     cells = rng.uniform(-100, 355, (int(rng.integers(3, 9)), int(rng.integers(3, 9)))).clip(0, 255)
     return Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
 
 def background(split: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """RGB of `size`: textures that run into each other, and shapes cut from others."""
+    """RGB of `size`: blended textures, and polygons filled with others."""
     image = gradient(size, rng)
     for _ in range(rng.integers(1, 4)):
         image = Image.composite(texture(split, size, rng), image, clouds(size, rng))
-    for _ in range(rng.integers(0, 9)):  # so that not whatever has an edge is an object
+    for _ in range(rng.integers(0, 9)):  # distractors, so that an edge alone does not indicate an object
         mask = Image.new("L", size)
         centre, radius = rng.uniform(0, size), rng.uniform(0.05, 0.35) * min(size)
         angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
@@ -170,10 +169,10 @@ def background(split: str, size: tuple[int, int], rng: np.random.Generator) -> I
 
 
 def placed(stamp: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """RGBA of `size` with `stamp` somewhere on it, resized, turned and lit by chance; a little may stick out."""
+    """RGBA of `size` with `stamp` at a random position, size, angle and brightness; it may extend beyond the border."""
     length = min(np.exp(rng.uniform(np.log(0.15), np.log(0.7))) * min(size), MAX_ZOOM * max(stamp.size))
     width, height = (max(1, round(length * side / max(stamp.size))) for side in stamp.size)
-    # With the colours of what is see-through, a light fringe would grow around the stamp: weighted by alpha they don't.
+    # Premultiplied alpha: otherwise the colors of transparent pixels would form a light fringe around the stamp.
     stamp = stamp.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -189,7 +188,7 @@ def placed(stamp: Image.Image, size: tuple[int, int], rng: np.random.Generator) 
 
 
 def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.Image, np.ndarray, list[Object]]:
-    """An image, the class of each of its pixels (H, W; 0 background, 255 the rims of objects), and its objects."""
+    """An image, its mask (H, W; 0 background, 255 object borders) and its objects."""
     long = int(rng.uniform(1, 1.5) * size_px)
     short = round(long / (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9)[rng.integers(5)])
     size = (long, short) if rng.random() < 0.65 else (short, long)
@@ -198,18 +197,18 @@ def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.I
     objects: list[Object] = []
     names = list(CLASSES)
     for _ in range(0 if rng.random() < EMPTY else rng.integers(1, 6)):
-        number = int(rng.integers(len(names)))
-        files = stamps()[split][names[number]]
+        index = int(rng.integers(len(names)))
+        files = stamps()[split][names[index]]
         stamp = cut_out(files[rng.integers(len(files))])
-        for _ in range(10):  # tries to find a place where it hides no other one too much
+        for _ in range(10):  # attempts to find a position that does not occlude other objects too much
             layer = placed(stamp, size, rng)
             alpha = np.asarray(layer.getchannel("A"))
-            seen = alpha > 127
-            if seen.sum() > 100 and all((o.seen & ~seen).sum() > MIN_VISIBLE * o.num_px for o in objects):
+            visible = alpha > 127
+            if visible.sum() > 100 and all((o.visible & ~visible).sum() > MIN_VISIBLE * o.num_px for o in objects):
                 for o in objects:
-                    o.seen = o.seen & ~seen
-                objects.append(Object(names[number], seen, int(seen.sum())))
-                mask[seen] = number + 1
+                    o.visible = o.visible & ~visible
+                objects.append(Object(names[index], visible, int(visible.sum())))
+                mask[visible] = index + 1
                 mask[(alpha > 31) & (alpha < 224)] = 255
                 image.paste(layer, mask=layer.getchannel("A"))
                 break
@@ -218,7 +217,7 @@ def compose(split: str, rng: np.random.Generator, size_px: int) -> tuple[Image.I
 
 
 def write_image(index: int, out: Path, split: str, seed: int, size_px: int) -> tuple[int, int, list[Object]]:
-    """Compose image `index` of a split and write it with its mask and its XML; width, height, objects (unseen)."""
+    """Compose image `index` of a split and write it with its mask and annotation; returns width, height and objects."""
     rng = np.random.default_rng([seed, split == "val", index])
     image, mask, objects = compose(split, rng, size_px)
     stem = f"{split}_{index:05}"
@@ -234,7 +233,7 @@ def write_image(index: int, out: Path, split: str, seed: int, size_px: int) -> t
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """The square around a box with a tenth of its longer side beyond each end, as far as the image goes."""
+    """The square crop around a box, enlarged by a tenth of its longer side and clipped to the image."""
     left, top, right, bottom = box
     half = 0.6 * max(right - left, bottom - top)
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -244,16 +243,16 @@ def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def palette() -> list[int]:
-    """VOC's colours: the bits of a class number, dealt out to red, green and blue from the highest bit down."""
+    """VOC's palette: the bits of a class index, distributed to red, green and blue from the highest bit down."""
     return [
-        sum(((number >> (3 * i + channel)) & 1) << (7 - i) for i in range(8))
-        for number in range(256)
+        sum(((index >> (3 * i + channel)) & 1) << (7 - i) for i in range(8))
+        for index in range(256)
         for channel in range(3)
     ]
 
 
 def write_xml(file: Path, size: tuple[int, int], objects: list[Object]) -> None:
-    """What VOC says of an image; its pixels count from 1, and the last one belongs to the box."""
+    """VOC's annotation of an image. Pixel coordinates start at 1, and boxes include their last pixel."""
     root = ET.Element("annotation")
     ET.SubElement(root, "filename").text = f"{file.stem}.jpg"
     element = ET.SubElement(root, "size")
@@ -275,7 +274,7 @@ def write_xml(file: Path, size: tuple[int, int], objects: list[Object]) -> None:
 def write_split(
     out: Path, split: str, num: int, seed: int, size_px: int, pool: multiprocessing.pool.Pool
 ) -> Counter[str]:
-    """All images of a split, and what COCO and VOC list of them; the number of objects a class."""
+    """Write the images of a split and their COCO and VOC lists; returns the number of objects per class."""
     (out / split).mkdir()
     images, annotations = [], []
     write = partial(write_image, out=out, split=split, seed=seed, size_px=size_px)
@@ -289,11 +288,11 @@ def write_split(
                     "image_id": index + 1,
                     "category_id": list(CLASSES).index(thing.name) + 1,
                     "bbox": [left, top, right - left, bottom - top],
-                    "area": int(thing.seen.sum()),
+                    "area": int(thing.visible.sum()),
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
     listed = {"images": images, "annotations": annotations, "categories": categories}
     (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(listed))
     for sets in ("Main", "Segmentation"):
@@ -303,12 +302,12 @@ def write_split(
 
 
 def main(out: Path, num_train: int, num_val: int, seed: int, size_px: int) -> None:
-    """Write everything and say what it is."""
+    """Write the data set and print its statistics."""
     if not STAMPS.is_dir():
-        sys.exit(f"{STAMPS}: no such folder; install it by apt-get install tuxpaint-stamps-default")
+        sys.exit(f"{STAMPS}: no such folder; install it with apt-get install tuxpaint-stamps-default")
     if out.exists():
         if any(out.iterdir()) and not (out / "voc" / "SegmentationClass").is_dir():
-            sys.exit(f"{out}: holds something else than this example writes; give a folder of its own")
+            sys.exit(f"{out}: is not a data set of this example; name another folder")
         shutil.rmtree(out)
     for folder in ("annotations", "voc/Annotations", "voc/JPEGImages", "voc/SegmentationClass"):
         (out / folder).mkdir(parents=True)
@@ -339,5 +338,10 @@ if __name__ == "__main__":
     parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-val", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size-px", type=int, default=320, help="least long side of an image; the most is half more")
+    parser.add_argument(
+        "--size-px",
+        type=int,
+        default=320,
+        help="smallest long side of an image in pixels; the largest is 1.5 times this",
+    )
     main(**vars(parser.parse_args()))

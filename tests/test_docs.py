@@ -19,7 +19,7 @@ from mobilevit.images import Preprocessing
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-FIGURES = {"seen.png": (1600, 700), "unfold.png": (1600, 540), "sampler.png": (1600, 1040)}
+FIGURES = {"receptive_field.png": (1600, 700), "unfold.png": (1600, 540), "sampler.png": (1600, 1040)}
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<info>.*)\n(?P<body>(?:.*\n)*?)(?P=indent)``` *$", re.MULTILINE)
 
 
@@ -106,7 +106,7 @@ def test_preprocessing_in_numpy(tmp_path: Path, preprocessing: Preprocessing):
 def test_the_figure_shows_what_the_page_counts():
     page = DOCS / "unfold_attend_fold.md"
     counted = run_page(page.read_text(encoding="utf-8"), str(page))["masks"]
-    drawn = runpy.run_path(str(DOCS / "figures.py"))["seen_pixels"]()
+    drawn = runpy.run_path(str(DOCS / "figures.py"))["receptive_fields"]()
     assert set(drawn) < set(counted)
     for name, mask in drawn.items():
         assert mask.equal(counted[name]), name

@@ -31,7 +31,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_images_are_the_digits_and_every_third_is_for_testing(example, tmp_path: Path):
+def test_digit_files(example, tmp_path: Path):
     example["write_images"](tmp_path)
     files = {file.name: file for file in tmp_path.rglob("*.png")}
     assert sorted(files) == [f"{i:04}.png" for i in range(60)]
@@ -44,7 +44,7 @@ def test_images_are_the_digits_and_every_third_is_for_testing(example, tmp_path:
             assert np.abs(np.asarray(image) - images[i].reshape(8, 8) * 255 / 16).max() <= 0.5
 
 
-def test_the_sheet_is_green_where_right_and_red_where_wrong(example, tmp_path: Path):
+def test_sheet_marks_correct_and_wrong_predictions(example, tmp_path: Path):
     example["write_images"](tmp_path)
     files = sorted(tmp_path.rglob("*.png"))[:11]
     predictions = [(file, file.parent.name, 0.9) for file in files]
@@ -56,18 +56,18 @@ def test_the_sheet_is_green_where_right_and_red_where_wrong(example, tmp_path: P
     for i in range(12):
         x, y = i % 10 * 96, i // 10 * 96
         red, green, _ = np.moveaxis(pixels[y : y + 96, x : x + 96], 2, 0)
-        seen = {"green": (green > red + 50).any(), "red": (red > green + 50).any()}
-        assert seen == {"green": i < 10, "red": i == 10}, i
+        colors = {"green": (green > red + 50).any(), "red": (red > green + 50).any()}
+        assert colors == {"green": i < 10, "red": i == 10}, i
     with Image.open(files[3]) as digit:  # each of its pixels is 8 on the sheet
         assert np.array_equal(pixels[8:68:8, 3 * 96 + 20 : 3 * 96 + 80 : 8, 0], np.asarray(digit))
 
 
-def test_from_digits_to_weights_and_again(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_digits_example_runs_twice(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "digits"
     out.mkdir()  # an empty folder may be there
     for _ in range(2):
         example["main"](out)
-        assert "of 20 digits never trained on" in capsys.readouterr().out
+        assert "of 20 test digits" in capsys.readouterr().out
         (out / "old").touch()
     assert {file.name for file in out.iterdir()} == {
         *(".lock", "best.safetensors", "checkpoints", "data", "metrics.jsonl", "model.safetensors", "old"),
@@ -76,9 +76,9 @@ def test_from_digits_to_weights_and_again(example, tmp_path: Path, capsys: pytes
     assert mobilevit.load(out / "model.safetensors").class_names == tuple("0123456789")
 
 
-def test_a_folder_with_anything_else_is_not_replaced(example, tmp_path: Path):
+def test_digits_example_refuses_a_foreign_folder(example, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(SystemExit, match="holds something else"):
+    with pytest.raises(SystemExit, match="name another folder"):
         example["main"](tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -103,7 +103,7 @@ def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @with_stamps
-def test_boxes_of_stamps_are_the_same_as_coco_and_as_voc(stamps: Path):
+def test_coco_and_voc_layouts_agree(stamps: Path):
     ours, theirs = find_boxes(stamps, 0.5), find_boxes(stamps / "voc", 0.5)
     assert [len(source) for source in (*ours, *theirs)] == [30, 5, 30, 5]
     assert check_annotations(*ours, *theirs).unreadable == []
@@ -168,11 +168,11 @@ def test_the_same_seed_writes_the_same_bytes(stamps: Path, tmp_path: Path):
 
 
 @with_stamps
-def test_stamps_do_not_replace_anything_else(tmp_path: Path):
+def test_stamps_example_refuses_a_foreign_folder(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("precious")
     done = write_stamps(tmp_path)
     assert done.returncode == 1
-    assert "holds something else" in done.stderr
+    assert "name another folder" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
