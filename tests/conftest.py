@@ -96,7 +96,7 @@ def ready_page(
 # test_resume.py forks, and autograd refuses to work in a fork of a process in which it has had threads. The others are
 # the longest files: a worker that takes one last keeps everyone waiting.
 FIRST = (
-    *("test_resume.py", "test_cli.py", "test_loop.py", "test_parity.py", "test_mobilevit.py"),
+    *("test_resume.py", "test_train.py", "test_loop.py", "test_parity.py", "test_mobilevit.py"),
     *("test_dense.py", "test_executorch.py", "test_onnx.py", "test_demo.py"),
 )
 

@@ -62,16 +62,12 @@ def parse(
         default = {"default": defaults[name]} if name in defaults else {}
         text = descriptions[name] if name in args[:1] else descriptions[name].partition("\n")[0]
         choices.append(Annotated[command, tyro.conf.subcommand(name, description=text, **default)])
+    any_command: Any = Union[tuple(choices)]  # noqa: UP007
     result, surplus = None, []
     errors = io.StringIO()
     try:
         with registry, contextlib.redirect_stderr(errors):
-            result, surplus = tyro.cli(
-                Union[tuple(choices)],  # noqa: UP007
-                prog="mobilevit",
-                args=list(args),
-                return_unknown_args=True,
-            )
+            result, surplus = tyro.cli(any_command, prog="mobilevit", args=list(args), return_unknown_args=True)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -95,9 +91,8 @@ def parse(
     given_labels = [labels[option] for option in given]
     for option, label in zip(given, given_labels, strict=True):
         if given_labels.count(label) > 1:
-            raise ValueError(
-                f"{option} is given {given_labels.count(label)} times{f', as {label} too' * (option != label)}; give it once"
-            )
+            alias = "" if option == label else f", as {label} too"
+            raise ValueError(f"{option} is given {given_labels.count(label)} times{alias}; give it once")
     if mistakes:
         raise ValueError(f"{mistakes[0]}; {help_hint}")
     if surplus:
@@ -146,7 +141,7 @@ def _options(cls: Any) -> Iterator[_Option]:
     for field in fields(cls):
         metadata = list(getattr(hints[field.name], "__metadata__", ()))
         type_ = hints[field.name].__origin__ if metadata else hints[field.name]
-        confs = [one for one in metadata if isinstance(one, _ArgConf)]
+        confs: list[Any] = [one for one in metadata if isinstance(one, _ArgConf)]
         metavar = next((one.metavar for one in confs if one.metavar), None)
         path = _PREFIXES.get(cls, "") + field.name
         long = _long_name(next((one.name for one in confs if one.name is not None), path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -92,9 +93,13 @@ class Predict:
         console = stderr()
         quiet = len(paths) < 32 or not console.is_terminal or (self.json and sys.stdout.isatty())
         # Left to itself, rich sends what is printed to stdout the way of its bar, to stderr.
-        with Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress:
+        results: Any = shown.results  # a generator, whose threads end here, also after an exception
+        with (
+            contextlib.closing(results),
+            Progress(console=console, transient=True, disable=quiet, redirect_stdout=False) as progress,
+        ):
             try:
-                for path, result in progress.track(shown.results, len(paths), description="predicting"):
+                for path, result in progress.track(results, len(paths), description="predicting"):
                     try:
                         if isinstance(result, ImageError):
                             raise result
@@ -234,7 +239,7 @@ class _Boxes:
 class _Masks:
     """What `Predict` prints and writes of a segmentation network."""
 
-    columns = ("share of the pixels",)
+    columns = ("fraction of the pixels",)
 
     def __init__(self, command: Predict, model: Segmenter, paths: list[Path]):
         from mobilevit.predict import segment_images
@@ -254,11 +259,13 @@ class _Masks:
         order = [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
         classes = {c: (self.model.class_name(c), int(counts[c]) / found.size) for c in order}
         mask, overlay = self.out / f"{path.stem}.png", self.out / f"{path.stem}_overlay.jpg"
-        legend = {c: f"{name} {100 * share:.1f} %" for c, (name, share) in classes.items() if name != "background"}
+        legend = {
+            c: f"{name} {100 * fraction:.1f} %" for c, (name, fraction) in classes.items() if name != "background"
+        }
         write_jpeg(draw_mask(read_image(path), found, legend), overlay)
         palette_png(found, mask)
-        line = [{"class": name, "index": c, "share": share} for c, (name, share) in classes.items()]
-        rows = [(name, f"{100 * share:.1f} %") for name, share in classes.values()]
+        line = [{"class": name, "index": c, "fraction": fraction} for c, (name, fraction) in classes.items()]
+        rows = [(name, f"{100 * fraction:.1f} %") for name, fraction in classes.values()]
         return {"classes": line, "mask": str(mask), "overlay": str(overlay)}, rows
 
     def close(self) -> str:
