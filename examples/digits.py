@@ -62,7 +62,7 @@ def main(out: Path) -> None:
             sys.exit(f"{out}: is not a run of this example; name another folder")
         shutil.rmtree(out)
     write_images(out / "data")
-    run = train(RECIPES["tiny"], out / "data", out, console=console)
+    run = train(RECIPES["tiny"], out / "data", out)
 
     model = mobilevit.load(run.weights)
     predictions = [

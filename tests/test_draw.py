@@ -1,7 +1,6 @@
-"""Drawings by what a person needs of them: frames where the boxes are, names that can be read; masks read back.
+"""Boxes, labels, masks and legends; the VOC color map against the values of the VOC development kit."""
 
-The colour map is checked against the numbers that the VOC development kit gives.
-"""
+from __future__ import annotations
 
 import errno
 import os
@@ -13,9 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mobilevit.draw import OKABE_ITO, PALETTE, colour_of, draw_boxes, draw_mask, palette_png, voc_colours, write_jpeg
+from mobilevit.draw import (
+    OKABE_ITO,
+    PALETTE,
+    class_color,
+    draw_boxes,
+    draw_mask,
+    voc_colormap,
+    write_jpeg,
+    write_mask_png,
+)
 
-# VOCdevkit, VOClabelcolormap(256): the background, the 20 classes, and what is to be ignored.
+# VOCdevkit, VOClabelcolormap(256): the background, the 20 classes, and the ignore index.
 VOC = {
     0: (0, 0, 0),
     1: (128, 0, 0),
@@ -47,9 +55,9 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 class Text(NamedTuple):
-    """A text in a drawing, and its corners."""
+    """A drawn text and its bounding box."""
 
-    said: str
+    text: str
     x1: float
     y1: float
     x2: float
@@ -58,16 +66,16 @@ class Text(NamedTuple):
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Text]:
-    """The texts of all drawings, as they come."""
+    """All texts that are drawn."""
     texts: list[Text] = []
     draw = ImageDraw.ImageDraw.text
 
-    def noted(self: ImageDraw.ImageDraw, xy: tuple[float, float], said: str, **options: Any) -> None:
+    def record(self: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, **options: Any) -> None:
         if self.mode == "RGB":
-            texts.append(Text(said, *self.textbbox(xy, said, font=options["font"], anchor=options["anchor"])))
-        draw(self, xy, said, **options)
+            texts.append(Text(text, *self.textbbox(xy, text, font=options["font"], anchor=options["anchor"])))
+        draw(self, xy, text, **options)
 
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return texts
 
 
@@ -79,14 +87,14 @@ def overlap(a: Text, b: Text) -> bool:
 # Boxes
 
 
-def test_the_frame_is_where_the_box_is():
+def test_frame_position():
     image = noise(240, 180)
     before = np.asarray(image).copy()
     after = np.asarray(draw_boxes(image, [(50.4, 60.2, 149.7, 139.6)], [5], [""]))
     assert np.array_equal(np.asarray(image), before)
-    # 50 to 149 and 60 to 139 are the outermost pixels that the box touches; around them a thin line.
+    # The box covers pixels 50 to 149 and 60 to 139. The contrasting line around it is 1 px wide.
     for line in (after[60, 50:150], after[139, 50:150], after[60:140, 50], after[60:140, 149]):
-        assert (line == colour_of(5)).all()
+        assert (line == class_color(5)).all()
     changed = (after != before).any(-1)
     rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (59, 140, 49, 150)
@@ -94,15 +102,13 @@ def test_the_frame_is_where_the_box_is():
 
 
 @pytest.mark.parametrize("index", range(len(PALETTE)))
-def test_seen_on_every_ground(index: int):
-    """Also on the very colour of the line, and in front of black and white."""
-
-    def luminance(colours: np.ndarray) -> np.ndarray:
-        linear = np.where(colours <= 10, colours / 255 / 12.92, ((colours / 255 + 0.055) / 1.055) ** 2.4)
+def test_frames_are_visible_on_every_background(index: int):
+    def luminance(colors: np.ndarray) -> np.ndarray:
+        linear = np.where(colors <= 10, colors / 255 / 12.92, ((colors / 255 + 0.055) / 1.055) ** 2.4)
         return linear @ [0.2126, 0.7152, 0.0722]
 
-    for ground in (colour_of(index), (0, 0, 0), (255, 255, 255), (128, 128, 128)):
-        drawn = np.asarray(draw_boxes(Image.new("RGB", (100, 80), ground), [(20, 20, 60, 60)], [index], [""]))
+    for background in (class_color(index), (0, 0, 0), (255, 255, 255), (128, 128, 128)):
+        drawn = np.asarray(draw_boxes(Image.new("RGB", (100, 80), background), [(20, 20, 60, 60)], [index], [""]))
         light = luminance(drawn[40, 10:30].astype(float)) + 0.05
         assert light.max() / light.min() > 3  # WCAG 2.2, 1.4.11: graphical objects
 
@@ -126,51 +132,50 @@ def test_labels_stay_in_the_image(written: list[Text], size: tuple[int, int]):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 5), (2, 300), (300, 2)], ids=str)
-def test_a_image_too_small_for_labels(written: list[Text], size: tuple[int, int]):
+def test_images_too_small_for_labels(written: list[Text], size: tuple[int, int]):
     boxes = [(0.0, 0.0, float(size[0]), float(size[1])), (0.2, 0.2, 0.7, 0.7)]
     drawn = draw_boxes(Image.new("RGB", size), boxes, [0, 1], ["ant", "bee"])
     assert drawn.size == size
     assert written == []
 
 
-def test_labels_lie_on_no_other(written: list[Text]):
+def test_labels_do_not_overlap(written: list[Text]):
     same = [(100.0, 100.0, 300.0, 250.0)] * 4
     draw_boxes(Image.new("RGB", (640, 427)), [*same, (90, 95, 310, 260)], [0, 1, 2, 3, 4], ["person 97 %"] * 5)
     assert len(written) == 5
     assert not any(overlap(a, b) for a, b in combinations(written, 2))
 
 
-def test_the_best_lies_on_top():
+def test_the_highest_score_is_on_top():
     drawn = draw_boxes(Image.new("RGB", (200, 200)), [(50, 50, 150, 150)] * 2, [3, 1], ["", ""])
-    assert drawn.getpixel((50, 100)) == colour_of(3)
+    assert drawn.getpixel((50, 100)) == class_color(3)
 
 
-def test_letters_that_the_font_has_not(written: list[Text]):
+def test_characters_missing_in_the_font(written: list[Text]):
     labels = {"café  ñandú\n9 %": "cafe nandu 9 %", "日本 9 %": "?? 9 %", "e\u0301 ② ±1": "e 2 ±1"}
     for label, shown in labels.items():
         draw_boxes(Image.new("RGB", (640, 427)), [(100, 100, 300, 250)], [0], [label])
-        assert written[-1].said == shown
+        assert written[-1].text == shown
 
 
-def test_colours():
+def test_palette():
     assert len(set(PALETTE)) == 21
-    assert colour_of(21) == colour_of(0)
-    # Without the red or the green cones (Vienot, Brettel and Mollon 1999, on linear light), colours that the
-    # one or the other person cannot tell apart would come out the same.
+    assert class_color(21) == class_color(0)
+    # Simulated protanopia and deuteranopia (Vienot, Brettel and Mollon 1999, on linear light).
     linear = (np.array(OKABE_ITO) / 255) ** 2.2
     to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
     protan = np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
     deutan = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
     for kind in (protan, deutan):
-        seen = (linear @ to_lms.T @ kind.T @ np.linalg.inv(to_lms).T).clip(0, 1) ** (1 / 2.2) * 255
-        assert min(np.abs(a - b).max() for a, b in combinations(seen, 2)) > 25
+        simulated = (linear @ to_lms.T @ kind.T @ np.linalg.inv(to_lms).T).clip(0, 1) ** (1 / 2.2) * 255
+        assert min(np.abs(a - b).max() for a, b in combinations(simulated, 2)) > 25
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks
 
 
-def test_only_what_is_named_is_painted():
+def test_only_classes_of_the_legend_are_painted():
     image = noise(120, 90)
     mask = np.zeros((90, 120), np.uint8)
     mask[:, 40:80], mask[:, 80:] = 4, 255
@@ -182,70 +187,70 @@ def test_only_what_is_named_is_painted():
     after = np.asarray(whole)[:90]
     assert np.array_equal(after[:, :40], before[:, :40])
     assert np.array_equal(after[:, 80:], before[:, 80:])
-    assert (after[:, 40] == colour_of(4)).all()
-    assert (after[:, 79] == colour_of(4)).all()
+    assert (after[:, 40] == class_color(4)).all()
+    assert (after[:, 79] == class_color(4)).all()
     inner = after[:, 44:76].astype(float).mean((0, 1))
-    assert np.abs(inner - (0.65 * np.array(colour_of(4)) + 0.35 * 127.5)).max() < 6
+    assert np.abs(inner - (0.65 * np.array(class_color(4)) + 0.35 * 127.5)).max() < 6
     assert after[:, 44:76].std() > 5  # the image shows through
     legend = np.asarray(whole)[90:].reshape(-1, 3).tolist()
-    assert list(colour_of(4)) in legend
+    assert list(class_color(4)) in legend
     assert np.array_equal(np.asarray(draw_mask(image, mask, {})), before)
 
 
 @pytest.mark.parametrize("size", [(640, 427), (90, 60), (21, 300), (3, 3)], ids=str)
-def test_legends_fit(written: list[Text], size: tuple[int, int]):
+def test_legends_stay_in_the_image(written: list[Text], size: tuple[int, int]):
     mask = (np.arange(size[0] * size[1]) % 30).astype(np.uint8).reshape(size[1], size[0])
     whole = draw_mask(noise(*size), mask, {i: f"class number {i}" * (1 + i % 3) for i in range(30)})
     assert whole.width == size[0]
     for text in written:
         assert text.y1 >= size[1]
         assert text.y2 <= whole.height
-        assert not text.said or 0 <= text.x1 < text.x2 <= size[0]
+        assert not text.text or 0 <= text.x1 < text.x2 <= size[0]
     assert not any(overlap(a, b) for a, b in combinations(written, 2))
 
 
-def test_a_mask_of_another_image():
+def test_masks_of_another_size_or_type():
     for mask in (np.zeros((90, 60), np.uint8), np.zeros((60, 90), np.int64)):
-        with pytest.raises(ValueError, match=r"mask of \w+ and shape .* must be uint8 of shape \(60, 90\)"):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(60, 90\)"):
             draw_mask(noise(90, 60), mask, {})
 
 
-def test_voc_colours():
-    colours = voc_colours()
-    assert {index: tuple(colours[index].tolist()) for index in VOC} == VOC
-    assert len(np.unique(colours, axis=0)) == 256
+def test_voc_colormap():
+    colors = voc_colormap()
+    assert {index: tuple(colors[index].tolist()) for index in VOC} == VOC
+    assert len(np.unique(colors, axis=0)) == 256
 
 
-def test_palette_png(tmp_path: Path):
+def test_write_mask_png(tmp_path: Path):
     mask = np.random.default_rng(0).choice(np.array([*VOC], np.uint8), (33, 50))
-    palette_png(mask, tmp_path / "new" / "mask.png")
+    write_mask_png(mask, tmp_path / "new" / "mask.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mask.png"]
     with Image.open(tmp_path / "new" / "mask.png") as image:
         assert (image.format, image.mode, image.size) == ("PNG", "P", (50, 33))
         assert np.array_equal(np.asarray(image), mask)
         assert np.array_equal(np.asarray(image.convert("RGB")), np.vectorize(VOC.get, otypes=[object])(mask).tolist())
-    palette_png(np.full((1, 1), 255, np.uint8), tmp_path / "one.png")
+    write_mask_png(np.full((1, 1), 255, np.uint8), tmp_path / "one.png")
     assert np.asarray(Image.open(tmp_path / "one.png")).tolist() == [[255]]
 
 
-def test_masks_that_are_none(tmp_path: Path):
+def test_invalid_masks(tmp_path: Path):
     for mask in (np.zeros((3, 3), np.int64), np.zeros((3, 3, 1), np.uint8)):
-        with pytest.raises(ValueError, match=r"must be uint8 of shape \(H, W\)"):
-            palette_png(mask, tmp_path / "mask.png")
+        with pytest.raises(ValueError, match=r"uint8 of shape \(H, W\)"):
+            write_mask_png(mask, tmp_path / "mask.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write_half(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
-    palette_png(np.zeros((3, 3), np.uint8), tmp_path / "mask.png")
+    write_mask_png(np.zeros((3, 3), np.uint8), tmp_path / "mask.png")
     before = (tmp_path / "mask.png").read_bytes()
     monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OSError, match="No space left") as caught:
-        palette_png(np.ones((3, 3), np.uint8), tmp_path / "mask.png")
+        write_mask_png(np.ones((3, 3), np.uint8), tmp_path / "mask.png")
     assert caught.value.filename == str(tmp_path / "mask.png")
     with pytest.raises(OSError, match="No space left"):
         write_jpeg(noise(30, 20), tmp_path / "image.jpg")
@@ -253,7 +258,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "mask.png").read_bytes() == before
 
 
-def test_wider_than_jpeg_can_hold(tmp_path: Path):
+def test_images_larger_than_jpeg_supports(tmp_path: Path):
     write_jpeg(Image.new("RGB", (70_000, 20)), tmp_path / "wide.jpg")
     with Image.open(tmp_path / "wide.jpg") as image:
         assert image.size == (65_500, 19)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from rich.console import Console
 
@@ -33,4 +34,5 @@ def log_to_stderr(*, force: bool = False) -> None:
     has_handler = bool(logger.handlers) if force else logger.hasHandlers()
     if not has_handler:
         logger.addHandler(_StderrHandler())
-        logger.setLevel(logging.INFO)
+        # Of the processes of torchrun, one reports progress; each one reports its own problems.
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import sys
@@ -17,7 +16,6 @@ import pytest
 import safetensors
 import torch
 from PIL import Image
-from rich.console import Console
 from scipy.stats import ttest_ind
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -31,7 +29,8 @@ from mobilevit.compare.train import choose, compare_rows, compare_trained
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Recipe, Sampler
 from mobilevit.training import loop
-from mobilevit.training.loop import TIMES, DivergedError, FinishedError, train
+from mobilevit.training.loop import TIMES, DivergedError, train
+from mobilevit.training.run import FinishedError
 from mobilevit.weights import WeightsError, read
 
 RECIPE = Recipe(
@@ -132,9 +131,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_the_way_of_others_is_that_of_mobilevit(data: Path, tmp_path: Path) -> None:
     """The same network as one of others and as our own: the same losses and weights to the bit."""
-    quiet = Console(file=io.StringIO())
-    train(RECIPE, data, tmp_path / "ours", console=quiet)
-    train(RECIPE, data, tmp_path / "theirs", other=XXS, console=quiet)
+    train(RECIPE, data, tmp_path / "ours")
+    train(RECIPE, data, tmp_path / "theirs", classifier=XXS)
     ours, theirs = (
         [
             {key: value for key, value in line.items() if key not in TIMES}
@@ -155,9 +153,9 @@ def test_the_way_of_others_is_that_of_mobilevit(data: Path, tmp_path: Path) -> N
         read(tmp_path / "theirs" / "model.safetensors")
     assert "mobilevit predict" not in (tmp_path / "theirs" / "report.html").read_text()
     with pytest.raises(ValueError, match="network is None there, mobilevit-xxs here"):
-        train(RECIPE, data, tmp_path / "ours", other=XXS, console=quiet)
-    with pytest.raises(FinishedError, match="this run is finished") as finished:
-        train(RECIPE, data, tmp_path / "theirs", other=XXS, console=quiet)
+        train(RECIPE, data, tmp_path / "ours", classifier=XXS)
+    with pytest.raises(FinishedError, match="this run has finished") as finished:
+        train(RECIPE, data, tmp_path / "theirs", classifier=XXS)
     assert finished.value.epochs == lines(tmp_path / "theirs" / "metrics.jsonl")
 
 
@@ -175,7 +173,7 @@ def test_a_recipe_that_is_not_for_all(data: Path, tmp_path: Path, change: dict[s
     with pytest.raises(ValueError, match=f"{said}; to train other networks than MobileViT it must be"):
         compare_trained([NARROW, XXS], data, tmp_path, replace(RECIPE, **change))
     with pytest.raises(ValueError, match=f"{said}; to train other networks than MobileViT it must be"):
-        train(replace(RECIPE, **change), data, tmp_path, other=NARROW, console=Console(quiet=True))
+        train(replace(RECIPE, **change), data, tmp_path, classifier=NARROW)
     assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +231,7 @@ def test_what_was_killed_goes_on_to_the_same_numbers(
     """Killed in the second epoch of seed 1, after a checkpoint of it or before."""
     report, _ = whole
     networks = [NARROW, WIDE, XXS]
-    real, steps = loop.learning_rate, []
+    real, steps = loop.learning_rate_at, []
 
     def rate(*args: Any, **options: Any) -> float:
         told = list((tmp_path / "runs" / name / "seed-1").glob("run.json"))
@@ -243,7 +241,7 @@ def test_what_was_killed_goes_on_to_the_same_numbers(
         return real(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "learning_rate", rate)
+        patched.setattr(loop, "learning_rate_at", rate)
         with pytest.raises(KilledError):
             compare_trained(networks, data, tmp_path, RECIPE, seeds=(0, 1))
     assert len(lines(tmp_path / "runs" / name / "seed-1" / "metrics.jsonl")) == 1
@@ -287,7 +285,7 @@ def test_a_system_that_fails_is_named_and_the_others_go_on(data: Path, tmp_path:
     assert cells["of each seed"][:3] == ["failed"] * 3
     tables.write_training(report, tmp_path)
     with pytest.raises(DivergedError):  # as `mobilevit train` has it
-        train(replace(RECIPE, epochs=1), data, tmp_path / "one", other=BURSTING, console=Console(quiet=True))
+        train(replace(RECIPE, epochs=1), data, tmp_path / "one", classifier=BURSTING)
 
 
 def test_what_cannot_begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

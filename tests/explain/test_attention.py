@@ -1,4 +1,4 @@
-"""Attention as shown, against what the block put out, and folded back to where its patches are."""
+"""Attention against the outputs of the network's own attention layers, and its mapping to image positions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from conftest import randomise
 from mobilevit import MobileViT
-from mobilevit.explain.attention import BlockAttention, attention_of, find_blocks, record
+from mobilevit.explain.attention import BlockAttention, capture_outputs, compute_attention, find_blocks
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Attention, TransformerLayer, fold, unfold
 from mobilevit.models.ssdlite import SSDLite
 
-SIZES = [(64, 64), (70, 97)]  # the second has maps whose sides are odd, and that are resized to whole patches
+SIZES = [(64, 64), (70, 97)]  # the second has feature maps with odd sides, which are resized to whole patches
 
 
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_attention_is_what_the_network_used(size: tuple[int, int]):
+def test_attention_reproduces_the_output_of_the_attention_layers(size: tuple[int, int]):
     model = randomise(MobileViT("xxs", num_classes=3))
     pixels = torch.rand(1, 3, *size)
-    blocks = attention_of(model.backbone, pixels)
+    blocks = compute_attention(model.backbone, pixels)
     assert [(block.stage, block.num_layers, block.num_heads) for block in blocks] == [
         ("stage3", 2, 4),
         ("stage4", 4, 4),
@@ -34,9 +34,9 @@ def test_attention_is_what_the_network_used(size: tuple[int, int]):
         for stage, block in find_blocks(model.backbone).items()
         for i, layer in enumerate(block.layers)
     }
-    _, outputs = record(model, pixels, attentions)
+    _, outputs = capture_outputs(model, pixels, attentions)
     modules: dict[str, nn.Module] = {name: attention.qkv for name, attention in attentions.items()}
-    _, projections = record(model, pixels, modules)
+    _, projections = capture_outputs(model, pixels, modules)
     for block in blocks:
         for i in range(block.num_layers):
             attention = attentions[f"{block.stage} {i}"]
@@ -49,24 +49,24 @@ def test_attention_is_what_the_network_used(size: tuple[int, int]):
                 torch.testing.assert_close(attention.out(mixed), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_networks_for_boxes_and_masks_have_blocks_too():
+def test_detection_and_segmentation_networks():
     pixels = torch.rand(1, 3, 64, 96)
     networks = (SSDLite("xxs", num_classes=2), DeepLabV3("xxs", 2, head=DeepLabHead(channels=8)))
     for model in networks:
-        blocks = attention_of(randomise(model).backbone, pixels)
+        blocks = compute_attention(randomise(model).backbone, pixels)
         assert [block.stage for block in blocks] == ["stage3", "stage4", "stage5"]
         assert (blocks[0].rows, blocks[0].columns) == (4, 6)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_place_sees_only_its_own_position_and_nothing_is_left_out(size: tuple[int, int]):
-    """Which pixels of the map attention can reach, by changing them one by one in a block of the network."""
+def test_a_pixel_attends_to_its_own_position_in_every_patch(size: tuple[int, int]):
+    """Compared with the gradient through a transformer layer of the network."""
     model = randomise(MobileViT("xxs", num_classes=3)).double()
     pixels = torch.rand(1, 3, *size, dtype=torch.float64)
-    block = attention_of(model.backbone, pixels)[1]
+    block = compute_attention(model.backbone, pixels)[1]
     x, y = 0.61, 0.34
-    patches = block.attended(x, y, layer=1)
-    folded = block.fold_back(patches, x, y)
+    patches = block.from_point(x, y, layer=1)
+    folded = block.to_map(patches, x, y)
     height, width = folded.shape
     assert (height, width) == (2 * block.rows, 2 * block.columns)
     row, column = int(y * height), int(x * width)
@@ -75,7 +75,6 @@ def test_a_place_sees_only_its_own_position_and_nothing_is_left_out(size: tuple[
     expected[row % 2 :: 2, column % 2 :: 2] = True
     assert shown.equal(expected)
     assert folded.sum() == pytest.approx(1)
-    # And in the network's own transformer: the gradient of that token with respect to the map of tokens.
     layer = find_blocks(model.backbone)["stage4"].layers[1]
     tokens = torch.randn(1, 80, height, width, dtype=torch.float64, requires_grad=True)
     after = fold(layer(unfold(tokens, 2)), 2, height, width)
@@ -83,10 +82,10 @@ def test_a_place_sees_only_its_own_position_and_nothing_is_left_out(size: tuple[
     assert (gradient[0].abs().sum(0) > 0).equal(expected)
 
 
-def made(rows: int, columns: int, patch_px: int, matrix_NN: Tensor, num_layers: int = 1) -> BlockAttention:
-    """A block of one head whose attention is `matrix_NN`, at every position and in every layer."""
+def make_block(rows: int, columns: int, patch_px: int, matrix_NN: Tensor, num_layers: int = 1) -> BlockAttention:
+    """A block with one head whose attention is `matrix_NN` at every position and in every layer."""
     N = rows * columns
-    # Its rows are softmaxed from their logarithms: the queries are those, the keys the unit vectors.
+    # The softmax of the logarithm of a row is the row. Keys are unit vectors.
     q = matrix_NN.clamp(min=1e-30).log() * N**0.5
     shape = (num_layers, patch_px**2, N, 1, N)
     return BlockAttention(
@@ -95,43 +94,45 @@ def made(rows: int, columns: int, patch_px: int, matrix_NN: Tensor, num_layers: 
 
 
 @pytest.mark.parametrize("patch_px", [2, 3])
-def test_attention_to_one_patch_lights_the_part_of_the_image_where_it_is(patch_px: int):
-    """Of 3 x 5 patches, the one in row 0 looks at the one in row 2, column 3, wherever in the patch it is asked."""
+def test_attention_to_one_patch_lies_on_the_region_of_that_patch(patch_px: int):
+    """Of 3 x 5 patches, (row 0, column 1) attends to (row 2, column 3), from every pixel of the patch."""
     rows, columns = 3, 5
     matrix = torch.full((15, 15), 1 / 15)
-    asked, looked_at = 0 * columns + 1, 2 * columns + 3
-    matrix[asked] = 0
-    matrix[asked, looked_at] = 1
-    block = made(rows, columns, patch_px, matrix)
+    source, target = 0 * columns + 1, 2 * columns + 3
+    matrix[source] = 0
+    matrix[source, target] = 1
+    block = make_block(rows, columns, patch_px, matrix)
     for i in range(patch_px):
         for j in range(patch_px):
             x, y = (1 + (j + 0.5) / patch_px) / columns, (0 + (i + 0.5) / patch_px) / rows
-            patches = block.attended(x, y)
-            assert patches.argmax() == looked_at
+            patches = block.from_point(x, y)
+            assert patches.argmax() == target
             assert patches.max() == pytest.approx(1)
-            # Spread over an image of 50 x 90 px, it is rows 60 to 90 and columns 30 to 40 that are lit.
-            lit = patches.repeat_interleave(30, 0).repeat_interleave(10, 1) > 0.5
-            assert lit.nonzero().min(0).values.tolist() == [60, 30]
-            assert lit.nonzero().max(0).values.tolist() == [89, 39]
-            folded = block.fold_back(patches, x, y)
+            # On an image of 50 x 90 px, the patch covers rows 60 to 89 and columns 30 to 39.
+            bright = patches.repeat_interleave(30, 0).repeat_interleave(10, 1) > 0.5
+            assert bright.nonzero().min(0).values.tolist() == [60, 30]
+            assert bright.nonzero().max(0).values.tolist() == [89, 39]
+            folded = block.to_map(patches, x, y)
             assert folded.argmax() == (2 * patch_px + i) * columns * patch_px + 3 * patch_px + j
-    assert block.attended(0.99, 0.99).flatten().tolist() == pytest.approx([1 / 15] * 15)
+    assert block.from_point(0.99, 0.99).flatten().tolist() == pytest.approx([1 / 15] * 15)
 
 
-def test_rollout_goes_through_all_layers():
-    """Each patch looks at the next: after two layers, half of which are shortcuts, 1/4, 1/2, 1/4."""
+def test_rollout_through_two_layers():
+    """Each patch attends to the next one. With the residual connections, two layers give 1/4, 1/2, 1/4."""
     matrix = torch.eye(4).roll(1, dims=1)  # row i is 1 at i + 1
-    block = made(1, 4, 2, matrix, num_layers=2)
+    block = make_block(1, 4, 2, matrix, num_layers=2)
     assert block.rollout(0.1, 0.5).flatten().tolist() == pytest.approx([0.25, 0.5, 0.25, 0])
     assert block.rollout(0.9, 0.5).flatten().tolist() == pytest.approx([0.5, 0.25, 0, 0.25])
 
 
-def test_means_are_of_the_layers_and_heads():
+def test_attention_is_averaged_over_layers_and_heads():
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 2, 4, 6, 3, 5, generator=generator).unbind(0)
     block = BlockAttention("stage3", 2, 2, 3, q, k)
-    single = torch.stack([torch.stack([block.attended(0.4, 0.6, layer=i, head=j) for j in range(3)]) for i in range(2)])
-    torch.testing.assert_close(block.attended(0.4, 0.6), single.mean((0, 1)))
-    torch.testing.assert_close(block.attended(0.4, 0.6, layer=1), single[1].mean(0))
-    torch.testing.assert_close(block.attended(0.4, 0.6, head=2), single[:, 2].mean(0))
+    single = torch.stack(
+        [torch.stack([block.from_point(0.4, 0.6, layer=i, head=j) for j in range(3)]) for i in range(2)]
+    )
+    torch.testing.assert_close(block.from_point(0.4, 0.6), single.mean((0, 1)))
+    torch.testing.assert_close(block.from_point(0.4, 0.6, layer=1), single[1].mean(0))
+    torch.testing.assert_close(block.from_point(0.4, 0.6, head=2), single[:, 2].mean(0))
     assert single.std(0).max() > 0.01

@@ -101,7 +101,7 @@ def some_epochs(num: int) -> list[dict[str, float]]:
             "raw_top1": 39.0 + 3 * i,
             "val_num_images": 1234,
             "images_per_second": 400.0,
-            "waiting_share": 0.25 if i else 0.0,
+            "data_wait_fraction": 0.25 if i else 0.0,
             "seconds": 30.0 if i else 90.0,
         }
         for i in range(num)
@@ -408,7 +408,7 @@ def test_bars_of_a_column_begin_at_the_same_place() -> None:
         some_epochs(1),
         [dict.fromkeys(some_epochs(1)[0], NAN)],
         [{**some_epochs(1)[0], "val_top1": NAN, "seconds": NAN}, *some_epochs(3)[1:]],
-        [{**record, "waiting_share": 0.0, "seconds": 0.0} for record in some_epochs(2)],
+        [{**record, "data_wait_fraction": 0.0, "seconds": 0.0} for record in some_epochs(2)],
     ],
 )
 @pytest.mark.parametrize("num_steps", [None, 0, 1, 2, 61])

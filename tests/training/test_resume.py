@@ -1,4 +1,4 @@
-"""Killed at any instant, a run that is started again ends as if nothing had happened: the same weights to the bit."""
+"""A run that is killed and resumed writes bit-identical weights and metrics."""
 
 import json
 import os
@@ -20,9 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler
+from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.tasks.classification import Classification
-from mobilevit.training import loop
 from mobilevit.training.loop import TIMES, Stopped, train
 from mobilevit.weights import read
 
@@ -31,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # where there is one core
     pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning"),
 ]
-# Two sizes, steps in parts, dropout, a crop and a mirror image: everything that chance has a hand in. 12 steps.
+# Everything that is random: two image sizes, dropout, random crops and flips. Several micro-batches per step. 10 steps.
 RECIPE = Recipe(
     architecture="xxs",
     epochs=3,
@@ -41,7 +40,7 @@ RECIPE = Recipe(
     optimizer=Optimizer(warmup_steps=2),
     compute=Compute(micro_batch_size=4),
 )
-# What torchrun starts; its processes need the recipe from somewhere.
+# Started by torchrun; the recipe is an argument.
 PROGRAM = """
 import sys
 from dataclasses import replace
@@ -70,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(run: Callable[[], object]) -> int:
-    """The number of a child process that does `run` in one thread."""
+    """The PID of a child process that calls `run` with one thread."""
     child = os.fork()
     if child:
         return child
@@ -88,12 +87,12 @@ def start(run: Callable[[], object]) -> int:
 
 
 def end(child: int) -> int:
-    """The exit code of a child process, or minus the signal that killed it."""
+    """The exit code of a child process; negative if a signal killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def left(out: Path) -> dict[str, Any]:
-    """What a run left, without how long it took."""
+def results_of(out: Path) -> dict[str, Any]:
+    """The results of a run, without times."""
 
     def lines(name: str) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in (out / name).read_text().splitlines()]
@@ -108,60 +107,60 @@ def left(out: Path) -> dict[str, Any]:
 
 
 def last_step(out: Path) -> int:
-    """Of the last checkpoint."""
+    """Step of the newest checkpoint."""
     return max((int(file.stem) for file in out.glob("checkpoints/[0-9]*.pt")), default=0)
 
 
 def wait_for_step(out: Path, step: int, child: int) -> None:
-    """Until there is a checkpoint of `step`, or the child has ended."""
+    """Wait until a checkpoint of `step` exists, or the child has ended."""
     while last_step(out) < step and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.005)
 
 
 def weight_files(out: Path) -> dict[str, bytes]:
-    """The bytes of the weight files of a run."""
+    """The bytes of the weight files."""
     return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
-def whole_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happens to."""
-    out = tmp_path_factory.mktemp("whole")
+def uninterrupted_out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     assert end(start(lambda: train(RECIPE, data, out))) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def whole(whole_out: Path) -> dict[str, Any]:
-    """What a run leaves that nothing happens to."""
-    return left(whole_out)
+def uninterrupted(uninterrupted_out: Path) -> dict[str, Any]:
+    """The results of an uninterrupted run."""
+    return results_of(uninterrupted_out)
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_at_any_instant(whole: dict[str, Any], data: Path, tmp_path: Path, num_workers: int):
-    expected = whole
+def test_killed_at_random_times(uninterrupted: dict[str, Any], data: Path, tmp_path: Path, num_workers: int):
+    expected = uninterrupted
     recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=num_workers))
-    chance = random.Random(num_workers)
+    rng = random.Random(num_workers)
     codes = []
     while not codes or codes[-1] == -signal.SIGKILL:
         # With a checkpoint after every step, most of the time is spent in writing one.
         child = start(lambda: train(recipe, data, tmp_path / "run", checkpoint_minutes=1e-9))
         if len(codes) < 8:
-            wait_for_step(tmp_path / "run", last_step(tmp_path / "run") + chance.randint(0, 2), child)
-            time.sleep(chance.uniform(0, 0.1))
+            wait_for_step(tmp_path / "run", last_step(tmp_path / "run") + rng.randint(0, 2), child)
+            time.sleep(rng.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
         codes.append(end(child))
     assert codes[-1] == 0
     assert len(codes) > 4
-    assert left(tmp_path / "run") == expected
+    assert results_of(tmp_path / "run") == expected
     steps = [line["step"] for line in expected["steps"]]
     assert steps == list(range(1, len(steps) + 1))
 
 
 def test_killed_while_a_checkpoint_is_written(
-    whole: dict[str, Any], whole_out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: dict[str, Any], uninterrupted_out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Half a file, a whole one under its other name, the new one beside too many old ones: at every checkpoint."""
+    """Half a temporary file, a complete temporary file, one checkpoint too many."""
     save = torch.save
 
     def save_half(state: object, path: Path) -> None:
@@ -189,13 +188,13 @@ def test_killed_while_a_checkpoint_is_written(
         child = start(lambda: (change(), train(RECIPE, data, out, checkpoint_minutes=1e-9)))  # noqa: B023
         assert end(child) == -signal.SIGKILL
     assert end(start(lambda: train(RECIPE, data, out))) == 0
-    assert left(out) == whole
-    assert weight_files(out) == weight_files(whole_out)
+    assert results_of(out) == uninterrupted
+    assert weight_files(out) == weight_files(uninterrupted_out)
     assert len(list((out / "checkpoints").iterdir())) == 2
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    whole: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_checkpoint_is_skipped(
+    uninterrupted: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def stop_in_the_third_epoch() -> None:
         evaluate, calls = Classification.evaluate, []
@@ -213,33 +212,62 @@ def test_a_damaged_checkpoint_is_passed_over(
     last = max((tmp_path / "checkpoints").iterdir())
     last.write_bytes(last.read_bytes()[:-1000])
     assert end(start(lambda: train(RECIPE, data, tmp_path))) == 0
-    assert left(tmp_path) == whole
+    assert results_of(tmp_path) == uninterrupted
+
+
+def test_a_run_of_an_earlier_version_resumes(uninterrupted: dict[str, Any], data: Path, tmp_path: Path):
+    """Version 0.1 used other keys in recipes, logs and checkpoints, and compared `max_unreadable`."""
+    child = start(lambda: train(RECIPE, data, tmp_path, checkpoint_minutes=1e-9))
+    wait_for_step(tmp_path, 5, child)
+    os.kill(child, signal.SIGKILL)
+    assert end(child) == -signal.SIGKILL
+    facts = json.loads((tmp_path / "run.json").read_text())
+    compute = facts["recipe"]["compute"]
+    compute["pictures_at_once"] = compute.pop("micro_batch_size")
+    facts["recipe"]["data"]["max_unreadable"] = 3
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        text = (tmp_path / name).read_text().replace('"data_wait_fraction"', '"waiting_share"')
+        for old, new in (("pictures", "images"), ("pictures_per_second", "images_per_second")):
+            text = text.replace(f'"{new}"', f'"{old}"').replace(f'"val_num_{new}"', f'"val_num_{old}"')
+        (tmp_path / name).write_text(text)
+    for file in tmp_path.glob("checkpoints/*.pt"):
+        state = torch.load(file, weights_only=True)
+        position = state.pop("progress")
+        position["waited"] = position.pop("data_wait_seconds")
+        for record in position["history"]:
+            record["val_num_pictures"] = record.pop("val_num_images")
+            record["pictures_per_second"] = record.pop("images_per_second")
+            record["waiting_share"] = record.pop("data_wait_fraction")
+        torch.save({**state, "position": position, "average": state.pop("ema")}, file)
+    assert end(start(lambda: train(RECIPE, data, tmp_path))) == 0
+    assert results_of(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_finishes_the_step_and_keeps_it(
-    whole: dict[str, Any], data: Path, tmp_path: Path, number: signal.Signals
+def test_a_signal_finishes_and_saves_the_step(
+    uninterrupted: dict[str, Any], data: Path, tmp_path: Path, number: signal.Signals
 ):
-    recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=2))  # workers hear Ctrl-C as well
+    recipe = replace(RECIPE, data=replace(RECIPE.data, num_workers=2))  # workers receive Ctrl-C, too
     child = start(lambda: (os.setpgrp(), train(recipe, data, tmp_path, checkpoint_minutes=1e-9)))
     wait_for_step(tmp_path, 1, child)
     os.killpg(child, number)
     assert end(child) == 128 + number
     done = len((tmp_path / "steps.jsonl").read_text().splitlines())
-    assert last_step(tmp_path) == done < len(whole["steps"])
+    assert last_step(tmp_path) == done < len(uninterrupted["steps"])
     assert end(start(lambda: train(recipe, data, tmp_path))) == 0
-    assert left(tmp_path) == whole
+    assert results_of(tmp_path) == uninterrupted
 
 
-def test_an_extended_run_killed_and_resumed(whole: dict[str, Any], data: Path, tmp_path: Path):
-    """Two more epochs after the last one: as the run before up to there, then at a constant rate, killed or not."""
-    longer, quiet, killed = replace(RECIPE, epochs=5), tmp_path / "quiet", tmp_path / "killed"
-    for out in (quiet, killed):
+def test_an_extended_run_killed_and_resumed(uninterrupted: dict[str, Any], data: Path, tmp_path: Path):
+    """Two additional epochs at a constant learning rate; the epochs before them do not change."""
+    longer, whole, killed = replace(RECIPE, epochs=5), tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
         assert end(start(partial(train, RECIPE, data, out))) == 0
-    assert end(start(lambda: train(longer, data, quiet, extend=True))) == 0
-    expected, num_steps = left(quiet), len(whole["steps"])
-    assert expected["epochs"][:3] == whole["epochs"]
-    assert expected["steps"][:num_steps] == whole["steps"]
+    assert end(start(lambda: train(longer, data, whole, extend=True))) == 0
+    expected, num_steps = results_of(whole), len(uninterrupted["steps"])
+    assert expected["epochs"][:3] == uninterrupted["epochs"]
+    assert expected["steps"][:num_steps] == uninterrupted["steps"]
     assert [line["epoch"] for line in expected["epochs"]] == [1, 2, 3, 4, 5]
     assert {line["lr"] for line in expected["steps"][num_steps:]} == {RECIPE.optimizer.end_lr}
     for step in (1, 5):
@@ -247,17 +275,17 @@ def test_an_extended_run_killed_and_resumed(whole: dict[str, Any], data: Path, t
         wait_for_step(killed, num_steps + step, child)
         os.kill(child, signal.SIGKILL)
         assert end(child) == -signal.SIGKILL
-    assert end(start(lambda: train(longer, data, killed))) == 0  # resumed: it is of that many epochs now
-    assert left(killed) == expected
-    assert weight_files(killed) == weight_files(quiet)
-    assert json.loads((killed / "run.json").read_text()) == json.loads((quiet / "run.json").read_text())
+    assert end(start(lambda: train(longer, data, killed))) == 0  # without extend: run.json has the new number of epochs
+    assert results_of(killed) == expected
+    assert weight_files(killed) == weight_files(whole)
+    assert json.loads((killed / "run.json").read_text()) == json.loads((whole / "run.json").read_text())
 
 
 def torchrun(recipe: Recipe, data: Path, out: Path, minutes: float, *options: str) -> subprocess.Popen[bytes]:
     program = out.with_suffix(".py")
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
-    arguments = [json.dumps(loop.recipes.to_dict(recipe)), str(data), str(out), str(minutes)]
+    arguments = [json.dumps(to_dict(recipe)), str(data), str(out), str(minutes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with (out.parent / "stderr").open("wb") as stderr:
         return subprocess.Popen([*command, str(program), *arguments], env=environment, stderr=stderr)
@@ -271,36 +299,36 @@ def ends_well(running: subprocess.Popen[bytes], out: Path) -> None:
         running.wait()
 
 
-# Two parts a step: in one process one after the other, or each in its own.
+# Two micro-batches per step: of one process, or of two.
 IN_TWO = replace(RECIPE, epochs=2, sampler=Sampler())
 
 
 @pytest.fixture(scope="module")
 def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes leave that nothing happens to."""
+    """The results of an uninterrupted run in two processes."""
     out = tmp_path_factory.mktemp("two") / "run"
     running = torchrun(IN_TWO, data, out, 5)
     ends_well(running, out)
-    return left(out)
+    return results_of(out)
 
 
-def test_two_processes_compute_what_one_does(two: dict[str, Any], data: Path, tmp_path: Path):
-    """The same batches, crops, dropout masks and running statistics, and sums of two numbers, which know no order."""
+def test_two_processes_match_one(two: dict[str, Any], data: Path, tmp_path: Path):
+    """Batches, crops, dropout masks and running statistics are equal; sums of two numbers have no order."""
     assert end(start(lambda: train(IN_TWO, data, tmp_path))) == 0
-    one = left(tmp_path)
+    one = results_of(tmp_path)
     assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
     assert [line["lr"] for line in two["steps"]] == [line["lr"] for line in one["steps"]]
     for ours, theirs in zip(one["epochs"], two["epochs"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5)
     for name in ("model", "raw", "best"):
         for key, value in one[name][0].items():
-            if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
+            if not key.endswith("num_batches_tracked"):  # counts the micro-batches of a process
                 theirs = np.frombuffer(two[name][0][key], np.float32)
                 np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def scenes(folder: Path, task: str) -> Path:
-    """Sixteen images to train on and six others, with a red or green rectangle each, and its box or mask."""
+    """16 training images and 6 validation images with a red or green rectangle each, and its box or mask."""
     draw = np.random.default_rng(0)
     for split, num in (("train", 16), ("val", 6)):
         images, boxes = [], []
@@ -329,14 +357,14 @@ def scenes(folder: Path, task: str) -> Path:
 @pytest.mark.parametrize(
     ("task", "metric"), [("detect", "ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)]
 )
-def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metric: str, tmp_path: Path):
+def test_two_processes_match_one_for_boxes_and_masks(task: str, metric: str, tmp_path: Path):
     data = scenes(tmp_path / "data", task)
     recipe = replace(IN_TWO, task=task, data=Data(size_px=64, num_workers=0), optimizer=Optimizer(warmup_steps=1))
 
     def train_as(rank: int, world: int, port: int, out: Path) -> None:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
         os.environ.update({name: str(value) for name, value in where.items()})
-        signal.alarm(100)  # where one goes wrong, the other waits for it
+        signal.alarm(100)  # if one fails, the other waits for it
         train(recipe, data, out)
 
     found = []
@@ -347,7 +375,7 @@ def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metri
         out = tmp_path / str(world)
         children = [start(partial(train_as, rank, world, port, out)) for rank in range(world)]
         assert [end(child) for child in children] == [0] * world
-        found.append(left(out))
+        found.append(results_of(out))
     one, two = found
     assert len(one["steps"]) == 4
     for ours, theirs in zip(one["steps"] + one["epochs"], two["steps"] + two["epochs"], strict=True):
@@ -355,13 +383,13 @@ def test_two_processes_compute_what_one_does_of_boxes_and_masks(task: str, metri
     assert one["epochs"][-1][f"raw_{metric}"] > 0
     assert one["epochs"][-1]["val_num_images"] == 6
     for key, value in one["raw"][0].items():
-        if not key.endswith("num_batches_tracked"):  # counts the parts that a process has seen
+        if not key.endswith("num_batches_tracked"):  # counts the micro-batches of a process
             theirs = np.frombuffer(two["raw"][0][key], np.float32)
             np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-3, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any], data: Path, tmp_path: Path):
+def test_torchrun_restarts_a_killed_process(two: dict[str, Any], data: Path, tmp_path: Path):
     out = tmp_path / "run"
     running = torchrun(IN_TWO, data, out, 1e-9, "--max-restarts", "3")
     for num_steps in (2, 5):
@@ -369,4 +397,4 @@ def test_a_killed_process_of_two_is_brought_back_by_torchrun(two: dict[str, Any]
             time.sleep(0.01)
         os.kill(int(out.with_suffix(f".pid{num_steps % 2}").read_text()), signal.SIGKILL)
     ends_well(running, out)
-    assert left(out) == two
+    assert results_of(out) == two

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what is refused, what is left of it when the disk is full or the process gone."""
+"""The run folder: identity, rejected folders, full disks, killed processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mobilevit.files import write_whole
-from mobilevit.training.run import Lines, RunFolder, read_checkpoint
+from mobilevit.training.run import JsonLines, RunFolder, read_checkpoint
 
 FACTS = {"recipe": {"epochs": 3, "optimizer": {"lr": 1e-3, "freeze": "nothing"}}, "data": "1a2b", "weights": "random"}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed")
@@ -43,19 +43,15 @@ def close() -> Iterator[None]:
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"step": step, "weights": torch.full((1000,), float(step))}
+    return {"progress": {"step": step}, "weights": torch.full((1000,), float(step))}
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def never(message: str) -> None:
-    raise AssertionError(message)
-
-
 def in_child(do: Callable[[], object]) -> int:
-    """The number of a forked process that does it and says on standard error what went wrong."""
+    """The PID of a forked process that calls `do` and writes its error to standard error."""
     child = os.fork()
     if not child:
         code = 1
@@ -74,42 +70,44 @@ def end(child: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whose folder it is
+# Identity
 
 
-def test_the_same_facts_take_up_a_run(tmp_path: Path):
+def test_a_run_with_the_same_facts_resumes(tmp_path: Path):
     folder = open_folder(tmp_path / "new" / "run")
     assert json.loads((tmp_path / "new/run/run.json").read_text()) == FACTS
-    assert folder.latest(never) is None
+    assert folder.latest() is None
     folder.save(state(7), 7)
     folder.close()
     again = open_folder(tmp_path / "new" / "run", json.loads(json.dumps(FACTS)))
-    latest = again.latest(never)
+    latest = again.latest()
     assert latest is not None
-    assert read_checkpoint(latest)["step"] == 7
+    assert read_checkpoint(latest)["progress"]["step"] == 7
     assert torch.equal(read_checkpoint(latest)["weights"], torch.full((1000,), 7.0))
 
 
-def test_other_facts_are_named_with_both_values(tmp_path: Path):
+def test_another_run_is_rejected_with_both_values(tmp_path: Path):
     open_folder(tmp_path).close()
     other = {"recipe": {"epochs": 4, "optimizer": {"lr": 1e-3, "freeze": "stem"}}, "data": "1a2b", "seed": [1, 2]}
-    with pytest.raises(ValueError, match=f"^{tmp_path}: holds another run") as caught:
+    with pytest.raises(ValueError, match=f"^{tmp_path}: contains another run") as caught:
         open_folder(tmp_path, other)
-    assert str(caught.value) == (
-        f"{tmp_path}: holds another run (recipe.epochs is 3 there, 4 here, recipe.optimizer.freeze is nothing there, "
-        "stem here, weights is random there, None here, seed is None there, [1, 2] here); name another folder, or "
-        "remove this one"
-    )
+    for difference in (
+        "recipe.epochs was 3, is now 4",
+        "recipe.optimizer.freeze was nothing, is now stem",
+        "weights was random, is now None",
+        "seed was None, is now [1, 2]",
+    ):
+        assert difference in str(caught.value)
     assert json.loads((tmp_path / "run.json").read_text()) == FACTS
 
 
-def test_tuples_are_lists_in_a_file(tmp_path: Path):
+def test_tuples_equal_lists_in_a_file(tmp_path: Path):
     open_folder(tmp_path, {"sizes": (32, 64)}).close()
     open_folder(tmp_path, {"sizes": (32, 64)}).close()
 
 
 @pytest.mark.parametrize("text", ["", '{"recipe": ', "[]", "3", "\0" * 50, "\udcff"])
-def test_a_damaged_description(tmp_path: Path, text: str):
+def test_a_damaged_run_json(tmp_path: Path, text: str):
     (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/run.json: damaged; name another folder, or remove this one$"):
         open_folder(tmp_path)
@@ -119,22 +117,22 @@ def test_a_damaged_description(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "steps.jsonl", "model.safetensors", "best.safetensors", "raw.safetensors", "report.html"]
 )
-def test_files_of_a_run_that_nothing_describes_are_left_alone(tmp_path: Path, name: str):
+def test_files_without_a_run_json_are_not_touched(tmp_path: Path, name: str):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: holds a run already; choose another folder or remove this one"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: contains files of a run without its run.json"):
         open_folder(tmp_path)
     assert names(tmp_path) == {name}
     assert (tmp_path / name).read_text() == "precious"
 
 
-def test_checkpoints_that_nothing_describes_are_left_alone(tmp_path: Path):
+def test_checkpoints_without_a_run_json_are_not_touched(tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "000000003.pt").write_text("precious")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match=r"without its run\.json"):
         open_folder(tmp_path)
 
 
-def test_other_files_stay(tmp_path: Path):
+def test_other_files_are_not_touched(tmp_path: Path):
     others = ["notes.txt", ".tmux.conf.old", ".model.notes", "checkpoints.txt"]
     for name in others:
         (tmp_path / name).write_text("precious")
@@ -142,7 +140,7 @@ def test_other_files_stay(tmp_path: Path):
     assert [(tmp_path / name).read_text() for name in others] == ["precious"] * 4
 
 
-def test_killed_before_the_folder_was_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_killed_before_run_json_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def die(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -154,7 +152,7 @@ def test_killed_before_the_folder_was_described(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == {"run.json", "checkpoints", ".lock"}
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path):
     open_folder(tmp_path).close()
     for name in (".model.safetensors.ab1_", ".run.json.x", ".steps.jsonl.y", "checkpoints/.000000007.pt.z"):
         (tmp_path / name).write_text("half")
@@ -164,10 +162,10 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Known before the first step
+# Errors before the first step
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path):
+def test_a_folder_that_cannot_be_created(tmp_path: Path):
     (tmp_path / "file").write_text("precious")
     for name in ("file", "file/run"):
         with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: cannot be written to \(not a directory\)$"):
@@ -178,7 +176,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
 
 @needs_fork
 def test_a_read_only_folder():
-    with tempfile.TemporaryDirectory() as name:  # that others may look into, unlike pytest's
+    with tempfile.TemporaryDirectory() as name:  # readable by other users, unlike pytest's
         folder = Path(name)
         folder.chmod(0o555)
 
@@ -199,16 +197,16 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
 
 
-def test_too_little_space_is_said_up_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with_free(monkeypatch, 399_000_000)  # three checkpoints, and three files of weights: a fourth
+def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with_free(monkeypatch, 399_000_000)  # three checkpoints, and three weight files of a third each
     with pytest.raises(ValueError, match=f"^{tmp_path}: has 399 MB left, checkpoints need 400 MB$"):
         open_folder(tmp_path, num_bytes=100_000_000)
     assert not (tmp_path / "run.json").exists()
     with_free(monkeypatch, 400_000_000)
-    open_folder(tmp_path, num_bytes=100_000_000)  # and nothing is in the way of another try
+    open_folder(tmp_path, num_bytes=100_000_000)  # a second attempt succeeds
 
 
-def test_what_the_run_has_written_already_needs_no_space_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_existing_files_count_as_available_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = open_folder(tmp_path)
     for step in (1, 2):
         folder.save(state(step), step)
@@ -223,7 +221,7 @@ def test_what_the_run_has_written_already_needs_no_space_again(tmp_path: Path, m
 
 
 @needs_fork
-def test_a_folder_in_use_is_refused_until_its_process_is_gone_whatever_its_workers_do(tmp_path: Path):
+def test_the_lock_ends_with_its_process_even_if_workers_live(tmp_path: Path):
     ready, say_ready = os.pipe()
 
     def hold() -> None:
@@ -236,7 +234,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone_whatever_its_worke
     holder = in_child(hold)
     worker = int.from_bytes(os.read(ready, 8), "big")
     try:
-        with pytest.raises(ValueError, match=f"^{tmp_path}: another process is training into this folder; name anothe"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: another process is training in this folder"):
             open_folder(tmp_path)
         os.kill(holder, signal.SIGKILL)
         assert end(holder) == -signal.SIGKILL
@@ -247,28 +245,28 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone_whatever_its_worke
 
 
 @needs_fork
-def test_a_folder_that_was_closed_or_refused_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_lock_is_released_on_close_and_on_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     open_folder(tmp_path).close()
     with monkeypatch.context() as change:
         with_free(change, 0)
         with pytest.raises(ValueError, match="MB left") as refused:
             open_folder(tmp_path)
     assert end(in_child(lambda: open_folder(tmp_path))) == 0
-    del refused  # held the folder, which could have gone on holding its lock
+    del refused  # referenced the folder and its lock
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def test_the_last_two_are_kept(tmp_path: Path):
+def test_two_checkpoints_are_kept(tmp_path: Path):
     folder = open_folder(tmp_path)
     for step in (3, 10, 11, 250):
         folder.save(state(step), step)
     assert names(folder.checkpoints) == {"000000011.pt", "000000250.pt"}
     folder.save(state(250), 250)  # the same step once more
     assert names(folder.checkpoints) == {"000000011.pt", "000000250.pt"}
-    assert folder.latest(never) == folder.checkpoints / "000000250.pt"
+    assert folder.latest() == folder.checkpoints / "000000250.pt"
 
 
 def cut_short(content: bytes) -> bytes:
@@ -280,36 +278,34 @@ def flip_a_bit(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lambda content: b"", lambda content: bytes(len(content))])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: Callable[[bytes], bytes]):
+def test_a_damaged_checkpoint_is_skipped(
+    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+):
     folder = open_folder(tmp_path)
     for step in (10, 20):
         folder.save(state(step), step)
     newest = folder.checkpoints / "000000020.pt"
     newest.write_bytes(damage(newest.read_bytes()))
-    said: list[str] = []
-    assert folder.latest(said.append) == folder.checkpoints / "000000010.pt"
-    assert len(said) == 1
-    assert said[0].startswith(f"{newest}: cannot be read (")
-    assert said[0].endswith("); passed over")
-    assert "\n" not in said[0]
+    assert folder.latest() == folder.checkpoints / "000000010.pt"
+    (message,) = caplog.messages
+    assert str(newest) in message
+    assert "\n" not in message
 
 
-def test_damaged_ones_do_not_take_the_place_of_good_ones(tmp_path: Path):
+def test_damaged_checkpoints_are_deleted_first(tmp_path: Path):
     folder = open_folder(tmp_path)
     for step in (10, 20):
         folder.save(state(step), step)
     for file in folder.checkpoints.iterdir():
         file.write_bytes(b"")
-    said: list[str] = []
-    assert folder.latest(said.append) is None
-    assert len(said) == 2
-    for step in (3, 6):  # the run is done over
+    assert folder.latest() is None
+    for step in (3, 6):  # the run starts again
         folder.save(state(step), step)
     assert names(folder.checkpoints) == {"000000003.pt", "000000006.pt"}
-    assert folder.latest(never) == folder.checkpoints / "000000006.pt"
+    assert folder.latest() == folder.checkpoints / "000000006.pt"
 
 
-def test_a_full_disk_leaves_the_checkpoints_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_keeps_the_previous_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = open_folder(tmp_path)
     for step in (1, 2):
         folder.save(state(step), step)
@@ -324,15 +320,15 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path: Path, monkeypatch: 
     assert caught.value.filename == str(folder.checkpoints / "000000003.pt")
     assert caught.value.errno == errno.ENOSPC
     assert names(folder.checkpoints) == {"000000001.pt", "000000002.pt"}
-    latest = folder.latest(never)
+    latest = folder.latest()
     assert latest is not None
-    assert read_checkpoint(latest)["step"] == 2
+    assert read_checkpoint(latest)["progress"]["step"] == 2
 
 
 @needs_fork
 @pytest.mark.parametrize("limit", [0, 100, 2000])
-def test_a_limit_of_the_system_is_said_as_such(tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]):
-    """What torch.save raises where a file cannot grow does not say so."""
+def test_the_reason_of_a_failed_write_is_reported(tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]):
+    """The error of torch.save does not contain the reason."""
     import resource
 
     folder = open_folder(tmp_path)
@@ -348,10 +344,10 @@ def test_a_limit_of_the_system_is_said_as_such(tmp_path: Path, limit: int, capfd
 
     assert end(in_child(save_beyond)) == 0, capfd.readouterr().err
     assert names(folder.checkpoints) == {"000000001.pt"}
-    assert folder.latest(never) == folder.checkpoints / "000000001.pt"
+    assert folder.latest() == folder.checkpoints / "000000001.pt"
 
 
-def test_other_errors_of_torch_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_errors_of_torch_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(state: object, file: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -361,17 +357,17 @@ def test_other_errors_of_torch_stay_what_they_are(tmp_path: Path, monkeypatch: p
     assert names(tmp_path / "checkpoints") == set()
 
 
-def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_and_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced: list[tuple[bool, bool]] = []
     sync = os.fsync
 
-    def note(handle: int) -> None:
+    def record(handle: int) -> None:
         synced.append((stat.S_ISDIR(os.fstat(handle).st_mode), (tmp_path / "x").exists()))
         sync(handle)
 
-    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", record)
     write_whole(tmp_path / "x", lambda aside: aside.write_text("whole"))
-    # The content before it gets its name, the folder thereafter.
+    # The content before the rename, the folder after it.
     assert synced == [(False, False), (True, True)]
     synced.clear()
     folder = open_folder(tmp_path)
@@ -381,53 +377,53 @@ def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lists of lines
+# Logs
 
 
-def content(lines: Lines) -> list[dict[str, int]]:
+def content(lines: JsonLines) -> list[dict[str, int]]:
     lines.close()
     return [json.loads(line) for line in lines.path.read_text().splitlines()]
 
 
 def three_lines(path: Path) -> Path:
-    lines = Lines(path, 0)
+    lines = JsonLines(path, 0)
     for i in range(3):
         lines.add({"step": i})
     assert content(lines) == [{"step": 0}, {"step": 1}, {"step": 2}]
     return path
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 3])
-def test_lines_are_cut_back_and_go_on(tmp_path: Path, keep: int):
-    lines = Lines(three_lines(tmp_path / "x.jsonl"), keep)
+@pytest.mark.parametrize("num_lines", [0, 1, 2, 3])
+def test_a_log_is_truncated_and_appended_to(tmp_path: Path, num_lines: int):
+    lines = JsonLines(three_lines(tmp_path / "x.jsonl"), num_lines)
     lines.add({"step": 9})
-    assert content(lines) == [*({"step": i} for i in range(keep)), {"step": 9}]
+    assert content(lines) == [*({"step": i} for i in range(num_lines)), {"step": 9}]
 
 
-def test_a_torn_last_line_goes(tmp_path: Path):
+def test_an_incomplete_last_line_is_removed(tmp_path: Path):
     path = three_lines(tmp_path / "x.jsonl")
     with path.open("a") as file:
         file.write('{"step": 3')
-    lines = Lines(path, 3)
+    lines = JsonLines(path, 3)
     lines.add({"step": 9})
     assert content(lines)[2:] == [{"step": 2}, {"step": 9}]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 3}', '{"st\n', "\0\0\0\n", "\udcff\n"])
-def test_lines_that_the_checkpoint_knows_of_and_are_not_there(tmp_path: Path, torn: str):
+def test_missing_lines(tmp_path: Path, torn: str):
     path = three_lines(tmp_path / "x.jsonl")
     before = path.read_bytes() + torn.encode(errors="surrogateescape")
     path.write_bytes(before)
-    with pytest.raises(ValueError, match=rf"^{path}: has 3 whole lines, and the checkpoint knows of 4; start anew$"):
-        Lines(path, 4)
+    with pytest.raises(ValueError, match=rf"^{path}: has 3 intact lines, but the checkpoint needs 4; "):
+        JsonLines(path, 4)
     assert path.read_bytes() == before
-    with pytest.raises(ValueError, match="has 0 whole lines, and the checkpoint knows of 1"):
-        Lines(tmp_path / "missing.jsonl", 1)
+    with pytest.raises(ValueError, match="has 0 intact lines, but the checkpoint needs 1"):
+        JsonLines(tmp_path / "missing.jsonl", 1)
     assert not (tmp_path / "missing.jsonl").exists()
 
 
-def test_lines_are_on_the_disk_after_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    lines = Lines(tmp_path / "x.jsonl", 0)
+def test_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = JsonLines(tmp_path / "x.jsonl", 0)
     lines.add({"step": 1})
     at_sync: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: at_sync.append(lines.path.read_text()))
@@ -437,12 +433,12 @@ def test_lines_are_on_the_disk_after_a_sync(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_lines_on_a_full_disk_name_their_file(tmp_path: Path):
-    lines = Lines(tmp_path / "x.jsonl", 0)
+def test_a_full_disk_is_reported_with_the_file_name(tmp_path: Path):
+    lines = JsonLines(tmp_path / "x.jsonl", 0)
     lines._file.close()
     lines._file = Path("/dev/full").open("a")  # noqa: SIM115
     lines.add({"step": 1})
-    for write in (lines.sync, lines.close):  # the second time on the way out
+    for write in (lines.sync, lines.close):  # `close` again
         with pytest.raises(OSError, match="No space left on device") as caught:
             write()
         assert caught.value.filename == str(lines.path)

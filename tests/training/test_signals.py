@@ -1,4 +1,4 @@
-"""Ctrl-C is announced while the main thread computes; a second one stops at once."""
+"""Ctrl-C is logged while the main thread computes; a second one stops immediately."""
 
 import ctypes
 import os
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mobilevit.training import signals
-from mobilevit.training.signals import ANNOUNCEMENT, StopOnSignal
+from mobilevit.training.signals import StopOnSignal, logger
 
 
 @pytest.fixture(autouse=True)
 def raises_on_ctrl_c() -> Iterator[None]:
-    """A shell that starts the tests in the background lets them ignore SIGINT."""
+    """Processes in the background of a shell ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -23,47 +23,51 @@ def raises_on_ctrl_c() -> Iterator[None]:
 
 @pytest.fixture
 def busy_until() -> Callable[[threading.Event], bool]:
-    """Keeps the main thread in one call of C, in which no Python handler runs, until an event; False if it never is."""
+    """Blocks the main thread in a C call, during which no Python handler runs, until an event; False on a timeout."""
 
     def wait(event: threading.Event) -> bool:
         reading, writing = os.pipe()
         threading.Thread(target=lambda: os.write(writing, b"y" if event.wait(20) else b"n")).start()
         for number in signals.SIGNALS:
-            signal.siginterrupt(number, False)  # the call of read goes on after a signal
-        answer = ctypes.create_string_buffer(1)
-        ctypes.CDLL(None).read(reading, answer, 1)
-        return answer.raw == b"y"
+            signal.siginterrupt(number, False)  # a signal does not interrupt `read`
+        byte = ctypes.create_string_buffer(1)
+        ctypes.CDLL(None).read(reading, byte, 1)
+        return byte.raw == b"y"
 
     return wait
 
 
+@pytest.fixture
+def on_message(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], object]], None]:
+    """Replaces the logger's `info`."""
+    return lambda function: monkeypatch.setattr(logger, "info", function)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_announced_during_a_call(busy_until: Callable[[threading.Event], bool], number: signal.Signals):
-    said, announced = [], threading.Event()
-
-    def say(text: str) -> None:
-        said.append(text)
-        announced.set()
-
+def test_logged_during_a_call(
+    busy_until: Callable[[threading.Event], bool], on_message: Callable[..., None], number: signal.Signals
+):
+    messages, logged = [], threading.Event()
+    on_message(lambda text: (messages.append(text), logged.set()))
     handler = signal.getsignal(number)
-    with StopOnSignal(say) as stop:
+    with StopOnSignal() as stop:
         threading.Thread(target=lambda: os.kill(os.getpid(), number)).start()
-        assert busy_until(announced)
+        assert busy_until(logged)
         assert stop.signal_number == number
-        os.kill(os.getpid(), number)  # within two seconds the same
-    assert said == [ANNOUNCEMENT]
+        os.kill(os.getpid(), number)  # within two seconds: counts as the same
+    assert len(messages) == 1
     assert signal.getsignal(number) is handler
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_second_one_stops_at_once_even_if_both_come_during_one_call(
-    busy_until: Callable[[threading.Event], bool], monkeypatch: pytest.MonkeyPatch
+def test_a_second_signal_stops_immediately_even_during_one_call(
+    busy_until: Callable[[threading.Event], bool], on_message: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ):
     now, done = [100.0], threading.Event()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     raise_signal = signal.raise_signal
 
-    def raise_and_note(number: int) -> None:
+    def raise_and_record(number: int) -> None:
         raise_signal(number)
         done.set()
 
@@ -71,10 +75,11 @@ def test_a_second_one_stops_at_once_even_if_both_come_during_one_call(
         now[0] += 3
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(signal, "raise_signal", raise_and_note)
+    on_message(interrupt)
+    monkeypatch.setattr(signal, "raise_signal", raise_and_record)
 
     def stop_twice() -> None:
-        with StopOnSignal(interrupt):
+        with StopOnSignal():
             threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             assert busy_until(done)
 
@@ -86,7 +91,7 @@ def test_in_a_thread_that_receives_no_signals():
     stops = []
 
     def enter() -> None:
-        with StopOnSignal(print) as stop:
+        with StopOnSignal() as stop:
             stops.append(stop)
 
     thread = threading.Thread(target=enter)
@@ -95,17 +100,18 @@ def test_in_a_thread_that_receives_no_signals():
     assert [stop.signal_number for stop in stops] == [0]
 
 
-def test_nobody_reads_the_announcement(busy_until: Callable[[threading.Event], bool]):
-    """A pipe whose reader was interrupted too: the thread must live on, for the second Ctrl-C."""
-    announced = threading.Event()
+def test_closed_standard_error(busy_until: Callable[[threading.Event], bool], on_message: Callable[..., None]):
+    """The thread survives, for the second Ctrl-C."""
+    logged = threading.Event()
 
-    def say(text: str) -> None:
-        announced.set()
+    def fail(text: str) -> None:
+        logged.set()
         raise SystemExit(1)  # as rich does
 
-    with StopOnSignal(say) as stop:
+    on_message(fail)
+    with StopOnSignal() as stop:
         threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        assert busy_until(announced)
-        stop._thread.join(0.2)  # it would have ended by now
+        assert busy_until(logged)
+        stop._thread.join(0.2)
         assert stop._thread.is_alive()
     assert not stop._thread.is_alive()

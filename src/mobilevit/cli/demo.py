@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-if TYPE_CHECKING:
-    pass
 from mobilevit.cli.options import Download, SomeWeights, expand, read_weights, some_images, warn_of_assumptions
 
 
@@ -24,23 +21,25 @@ class Demo:
 
     weights: SomeWeights
     port: int = 0
-    """Of the page on this machine, which alone can see it; 0 is any that is free."""
+    """Port of the local server, which only this machine can reach. 0 selects a free port."""
     open: bool = True
     """Do not open the page in the browser. The URL is always printed."""
-    export: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None
-    """Write the page and all it needs into this folder, for any host of static files, instead of serving it."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write the page into this folder, for any host of static files, instead of serving it."""
+    overwrite: bool = False
+    """With --out: replace files that mobilevit demo did not write."""
     drawing: Literal["optdigits", "mnist"] | None = None
-    """Draw digits and letters like scikit-learn's (8 px) or MNIST's and EMNIST's (28 px); unless given, the former for
-    networks of up to 32 px. Other classifiers get no pad to draw on unless this is given."""
-    images: Annotated[tuple[str, ...], tyro.conf.arg(name="images", metavar="IMAGE...")] = ()
-    """Real images to compare the exported network with torch on: files, folders, patterns, or data as for train.
-    Unless given, synthetic ones are compared."""
-    ort: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder with ONNX Runtime Web's files; unless given, those of the wheel, or fetched through npm and kept."""
+    """Add a pad to draw digits and letters, rendered like scikit-learn's digits (8 px) or like MNIST and EMNIST (28
+    px). Default: for classifiers of single characters, optdigits up to 32 px input and mnist above; otherwise none."""
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
+    """Real images to verify the exported network on: files, folders, patterns, or data as for train. Default: synthetic
+    images."""
+    runtime_folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder with ONNX Runtime Web (package/dist of npm's onnxruntime-web). Default: the cache, into which npm
+    downloads it on first use."""
     download: Download = False
 
     def run(self) -> int:
-        """Write the page; serve it until interrupted."""
         import tempfile
         import webbrowser
 
@@ -49,28 +48,27 @@ class Demo:
         weights = read_weights(self.weights, self.download)
         warn_of_assumptions(self.weights, weights)
         file = expand(Path(self.weights))
-        source = file.name if file.exists() else self.weights  # a page for the world does not tell of folders here
-        with tempfile.TemporaryDirectory() as aside:
-            out = expand(self.export) if self.export else Path(aside)
-            with contextlib.nullcontext() if self.export else Server(out, self.port) as server:
+        with tempfile.TemporaryDirectory() as temporary:
+            out = expand(self.out) if self.out else Path(temporary)
+            with contextlib.nullcontext() if self.out else Server(out, self.port) as server:
                 write_page(
                     weights,
                     out,
-                    source=source,
+                    source=file.name if file.exists() else self.weights,  # a public page must not contain local paths
                     drawing=self.drawing,
                     images=some_images(self.images),
-                    ort=expand(self.ort) if self.ort else None,
-                    say=lambda text: print(text, file=sys.stderr, flush=True),
+                    runtime_folder=expand(self.runtime_folder) if self.runtime_folder else None,
+                    overwrite=self.overwrite,
                 )
                 if server is None:
                     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-                    print(f"{out}: a page of {num_bytes / 1e6:.0f} MB; put it on any host of static files, with https")
+                    print(f"{out}: wrote the page ({num_bytes / 1e6:.0f} MB); upload it to any host of static files")
                     print(
-                        "Browsers do not run it from disk. To try it here, run "
+                        "Browsers cannot open it from disk. To try it here, run "
                         f'python -m http.server -b 127.0.0.1 -d "{out}" and open http://127.0.0.1:8000/'
                     )
                     return 0
-                print(f"{server.url} (Ctrl-C stops it)", flush=True)
+                print(f"{server.url} (press Ctrl-C to stop)", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):
                     if self.open:
                         webbrowser.open(server.url)

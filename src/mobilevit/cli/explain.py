@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-if TYPE_CHECKING:
-    pass
 from mobilevit.cli.console import stdout
 from mobilevit.cli.options import (
     Device,
@@ -25,26 +23,24 @@ from mobilevit.cli.options import (
 
 @dataclass(frozen=True)
 class Explain:
-    """Show attention, receptive fields and class evidence for an image."""
+    """Show attention, receptive fields and class evidence (Grad-CAM) for an image."""
 
     weights: SomeWeights
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """An image file."""
     at: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="X Y")] = None
-    """The place to ask about, in pixels of the upright image from its upper left corner; unless given, the middle."""
+    """Query point of attention and receptive fields, in pixels of the upright image. Default: the center."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
-    """Of classifiers: the class to show the evidence for; unless given, the likeliest."""
+    """Class to show the evidence for (classifiers only). Default: the most likely class."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Side of what the network is given, in pixels; unless given, what the weights were made for. A larger one has
-    finer maps, and is answered by other activations than the network was trained with."""
+    """Side of the network's input in pixels. Default: the size that the weights were trained for. A larger input gives
+    finer maps, but its activations differ from those in training."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("explanation.html")
-    """A page in which the place is moved with the mouse (.html), or one image (.png); a file of that name is
-    replaced."""
+    """Output file: an interactive page (.html) or a figure (.png). An existing file is overwritten."""
     device: Device = "auto"
     download: Download = False
 
     def run(self) -> int:
-        """Compute, write, say what was found."""
         from rich.box import SIMPLE
         from rich.table import Column, Table
 
@@ -63,12 +59,12 @@ class Explain:
             out=out,
             device=choose_device(self.device),
         )
-        if explanation.evidence:
+        if explanation.class_evidence:
             table = Table("class", Column("probability", justify="right"), box=SIMPLE)
-            for one in explanation.evidence:
-                table.add_row(one.class_name, f"{100 * one.probability:.1f} %")
+            for evidence in explanation.class_evidence:
+                table.add_row(evidence.class_name, f"{100 * evidence.probability:.1f} %")
             stdout().print(table)
-        for layer in explanation.fields:
-            print(f"{layer.name}: depends on {100 * layer.share:.1f} % of the pixels")
+        for field in explanation.receptive_fields:
+            print(f"{field.title}: the receptive field is {100 * field.fraction:.1f} % of the pixels")
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
         return 0

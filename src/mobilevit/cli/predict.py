@@ -252,7 +252,7 @@ class _Masks:
         """The line of JSON and the rows of the table, the largest class first; mask and overlay are written."""
         import numpy as np
 
-        from mobilevit.draw import draw_mask, palette_png, write_jpeg
+        from mobilevit.draw import draw_mask, write_jpeg, write_mask_png
         from mobilevit.images import read_image
 
         counts = np.bincount(found.ravel(), minlength=256)
@@ -263,7 +263,7 @@ class _Masks:
             c: f"{name} {100 * fraction:.1f} %" for c, (name, fraction) in classes.items() if name != "background"
         }
         write_jpeg(draw_mask(read_image(path), found, legend), overlay)
-        palette_png(found, mask)
+        write_mask_png(found, mask)
         line = [{"class": name, "index": c, "fraction": fraction} for c, (name, fraction) in classes.items()]
         rows = [(name, f"{100 * fraction:.1f} %") for name, fraction in classes.values()]
         return {"classes": line, "mask": str(mask), "overlay": str(overlay)}, rows

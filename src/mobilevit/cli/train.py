@@ -60,7 +60,8 @@ class Train:
     def run(self) -> int:
         """Train, then say what to do next."""
         from mobilevit.report.training import Origin
-        from mobilevit.training.loop import FinishedError, train
+        from mobilevit.training.loop import train
+        from mobilevit.training.run import FinishedError
 
         use_threads(self.num_threads)
         if not self.checkpoint_minutes > 0:

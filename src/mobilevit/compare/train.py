@@ -33,8 +33,9 @@ from mobilevit.compare.statistics import check_scipy, holm, welch
 from mobilevit.images import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
-from mobilevit.training.loop import DivergedError, FinishedError, train
-from mobilevit.training.other import check_recipe
+from mobilevit.training.external import check_recipe
+from mobilevit.training.loop import DivergedError, train
+from mobilevit.training.run import FinishedError
 
 NETWORKS: dict[str, Network] = {**SYSTEMS, **SCALED}
 METRIC = "val_top1"  # of the averaged weights
@@ -176,7 +177,7 @@ def _run(network: Network, recipe: Recipe, data: str | Path, out: Path, device: 
         if network.family == "mobilevit":  # by the loop's own way, so that all commands can use the weights
             size: Any = network.name.removeprefix("mobilevit-")
             return train(replace(recipe, architecture=size), data, out, device=device).epochs
-        return train(recipe, data, out, other=network, device=device).epochs
+        return train(recipe, data, out, classifier=network, device=device).epochs
     except FinishedError as finished:
         return finished.epochs
 

@@ -1,4 +1,4 @@
-"""Everything that is known of why a network answered as it did to one image."""
+"""The result of `explain_image`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from PIL import Image
 
 from mobilevit.explain.attention import BlockAttention
-from mobilevit.explain.evidence import Evidence
-from mobilevit.explain.receptive import Field
-from mobilevit.explain.view import View
+from mobilevit.explain.grad_cam import ClassEvidence
+from mobilevit.explain.input_region import InputRegion
+from mobilevit.explain.receptive_field import ReceptiveField
 from mobilevit.weights import TaskName
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a network attends to from one place of an image, what that place depends on, what speaks for a class.
+    """Attention, receptive fields and class evidence of a network for one image.
 
-    `image` is upright, `at` the place in its pixels, `place` the same in shares of what the network sees of it.
-    `size_px` is the side of what the network is given. `evidence` is of the chosen class and then of the likeliest;
-    only classifiers have it.
+    `image` is upright. `at` is the query point in its pixels, and `point` the same point relative to `region`, the
+    part of the image that the network receives at `size_px` x `size_px`. `class_evidence` lists the requested class
+    first, then the most likely ones; it is empty for networks without classes.
     """
 
     network: str
     task: TaskName
     image: Image.Image
-    view: View
+    region: InputRegion
     at: tuple[float, float]
-    place: tuple[float, float]
+    point: tuple[float, float]
     size_px: int
-    blocks: tuple[BlockAttention, ...]
-    fields: tuple[Field, ...]
-    evidence: tuple[Evidence, ...]
+    attention: tuple[BlockAttention, ...]
+    receptive_fields: tuple[ReceptiveField, ...]
+    class_evidence: tuple[ClassEvidence, ...]

@@ -190,7 +190,7 @@ def _summary_html(epochs: Sequence[Mapping[str, float]], updates: Updates) -> st
             note = f"{_amount(seen / len(updates.step))} images each, on average"
         cards.append(("Updates", _amount(len(updates.step)), note))
     shares = [
-        (_number(record.get("waiting_share")), s if math.isfinite(s) else 1.0)
+        (_number(record.get("data_wait_fraction")), s if math.isfinite(s) else 1.0)
         for record, s in zip(epochs, seconds, strict=True)
     ]
     shares = [(share, s) for share, s in shares if math.isfinite(share)]
@@ -250,12 +250,12 @@ def _epochs_html(epochs: Sequence[Mapping[str, float]]) -> str:
 def _epoch_table(epochs: Sequence[Mapping[str, float]]) -> str:
     fields = ["train_loss", "val_loss", *_metrics(epochs)]
     fields += [f for f in (name.replace("val_", "raw_", 1) for name in fields[1:]) if any(f in e for e in epochs)]
-    fields += ["images_per_second", "waiting_share", "seconds"]
+    fields += ["images_per_second", "data_wait_fraction", "seconds"]
     fields = [f for f in fields if any(math.isfinite(_number(record.get(f))) for record in epochs)]
     heads = {
         "train_loss": "loss in training",
         "images_per_second": "images a second",
-        "waiting_share": "waiting for data, %",
+        "data_wait_fraction": "waiting for data, %",
         "seconds": "time, s",
     }
 
@@ -268,7 +268,7 @@ def _epoch_table(epochs: Sequence[Mapping[str, float]]) -> str:
         value = _number(record.get(field))
         if not math.isfinite(value):
             return NOTHING
-        if field == "waiting_share":
+        if field == "data_wait_fraction":
             return f"{100 * value:.1f}"
         return _amount(value) if field in ("images_per_second", "seconds") else _plain(field, value)
 

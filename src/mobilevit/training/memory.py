@@ -1,4 +1,4 @@
-"""How many images fit into memory at once."""
+"""The largest micro-batch that fits into memory."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from mobilevit.data.loader import Batch
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import Task
 
-# Of the memory that there is, what activations may take: the rest is for gradients on their way, weights, the
-# optimizer, what the allocator cannot use, and whatever else runs.
-SHARE = 0.4
+# Fraction of the memory that activations may use. The rest is for gradients, weights, the optimizer, fragmentation of
+# the allocator, and other programs.
+ACTIVATION_FRACTION = 0.4
 
 
-def pixels_at_once(recipe: Recipe, task: Task, model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """Pixels of images, height times width, that one process can compute forward and backward on `device`.
+def max_micro_batch_pixels(recipe: Recipe, task: Task, model: nn.Module, batch: Batch, device: torch.device) -> int:
+    """Number of image pixels (height times width) that one process can compute forward and backward on `device`.
 
-    What autograd keeps for `batch` is measured. The same machine gives the same answer, whatever else runs on it, so
-    that a run that starts again is cut into the same parts. Changes the running statistics of `model`.
+    Measures the bytes that autograd saves for `batch`. The result depends on the installed memory and not on the free
+    memory, so that a resumed run is divided into the same micro-batches. Changes the running statistics of `model`.
     """
     if recipe.compute.micro_batch_size:
         return recipe.compute.micro_batch_size * recipe.data.size_px**2
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved_bytes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = task.loss(recipe, model, batch)
     num_pixels = batch.pixels.shape[0] * batch.pixels.shape[2] * batch.pixels.shape[3]
-    bytes_a_pixel = sum(kept.values()) / num_pixels
+    bytes_per_pixel = sum(saved_bytes.values()) / num_pixels
     del loss
-    return int(SHARE * _memory(device) / bytes_a_pixel)
+    return int(ACTIVATION_FRACTION * _memory_bytes(device) / bytes_per_pixel)
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that this process may count on."""
+def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes_here
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // num_local_processes

@@ -1,16 +1,17 @@
-"""The folder of a run: what is kept in it, and how a run that died goes on from there.
+"""The run folder: checkpoints, logs, and how an interrupted run resumes.
 
-    run.json            the recipe, what the data were, what the run started from
-    checkpoints/        everything that the next step needs, of the last two moments that were kept
-    model.safetensors   averaged weights after the last epoch
-    best.safetensors    averaged weights after the epoch with the best validation
-    raw.safetensors     weights after the last epoch, not averaged
-    metrics.jsonl       a line for every epoch
-    steps.jsonl         a line for every step
-    report.html         curves, confusion, mistakes
+    run.json            recipe, fingerprint of the data, initial weights
+    checkpoints/        the two newest checkpoints
+    model.safetensors   EMA weights after the last epoch
+    best.safetensors    EMA weights after the epoch with the best validation metric
+    raw.safetensors     raw weights (without EMA) after the last epoch
+    metrics.jsonl       a line per epoch
+    steps.jsonl         a line per step
+    report.html         charts, confusion matrix, most confident errors
 
-A run killed at any instant leaves each of these whole, old or new. The two lists of lines may then be ahead of the last
-checkpoint; they are cut back to it, and the steps between are computed again, to the same numbers.
+Every file is written atomically: a process killed at any time leaves either the old or the new version. The two logs
+can be ahead of the newest checkpoint. On resume they are truncated to it, and the steps after it are computed again,
+with identical results.
 """
 
 from __future__ import annotations
@@ -18,172 +19,388 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from mobilevit.files import write_whole
+from mobilevit.files import require, write_whole
 from mobilevit.images import first_line
+from mobilevit.recipes import Recipe
+from mobilevit.training.distributed import Processes
 
+logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
 FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
-OTHER_DATA = (
-    "classes, labels or file names of the images have changed, or an earlier version divided them; to resume, put "
-    "removed files back under their names (any readable image will do for a damaged one)"
-)
-NUM_KEPT = 2  # the last one may have been hit by what killed the run: a disk that failed, say
+NUM_CHECKPOINTS = 2  # a disk failure that ends the run can damage the newest one
+# Keys in folders of earlier versions -> their present names. They can be resumed and read.
+RENAMED_KEYS = {
+    "pictures_at_once": "micro_batch_size",
+    "pictures": "images",
+    "pictures_per_second": "images_per_second",
+    "val_num_pictures": "val_num_images",
+    "waiting_share": "data_wait_fraction",
+    "waited": "data_wait_seconds",
+    "position": "progress",
+    "average": "ema",
+}
+
+
+class FinishedError(ValueError):
+    """The run has already finished. `epochs` are the metrics of its epochs."""
+
+    def __init__(self, message: str, epochs: list[dict[str, float]]):
+        super().__init__(message)
+        self.epochs = epochs
+
+
+@dataclass
+class Progress:
+    """Position in a run, and sums over the steps of the current epoch."""
+
+    epoch: int = 0
+    step: int = 0  # in the epoch
+    total_step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    num_unreadable: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of the finished epochs
+
+    def next_epoch(self, record: dict[str, float]) -> Progress:
+        """The start of the next epoch."""
+        return Progress(self.epoch + 1, total_step=self.total_step, history=[*self.history, record])
 
 
 class RunFolder:
-    """A folder that this process alone writes to.
+    """A run folder, locked for this process.
 
-    `facts` say what the run is: a folder with the same facts is taken up again.
+    `facts` identify the run: a folder with the same facts is resumed.
 
     Raises:
-        ValueError: a folder that holds another run or something else, cannot be written to, has too little space for
-            checkpoints of `num_bytes`, or is in use.
+        ValueError: the folder contains another run or other files, is not writable, is in use, or has too little space
+            for checkpoints of `num_bytes`.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *, num_bytes: int):
         self.path = path
         self.checkpoints = path / "checkpoints"
-        description = path / "run.json"
-        started_before = description.exists()
-        if started_before:
-            if different := _different(read_facts(path), dict(facts)):
-                more = f"; {OTHER_DATA}" if "other data" in different else ""
-                raise ValueError(
-                    f"{path}: holds another run ({different}){more}; name another folder, or remove this one"
-                )
-        elif self._kept() or any((path / name).exists() for name in FILES):
-            raise ValueError(f"{path}: holds a run already; choose another folder or remove this one")
+        is_new = not (path / "run.json").exists()
+        if not is_new:
+            _check_same_run(path, facts)
+        elif self._saved() or any((path / name).exists() for name in FILES):
+            raise ValueError(f"{path}: contains files of a run without its run.json; name another folder or remove it")
         with contextlib.ExitStack() as undo:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(path / ".lock")
                 undo.callback(self.close)
-                for aside in self._asides():  # of a process that was killed while it wrote
-                    aside.unlink()
+                for temporary in self._temporary():  # of a process killed while writing
+                    temporary.unlink()
                 self._check_space(num_bytes)
-                if not started_before:
-                    self.describe(facts)
+                if is_new:
+                    self.write_facts(facts)
             except BlockingIOError:
-                raise ValueError(f"{path}: another process is training into this folder; name another") from None
+                raise ValueError(f"{path}: another process is training in this folder; name another folder") from None
             except OSError as error:
                 raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
             undo.pop_all()
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
-        """Write what the run is to run.json."""
-        write_whole(self.path / "run.json", lambda aside: aside.write_text(_to_json(facts), encoding="utf-8"))
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        text = json.dumps(facts, indent=2) + "\n"
+        write_whole(self.path / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
-        """Keep `state` as the checkpoint of `step`, then let go of the oldest."""
+        """Save `state` as the checkpoint of `step`, then delete the oldest checkpoint."""
         path = self.checkpoints / f"{step:09}.pt"
         with _naming(path):
-            write_whole(path, lambda aside: _save(dict(state), aside))
-            # Those with a higher number are damaged, or this step would not have been computed again.
-            last = [one for one in self._kept() if one <= path][-NUM_KEPT:]
-            for old in self._kept():
-                if old not in last:
+            write_whole(path, lambda temporary: _torch_save(dict(state), temporary))
+            # Checkpoints of later steps are damaged: otherwise this step would not have been computed again.
+            newest = [one for one in self._saved() if one <= path][-NUM_CHECKPOINTS:]
+            for old in self._saved():
+                if old not in newest:
                     old.unlink()
 
-    def latest(self, complain: Callable[[str], object]) -> Path | None:
-        """The last checkpoint that can be read, if there is one; what cannot be read is said and passed over."""
-        for path in reversed(self._kept()):
+    def latest(self) -> Path | None:
+        """The newest readable checkpoint, or None; logs a warning for each unreadable one."""
+        for path in reversed(self._saved()):
             try:
                 read_checkpoint(path)
             except Exception as error:  # torch.load raises nearly anything
-                complain(f"{path}: cannot be read ({first_line(error)}); passed over")
+                logger.warning(f"{path}: skipped, because it cannot be read ({first_line(error)})")
             else:
                 return path
         return None
 
-    def _kept(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("[0-9]*.pt"))
-
-    def _asides(self) -> list[Path]:
-        of_files = (aside for name in FILES for aside in self.path.glob(f".{name}.*"))
-        return [*of_files, *self.checkpoints.glob(".[0-9]*.pt.*")]
-
-    def _check_space(self, num_bytes: int) -> None:
-        # One more than are kept, since the oldest goes only when the newest is there, and the three files of weights.
-        needed = (NUM_KEPT + 2) * num_bytes
-        weights = (self.path / name for name in WEIGHTS)
-        there = sum(file.stat().st_size for file in [*self._kept(), *weights] if file.exists())
-        free = shutil.disk_usage(self.path).free
-        if free < needed - there:
-            raise ValueError(
-                f"{self.path}: has {free / 1e6:,.0f} MB left, checkpoints need {(needed - there) / 1e6:,.0f} MB"
-            )
-
     def close(self) -> None:
-        """Let others write to the folder."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
+    def _saved(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("[0-9]*.pt"))
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `RunFolder.save` wrote, on the CPU."""
-    with zipfile.ZipFile(path) as archive:
-        if (part := archive.testzip()) is not None:  # torch.load looks at no checksum
-            raise ValueError(f"{path}: {part} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    def _temporary(self) -> list[Path]:
+        of_files = (path for name in FILES for path in self.path.glob(f".{name}.*"))
+        return [*of_files, *self.checkpoints.glob(".[0-9]*.pt.*")]
+
+    def _check_space(self, num_bytes: int) -> None:
+        # One checkpoint more, since the oldest is deleted after the newest is written, and the three weight files.
+        needed = (NUM_CHECKPOINTS + 2) * num_bytes
+        weights = (self.path / name for name in WEIGHTS)
+        used = sum(file.stat().st_size for file in [*self._saved(), *weights] if file.exists())
+        free = shutil.disk_usage(self.path).free
+        if free < needed - used:
+            raise ValueError(
+                f"{self.path}: has {free / 1e6:,.0f} MB left, checkpoints need {(needed - used) / 1e6:,.0f} MB"
+            )
 
 
-class Lines:
-    """A file of JSON objects, a line for each, that begins with what it held up to `keep` lines.
+class JsonLines:
+    """A JSON Lines file, opened to append after its first `num_lines` lines; later lines are removed.
 
     Raises:
-        ValueError: fewer lines than that, or one among them that is damaged.
+        ValueError: fewer lines, or a damaged line among them.
     """
 
-    def __init__(self, path: Path, keep: int):
+    def __init__(self, path: Path, num_lines: int):
         self.path = path
         with _naming(path):
-            kept: list[bytes] = []
-            if keep and path.exists():
+            lines: list[str] = []
+            if num_lines and path.exists():
                 with path.open("rb") as file:
-                    kept = [line for line, _ in zip(file, range(keep), strict=False) if _is_whole(line)]
-            if len(kept) < keep:
-                raise ValueError(f"{path}: has {len(kept)} whole lines, and the checkpoint knows of {keep}; start anew")
-            write_whole(path, lambda aside: aside.write_bytes(b"".join(kept)))
+                    parsed = map(_parse_line, (line for line, _ in zip(file, range(num_lines), strict=False)))
+                    lines = [json.dumps(value) + "\n" for value in parsed if value is not None]
+            if len(lines) < num_lines:
+                raise ValueError(
+                    f"{path}: has {len(lines)} intact lines, but the checkpoint needs {num_lines}; restore the file, "
+                    "or start a new run in another folder"
+                )
+            write_whole(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
             self._file = path.open("a", encoding="utf-8")
 
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Write one more; it is on the disk for certain after `sync`."""
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a line; it is on the disk after `sync`."""
         with _naming(self.path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(record) + "\n")
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
+        """Wait until all lines are on the disk."""
         with _naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is left."""
         with _naming(self.path):
             self._file.close()
 
 
-def _is_whole(line: bytes) -> bool:
+class Run:
+    """A run in progress: its position in every process, its folder and logs in rank 0 only.
+
+    `state` is that of the checkpoint to resume from, or empty; `schedule_epochs` the epochs of the learning rate
+    schedule, fewer than those of the recipe if the run was extended.
+    """
+
+    def __init__(self, progress: Progress, state: dict[str, Any], schedule_epochs: int, folder: RunFolder | None):
+        self.progress, self.state, self.schedule_epochs, self.folder = progress, state, schedule_epochs, folder
+        self._steps: JsonLines | None = None
+        self._epochs: JsonLines | None = None
+        self._tensorboard: Any = None
+
+    def open_logs(self, stack: contextlib.ExitStack, *, tensorboard: bool) -> None:
+        if self.folder is None:
+            return
+        path, progress = self.folder.path, self.progress
+        self._epochs = stack.enter_context(contextlib.closing(JsonLines(path / "metrics.jsonl", len(progress.history))))
+        self._steps = stack.enter_context(contextlib.closing(JsonLines(path / "steps.jsonl", progress.total_step)))
+        if tensorboard:
+            writer = require("torch.utils.tensorboard", "tensorboard", "logging to TensorBoard").SummaryWriter
+            self._tensorboard = stack.enter_context(
+                contextlib.closing(writer(str(path / "tensorboard"), purge_step=progress.total_step + 1))
+            )
+
+    def log_step(self, record: Mapping[str, float]) -> None:
+        if self._steps:
+            self._steps.add(record)
+        if self._tensorboard:
+            for name in ("loss", "lr", "images_per_second"):
+                self._tensorboard.add_scalar(f"train/{name}", record[name], record["step"])
+
+    def log_epoch(self, record: Mapping[str, float]) -> None:
+        if self._epochs:
+            self._epochs.add(record)
+        if self._tensorboard:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(f"epoch/{name}", value, record["step"])
+            self._tensorboard.flush()
+
+    def sync_logs(self) -> None:
+        for lines in (self._epochs, self._steps):
+            if lines:
+                lines.sync()
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint with `state` and the progress."""
+        if self.folder:
+            self.sync_logs()
+            self.folder.save({"progress": vars(self.progress), **state}, self.progress.total_step)
+
+
+@contextlib.contextmanager
+def open_run(
+    out: Path,
+    facts: Mapping[str, Any],
+    recipe: Recipe,
+    processes: Processes,
+    *,
+    num_bytes: int,
+    extend: bool,
+    tensorboard: bool,
+) -> Iterator[Run]:
+    """Start the run in `out` or resume it. `facts` identify it; see `RunFolder`.
+
+    Raises:
+        FinishedError: all epochs are done.
+        ValueError: see `RunFolder`; with `extend`, a run that cannot be extended.
+    """
+    with contextlib.ExitStack() as stack:
+        folder: RunFolder | None = None
+
+        def open_folder() -> tuple[Path | None, int]:
+            nonlocal folder
+            folder, checkpoint, schedule_epochs = _open_folder(out, facts, recipe, extend, num_bytes, stack)
+            return checkpoint, schedule_epochs
+
+        checkpoint, schedule_epochs = processes.from_rank_0(open_folder)
+        state = read_checkpoint(checkpoint) if checkpoint else {}
+        progress = Progress(**state.pop("progress", {}))
+        if progress.epoch == recipe.epochs:
+            raise FinishedError(
+                f"{out}: this run has finished; continue it with more --epochs (in Python with extend=True), or name "
+                "another folder",
+                progress.history,
+            )
+        run = Run(progress, state, schedule_epochs, folder)
+        run.open_logs(stack, tensorboard=tensorboard)
+        yield run
+
+
+def _open_folder(
+    out: Path,
+    facts: Mapping[str, Any],
+    recipe: Recipe,
+    extend: bool,
+    num_bytes: int,
+    stack: contextlib.ExitStack,
+) -> tuple[RunFolder, Path | None, int]:
+    """The folder, its newest checkpoint, and the number of epochs in the learning rate schedule."""
+    before = read_facts(out)
+    epochs_before = before.get("recipe", {}).get("epochs", recipe.epochs) if extend else recipe.epochs
+    new = {**facts}
+    if "schedule_epochs" in before:
+        new["schedule_epochs"] = before["schedule_epochs"]
+    expected = {**new, "recipe": {**facts["recipe"], "epochs": min(epochs_before, recipe.epochs)}}
+    folder = stack.enter_context(contextlib.closing(RunFolder(out, expected, num_bytes=num_bytes)))
+    checkpoint = folder.latest()
+    if epochs_before < recipe.epochs:
+        new.setdefault("schedule_epochs", epochs_before)
+        num_done = read_checkpoint(checkpoint)["progress"]["epoch"] if checkpoint else 0
+        _check_extension(recipe, out, num_done, new["schedule_epochs"])
+        folder.write_facts(new)
+    return folder, checkpoint, new.get("schedule_epochs", recipe.epochs)
+
+
+def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:
+    if num_done < schedule_epochs:
+        raise ValueError(
+            f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of the {schedule_epochs} epochs of "
+            f"its learning rate schedule; finish it with --epochs {schedule_epochs}, then continue it with "
+            f"--epochs {recipe.epochs}, or name another folder"
+        )
+    if not recipe.optimizer.end_lr:
+        raise ValueError(
+            f"{out}: optimizer.end_lr is 0, and a finished run continues at that learning rate, which changes nothing; "
+            "name another folder for a longer run"
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `RunFolder.save` wrote, on the CPU."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:  # torch.load checks no checksum
+            raise ValueError(f"{path}: {damaged} is damaged")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = {RENAMED_KEYS.get(name, name): value for name, value in state.items()}
+    return {**state, "progress": _rename_keys(state["progress"])}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The contents of run.json in a run folder; an empty dictionary if there is none."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {}
+    with contextlib.suppress(ValueError):
+        if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
+            return _rename_keys(facts)
+    raise ValueError(f"{path}: damaged; name another folder, or remove this one")
+
+
+def _rename_keys(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {RENAMED_KEYS.get(key, key): _rename_keys(value) for key, value in values.items()}
+    return [_rename_keys(value) for value in values] if isinstance(values, list) else values
+
+
+def _parse_line(line: bytes) -> Any:
+    """The value of a line; None if it is damaged or has no end."""
     try:
-        json.loads(line)
+        value = json.loads(line)
     except ValueError:
-        return False
-    return line.endswith(b"\n")
+        return None
+    return _rename_keys(value) if line.endswith(b"\n") else None
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def _check_same_run(path: Path, facts: Mapping[str, Any]) -> None:
+    before = read_facts(path)
+    differences = list(_differences(before, json.loads(json.dumps(facts))))
+    if not differences:
+        return
+    hint = ""
+    if "other data" in differences:
+        hint = (
+            "; classes, labels or file names of the images have changed, or an earlier version split them differently; "
+            "to resume, restore removed files under their names (any readable image can replace a damaged one)"
+        )
+    elif differences == [f"recipe.epochs was {before['recipe']['epochs']}, is now {facts['recipe']['epochs']}"]:
+        hint = "; extend=True (in the command line always on) continues a finished run for more epochs"
+    raise ValueError(
+        f"{path}: contains another run ({', '.join(differences)}){hint}; name another folder, or remove this one"
+    )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in {**before, **now}:
+        if f"{prefix}{name}" == "recipe.data.max_unreadable":  # an earlier version compared it
+            continue
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            # Fingerprints mean nothing to the reader.
+            yield "other data" if f"{prefix}{name}" == "data" else f"{prefix}{name} was {old}, is now {new}"
+
+
+def _torch_save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError:  # is all it says where the disk is full; Python's own files say why they cannot be written
+    except RuntimeError:  # torch does not name the reason, such as a full disk; Python's own files do
         buffer = io.BytesIO()
         torch.save(state, buffer)
         path.write_bytes(buffer.getbuffer())
@@ -191,26 +408,15 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have the errors of the system name `path`: writing and syncing leave it out, and an aside's name says little."""
+    """Name `path` in every OSError: `write` and `fsync` name no file, and the name of a temporary file is no help."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What the run.json of a run's folder holds; an empty dictionary where there is none."""
-    path = folder / "run.json"
-    if not path.exists():
-        return {}
-    with contextlib.suppress(ValueError):
-        if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
-            return facts
-    raise ValueError(f"{path}: damaged; name another folder, or remove this one")
-
-
 def _lock(path: Path) -> IO[str] | None:
-    """An open file, locked until it is closed or the process is gone; None where the system has no such locks."""
+    """An open file, locked until it is closed or the process ends; None on systems without fcntl."""
     try:
         import fcntl
     except ImportError:
@@ -218,27 +424,6 @@ def _lock(path: Path) -> IO[str] | None:
     file = path.open("w")
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to worker processes
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by worker processes
         stack.pop_all()
     return file
-
-
-def _different(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
-    """What differs, as words."""
-    now = json.loads(json.dumps(now))
-    found = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        if f"{prefix}{name}" == "recipe.data.max_unreadable":  # an earlier version compared it
-            continue
-        there, here = before.get(name), now.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            found.append(_different(there, here, f"{prefix}{name}."))
-        elif there != here and not prefix and name == "data":
-            found.append("other data")  # fingerprints tell a person nothing
-        elif there != here:
-            found.append(f"{prefix}{name} is {there} there, {here} here")
-    return ", ".join(filter(None, found))
-
-
-def _to_json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"

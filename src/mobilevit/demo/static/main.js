@@ -1,6 +1,6 @@
-// The page: where images come from, what is asked of the worker, how the answers are shown.
+// The page: image sources, requests to the worker, and the display of predictions.
 
-import { Bars, Boxes, Mask } from "./answers.js";
+import { ClassificationView, DetectionView, SegmentationView } from "./views.js";
 import { Pad } from "./pad.js";
 
 const $ = (id) => document.getElementById(id);
@@ -8,198 +8,196 @@ const round = (ms) => ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0);
 
 const network = await (await fetch("network.json")).json();
 const names = network.class_names;
-const glyphs = Boolean(network.drawing);
+const hasPad = Boolean(network.drawing);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What is said
+// Messages
 
-function trouble(text) {
-  $("trouble").textContent = text;
-  $("trouble").hidden = !text;
+function showError(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
 }
 
-let said = { text: "", at: 0, timer: 0 };
+let announced = { text: "", at: 0, timer: 0 };
 
-/** To screen readers; of a stream of answers, those that are other than the last, and no more than one in two seconds. */
-function say(text, patient = false) {
-  clearTimeout(said.timer);
-  const wait = patient ? Math.max(0, said.at + 2000 - performance.now()) : 0;
-  said.timer = setTimeout(() => {
-    if (patient && text === said.text) return;
-    said = { text, at: performance.now(), timer: 0 };
+/** Announce `text` to screen readers. If `isStream`, skip repetitions and announce at most every two seconds. */
+function announce(text, isStream = false) {
+  clearTimeout(announced.timer);
+  const delay = isStream ? Math.max(0, announced.at + 2000 - performance.now()) : 0;
+  announced.timer = setTimeout(() => {
+    if (isStream && text === announced.text) return;
+    announced = { text, at: performance.now(), timer: 0 };
     $("live").textContent = text;
-  }, wait);
+  }, delay);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The worker
+// Worker
 
 let worker;
 let ready;
-let asked = 0;
-const waiting = new Map();
+let numRequests = 0;
+const pending = new Map();
 
-/** Start anew on `provider`; resolves when the network has answered once. */
+/** Start a new worker on `provider`; resolves to its number of threads after a warm-up run. */
 function start(provider) {
   worker?.terminate();
-  for (const { reject } of waiting.values()) reject(new Error("the network was restarted"));
-  waiting.clear();
-  $("latency-more").textContent = "Loading the network";
+  for (const { reject } of pending.values()) reject(new Error("the network was restarted"));
+  pending.clear();
+  $("latency-details").textContent = "Loading the network";
   document.body.dataset.state = "loading";
-  const one = (worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" }));
+  worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   ready = new Promise((resolve, reject) => {
-    one.onerror = (event) => reject(new Error(event.message || "the worker could not be started"));
-    one.onmessage = ({ data }) => {
+    worker.onerror = (event) => reject(new Error(event.message || "the worker could not be started"));
+    worker.onmessage = ({ data }) => {
       if (data.started) resolve(data.threads);
       else if (data.failed) reject(new Error(data.error));
-      else if (waiting.has(data.id)) {
-        const { resolve, reject } = waiting.get(data.id);
-        waiting.delete(data.id);
-        if (data.error) reject(new Error(data.error));
-        else resolve(data.result);
+      else if (pending.has(data.id)) {
+        const request = pending.get(data.id);
+        pending.delete(data.id);
+        if (data.error) request.reject(new Error(data.error));
+        else request.resolve(data.result);
       }
     };
   });
   const url = new URL(network.model, import.meta.url).href;
-  one.postMessage({ start: provider, url, task: network.task, preprocessing: network.preprocessing });
+  worker.postMessage({ start: provider, url, task: network.task, preprocessing: network.preprocessing });
   return ready;
 }
 
-/** Start on `provider`, or on the processor where that fails, and say which. */
-async function startOn(provider) {
+/** Start on `provider`, or on the CPU if that fails, and show which one runs. */
+async function startWithFallback(provider) {
   try {
     const threads = await start(provider);
-    const many = threads === 1 ? "1 thread" : `${threads} threads`;
-    $("threads").textContent = provider === "webgpu" ? "WebGPU" : `WASM SIMD, ${many}`;
-    $("threads").title = self.crossOriginIsolated ? "" : "More threads need the headers COOP and COEP from the server.";
+    const count = threads === 1 ? "1 thread" : `${threads} threads`;
+    $("threads").textContent = provider === "webgpu" ? "WebGPU" : `WASM SIMD, ${count}`;
+    $("threads").title = self.crossOriginIsolated ? "" : "More threads require the COOP and COEP response headers.";
   } catch (error) {
     if (provider === "wasm") {
       document.body.dataset.state = "failed";
-      trouble(`The network could not be started: ${error.message}`);
+      showError(`The network could not be started: ${error.message}`);
       throw error;
     }
-    $("runs-on").querySelector(`[value=${provider}]`).disabled = true;
-    $("runs-on").value = "wasm";
-    return startOn("wasm");
+    $("provider").querySelector(`[value=${provider}]`).disabled = true;
+    $("provider").value = "wasm";
+    return startWithFallback("wasm");
   }
   document.body.dataset.state = "ready";
   document.body.dataset.provider = provider;
-  if (!trace.length) $("latency-more").textContent = "Ready";
-  trace.length = 0;
+  if (!latencies.length) $("latency-details").textContent = "Ready";
+  latencies.length = 0;
   return undefined;
 }
 
-/** Image {data, width, height} -> the worker's answer. */
-async function ask({ data, width, height }) {
+/** Image {data, width, height} -> the worker's result. */
+async function predict({ data, width, height }) {
   await ready;
-  const id = ++asked;
+  const id = ++numRequests;
   return new Promise((resolve, reject) => {
-    waiting.set(id, { resolve, reject });
+    pending.set(id, { resolve, reject });
     worker.postMessage({ id, image: { data, width, height } }, [data.buffer]);
   });
 }
 
-/**
- * Of the live source of a tab: one image at a time, and after it the newest; `take` makes the image when its turn
- * has come.
- */
-function follower(tab, take) {
-  let busy = false;
-  let again = false;
-  return async function follow() {
-    again = true;
-    if (busy) return;
-    busy = true;
+/** A function that predicts the newest image of a live source, one at a time. `getImage` is called when one is due. */
+function liveSource(tab, getImage) {
+  let isBusy = false;
+  let isStale = false;
+  return async () => {
+    isStale = true;
+    if (isBusy) return;
+    isBusy = true;
     try {
-      while (again) {
-        again = false;
-        const image = take();
-        const result = image && (await ask(image));
-        if (result && tab === chosenTab()) show(result, image);
+      while (isStale) {
+        isStale = false;
+        const image = getImage();
+        const result = image && (await predict(image));
+        if (result && tab === selectedTab()) show(result, image);
       }
     } catch (error) {
-      if (document.body.dataset.state === "ready") trouble(error.message);
+      if (document.body.dataset.state === "ready") showError(error.message);
     } finally {
-      busy = false;
+      isBusy = false;
     }
   };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The answer
+// Predictions
 
-const view = new { classify: Bars, detect: Boxes, segment: Mask }[network.task](network, () => {
-  say(view.spoken, true);
-  for (const image of images) label(image);
+const Views = { classify: ClassificationView, detect: DetectionView, segment: SegmentationView };
+const view = new Views[network.task](network, () => {
+  announce(view.announcement, true);
+  thumbnails.forEach(labelThumbnail);
 });
-const trace = []; // milliseconds of the last images
+const latencies = []; // of the last images, in milliseconds
 
-const chosenTab = () => document.querySelector("[role=tab][aria-selected=true]").id;
+const selectedTab = () => document.querySelector("[role=tab][aria-selected=true]").id;
 
-/** `image` is what the worker's `result` is of: its width and height, and its canvas if it passes by. */
+/** Show `result` of `image`, which has a width, a height and, if from a live source, a canvas. */
 function show(result, image) {
-  document.body.classList.remove("waiting");
+  document.body.classList.remove("empty");
   view.show(result, image, document.querySelector(".panel:not([hidden]) .stage"));
   const side = network.preprocessing.crop_px;
-  const canvas = $("seen");
+  const canvas = $("input");
   canvas.width = canvas.height = side;
   canvas.classList.toggle("tiny", side < 100);
-  canvas.getContext("2d").putImageData(new ImageData(result.seen, side, side), 0, 0);
-  measure(result);
-  $("bars").dataset.answers = Number($("bars").dataset.answers ?? 0) + 1;
-  say(view.spoken, true);
+  canvas.getContext("2d").putImageData(new ImageData(result.cropped, side, side), 0, 0);
+  showLatency(result);
+  $("results").dataset.count = Number($("results").dataset.count ?? 0) + 1;
+  announce(view.announcement, true);
 }
 
 function showNothing() {
-  document.body.classList.add("waiting");
-  const invitations = {
-    "tab-draw": "Draw, and it reads along.",
+  document.body.classList.add("empty");
+  const prompts = {
+    "tab-draw": "Draw a character.",
     "tab-files": "Choose an image.",
     "tab-camera": "Start the camera.",
   };
-  view.clear(invitations[chosenTab()]);
-  $("seen").width = $("seen").width; // empties it
+  view.clear(prompts[selectedTab()]);
+  $("input").width = $("input").width; // clears the canvas
 }
 
-function measure({ milliseconds, prepared }) {
-  trace.push(milliseconds);
-  if (trace.length > 60) trace.shift();
-  const median = [...trace].sort((a, b) => a - b)[trace.length >> 1];
+function showLatency({ milliseconds, preprocessingMilliseconds }) {
+  latencies.push(milliseconds);
+  if (latencies.length > 60) latencies.shift();
+  const median = [...latencies].sort((a, b) => a - b)[latencies.length >> 1];
   $("latency").textContent = round(milliseconds);
-  $("latency-more").textContent =
-    `median of ${trace.length}: ${round(median)} ms; scaling the image took ${round(prepared)} ms`;
-  const most = Math.max(...trace);
-  const points = trace.map((ms, i) => `${(160 * i) / Math.max(1, trace.length - 1)},${34 - (32 * ms) / most}`);
+  $("latency-details").textContent =
+    `median of ${latencies.length}: ${round(median)} ms; preprocessing: ${round(preprocessingMilliseconds)} ms`;
+  const max = Math.max(...latencies);
+  const points = latencies.map((ms, i) => `${(160 * i) / Math.max(1, latencies.length - 1)},${34 - (32 * ms) / max}`);
   if (points.length === 1) points.push(`160,${34 - 32}`);
-  $("trace").firstElementChild.setAttribute("points", points.join(" "));
+  $("latency-chart").firstElementChild.setAttribute("points", points.join(" "));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tabs
 
-const tabs = [...document.querySelectorAll("[role=tab]")].filter((tab) => glyphs || tab.id !== "tab-draw");
+const tabs = [...document.querySelectorAll("[role=tab]")].filter((tab) => hasPad || tab.id !== "tab-draw");
 
-function choose(tab, focus = false) {
-  for (const one of tabs) {
-    one.hidden = false;
-    one.setAttribute("aria-selected", one === tab);
-    one.tabIndex = one === tab ? 0 : -1;
-    $(one.getAttribute("aria-controls")).hidden = one !== tab;
+function selectTab(tab, hasFocus = false) {
+  for (const other of tabs) {
+    other.hidden = false;
+    other.setAttribute("aria-selected", other === tab);
+    other.tabIndex = other === tab ? 0 : -1;
+    $(other.getAttribute("aria-controls")).hidden = other !== tab;
   }
-  if (focus) tab.focus();
+  if (hasFocus) tab.focus();
   if (tab.id !== "tab-camera") stopCamera();
-  if (tab.id === "tab-draw" && pad && !pad.isEmpty) readPad();
-  else if (tab.id === "tab-files" && chosen) show(chosen.result, chosen);
+  if (tab.id === "tab-draw" && pad && !pad.isEmpty) predictDrawing();
+  else if (tab.id === "tab-files" && selected) show(selected.result, selected);
   else showNothing();
 }
 
 for (const [i, tab] of tabs.entries()) {
-  tab.addEventListener("click", () => choose(tab));
+  tab.addEventListener("click", () => selectTab(tab));
   tab.addEventListener("keydown", (event) => {
     const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    choose(tabs.at(to % tabs.length), true);
+    selectTab(tabs.at(to % tabs.length), true);
   });
 }
 
@@ -207,15 +205,15 @@ for (const [i, tab] of tabs.entries()) {
 // Drawing
 
 let pad = null;
-const readPad = follower("tab-draw", () => {
+const predictDrawing = liveSource("tab-draw", () => {
   if (pad.isEmpty) {
     showNothing();
     return null;
   }
   return pad.image();
 });
-if (glyphs) {
-  pad = new Pad($("pad"), network.drawing, readPad, say);
+if (hasPad) {
+  pad = new Pad($("pad"), network.drawing, predictDrawing, announce);
   $("clear").addEventListener("click", () => pad.clear());
   $("undo").addEventListener("click", () => pad.undo());
 }
@@ -223,11 +221,11 @@ if (glyphs) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Image files
 
-const images = [];
-let chosen = null;
+const thumbnails = [];
+let selected = null;
 
-/** The pixels of an image, of a file or a video, upright and on white, without a colour profile's changes. */
-function pixelsOf(source, width, height) {
+/** The pixels of an image or video frame on a white background, and the canvas that they are from. */
+function readPixels(source, width, height) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
@@ -238,90 +236,84 @@ function pixelsOf(source, width, height) {
   return { data: context.getImageData(0, 0, width, height).data, width, height, canvas };
 }
 
-async function read(file) {
+async function predictFile(file) {
   const url = URL.createObjectURL(file);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" });
   } catch {
-    // Some browsers make bitmaps of fewer formats (SVG) than they show.
-    const image = new Image();
-    image.src = url;
+    // Some formats (SVG) can be displayed, but not converted to a bitmap.
+    bitmap = new Image();
+    bitmap.src = url;
     try {
-      await image.decode();
+      await bitmap.decode();
     } catch {
       URL.revokeObjectURL(url);
-      throw new Error(`${file.name}: not an image that this browser reads`);
+      throw new Error(`${file.name}: not an image that this browser can read`);
     }
-    bitmap = image;
   }
   const width = bitmap.naturalWidth || bitmap.width || 512;
   const height = bitmap.naturalHeight || bitmap.height || 512;
-  return { name: file.name, url, width, height, result: await ask(pixelsOf(bitmap, width, height)) };
+  return { name: file.name, url, width, height, result: await predict(readPixels(bitmap, width, height)) };
 }
 
 async function addFiles(files) {
   if (!files.length) return;
   const tab = $("tab-files");
-  if (tab.getAttribute("aria-selected") !== "true") choose(tab);
-  trouble("");
+  if (tab.getAttribute("aria-selected") !== "true") selectTab(tab);
+  showError("");
   const errors = [];
   for (const file of files) {
     try {
-      addThumb(await read(file));
+      addThumbnail(await predictFile(file));
     } catch (error) {
       errors.push(error.message);
     }
   }
-  if (errors.length) trouble(errors.join("; "));
+  if (errors.length) showError(errors.join("; "));
 }
 
-function addThumb(image) {
-  const button = document.createElement("button");
-  const image = new Image();
-  image.src = image.url;
-  image.alt = "";
-  image.classList.toggle("tiny", image.width < 100);
-  button.append(image, document.createElement("span"));
-  button.title = image.name;
-  button.addEventListener("click", () => select(image));
-  const item = document.createElement("li");
-  item.append(button);
-  $("thumbs").append(item);
-  images.push(image);
-  image.button = button;
-  label(image);
-  select(image);
+function addThumbnail(item) {
+  const image = Object.assign(new Image(), { src: item.url, alt: "" });
+  image.classList.toggle("tiny", item.width < 100);
+  item.button = document.createElement("button");
+  item.button.append(image, document.createElement("span"));
+  item.button.title = item.name;
+  item.button.addEventListener("click", () => select(item));
+  const entry = document.createElement("li");
+  entry.append(item.button);
+  $("thumbnails").append(entry);
+  thumbnails.push(item);
+  labelThumbnail(item);
+  select(item);
 }
 
-function label({ name, button, result }) {
+function labelThumbnail({ name, button, result }) {
   const [short, long] = view.summary(result);
   button.lastChild.textContent = short;
   button.setAttribute("aria-label", `${name}: ${long}`);
 }
 
-function select(image) {
-  chosen = image;
-  for (const { button } of images) button.setAttribute("aria-pressed", button === image.button);
-  image.button.scrollIntoView({ block: "nearest", inline: "nearest" });
-  $("shown").src = image.url;
-  $("shown").alt = image.name;
-  $("shown").hidden = false;
-  $("shown").classList.toggle("tiny", image.width < 100);
-  show(image.result, image);
+function select(item) {
+  selected = item;
+  for (const { button } of thumbnails) button.setAttribute("aria-pressed", button === item.button);
+  item.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  Object.assign($("selected"), { src: item.url, alt: item.name, hidden: false });
+  $("selected").classList.toggle("tiny", item.width < 100);
+  show(item.result, item);
 }
 
 $("files").addEventListener("change", async (event) => {
   const files = [...event.target.files];
-  event.target.value = ""; // the same file can be chosen again
+  event.target.value = ""; // so that the same file can be chosen again
   await addFiles(files);
 });
-let over = 0;
+let dragDepth = 0;
 for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
   addEventListener(type, (event) => {
     event.preventDefault();
-    over = { dragenter: over + 1, dragover: over, dragleave: over - 1, drop: 0 }[type];
-    $("drop").classList.toggle("over", over > 0);
+    dragDepth = { dragenter: dragDepth + 1, dragover: dragDepth, dragleave: dragDepth - 1, drop: 0 }[type];
+    $("drop").classList.toggle("over", dragDepth > 0);
     if (type === "drop") addFiles([...event.dataTransfer.files]);
   });
 }
@@ -332,25 +324,25 @@ addEventListener("paste", (event) => addFiles([...event.clipboardData.files]));
 
 const video = $("video");
 let facing = "environment";
-let starting = 0;
+let numStarts = 0;
 
-const readCamera = follower("tab-camera", () => {
+const predictFrame = liveSource("tab-camera", () => {
   if (!video.srcObject || !video.videoWidth) return null;
-  return pixelsOf(video, video.videoWidth, video.videoHeight);
+  return readPixels(video, video.videoWidth, video.videoHeight);
 });
 
-function eachFrame() {
+function predictEveryFrame() {
   if (!video.srcObject) return;
-  readCamera();
-  if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(eachFrame);
-  else setTimeout(eachFrame, 50);
+  predictFrame();
+  if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(predictEveryFrame);
+  else setTimeout(predictEveryFrame, 50);
 }
 
 async function startCamera() {
-  const turn = ++starting;
-  trouble("");
+  const thisStart = ++numStarts;
+  showError("");
   if (!navigator.mediaDevices?.getUserMedia) {
-    trouble("Browsers give the camera to pages from https and from this machine only.");
+    showError("Browsers allow the camera only on https pages and on this machine.");
     return;
   }
   $("camera-note").textContent = "Waiting for the camera";
@@ -358,26 +350,26 @@ async function startCamera() {
     const stream = await navigator.mediaDevices.getUserMedia({
       video: { facingMode: facing, width: { ideal: 640 }, height: { ideal: 480 } },
     });
-    if (turn !== starting) {
-      for (const track of stream.getTracks()) track.stop(); // the visitor has gone elsewhere meanwhile
+    if (thisStart !== numStarts) {
+      for (const track of stream.getTracks()) track.stop(); // another tab was selected meanwhile
       return;
     }
     video.srcObject = stream;
     await video.play();
     $("camera-note").hidden = true;
     $("camera-switch").textContent = "Stop the camera";
-    const cameras = (await navigator.mediaDevices.enumerateDevices()).filter((one) => one.kind === "videoinput");
-    $("camera-flip").hidden = cameras.length < 2;
-    eachFrame();
+    const devices = await navigator.mediaDevices.enumerateDevices();
+    $("camera-flip").hidden = devices.filter(({ kind }) => kind === "videoinput").length < 2;
+    predictEveryFrame();
   } catch (error) {
-    if (turn !== starting) return;
+    if (thisStart !== numStarts) return;
     stopCamera();
-    trouble(error.name === "NotAllowedError" ? "The camera was not allowed." : `No camera: ${error.message}`);
+    showError(error.name === "NotAllowedError" ? "Camera access was denied." : `Camera error: ${error.message}`);
   }
 }
 
 function stopCamera() {
-  starting++;
+  numStarts++;
   for (const track of video.srcObject?.getTracks() ?? []) track.stop();
   video.srcObject = null;
   $("camera-note").hidden = false;
@@ -395,47 +387,44 @@ $("camera-flip").addEventListener("click", () => {
 addEventListener("pagehide", stopCamera);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What the page is about
-
-const validation = ({ per_cent: value, meaning }) => `${value.toFixed(1)} % ${meaning}`;
+// Title and facts
 
 function describe() {
-  const digits = names.length > 0 && names.every((name) => /^\d$/.test(name));
-  if (glyphs) $("title").textContent = digits ? "Which digit is it?" : "Which letter is it?";
-  else if (view.places) $("title").textContent = "What is in the image, and where?";
-  document.body.classList.toggle("glyphs", glyphs);
-  document.body.classList.toggle("places", view.places);
-  if (view.places) $("camera-hint").textContent = "The network sees the whole image.";
+  const isDigits = names.length > 0 && names.every((name) => /^\d$/.test(name));
+  if (hasPad) $("title").textContent = isDigits ? "Which digit is it?" : "Which letter is it?";
+  else if (view.localizes) $("title").textContent = "What is in the image, and where?";
+  document.body.classList.toggle("characters", hasPad);
+  document.body.classList.toggle("localizes", view.localizes);
+  if (view.localizes) $("camera-hint").textContent = "The network receives the whole image.";
   document.title = `${$("title").textContent.replace("?", "")} \u00b7 ${network.name}`;
+  $("summary").textContent = `${network.name} runs in this browser. Your images stay on this device.`;
   const side = network.preprocessing.crop_px;
-  $("lead").textContent =
-    `${network.name} answers in this browser. What you show it stays on this device.`;
-  const some = names.slice(0, digits ? 10 : 4).join(", ") + (names.length > (digits ? 10 : 4) ? ", \u2026" : "");
+  const numListed = isDigits ? 10 : 4;
+  const listed = names.slice(0, numListed).join(", ") + (names.length > numListed ? ", \u2026" : "");
+  const { validation } = network;
   const facts = {
     Network: [network.name, `${(network.num_parameters / 1e6).toFixed(2)} M parameters`],
-    Classes: [String(network.num_classes), names.length ? some : "not named"],
+    Classes: [String(network.num_classes), names.length ? listed : "unnamed"],
     Input: [`${side} \u00d7 ${side} px`, `${(network.num_bytes / 1e6).toFixed(1)} MB of weights`],
-    ...(network.validation && { Validation: [validation(network.validation), "when it was trained"] }),
+    ...(validation && { Validation: [`${validation.percent.toFixed(1)} %`, `${validation.metric} after training`] }),
   };
-  for (const [term, [text, more]] of Object.entries(facts)) {
+  for (const [term, [text, detail]] of Object.entries(facts)) {
     const item = document.createElement("div");
     item.append(document.createElement("dt"), document.createElement("dd"));
     item.firstChild.textContent = term;
     item.lastChild.textContent = text;
-    const detail = document.createElement("small");
-    detail.textContent = more;
-    item.lastChild.append(detail);
+    item.lastChild.append(Object.assign(document.createElement("small"), { textContent: detail }));
     $("facts").append(item);
   }
   const item = document.createElement("div");
   item.innerHTML =
-    '<dt><label for="runs-on">Runs on</label></dt><dd><select id="runs-on">' +
-    '<option value="wasm">processor</option></select> <small id="threads"></small></dd>';
+    '<dt><label for="provider">Runs on</label></dt><dd><select id="provider">' +
+    '<option value="wasm">CPU</option></select> <small id="threads"></small></dd>';
   $("facts").append(item);
   $("made-by").textContent = `mobilevit ${network.mobilevit}`;
 }
 
-async function hasGraphicsCard() {
+async function hasGpu() {
   try {
     const adapter = await navigator.gpu?.requestAdapter();
     return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
@@ -445,18 +434,16 @@ async function hasGraphicsCard() {
 }
 
 describe();
-choose(tabs[0]);
-showNothing();
-const runsOn = $("runs-on");
+selectTab(tabs[0]);
 let provider = "wasm";
-if (await hasGraphicsCard()) {
-  runsOn.add(new Option("graphics card", "webgpu"));
-  // Below this the card waits for its orders longer than the processor computes.
+if (await hasGpu()) {
+  $("provider").add(new Option("GPU", "webgpu"));
+  // For smaller inputs, dispatching to the GPU takes longer than computing on the CPU.
   if (network.preprocessing.crop_px >= 128) provider = "webgpu";
 }
-runsOn.value = provider;
-runsOn.addEventListener("change", async () => {
-  await startOn(runsOn.value);
-  if (!pad?.isEmpty && chosenTab() === "tab-draw") readPad();
+$("provider").value = provider;
+$("provider").addEventListener("change", async () => {
+  await startWithFallback($("provider").value);
+  if (!pad?.isEmpty && selectedTab() === "tab-draw") predictDrawing();
 });
-await startOn(provider);
+await startWithFallback(provider);

@@ -1,13 +1,13 @@
-// A pad to draw one digit or letter on, by finger, pen, mouse or keys.
+// A pad to draw one digit or letter with a finger, pen, mouse or the keyboard.
 
-const SIDE = 320; // of the pad's own coordinates, whatever it measures on the screen
-const STEP = SIDE / 32; // of the pen when a key moves it
+const SIDE = 320; // of the pad in its own coordinates
+const STEP = SIDE / 32; // per arrow key
 const LINE = SIDE / 16;
 
 export class Pad {
-  /** `style` says how the training images look; `changed` is told after every stroke that grows. */
-  constructor(canvas, style, changed, say) {
-    Object.assign(this, { canvas, style, changed, say });
+  /** `style` describes the training images. `onChange` is called after every change, `announce` with text for screen readers. */
+  constructor(canvas, style, onChange, announce) {
+    Object.assign(this, { canvas, style, onChange, announce });
     this.strokes = [];
     this.pen = null; // of the keyboard: {x, y, down}
     canvas.width = canvas.height = 2 * SIDE;
@@ -32,18 +32,18 @@ export class Pad {
     this.strokes = [];
     if (this.pen) this.pen.down = false;
     this.#paint();
-    this.changed();
+    this.onChange();
   }
 
   undo() {
     this.strokes.pop();
     this.#paint();
-    this.changed();
+    this.onChange();
   }
 
   /**
-   * The drawing as an image like those that the network was trained on: the strokes are moved and scaled to fill as
-   * much of the frame, drawn as thick, and brought to as few pixels, grey by how much of a pixel they cover.
+   * The drawing rendered like the training images: strokes are centered, scaled and thickened as in `style`, and
+   * antialiased by 8x8 supersampling.
    */
   image() {
     const { side_px: side, height, width, stroke } = this.style;
@@ -67,7 +67,7 @@ export class Pad {
     return { data, width: side, height: side };
   }
 
-  /** From the pad's coordinates to a frame of side 1 in which the drawing, as thick as it will be, has its place. */
+  /** The map from pad coordinates to a unit square in which the drawing, with its stroke width, is centered. */
   #fit(height, width, stroke) {
     const points = this.strokes.flat();
     const xs = points.map((point) => point.x);
@@ -94,14 +94,14 @@ export class Pad {
     this.pointer = event.pointerId;
     this.pen = null;
     this.strokes.push([this.#at(event)]);
-    this.#grown();
+    this.#changed();
   }
 
   #move(event) {
     if (event.pointerId !== this.pointer) return;
     const events = event.getCoalescedEvents?.() ?? [];
     this.strokes.at(-1).push(...(events.length ? events : [event]).map((one) => this.#at(one)));
-    this.#grown();
+    this.#changed();
   }
 
   #key(event) {
@@ -113,15 +113,15 @@ export class Pad {
       this.pen.x = inside(this.pen.x + move[0] * STEP * (event.shiftKey ? 4 : 1));
       this.pen.y = inside(this.pen.y + move[1] * STEP * (event.shiftKey ? 4 : 1));
       if (this.pen.down) this.strokes.at(-1).push({ x: this.pen.x, y: this.pen.y });
-      if (this.pen.down) this.#grown();
+      if (this.pen.down) this.#changed();
       else this.#paint();
     } else if (event.key === " " || event.key === "Enter") {
       this.pen ??= { x: SIDE / 2, y: SIDE / 4, down: false };
       this.pen.down = !this.pen.down;
-      this.say(this.pen.down ? "Pen down" : "Pen up");
+      this.announce(this.pen.down ? "Pen down" : "Pen up");
       if (this.pen.down) {
         this.strokes.push([{ x: this.pen.x, y: this.pen.y }]);
-        this.#grown();
+        this.#changed();
       } else {
         this.#paint();
       }
@@ -136,9 +136,9 @@ export class Pad {
     event.preventDefault();
   }
 
-  #grown() {
+  #changed() {
     this.#paint();
-    this.changed();
+    this.onChange();
   }
 
   #paint() {

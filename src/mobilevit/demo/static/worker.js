@@ -1,13 +1,13 @@
-// Runs the network beside the page, so that the page answers to fingers while it computes.
+// Runs the network in a worker thread, so that the page stays responsive.
 
-import { prepare, softmax } from "./pixels.js";
+import { preprocess, softmax } from "./preprocessing.js";
 
 let task;
 let preprocessing;
 let session;
 let Tensor;
 
-/** Start on `provider`. Threads need shared memory, which a browser gives only where the server's headers allow it. */
+/** Load the network on `provider`. Threads require shared memory, which depends on the server's response headers. */
 async function start(provider, url) {
   const ort = await import(`./ort/ort.${provider}.js`);
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
@@ -16,7 +16,7 @@ async function start(provider, url) {
   session = await ort.InferenceSession.create(url, { executionProviders: [provider] });
   Tensor = ort.Tensor;
   const { crop_px: side } = preprocessing;
-  await run(new Float32Array(3 * side * side)); // the first run sets up what later ones reuse, and shows what fails
+  await run(new Float32Array(3 * side * side)); // warm-up; it also reveals unsupported operators
   return threads;
 }
 
@@ -29,16 +29,16 @@ async function run(input) {
   return { outputs, milliseconds: performance.now() - started };
 }
 
-async function answer(image) {
+async function predict(image) {
   const started = performance.now();
-  const { seen, input } = prepare(image, preprocessing);
-  const prepared = performance.now() - started;
+  const { cropped, input } = preprocess(image, preprocessing);
+  const preprocessingMilliseconds = performance.now() - started;
   const { outputs, milliseconds } = await run(input);
   if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
-    throw new Error("the network answered with something that is no number");
+    throw new Error("the network returned NaN or infinity");
   }
-  const answer = task === "classify" ? { probabilities: softmax(outputs.logits) } : outputs;
-  return { ...answer, seen, prepared, milliseconds };
+  const prediction = task === "classify" ? { probabilities: softmax(outputs.logits) } : outputs;
+  return { ...prediction, cropped, preprocessingMilliseconds, milliseconds };
 }
 
 self.onmessage = async ({ data }) => {
@@ -47,8 +47,8 @@ self.onmessage = async ({ data }) => {
       ({ task, preprocessing } = data);
       self.postMessage({ started: data.start, threads: await start(data.start, data.url) });
     } else {
-      const result = await answer(data.image);
-      self.postMessage({ id: data.id, result }, [result.seen.buffer]);
+      const result = await predict(data.image);
+      self.postMessage({ id: data.id, result }, [result.cropped.buffer]);
     }
   } catch (error) {
     self.postMessage({ id: data.id, failed: data.start, error: error?.message ?? String(error) });

@@ -1,4 +1,4 @@
-"""Classifiers that are no MobileViT: what the training loop needs to take one of them."""
+"""Classifiers of other libraries, trained by the same loop (`mobilevit compare` uses this)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mobilevit.tasks.classification import preprocessing_of
 from mobilevit.weights import OTHER, to_safetensors
 
 
-class OtherNetwork(Protocol):
-    """A classifier by name, and how to build it."""
+class ExternalClassifier(Protocol):
+    """A classifier of another library."""
 
     @property
     def name(self) -> str:
-        """Tells it from all others: a run is never taken up with a network of another name."""
+        """Unique name: a run is never resumed with a network of another name."""
         ...
 
     def build(self, num_classes: int, size_px: int) -> nn.Module:
@@ -32,8 +32,8 @@ class OtherNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class OtherWeights:
-    """What `Weights` is to MobileViT, as far as the loop needs it."""
+class ExternalWeights:
+    """The counterpart of `Weights` for an `ExternalClassifier`, as far as the training loop needs it."""
 
     name: str
     network: nn.Module
@@ -45,42 +45,39 @@ class OtherWeights:
         return self.network
 
     def write(self, tensors: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> None:
-        """Write trained `tensors` as a .safetensors file that says what network they belong to.
-
-        The other commands refuse it by that name, since they know MobileViT alone.
-        """
+        """Write `tensors` to a .safetensors file with the name of the network, by which other commands reject it."""
         description = {
             "network": self.name,
             "preprocessing": self.preprocessing.to_dict(),
             "class_names": self.class_names,
             "training": dict(training),
         }
-        # Copies, since a file holds no two tensors in one memory, which networks of others may have.
+        # The format does not allow tensors that share memory, which these networks may contain.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         content = to_safetensors(copies, {OTHER: json.dumps(description)})
         write_whole(path, lambda target: target.write_bytes(content))
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe that asks for what other networks than MobileViT do not have.
+    """Check that `recipe` uses no feature that only MobileViT supports.
 
     Raises:
-        ValueError: another task than classification, several sizes of images, parts of the network treated apart, or
-            batch norm over several processes.
+        ValueError: a task other than classification, several image sizes, a frozen or scaled backbone, or synchronized
+            batch norm.
     """
-    for name, value, needed in (
+    for name, value, required in (
         ("task", recipe.task, "classify"),
         ("sampler.variant", recipe.sampler.variant, "standard"),  # transformers are built for one size
         ("optimizer.freeze", recipe.optimizer.freeze, "nothing"),
         ("optimizer.backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1.0),
         ("compute.sync_batch_norm", recipe.compute.sync_batch_norm, False),  # converting drops timm's activations
     ):
-        if value != needed:
-            raise ValueError(f"{name} is {value}; to train other networks than MobileViT it must be {needed}")
+        if value != required:
+            raise ValueError(f"{name} is {value}; to train other networks than MobileViT it must be {required}")
 
 
-def start(network: OtherNetwork, recipe: Recipe, train_set: ImageDataset) -> OtherWeights:
-    """The initial weights of `network` for the classes of `train_set`."""
+def initial_weights(classifier: ExternalClassifier, recipe: Recipe, train_set: ImageDataset) -> ExternalWeights:
+    """The initial weights of `classifier` for the classes of `train_set`."""
     class_names = train_set.source.class_names
-    built = network.build(len(class_names), recipe.data.size_px)
-    return OtherWeights(network.name, built, preprocessing_of(recipe), class_names)
+    network = classifier.build(len(class_names), recipe.data.size_px)
+    return ExternalWeights(classifier.name, network, preprocessing_of(recipe), class_names)

@@ -1,13 +1,13 @@
-// From the pixels of an image to the numbers that the network reads, as mobilevit.images does it with Pillow.
+// Preprocessing as in mobilevit.images: resize, crop and normalize.
 //
-// A canvas resizes by a filter of its browser's choice, and the network answers otherwise than it was tested. So this
-// is Pillow's resampling: two passes, weights in 22-bit fixed point, 8 bits in between. The results are the same bytes.
+// The filter that a canvas resizes with depends on the browser and changes the predictions. This is Pillow's resampling:
+// two passes, weights in 22-bit fixed point, 8 bits in between. The result is identical to Pillow's in every byte.
 
 const BITS = 22;
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 
-// Name -> how far the filter reaches, and its weight at a distance.
+// Name -> [support, kernel], as in Pillow's Resample.c.
 const FILTERS = {
   box: [0.5, (x) => (x > -0.5 && x <= 0.5 ? 1 : 0)],
   bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
@@ -23,25 +23,25 @@ const FILTERS = {
   lanczos: [3, (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0)],
 };
 
-/** For `count` outputs from `first` on, of `length` that cover [from, to) of `size` inputs: where to read, how much. */
-function weigh(size, from, to, length, first, count, filter) {
-  const [reach, weight] = FILTERS[filter];
+/** Inputs and weights of the outputs [first, first + count), out of `length` outputs that cover [from, to) of `size` inputs. */
+function computeWeights(size, from, to, length, first, count, filter) {
+  const [support, kernel] = FILTERS[filter];
   const scale = Math.fround(to - from) / length;
-  const stretch = Math.max(scale, 1); // smaller images: as wide as the pixels that become one
-  const taps = Math.ceil(reach * stretch) * 2 + 1;
+  const stretch = Math.max(scale, 1); // downsampling widens the kernel (antialiasing)
+  const taps = Math.ceil(support * stretch) * 2 + 1;
   const starts = new Int32Array(count);
   const ends = new Int32Array(count);
   const weights = new Int32Array(count * taps);
   const row = new Float64Array(taps);
   for (let i = 0; i < count; i++) {
-    const centre = from + (first + i + 0.5) * scale;
-    const start = Math.max(0, Math.trunc(centre - reach * stretch + 0.5));
-    const end = Math.min(size, Math.trunc(centre + reach * stretch + 0.5));
+    const center = from + (first + i + 0.5) * scale;
+    const start = Math.max(0, Math.trunc(center - support * stretch + 0.5));
+    const end = Math.min(size, Math.trunc(center + support * stretch + 0.5));
     let sum = 0;
-    for (let j = start; j < end; j++) sum += row[j - start] = weight((j - centre + 0.5) / stretch);
+    for (let j = start; j < end; j++) sum += row[j - start] = kernel((j - center + 0.5) / stretch);
     for (let j = 0; j < end - start; j++) {
-      const share = (sum === 0 ? row[j] : row[j] / sum) * (1 << BITS);
-      weights[i * taps + j] = Math.trunc(share < 0 ? share - 0.5 : share + 0.5);
+      const value = (sum === 0 ? row[j] : row[j] / sum) * (1 << BITS);
+      weights[i * taps + j] = Math.trunc(value < 0 ? value - 0.5 : value + 0.5);
     }
     starts[i] = start;
     ends[i] = end;
@@ -49,7 +49,7 @@ function weigh(size, from, to, length, first, count, filter) {
   return { starts, ends, weights, taps, count };
 }
 
-/** One pass. Of `lines` lines in steps of `lineStep`, every output is a weighted sum along `step`; RGBA in and out. */
+/** One resampling pass over `lines` lines of RGBA pixels. Outputs are weighted sums of inputs that are `step` bytes apart. */
 function pass(source, target, plan, lines, lineStep, step, targetLineStep, targetStep, offset) {
   const { starts, ends, weights, taps, count } = plan;
   for (let line = 0; line < lines; line++) {
@@ -74,8 +74,8 @@ function pass(source, target, plan, lines, lineStep, step, targetLineStep, targe
 }
 
 /**
- * The part `crop` of what `image` (RGBA, opaque) is when its part `box` is resized to width x height.
- * `crop` is [left, top, width, height] in the new pixels, `box` [left, top, right, bottom] in the old ones.
+ * Resize the region `box` of an opaque RGBA image to width x height, and crop the result.
+ * `crop` is [left, top, width, height] in resized pixels, `box` [left, top, right, bottom] in the original pixels.
  */
 export function resize(image, width, height, filter, crop, box = [0, 0, image.width, image.height]) {
   const { data } = image;
@@ -83,8 +83,8 @@ export function resize(image, width, height, filter, crop, box = [0, 0, image.wi
   const [x0, y0, x1, y1] = box.map(Math.fround);
   const out = new Uint8ClampedArray(4 * cropWidth * cropHeight);
   if (filter === "nearest") {
-    const columns = nearest(x0, x1, width, image.width);
-    const rows = nearest(y0, y1, height, image.height);
+    const columns = nearestIndices(x0, x1, width, image.width);
+    const rows = nearestIndices(y0, y1, height, image.height);
     for (let y = 0; y < cropHeight; y++) {
       for (let x = 0; x < cropWidth; x++) {
         const at = 4 * (rows[top + y] * image.width + columns[left + x]);
@@ -93,9 +93,9 @@ export function resize(image, width, height, filter, crop, box = [0, 0, image.wi
     }
     return out;
   }
-  const across = weigh(image.width, x0, x1, width, left, cropWidth, filter);
-  const down = weigh(image.height, y0, y1, height, top, cropHeight, filter);
-  // Which pass comes first shows in the last bits, more so with bicubic. This is Pillow's choice since version 13.
+  const across = computeWeights(image.width, x0, x1, width, left, cropWidth, filter);
+  const down = computeWeights(image.height, y0, y1, height, top, cropHeight, filter);
+  // The order of the passes affects the last bits. This is Pillow's order since version 13.
   if (image.height - height > 2 * Math.max(0, image.width - width)) {
     const from = across.starts[0];
     const columns = Math.max(...across.ends) - from;
@@ -112,18 +112,18 @@ export function resize(image, width, height, filter, crop, box = [0, 0, image.wi
   return out;
 }
 
-function nearest(from, to, length, size) {
+function nearestIndices(from, to, length, size) {
   const scale = Math.fround(to - from) / length;
-  const found = new Int32Array(length);
-  for (let i = 0, at = from + 0.5 * scale; i < length; i++, at += scale) found[i] = Math.min(size - 1, Math.trunc(at));
-  return found;
+  const indices = new Int32Array(length);
+  for (let i = 0, at = from + 0.5 * scale; i < length; i++, at += scale) indices[i] = Math.min(size - 1, Math.trunc(at));
+  return indices;
 }
 
 /**
- * An image {data, width, height} -> {seen, input}: the square that is left of it as RGBA, and the same as the network
- * reads it, three planes of floats. `preprocessing` is what the weights say, see mobilevit.images.Preprocessing.
+ * An image {data, width, height} -> {cropped, input}: the cropped square in RGBA, and the normalized input of the
+ * network, (3, crop_px, crop_px) floats. `preprocessing` is as in mobilevit.images.Preprocessing.
  */
-export function prepare(image, preprocessing) {
+export function preprocess(image, preprocessing) {
   const { resize_px: side, crop_px: crop, interpolation, mean, std } = preprocessing;
   const { width, height } = image;
   const short = Math.min(width, height);
@@ -132,33 +132,33 @@ export function prepare(image, preprocessing) {
     : [Math.trunc((side * height) / short), Math.trunc((side * width) / short)];
   const left = Math.floor((newWidth - crop) / 2);
   const top = Math.floor((newHeight - crop) / 2);
-  let seen;
+  let cropped;
   if (Math.max(width, height) <= 10 * short) {
-    seen = resize(image, newWidth, newHeight, interpolation, [left, top, crop, crop]);
+    cropped = resize(image, newWidth, newHeight, interpolation, [left, top, crop, crop]);
   } else {
     const x = width / newWidth;
     const y = height / newHeight;
     const box = [left * x, top * y, Math.min((left + crop) * x, width), Math.min((top + crop) * y, height)];
-    seen = resize(image, crop, crop, interpolation, [0, 0, crop, crop], box);
+    cropped = resize(image, crop, crop, interpolation, [0, 0, crop, crop], box);
   }
   const plane = crop * crop;
   const input = new Float32Array(3 * plane);
   for (let channel = 0; channel < 3; channel++) {
-    // 256 values to look up, each rounded as often as torch rounds it
+    // A table of 256 values, with the same rounding steps as in torch.
     const values = new Float32Array(256);
     for (let v = 0; v < 256; v++) {
       const shifted = Math.fround(Math.fround(v / 255) - Math.fround(mean[channel]));
       values[v] = shifted / Math.fround(std[channel]);
     }
-    for (let i = 0; i < plane; i++) input[channel * plane + i] = values[seen[4 * i + channel]];
+    for (let i = 0; i < plane; i++) input[channel * plane + i] = values[cropped[4 * i + channel]];
   }
-  return { seen, input };
+  return { cropped, input };
 }
 
 /** Logits -> probabilities. */
 export function softmax(logits) {
-  const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const powers = Float64Array.from(logits, (x) => Math.exp(x - most));
+  const max = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  const powers = Float64Array.from(logits, (x) => Math.exp(x - max));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((x) => x / sum);
 }

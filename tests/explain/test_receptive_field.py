@@ -1,4 +1,4 @@
-"""How far layers see, against the arithmetic of their windows and against what changes when a pixel does."""
+"""Receptive fields against the arithmetic of convolutions, and against the effect of changed pixels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from conftest import randomise
 from mobilevit import XXS, Backbone
 from mobilevit.explain.attention import find_blocks
-from mobilevit.explain.receptive import fields_of
+from mobilevit.explain.receptive_field import compute_receptive_fields
 
 
-def side_of_window(stage: str) -> int:
-    """How many pixels wide the window of a place behind the 3x3 convolutions up to the end of a stage is.
+def window_px(stage: str) -> int:
+    """The receptive field of the 3x3 convolutions up to the end of a stage, in pixels.
 
-    Each adds twice the stride gathered before it; the MobileViT blocks have two more, before and behind the
-    transformer.
+    Each adds twice the stride before it. MobileViT blocks have two more, before and after the transformer.
     """
     side, stride = 3, 2  # the stem
     for i, one in enumerate(XXS.stages, 1):
@@ -29,10 +28,10 @@ def side_of_window(stage: str) -> int:
 
 
 @pytest.mark.parametrize("size", [(192, 192), (130, 193)])
-def test_convolutions_see_a_window_and_blocks_everything(size: tuple[int, int]):
+def test_convolutions_have_a_window_and_transformers_the_whole_image(size: tuple[int, int]):
     backbone = randomise(Backbone("xxs")).double()
     pixels = torch.rand(1, 3, *size, dtype=torch.float64)
-    fields = fields_of(backbone, pixels, 0.5, 0.5)
+    fields = compute_receptive_fields(backbone, pixels, 0.5, 0.5)
     assert [(field.stage, field.is_before_transformer) for field in fields] == [
         ("stage2", False),
         ("stage3", True),
@@ -41,47 +40,45 @@ def test_convolutions_see_a_window_and_blocks_everything(size: tuple[int, int]):
         ("stage5", False),
     ]
     stage2, before, *blocks = fields
-    # Before the transformer the block has one of its two 3x3 convolutions, at stride 8, behind it.
-    for field, side in ((stage2, side_of_window("stage2")), (before, side_of_window("stage3") - 2 * 8)):
-        left, top, right, bottom = field.window
+    # One of the block's two 3x3 convolutions, at stride 8, comes after the transformer.
+    for field, side in ((stage2, window_px("stage2")), (before, window_px("stage3") - 2 * 8)):
+        left, top, right, bottom = field.conv_window
         assert (right - left, bottom - top) == (side, side)
-        seen = torch.zeros(size, dtype=torch.bool)
-        seen[top:bottom, left:right] = True
-        assert (field.gradient > 0).equal(seen)  # exactly 0 outside of the window
-        assert field.share == side**2 / (size[0] * size[1])
+        expected = torch.zeros(size, dtype=torch.bool)
+        expected[top:bottom, left:right] = True
+        assert (field.gradient > 0).equal(expected)  # exactly 0 outside of the window
+        assert field.fraction == side**2 / (size[0] * size[1])
         assert abs((left + right) / 2 - size[1] / 2) <= 8
         assert not field.has_attention
     for field in blocks:
-        assert field.share == 1
+        assert field.fraction == 1
         assert field.has_attention
-    left, top, right, bottom = blocks[0].window
-    if all(
-        side % 16 == 0 for side in size
-    ):  # else the map is resized to whole patches, and what is seen widened by that
-        assert (right - left, bottom - top) == (side_of_window("stage3"),) * 2
+    left, top, right, bottom = blocks[0].conv_window
+    if all(side % 16 == 0 for side in size):  # else the map is resized to whole patches, which widens the window
+        assert (right - left, bottom - top) == (window_px("stage3"),) * 2
     assert right - left < size[1] / 2
 
 
-def test_the_network_is_left_as_it_was():
+def test_the_network_is_unchanged():
     backbone = randomise(Backbone("xxs"))
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = backbone(pixels)["stage5"]
-        fields_of(backbone, pixels, 0.2, 0.7)
+        compute_receptive_fields(backbone, pixels, 0.2, 0.7)
         assert backbone(pixels)["stage5"].equal(before)
     assert all(parameter.grad is None for parameter in backbone.parameters())
     assert not pixels.requires_grad
 
 
 @torch.no_grad()
-def test_what_is_outside_of_the_window_changes_nothing():
-    """A corner of the image turned white: the layer before the transformer does not notice, that behind it does."""
+def test_pixels_outside_the_window_have_no_effect():
+    """A white corner changes the output of the transformer, but not its input."""
     backbone = randomise(Backbone("xxs")).double()
     pixels = torch.rand(1, 3, 128, 128, dtype=torch.float64)
     changed = pixels.clone()
     changed[..., :8, :8] = 1
     block = find_blocks(backbone)["stage3"]
-    for x, is_noticed in ((pixels, False), (changed, True)):
+    for x, is_changed in ((pixels, False), (changed, True)):
         maps = []
         for image in (pixels, x):
             map_BCHW = image
@@ -92,4 +89,4 @@ def test_what_is_outside_of_the_window_changes_nothing():
             maps.append((block.local(map_BCHW)[0, :, 10, 10], block(map_BCHW)[0, :, 10, 10]))
         (local, whole), (local_changed, whole_changed) = maps
         assert local.equal(local_changed)
-        assert whole.equal(whole_changed) != is_noticed
+        assert whole.equal(whole_changed) != is_changed

@@ -1,0 +1,78 @@
+"""Descriptions of a run: log lines before the first step, environment and commands in the report."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mobilevit.recipes import Recipe
+from mobilevit.training.distributed import Processes
+from mobilevit.training.plan import Plan
+from mobilevit.weights import TASK_FORMATS, Weights
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    recipe, world_size = plan.recipe, plan.world_size
+    yield f"{plan.num_steps(recipe.epochs):,} steps in {recipe.epochs} epochs"
+    if recipe.batch_size > plan.num_images:
+        yield (
+            f"batch size {recipe.batch_size:,} exceeds the {plan.num_images:,} training images: every step uses all of "
+            "them, and an epoch is one step; set a smaller --batch-size for more steps"
+        )
+    for size_px, batch_size in plan.batch_sizes().items():
+        num = plan.num_micro_batches(batch_size, size_px)
+        yield (
+            f"at {size_px} px, a step has {batch_size:,} images: {world_size} process{'es' * (world_size > 1)} x "
+            f"{num // world_size} micro-batch{'es' * (num > world_size)} x "
+            f"{'about ' * (batch_size % num > 0)}{round(batch_size / num):,} images"
+        )
+
+
+def describe_initial_weights(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
+    """Which of the pretrained weights are used, and how they are trained."""
+    pretrained_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
+    hint = "" if pretrained_px == size_px else f" (--size {pretrained_px} trains at their size)"
+    yield f"input size: the weights were trained at {pretrained_px} px, this run uses {size_px} px{hint}"
+    frozen = "" if recipe.optimizer.freeze == "nothing" else f"frozen up to {recipe.optimizer.freeze}; "
+    yield f"backbone: {frozen}its learning rate is {recipe.optimizer.backbone_lr_scale:g} x that of the head"
+    if (pretrained.task, pretrained.class_names) == (recipe.task, class_names):
+        yield f"classifier: from the weights, which have the same {len(class_names)} class names"
+    else:
+        yield f"classifier: new, with random weights, for {len(class_names)} classes"
+
+
+def environment(processes: Processes, plan: Plan, schedule_epochs: int) -> dict[str, str]:
+    """Software and hardware, for the report."""
+    device, recipe = processes.device, plan.recipe
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    extended = {"learning rate": f"schedule of {schedule_epochs} epochs, then constant at optimizer.end_lr"}
+    return {
+        **(extended if schedule_epochs < recipe.epochs else {}),
+        "mobilevit": version("mobilevit"),
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "system": platform.platform(),
+        "device": f"{device} ({name})",
+        "processes": str(processes.world_size),
+        "threads per process": str(torch.get_num_threads()),
+        f"maximum micro-batch size at {recipe.data.size_px} px": f"{plan.max_micro_batch_size():,}",
+    }
+
+
+def next_commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, str]]:
+    """What to do with the weights: (purpose, command)."""
+    weights, data = shlex.quote(str(out / "model.safetensors")), shlex.quote(str(data))
+    evaluate = f"mobilevit evaluate {shlex.quote(str(out))} --data {data} --per-class"
+    commands = [
+        ("Evaluate EMA weights and raw weights", evaluate),
+        ("Predict", f"mobilevit predict {weights} IMAGE..."),
+        ("Export, verified against PyTorch on these images", f"mobilevit export {weights} --to onnx --images {data}"),
+    ]
+    if "transformers" in TASK_FORMATS[recipe.task]:
+        commands.append(("Convert to the transformers format", f"mobilevit convert {weights} FOLDER --to transformers"))
+    return commands
