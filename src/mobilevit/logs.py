@@ -34,5 +34,5 @@ def log_to_stderr(*, force: bool = False) -> None:
     has_handler = bool(logger.handlers) if force else logger.hasHandlers()
     if not has_handler:
         logger.addHandler(_StderrHandler())
-        # Of the processes of torchrun, one reports progress; each one reports its own problems.
+        # Of the processes of torchrun, rank 0 reports progress; every process reports its own problems.
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from mobilevit.benchmark import rivals
-from mobilevit.export.rewrite import Formulation, fast
+from mobilevit.export.rewrite import Formulation, optimize_for_inference
 from mobilevit.images import Preprocessing
 from mobilevit.weights import TaskName
 
@@ -32,10 +32,10 @@ def test_the_same_function_and_not_rewritten(name: str, exportable: bool, images
         expected, found = ours(images), theirs(images)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
         assert not torch.allclose(ours(images[:, [2, 1, 0]]), expected, atol=1e-2)  # channel order matters
-        rewritten = fast(theirs, FORMULATION)
+        rewritten = optimize_for_inference(theirs, FORMULATION)
         assert rewritten(images).equal(found)
     assert [type(x) for x in rewritten.modules()] == [type(x) for x in theirs.modules()]
-    assert [type(x) for x in fast(ours, FORMULATION).modules()] != [type(x) for x in ours.modules()]
+    assert [type(x) for x in optimize_for_inference(ours, FORMULATION).modules()] != [type(x) for x in ours.modules()]
     assert not any(isinstance(x, nn.SiLU) for x in theirs.modules())
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mobilevit.benchmark import rivals, run, timing
 from mobilevit.benchmark.cost import profile
-from mobilevit.benchmark.run import Side, Signature
-from mobilevit.export import Target, export
+from mobilevit.benchmark.run import Side
+from mobilevit.export import ArtifactSpec, ExportOptions, export, read_signature
+from mobilevit.export.backend import Signature
 from mobilevit.weights import TaskName, Weights
 
-TINY = Target("fp32", 32, 48)
+TINY = ArtifactSpec("fp32", 32, 48)
 
 
 class Clock:
@@ -193,7 +194,7 @@ def test_wrong_answers_are_not_timed(tmp_path: Path, tiny: nn.Module, no_process
 
 def test_a_process_of_its_own(tmp_path: Path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2048, bias=False)).eval().requires_grad_(False)
-    side = run.write_side("wide", network, "torch", Target("fp32", 64, 64), tmp_path)
+    side = run.write_side("wide", network, "torch", ArtifactSpec("fp32", 64, 64), tmp_path)
     found = run.run_alone(side, num_threads=1)
     assert found["load_ms"] > 0
     if sys.platform == "linux":
@@ -268,13 +269,13 @@ def test_dense_sides(task: TaskName, against: str, shapes: list, tmp_path: Path,
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_artifact(task: TaskName, tmp_path: Path):
     weights = rivals.random_weights("xxs", task=task, num_classes=7)
-    [artifact] = export(weights, ["onnx"], tmp_path, size=(64, 96), answers=True, num_threads=1)
+    [artifact] = export(weights, ["onnx"], tmp_path, ExportOptions(size=(64, 96), postprocess=True, num_threads=1))
     (made := tmp_path / "made").mkdir()
     against = {"detect": "ssdlite320_mobilenet_v3_large", "segment": "torchvision:lraspp_mobilenet_v3_large"}[task]
     ours, theirs = run.sides_of_artifact(artifact.path, made, against=[against])
     cost = profile(weights.build(), (64, 96))
     assert ours.num_macs == cost.num_macs + cost.num_attention_macs
-    assert (ours.precision, ours.network) == ("fp32", f"mobilevit_xxs_{task}_64x96_answers")
+    assert (ours.precision, ours.network) == ("fp32", f"mobilevit_xxs_{task}_64x96_postprocess")
     assert (theirs.name, theirs.against) == (against, ours.label)
 
 
@@ -300,7 +301,7 @@ def test_artifact(tmp_path: Path, no_processes: None):
     (tmp_path / "made").mkdir()
     (written,) = run.sides_of_weights("xxs", weights, tmp_path / "made", runtimes=["onnx"], size=(32, 64))
     path = written.path.rename(tmp_path / "mobilevit_xxs_32x64_fp32.onnx")
-    assert run.signature(path) == Signature((1, 3, 32, 64), False, 1000)
+    assert read_signature(path) == Signature((1, 3, 32, 64), False, 1000)
     ours, timm = run.sides_of_artifact(path, tmp_path / "made", against=["self"])
     assert (ours.runtime, ours.precision, ours.network) == ("onnx", "fp32", "mobilevit_xxs_32x64")
     assert (ours.shape, ours.num_macs, ours.num_bytes) == ((1, 3, 32, 64), written.num_macs, path.stat().st_size)
@@ -343,7 +344,7 @@ def test_what_onnx_says_of_itself(tmp_path: Path, uint8: bool):
     answer = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 7])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [given], [answer])), tmp_path / "a.onnx")
     expected = (None, 8, 9, 3) if uint8 else (None, 3, 8, 9)
-    assert run.signature(tmp_path / "a.onnx") == Signature(expected, uint8, 7)
+    assert read_signature(tmp_path / "a.onnx") == Signature(expected, uint8, 7)
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -361,7 +362,7 @@ def test_what_executorch_says_of_itself(tmp_path: Path, uint8: bool):
 
         program = to_edge(torch.export.export(Mean(), (torch.zeros(shape, dtype=kind),))).to_executorch()
     (tmp_path / "a.pte").write_bytes(program.buffer)
-    assert run.signature(tmp_path / "a.pte") == Signature(shape, uint8, 3)
+    assert read_signature(tmp_path / "a.pte") == Signature(shape, uint8, 3)
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -373,7 +374,7 @@ def test_what_openvino_says_of_itself(tmp_path: Path, uint8: bool):
     mean = openvino.opset13.reduce_mean(openvino.opset13.convert(given, "f32"), axes)
     openvino.save_model(openvino.Model([mean], [given]), tmp_path / "a.xml")
     expected = (None, 8, 9, 3) if uint8 else (None, 3, 8, 9)
-    assert run.signature(tmp_path / "a.xml") == Signature(expected, uint8, 3)
+    assert read_signature(tmp_path / "a.xml") == Signature(expected, uint8, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

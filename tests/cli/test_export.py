@@ -11,7 +11,10 @@ from command_line import check_refused, run
 
 def test_artifacts_are_named_after_the_weights(here: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr("mobilevit.export.export", lambda *args, **options: calls.append(options) or [])
+    monkeypatch.setattr(
+        "mobilevit.export.export_each",
+        lambda weights, backends, out, options, **more: calls.append(more | {"overwrite": options.overwrite}) or [],
+    )
     (here / "pets").mkdir()
     (here / "pets/run.json").write_text("{}")
     sources = {"pets": "pets", "pets/model.safetensors": "pets", "pets/raw.safetensors": "pets_raw"}

@@ -152,7 +152,7 @@ def test_the_way_of_others_is_that_of_mobilevit(data: Path, tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="weights of mobilevit-xxs, trained to compare with; give weights of Mob"):
         read(tmp_path / "theirs" / "model.safetensors")
     assert "mobilevit predict" not in (tmp_path / "theirs" / "report.html").read_text()
-    with pytest.raises(ValueError, match="network is None there, mobilevit-xxs here"):
+    with pytest.raises(ValueError, match="network was None, is now mobilevit-xxs"):
         train(RECIPE, data, tmp_path / "ours", classifier=XXS)
     with pytest.raises(FinishedError, match="this run has finished") as finished:
         train(RECIPE, data, tmp_path / "theirs", classifier=XXS)
@@ -251,9 +251,9 @@ def test_what_was_killed_goes_on_to_the_same_numbers(
 
 def test_another_recipe_or_other_data_are_refused(whole: tuple[dict[str, Any], Path], data: Path) -> None:
     _, out = whole
-    with pytest.raises(ValueError, match=r"seed-0: holds another run \(recipe.epochs is 2 there, 3 here\)"):
+    with pytest.raises(ValueError, match=r"seed-0: contains another run \(recipe.epochs was 2, is now 3\)"):
         compare_trained([NARROW, XXS], data, out, replace(RECIPE, epochs=3), seeds=(0,))
-    with pytest.raises(ValueError, match=r"seed-0: holds another run \(other data\);"):
+    with pytest.raises(ValueError, match=r"seed-0: contains another run \(other data\);"):
         compare_trained([NARROW, XXS], data / "train", out, RECIPE, seeds=(0,))
 
 

@@ -1,4 +1,4 @@
-"""The cost of int8, part by part, against roundings made by hand."""
+"""int8 sensitivity of groups of layers, compared with rounding done by hand."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from conftest import SMALL, randomise
-from mobilevit.benchmark import rivals
 from mobilevit.export import sensitivity
-from mobilevit.export.artifact import Deployed
-from mobilevit.export.quantization import EVERYTHING, Cost, costs_of_int8, part_of
+from mobilevit.export.artifact import ExportModel
+from mobilevit.export.quantization import ALL_LAYERS, Sensitivity, group_of, int8_sensitivity
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.weights import TaskName, Weights
+from mobilevit.weights import Weights
+
+PREPROCESSING = Preprocessing(70, 64)
 
 
 @pytest.fixture(scope="module")
@@ -25,87 +26,76 @@ def model() -> MobileViT:
 
 
 @pytest.fixture(scope="module")
-def costs(model: MobileViT) -> dict[str, Cost]:
-    weights = Weights(model.architecture, model.state_dict(), Preprocessing(70, 64))
-    return {cost.part: cost for cost in sensitivity(weights, synthetic_images(12, (64, 64)))}
+def groups(model: MobileViT) -> dict[str, Sensitivity]:
+    weights = Weights(model.architecture, model.state_dict(), PREPROCESSING)
+    return {one.group: one for one in sensitivity(weights, synthetic_images(12, (64, 64)))}
 
 
-def test_every_layer_is_in_one_part(costs: dict[str, Cost], model: MobileViT):
-    everything = costs[EVERYTHING]
-    parts = [cost for part, cost in costs.items() if part != EVERYTHING]
-    assert sum(cost.num_layers for cost in parts) == everything.num_layers
-    assert sum(cost.num_weights for cost in parts) == everything.num_weights
+def test_groups_partition_the_layers(groups: dict[str, Sensitivity], model: MobileViT):
+    all_layers = groups[ALL_LAYERS]
+    others = [one for name, one in groups.items() if name != ALL_LAYERS]
+    assert sum(one.num_layers for one in others) == all_layers.num_layers
+    assert sum(one.num_weights for one in others) == all_layers.num_weights
     expected = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    assert everything.num_weights == expected
-    assert {"stem", "stage1 convolutions", "stage2 attention", "stage2 ffn", "head", "classifier"} <= set(costs)
-    assert all(0 < cost.error < 1 for cost in costs.values())
+    assert all_layers.num_weights == expected
+    assert {"stem", "stage1 convolutions", "stage2 attention", "stage2 ffn", "head", "classifier"} <= set(groups)
+    assert all(0 < one.rms_error < 1 for one in groups.values())
+    assert all_layers.rms_error > max(one.rms_error for one in others)
 
 
-def test_everything_costs_more_than_its_parts(costs: dict[str, Cost]):
-    assert costs[EVERYTHING].error > max(cost.error for part, cost in costs.items() if part != EVERYTHING)
+def test_classifier_by_hand(model: MobileViT):
+    images = [torch.from_numpy(x).permute(2, 0, 1)[None] / 255 for x in synthetic_images(12, (64, 64))]
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    measured = int8_sensitivity(ExportModel(model, PREPROCESSING, uint8=False).eval(), images)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    [error] = [one.rms_error for one in measured if one.group == "classifier"]
 
-
-def test_the_classifier_by_hand(model: MobileViT, costs: dict[str, Cost]):
-    images = [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in synthetic_images(12, (64, 64))]
-    deployed = Deployed(model, Preprocessing(70, 64), uint8=False).eval()
-    [cost] = [cost for cost in costs_of_int8(deployed, images) if cost.part == "classifier"]
-    seen = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    classifier = model.classifier
+    assert isinstance(classifier, nn.Linear)
+    inputs = []
+    hook = classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         expected = torch.cat([model(image) for image in images])
     hook.remove()
-    x, weight = torch.cat(seen).double(), model.classifier.weight.detach().double()  # pyright: ignore
-    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    step = (high - low) / 255
-    x8 = torch.round(x / step) * step
+    x, weight = torch.cat(inputs).double(), classifier.weight.detach().double()
+    step = (max(x.max().item(), 0.0) - min(x.min().item(), 0.0)) / 255
     steps = weight.abs().amax(dim=1, keepdim=True) / 127
-    found = x8 @ (torch.round(weight / steps) * steps).T + model.classifier.bias.detach()  # pyright: ignore
-    by_hand = (found - expected).square().mean().sqrt() / expected.std()
-    assert cost.error == pytest.approx(by_hand.item(), rel=0.2)  # zero falls between two steps there, here on one
+    actual = torch.round(x / step) * step @ (torch.round(weight / steps) * steps).T + classifier.bias.detach()
+    by_hand = (actual - expected).square().mean().sqrt() / expected.std()
+    assert error == pytest.approx(by_hand.item(), rel=0.2)  # the zero points differ by half a step
 
 
-def test_the_network_is_left_as_it_was(model: MobileViT):
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    costs_of_int8(model, [torch.rand(1, 3, 64, 64) for _ in range(2)])
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-
-
-def test_an_outlier_is_found():
+def test_an_outlier_channel():
     model = randomise(MobileViT(SMALL, num_classes=7))
     inputs = [torch.rand(1, 3, 64, 64) for _ in range(4)]
-    before = {cost.part: cost.error for cost in costs_of_int8(model, inputs)}
-    # One channel of the head a thousand times the others, which the classifier does not look at.
+    before = {one.group: one.rms_error for one in int8_sensitivity(model, inputs)}
+    # One channel of the head is 1000 times larger than the others, and the classifier ignores it.
     model.head.norm.weight.data[0] *= 1000
     model.head.norm.bias.data[0] = 1000
     model.classifier.weight.data[:, 0] = 0  # pyright: ignore[reportIndexIssue]
-    after = {cost.part: cost.error for cost in costs_of_int8(model, inputs)}
+    after = {one.group: one.rms_error for one in int8_sensitivity(model, inputs)}
     assert after["classifier"] > 10 * before["classifier"]
 
 
-def test_parts_by_name():
-    assert part_of("network.backbone.stage3.1.layers.0.attention.q") == "stage3 attention"
-    assert part_of("network.backbone.stage3.1.layers.0.ffn_in") == "stage3 ffn"
-    assert part_of("backbone.stage5.0.expand.0") == "stage5 convolutions"
-    assert part_of("classifier") == "classifier"
-    assert part_of("network.heads.3.locations") == "heads"
-    assert part_of("network.extra_layers.0.pointwise") == "extra layers"
-    assert part_of("network.pyramid.project_pooled") == "pyramid"
-    with pytest.raises(AssertionError, match="is in no part"):
-        part_of("somewhere.else")
+def test_an_unknown_layer():
+    with pytest.raises(AssertionError, match=r"somewhere\.else belongs to no group"):
+        group_of("somewhere.else")
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
-def test_dense_networks(task: TaskName):
-    weights = replace(rivals.random_weights("xxs", task=task, num_classes=5), preprocessing=Preprocessing((64, 64), 64))
-    costs = {cost.part: cost for cost in sensitivity(weights, synthetic_images(2, (64, 64)))}
-    heads = {"detect": {"heads", "extra layers", "pooled"}, "segment": {"pyramid", "classifier"}}[task]
-    assert heads <= set(costs)
-    everything = costs.pop(EVERYTHING)
-    assert sum(cost.num_layers for cost in costs.values()) == everything.num_layers
-    assert 0 < max(cost.error for cost in costs.values()) < everything.error * 1.5
-    assert all(0 < cost.same <= 1 for cost in costs.values())
+@pytest.mark.parametrize(
+    ("task", "heads"),
+    [("detect", {"heads", "extra layers", "pooled"}), ("segment", {"pyramid", "classifier"})],
+)
+def test_dense_networks(all_weights: dict[str, Weights], task: str, heads: set[str]):
+    weights = replace(all_weights[task], preprocessing=Preprocessing((64, 64), 64))
+    groups = {one.group: one for one in sensitivity(weights, synthetic_images(2, (64, 64)))}
+    assert heads <= set(groups)
+    all_layers = groups.pop(ALL_LAYERS)
+    assert sum(one.num_layers for one in groups.values()) == all_layers.num_layers
+    assert 0 < max(one.rms_error for one in groups.values()) < all_layers.rms_error * 1.5
+    assert all(0 < one.prediction_agreement <= 1 for one in groups.values())
 
 
-def test_images_are_asked_for(model: MobileViT):
-    with pytest.raises(ValueError, match="measured on real images"):
+def test_images_are_required(model: MobileViT):
+    with pytest.raises(ValueError, match="--images"):
         sensitivity(Weights(model.architecture, model.state_dict()), [])

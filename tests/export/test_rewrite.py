@@ -1,4 +1,4 @@
-"""Rewrites change the graph and not the function: float64, 1e-9, alone and together, at an odd size too."""
+"""Rewrites preserve the function: in float64 to 1e-9, each alone and all together, at two sizes of which one is odd."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from conftest import randomise
 from mobilevit.export.rewrite import (
     FlatBlock,
     Formulation,
-    Half,
-    RootMeanSquare,
-    _shrink_residuals,
-    centre,
-    fast,
+    HalfPrecision,
+    RMSNorm,
+    _scale_residuals,
+    center_residuals,
     flatten_tokens,
     fold_attention,
     fold_norm_affine,
+    fold_pooled_branch,
+    optimize_for_inference,
     split_heads,
-    spread_late,
 )
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabV3, Pyramid
 from mobilevit.models.fuse import fold_batch_norm
@@ -77,11 +77,11 @@ def test_fold_attention_alone(model: MobileViT, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_centre(model: MobileViT, size: tuple[int, int]) -> None:
-    centred = centre(fold_norm_affine(fold_batch_norm(model)))
-    assert difference(model, centred, size) < 1e-9
-    assert not of_type(centred, nn.LayerNorm)
-    assert len(of_type(centred, RootMeanSquare)) == 2 * 9 + 3
+def test_center_residuals(model: MobileViT, size: tuple[int, int]) -> None:
+    centered = center_residuals(fold_norm_affine(fold_batch_norm(model)))
+    assert difference(model, centered, size) < 1e-9
+    assert not of_type(centered, nn.LayerNorm)
+    assert len(of_type(centered, RMSNorm)) == 2 * 9 + 3
 
 
 FORMULATIONS = [
@@ -95,13 +95,13 @@ FORMULATIONS = [
 @pytest.mark.parametrize("formulation", FORMULATIONS, ids=str)
 def test_every_formulation(model: MobileViT, formulation: Formulation) -> None:
     for size in SIZES:
-        assert difference(model, fast(model, formulation), size) < 1e-9
+        assert difference(model, optimize_for_inference(model, formulation), size) < 1e-9
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_other_architectures_and_strides(output_stride: int) -> None:
     model = randomise(MobileViT("xs", num_classes=3, output_stride=output_stride)).double()
-    assert difference(model, fast(model), (96, 70)) < 1e-9
+    assert difference(model, optimize_for_inference(model), (96, 70)) < 1e-9
 
 
 DENSE = {
@@ -114,17 +114,17 @@ DENSE = {
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_networks(name: str) -> None:
     model = randomise(DENSE[name]()).double()
-    chosen = FORMULATIONS[::3]  # the blocks are the same as above
+    chosen = FORMULATIONS[::3]  # blocks are tested above
     for formulation, size in zip(chosen, SIZES * len(chosen), strict=False):
-        assert dense_difference(model, fast(model, formulation), size) < 1e-9, f"{formulation}"
+        assert dense_difference(model, optimize_for_inference(model, formulation), size) < 1e-9, f"{formulation}"
     for size in SIZES:
-        for step in (spread_late, split_heads):
+        for step in (fold_pooled_branch, split_heads):
             assert dense_difference(model, step(fold_batch_norm(model)), size) < 1e-9
-        # As it stands in an artifact, one level down
-        assert dense_difference(model, fast(nn.Sequential(model).eval()), size) < 1e-9
-    rewritten = fast(model)
+        # Inside another module, as in an `ExportModel`
+        assert dense_difference(model, optimize_for_inference(nn.Sequential(model).eval()), size) < 1e-9
+    rewritten = optimize_for_inference(model)
     assert not rewritten.training
-    assert dense_difference(model, fast(rewritten), SIZES[1]) < 1e-9  # twice does no harm
+    assert dense_difference(model, optimize_for_inference(rewritten), SIZES[1]) < 1e-9  # applying it twice
     assert not of_type(rewritten, nn.BatchNorm2d, nn.LayerNorm, MobileViTBlock, SSDLite, Pyramid)
     assert not any("auxiliary" in key for key in rewritten.state_dict())
 
@@ -132,45 +132,47 @@ def test_dense_networks(name: str) -> None:
 def dense_difference(model: nn.Module, other: nn.Module, size: tuple[int, int]) -> float:
     x = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = model(x), other(x)
-    pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+        expected, actual = model(x), other(x)
+    pairs = [(actual, expected)] if isinstance(actual, Tensor) else list(zip(actual, expected, strict=True))
     assert all(x.shape == y.shape for x, y in pairs)
     return max(float((x - y).abs().max() / y.std()) for x, y in pairs)
 
 
-def test_half_precision_keeps_a_large_residual_stream() -> None:
+def test_half_precision_with_a_large_residual_stream() -> None:
     model = randomise(MobileViT("xxs", num_classes=7))
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        # Squares beyond 65,504
+        # Squares overflow float16 (65,504)
         model.backbone.stage5[1].to_tokens.weight *= 300  # pyright: ignore
         expected = model(x)
-        found = Half(fast(model, Formulation(norm="linear")))(x)
-    assert isinstance(found, Tensor)
-    assert float((found - expected).abs().max() / expected.std()) < 0.05
+        actual = HalfPrecision(optimize_for_inference(model, Formulation(norm="linear")))(x)
+    assert isinstance(actual, Tensor)
+    assert float((actual - expected).abs().max() / expected.std()) < 0.05
 
 
-def test_a_smaller_residual_stream_is_the_same_function(model: MobileViT) -> None:
-    rewritten = fast(model, Formulation(norm="linear"))
+def test_scaled_residual_stream_is_the_same_function(model: MobileViT) -> None:
+    rewritten = optimize_for_inference(model, Formulation(norm="linear"))
     for block in of_type(rewritten, FlatBlock):
         assert isinstance(block, FlatBlock)
-        _shrink_residuals(block)
+        _scale_residuals(block)
     assert difference(model, rewritten, SIZES[1]) < 1e-9
 
 
-def test_nothing_is_left_of_the_slow_graph(model: MobileViT) -> None:
-    rewritten = fast(model)
+def test_slow_modules_are_replaced(model: MobileViT) -> None:
+    rewritten = optimize_for_inference(model)
     assert not of_type(rewritten, nn.BatchNorm2d, nn.LayerNorm, MobileViTBlock, TransformerLayer)
 
 
 def test_no_tensor_has_more_than_five_axes(model: MobileViT) -> None:
-    program = torch.export.export(fast(model, Formulation("rank4", "mean")), (torch.rand(2, 3, 75, 130).double(),))
+    program = torch.export.export(
+        optimize_for_inference(model, Formulation("rank4", "mean")), (torch.rand(2, 3, 75, 130).double(),)
+    )
     ranks = [node.meta["val"].ndim for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
     assert 3 < max(ranks) <= 5
 
 
-@pytest.mark.parametrize("rewrite", [fold_batch_norm, fold_attention, fast])
-def test_the_network_itself_is_left_alone(rewrite: Callable[[nn.Module], nn.Module], model: MobileViT) -> None:
+@pytest.mark.parametrize("rewrite", [fold_batch_norm, fold_attention, optimize_for_inference])
+def test_the_input_model_is_not_modified(rewrite: Callable[[nn.Module], nn.Module], model: MobileViT) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     rewrite(model)
     after = model.state_dict()
@@ -179,7 +181,10 @@ def test_the_network_itself_is_left_alone(rewrite: Callable[[nn.Module], nn.Modu
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("rewrite", [fold_batch_norm, fold_norm_affine, fold_attention, centre, flatten_tokens, fast])
+@pytest.mark.parametrize(
+    "rewrite",
+    [fold_batch_norm, fold_norm_affine, fold_attention, center_residuals, flatten_tokens, optimize_for_inference],
+)
 def test_training_mode_is_refused(rewrite: Callable[[nn.Module], nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"training mode.*model.eval\(\)"):
         rewrite(MobileViT("xxs").train())

@@ -137,7 +137,7 @@ class SiLU(nn.Module):
 
 
 def keep_silu(network: Network) -> Network:
-    """`network`, changed so that `mobilevit.export.rewrite.fast` finds nothing in it to rewrite."""
+    """`network`, changed so that `optimize_for_inference` finds nothing in it to rewrite."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.SiLU):

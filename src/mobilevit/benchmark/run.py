@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,21 +32,23 @@ from torch import Tensor, nn
 from mobilevit.benchmark import rivals, timing
 from mobilevit.benchmark.cost import profile
 from mobilevit.benchmark.timing import WARM_UP_CALLS, matrix_product, measure, processor, ratio, versions
-from mobilevit.export import BACKENDS, PRECISIONS, TOLERANCE, find_backend, load_artifact, read_metadata
-from mobilevit.export.artifact import Precision, Target
-from mobilevit.export.rewrite import fast
-from mobilevit.export.verify import Run, as_arrays, synthetic_images
+from mobilevit.export import TOLERANCE, find_backend, load_artifact, read_metadata, read_signature
+from mobilevit.export.artifact import ArtifactSpec, as_arrays
+from mobilevit.export.backend import InferenceFn, Signature
+from mobilevit.export.rewrite import optimize_for_inference
+from mobilevit.export.verify import synthetic_images
+from mobilevit.export_options import ARTIFACT_SUFFIXES, PRECISIONS, Precision, backend_of_file
 from mobilevit.images import first_line
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
 from mobilevit.weights import TaskName, Weights
 
 TORCH = ("torch", "compiled")  # eager, and torch.compile with frozen weights
-RUNTIMES = (*TORCH, *BACKENDS)
+RUNTIMES = (*TORCH, *ARTIFACT_SUFFIXES)
 CALIBRATION_IMAGES = 16  # the time does not depend on what int8 was calibrated with
 _ARTIFACT = re.compile(
     rf"(mobilevit_({'|'.join(ARCHITECTURES)})(?:_(detect|segment))?_\d+x\d+)_({'|'.join(PRECISIONS)})"
-    r"(?:_uint8)?(_answers)?"
+    r"(?:_uint8)?(_postprocess|_answers)?"
 )
 
 
@@ -89,18 +90,6 @@ class Side:
         return sum(file.stat().st_size for file in files if file.is_file())
 
 
-@dataclass(frozen=True)
-class Signature:
-    """The input of an artifact, None where an axis is open, and how many logits it gives for an image.
-
-    `num_classes` is only that of classifiers.
-    """
-
-    shape: tuple[int | None, ...]
-    uint8: bool
-    num_classes: int
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sides
 
@@ -132,9 +121,8 @@ def sides_of_weights(
     height, width = size or (weights.preprocessing.crop_px,) * 2
     # What stands behind the network in an artifact, boxes and scores of what it says, is no part of it: what another
     # library does there is not compared.
-    targets = [
-        (r, Target(p, height, width, b, task=weights.task)) for r in runtimes for p in precisions for b in batch_sizes
-    ]
+    specs = [ArtifactSpec(p, height, width, b, task=weights.task) for p in precisions for b in batch_sizes]
+    targets = [(runtime, spec) for runtime in runtimes for spec in specs]
     for runtime, target in targets:  # all of them first: what is impossible is said before minutes of work
         _check(runtime, target)
     foreign = _Foreign(weights, against)
@@ -165,12 +153,12 @@ def sides_of_artifact(
     Raises:
         ValueError: no artifact, a batch or image that it was not made for, a name that does not tell enough.
     """
-    runtime = runtime_of(path)
+    runtime = backend_of_file(path)
     if runtime is None or not path.exists():
         load_artifact(path)  # says what is wrong
         raise AssertionError("unreachable")
     _check(runtime, None)
-    found = signature(path)
+    found = read_signature(path)
     named = _ARTIFACT.fullmatch(path.stem)
     if against and not named:
         raise ValueError(
@@ -194,7 +182,7 @@ def sides_of_artifact(
             cost = profile(weights.build(), side.size)
             side = replace(side, num_macs=cost.num_macs + cost.num_attention_macs)
         task = weights.task if weights else "classify"
-        target = Target(cast(Precision, side.precision), *side.size, batch_size, task=task)
+        target = ArtifactSpec(cast(Precision, side.precision), *side.size, batch_size, task=task)
         sides += [side, *foreign.sides(side, target, folder, on_start, on_problem)]
     return sides
 
@@ -214,27 +202,22 @@ def _weights_like(path: Path, named: re.Match[str], found: Signature) -> Weights
     )
 
 
-def write_side(name: str, network: nn.Module, runtime: str, target: Target, folder: Path) -> Side:
+def write_side(name: str, network: nn.Module, runtime: str, target: ArtifactSpec, folder: Path) -> Side:
     """Write `network`, ours or another, in eval mode, for `runtime` into `folder`."""
     stem = re.sub(r"[^\w.-]", "_", f"{name}_{target.height}x{target.width}_b{target.batch_size}_{target.precision}")
-    path = folder / f"{stem}_{len(list(folder.iterdir()))}{BACKENDS.get(runtime, '.pt')}"
+    path = folder / f"{stem}_{len(list(folder.iterdir()))}{ARTIFACT_SUFFIXES.get(runtime, '.pt')}"
     shape = (target.batch_size, 3, target.height, target.width)
     side = Side(name, name, runtime, target.precision, path, shape)
     images = torch.from_numpy(example(side))
     with torch.inference_mode():
         expected = as_arrays(network(images))
     if runtime in TORCH:
-        torch.save(_faster_layout(fast(network), images), path)
+        torch.save(_faster_layout(optimize_for_inference(network), images), path)
     else:
         drawn = synthetic_images(CALIBRATION_IMAGES if target.precision == "int8" else 0, side.size)
         calibration = [torch.from_numpy(p).permute(2, 0, 1)[None].contiguous() / 255 for p in drawn]
         find_backend(runtime, target).write(network, target, path, {}, calibration)
     return replace(side, expected=expected)
-
-
-def runtime_of(path: Path) -> str | None:
-    """The backend that an artifact is for, by its ending."""
-    return next((name for name, ending in BACKENDS.items() if path.suffix == ending), None)
 
 
 def example(side: Side) -> np.ndarray:
@@ -265,7 +248,7 @@ class _Foreign:
     def sides(
         self,
         ours: Side,
-        target: Target,
+        target: ArtifactSpec,
         folder: Path,
         on_start: Callable[[str], None],
         on_problem: Callable[[str], None],
@@ -298,19 +281,19 @@ class _Foreign:
         return sides
 
 
-def _check(runtime: str, target: Target | None) -> None:
+def _check(runtime: str, target: ArtifactSpec | None) -> None:
     """Refuse what a runtime cannot do, or what is not installed."""
     if runtime not in RUNTIMES:
         raise ValueError(f"there is no runtime {runtime!r}; there are {', '.join(RUNTIMES)}")
     if runtime not in TORCH:
-        find_backend(runtime, target or Target("fp32", 256, 256))
+        find_backend(runtime, target or ArtifactSpec("fp32", 256, 256))
     elif target and target.precision != "fp32":
         raise ValueError(f"{runtime} is timed in fp32 alone; leave out {target.precision} or {runtime}")
 
 
 def _faster_layout(network: nn.Module, images: Tensor, num_rounds: int = 3) -> nn.Module:
     """`network` with its weights in the memory layout that is the faster one here: every side gets its best."""
-    layouts = [network, fast(network).to(memory_format=torch.channels_last)]
+    layouts = [network, optimize_for_inference(network).to(memory_format=torch.channels_last)]
     with torch.inference_mode():
         times = measure([lambda x=x: x(images) for x in layouts], num_rounds)
     return layouts[int(times.min(axis=1).argmin())]
@@ -330,74 +313,10 @@ def _shape(path: Path, found: Signature, batch_size: int, size: tuple[int, int] 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What artifacts say of themselves
-
-
-def signature(path: Path) -> Signature:
-    """The input and output of an artifact, from its file.
-
-    Raises:
-        ValueError: a file that its runtime cannot read, or whose input is no batch of images.
-    """
-    runtime = cast(str, runtime_of(path))
-    try:
-        shape, uint8, num_classes = _SIGNATURES[runtime](path)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # each runtime has its own for a damaged file
-        raise ValueError(f"{path}: {runtime} cannot read it ({first_line(error)}); copy or export it again") from None
-    if len(shape) != 4:
-        raise ValueError(f"{path}: its input is {tuple(shape)}; that of images is (batch, 3, height, width)")
-    return Signature(tuple(shape), uint8, num_classes)
-
-
-def _of_onnx(path: Path) -> tuple[Sequence[int | None], bool, int]:
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    given, answer = graph.input[0].type.tensor_type, graph.output[0].type.tensor_type
-    shape = [axis.dim_value if axis.HasField("dim_value") else None for axis in given.shape.dim]
-    return shape, given.elem_type == onnx.TensorProto.UINT8, answer.shape.dim[-1].dim_value
-
-
-def _of_executorch(path: Path) -> tuple[Sequence[int | None], bool, int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the runtime calls every function of its own an experiment
-        from executorch.runtime import Runtime
-
-        method = Runtime.get().load_program(path).metadata("forward")
-        given, answer = method.input_tensor_meta(0), method.output_tensor_meta(0)
-        uint8 = given.dtype() == 0  # the number of uint8 among torch's types
-        return tuple(given.sizes()), uint8, answer.sizes()[-1]
-
-
-def _of_openvino(path: Path) -> tuple[Sequence[int | None], bool, int]:
-    import openvino
-
-    model = openvino.Core().read_model(path)
-    given, answer = model.input(0), model.output(0)
-    shape = [None if axis.is_dynamic else axis.get_length() for axis in given.get_partial_shape()]
-    uint8 = given.get_element_type() == openvino.Type.u8
-    last = answer.get_partial_shape()[-1]
-    return shape, uint8, 0 if last.is_dynamic else last.get_length()
-
-
-def _of_litert(path: Path) -> tuple[Sequence[int | None], bool, int]:
-    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
-
-    interpreter = Interpreter(str(path))
-    given, answer = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-    return [int(side) for side in given["shape"]], given["dtype"] == np.uint8, int(answer["shape"][-1])
-
-
-_SIGNATURES = {"onnx": _of_onnx, "executorch": _of_executorch, "openvino": _of_openvino, "litert": _of_litert}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def load(side: Side, num_threads: int) -> Run:
+def load(side: Side, num_threads: int) -> InferenceFn:
     """`side` in its runtime, from inputs to outputs."""
     if side.runtime not in TORCH:
         return load_artifact(side.path, num_threads)

@@ -57,6 +57,7 @@ class Benchmark:
         import tempfile
 
         from mobilevit.benchmark import rivals, run
+        from mobilevit.export_options import backend_of_file
         from mobilevit.models.mobilevit import ARCHITECTURES
         from mobilevit.weights import NETWORKS
 
@@ -68,7 +69,7 @@ class Benchmark:
         for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        artifacts = {name for name in self.targets if run.runtime_of(Path(name))}
+        artifacts = {name for name in self.targets if backend_of_file(Path(name))}
         if artifacts.issuperset(self.targets) and (self.runtime or self.precision):
             raise ValueError("an artifact has its runtime and precision; leave out --runtime and --precision")
         if self.figure:

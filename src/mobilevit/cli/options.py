@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mobilevit.defaults import MAX_MEGAPIXELS
+from mobilevit.export_options import ARTIFACT_SUFFIXES
 
 if TYPE_CHECKING:
     from mobilevit.images import Preprocessing
@@ -18,7 +19,7 @@ from mobilevit.cli.console import warn
 WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
 
 
-ARTIFACTS = (".onnx", ".pte", ".xml", ".tflite", ".mlpackage")  # as in mobilevit.export, which is slow to import
+ARTIFACTS = tuple(ARTIFACT_SUFFIXES.values())
 
 
 OR_RUN = "or a run folder, of which model.safetensors is read: the averaged weights of the last epoch"

@@ -27,7 +27,7 @@ from mobilevit.compare.claims import check_claims, dense_tables, speeds
 from mobilevit.compare.counts import count
 from mobilevit.compare.models import SYSTEMS, Network, System
 from mobilevit.export import TOLERANCE, find_backend
-from mobilevit.export.artifact import Target
+from mobilevit.export.artifact import ArtifactSpec
 from mobilevit.images import first_line
 from mobilevit.names import nearest
 
@@ -135,7 +135,7 @@ def check_runtimes(runtimes: Sequence[Runtime], device: str) -> None:
         ValueError: ONNX Runtime where it is not installed, or beside a device that is not the CPU.
     """
     if "onnx" in runtimes:
-        find_backend("onnx", Target("fp32", 256, 256))  # says so if it is not installed
+        find_backend("onnx", ArtifactSpec("fp32", 256, 256))  # says so if it is not installed
         if device != "cpu":
             raise ValueError(f"ONNX Runtime is timed on the CPU alone; with --device {device} give --runtime torch")
 
@@ -330,7 +330,7 @@ class _Clock:
         """Exported as `mobilevit export` does it."""
         if name not in OURS:
             keep_silu(network)
-        target = Target("fp32", size_px, size_px, self.batch_size)
+        target = ArtifactSpec("fp32", size_px, size_px, self.batch_size)
         side = write_side(name, network, "onnx", target, self.folder)
         run, images = load(side, self.num_threads), example(side)
         assert side.expected is not None

@@ -16,7 +16,7 @@ from mobilevit.defaults import SCORE_THRESHOLD
 from mobilevit.demo.runtime import FILES, find_runtime
 from mobilevit.demo.server import ISOLATION_HEADERS
 from mobilevit.draw import MASK_OPACITY, PALETTE
-from mobilevit.export import export
+from mobilevit.export import ExportOptions, export
 from mobilevit.images import ImageInput
 from mobilevit.report import render
 from mobilevit.weights import TaskName, Weights
@@ -109,7 +109,9 @@ def write_page(
     runtime_folder = find_runtime(runtime_folder)  # first, because it fails faster than the export
     with tempfile.TemporaryDirectory() as temporary:
         logger.info("exporting to ONNX ...")
-        (artifact,) = export(weights, ["onnx"], temporary, answers=is_dense, images=images, source=source)
+        (artifact,) = export(
+            weights, ["onnx"], temporary, ExportOptions(postprocess=is_dense), images=images, source=source
+        )
         (out / "ort").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path, out / MODEL)
     for file in static_files:

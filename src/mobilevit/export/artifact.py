@@ -1,41 +1,47 @@
-"""What an artifact holds besides the network: the scaling of pixels before it, and what makes boxes of its outputs."""
+"""The model inside an artifact: the network with normalization before it and decoding after it, and its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import Half
-from mobilevit.images import Preprocessing
+from mobilevit.export.rewrite import HalfPrecision
+from mobilevit.export_options import Precision
+from mobilevit.images import ImageInput, Preprocessing, read_image
 from mobilevit.models.ssdlite import CENTRE_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
 from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
 from mobilevit.weights import TaskName, Weights
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-# The names of the outputs, in their order: as the network gives them, and as answers.
-OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
+T = TypeVar("T")
+# Names of the outputs, in order: the network's outputs, and the decoded outputs.
+RAW_OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
     "classify": ("logits",),
     "detect": ("boxes", "scores"),
     "segment": ("logits",),
 }
-ANSWERS: Mapping[TaskName, tuple[str, ...]] = {"detect": ("boxes", "scores", "labels"), "segment": ("classes",)}
-# What a detector with NMS inside answers is as much as average precision is measured on (`SCORE_THRESHOLD`,
-# `MAX_PER_IMAGE`), best first: where to stop is decided by those who read it.
+DECODED_OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
+    "detect": ("boxes", "scores", "labels"),
+    "segment": ("classes",),
+}
+# NMS in an artifact keeps what average precision is computed from (`SCORE_THRESHOLD`, `MAX_PER_IMAGE`); applications
+# raise the score threshold.
 IOU_THRESHOLD = 0.5
-NOTHING = -1  # the label where there is no further box
+NO_LABEL = -1  # label of padding rows
 
 
 @dataclass(frozen=True)
-class Target:
-    """What an artifact is to be: its numbers, its input and its outputs.
+class ArtifactSpec:
+    """Precision, input and outputs of an artifact.
 
-    The input is float32 (batch, 3, height, width), scaled as the preprocessing says; with `uint8` it is (batch, height,
-    width, 3), 0 to 255, as cameras and image files have it. Channels are R, G, B either way. What comes out is
-    described in docs/export.md, by the names of `OUTPUTS`, or with `answers` of `ANSWERS`.
+    The input is normalized float32 (batch, 3, height, width) in RGB order. With `uint8` it is (batch, height, width, 3)
+    in 0 to 255, as cameras and image files provide it. docs/export.md describes the outputs.
     """
 
     precision: Precision
@@ -46,51 +52,58 @@ class Target:
     dynamic_size: bool = False
     uint8: bool = False
     task: TaskName = "classify"
-    answers: bool = False
+    postprocess: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of what comes out."""
-        return (ANSWERS if self.answers else OUTPUTS)[self.task]
+        """Names of the outputs."""
+        return (DECODED_OUTPUTS if self.postprocess else RAW_OUTPUTS)[self.task]
 
     @property
-    def open_axes(self) -> dict[int, tuple[str, int]]:
-        """The axes of the input that are left open, with a name and the least that each can be."""
+    def dynamic_axes(self) -> dict[int, tuple[str, int]]:
+        """Dynamic axes of the input: axis -> (name, minimum)."""
         axes = {0: ("batch", 1)} if self.dynamic_batch else {}
         if self.dynamic_size:
-            first = 1 if self.uint8 else 2
-            axes |= {first: ("height", 65), first + 1: ("width", 65)}
+            height_axis = 1 if self.uint8 else 2
+            axes |= {height_axis: ("height", 65), height_axis + 1: ("width", 65)}
         return axes
 
     def dynamic_shapes(self) -> tuple[dict[int, torch.export.Dim]] | None:
-        """The open axes as `torch.export.export` wants them."""
-        dims = {axis: torch.export.Dim(name, min=least) for axis, (name, least) in self.open_axes.items()}
+        """The dynamic axes, in the format of `torch.export.export`."""
+        dims = {axis: torch.export.Dim(name, min=minimum) for axis, (name, minimum) in self.dynamic_axes.items()}
         return (dims,) if dims else None
 
     def example(self) -> Tensor:
-        """An input of the right shape and type."""
-        # Of one image torch.export would conclude, without a word, that there is always one.
+        """Zeros of the input's shape and type."""
+        # torch.export would specialize a dynamic batch of 1 to the constant 1.
         batch_size = max(2, self.batch_size) if self.dynamic_batch else self.batch_size
         shape = (batch_size, 3, self.height, self.width)
         if self.uint8:
             return torch.zeros(shape, dtype=torch.uint8).permute(0, 2, 3, 1).contiguous()
         return torch.zeros(shape)
 
+    def file_stem(self, prefix: str) -> str:
+        """File name of the artifact, without its ending."""
+        task = [] if self.task == "classify" else [self.task]
+        flags = [name for name, enabled in (("uint8", self.uint8), ("postprocess", self.postprocess)) if enabled]
+        return "_".join([prefix, *task, f"{self.height}x{self.width}", self.precision, *flags])
 
-class Deployed(nn.Module):
-    """The network with what stands before and behind it in an artifact: images as `Target` says -> its outputs.
 
-    `finish` is what makes them of those of the network. It has no weights to speak of, and lower precisions leave it
-    alone: the place of a box wants more digits than int8 and fp16 have.
+class ExportModel(nn.Module):
+    """A network with normalization and postprocessing: images as `ArtifactSpec` describes them -> its outputs.
+
+    Lower precisions apply to `network` only. Box coordinates need more digits than int8 and fp16 have.
     """
 
     scale: Tensor
     shift: Tensor | None
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, uint8: bool, finish: nn.Module | None = None):
+    def __init__(
+        self, network: nn.Module, preprocessing: Preprocessing, uint8: bool, postprocess: nn.Module | None = None
+    ):
         super().__init__()
         self.network = network
-        self.finish = finish or nn.Identity()
+        self.postprocess = postprocess or nn.Identity()
         self.uint8 = uint8
         scale = torch.tensor([255 * std for std in preprocessing.std])[:, None, None]
         shift = torch.tensor(preprocessing.mean)[:, None, None] / torch.tensor(preprocessing.std)[:, None, None]
@@ -98,46 +111,54 @@ class Deployed(nn.Module):
         self.register_buffer("shift", shift if any(preprocessing.mean) else None)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What `Target.outputs` names."""
         if self.uint8:
             images = images.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale
             if self.shift is not None:
                 images = images - self.shift
-        return self.finish(self.network(images))
+        return self.postprocess(self.network(images))
 
 
-def deployed(weights: Weights, target: Target) -> Deployed:
-    """The network of `weights` as `target` wants it, in torch: what an artifact is made from and compared with."""
-    network, finish = weights.build(), None
+def build_export_model(weights: Weights, spec: ArtifactSpec) -> ExportModel:
+    """Build the model that is exported, and that the artifact is compared with."""
+    network, postprocess = weights.build(), None
     if isinstance(network, SSDLite):
-        finish = Boxes(network.anchors(target.height, target.width))
-        if target.answers:
-            finish = Found(finish)
-    elif target.answers:
-        finish = Classes()
-    return Deployed(network, weights.preprocessing, target.uint8, finish).eval().requires_grad_(False)
+        postprocess = DecodeBoxes(network.anchors(spec.height, spec.width))
+        if spec.postprocess:
+            postprocess = DetectBoxes(postprocess)
+    elif spec.postprocess:
+        postprocess = ArgMax()
+    return ExportModel(network, weights.preprocessing, spec.uint8, postprocess).eval().requires_grad_(False)
 
 
-def in_half(model: nn.Module) -> nn.Module:
-    """`model`, changed so that its network computes in half precision, and what stands around that as it did."""
-    if not isinstance(model, Deployed):
-        return Half(model)
-    model.network = Half(model.network)
+def to_half(model: nn.Module) -> nn.Module:
+    """Convert the network of `model` to half precision, in place; inputs, outputs and postprocessing stay float32."""
+    if not isinstance(model, ExportModel):
+        return HalfPrecision(model)
+    model.network = HalfPrecision(model.network)
     return model
 
 
-def before_nms(model: nn.Module) -> tuple[nn.Module, bool]:
-    """`model`, changed so that it ends where NMS would begin; and whether that had to be taken away."""
-    if isinstance(model, Deployed) and isinstance(model.finish, Found):
-        model.finish = model.finish.boxes
-        return model, True
-    return model, False
+def remove_postprocess(model: nn.Module) -> nn.Module:
+    """Remove the postprocessing from `model`, in place, and return it; `nn.Identity` if there is none."""
+    if not isinstance(model, ExportModel):
+        return nn.Identity()
+    removed, model.postprocess = model.postprocess, nn.Identity()
+    return removed
 
 
-class Boxes(nn.Module):
-    """Of an `SSDLite`'s outputs the boxes (B, A, 4) and the scores (B, A, classes), without the background.
+def remove_nms(model: nn.Module) -> bool:
+    """Remove NMS from the end of `model`, in place; whether there was any."""
+    if isinstance(model, ExportModel) and isinstance(model.postprocess, DetectBoxes):
+        model.postprocess = model.postprocess.decode_boxes
+        return True
+    return False
 
-    As `ssdlite.decode` does it, with what only depends on the anchors computed beforehand.
+
+class DecodeBoxes(nn.Module):
+    """Outputs of an `SSDLite` -> boxes (B, A, 4) and scores (B, A, classes) without the background class.
+
+    Computes `ssdlite.decode` with everything precomputed that depends on the anchors only. Boxes are x1 y1 x2 y2 in
+    fractions of the image, not clipped.
     """
 
     centres: Tensor
@@ -152,45 +173,99 @@ class Boxes(nn.Module):
         self.register_buffer("halves", anchors[:, 2:] / 2)
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x1 y1 x2 y2 in units of the image, not clipped; probabilities."""
         class_logits, locations = outputs
         centres = self.centres + locations[..., :2] * self.moves
         halves = self.halves * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
         return torch.cat((centres - halves, centres + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
 
 
-class Found(nn.Module):
-    """Of an `SSDLite`'s outputs the boxes that it has found, filled up to `MAX_PER_IMAGE` with score 0, best first.
+class DetectBoxes(nn.Module):
+    """Outputs of an `SSDLite` -> boxes (B, M, 4), scores (B, M), labels (B, M) int32 after NMS, by decreasing score.
 
-    No exporter takes this as it is: backends that have NMS put it behind `boxes` themselves.
+    M is `MAX_PER_IMAGE`; padding has score 0 and label `NO_LABEL`. Reference only: backends with NMS remove this module
+    and append their own operator to `decode_boxes`.
     """
 
-    def __init__(self, boxes: Boxes):
+    def __init__(self, decode_boxes: DecodeBoxes):
         super().__init__()
-        self.boxes = boxes
+        self.decode_boxes = decode_boxes
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, found, 4), scores (B, found), labels (B, found), int32, -1 where there is none."""
-        anchors = self.boxes.get_buffer("anchors")
-        of_images = detect(
+        detections = detect(
             *outputs,
-            anchors,
+            self.decode_boxes.get_buffer("anchors"),
             score_threshold=SCORE_THRESHOLD,
             iou_threshold=IOU_THRESHOLD,
             max_per_image=MAX_PER_IMAGE,
         )
-        boxes = torch.zeros(len(of_images), MAX_PER_IMAGE, 4)
-        scores = torch.zeros(len(of_images), MAX_PER_IMAGE)
-        labels = torch.full((len(of_images), MAX_PER_IMAGE), NOTHING, dtype=torch.int32)
-        for i, found in enumerate(of_images):
-            number = len(found.scores)
-            boxes[i, :number], scores[i, :number], labels[i, :number] = found.boxes, found.scores, found.labels.int()
+        boxes = torch.zeros(len(detections), MAX_PER_IMAGE, 4)
+        scores = torch.zeros(len(detections), MAX_PER_IMAGE)
+        labels = torch.full((len(detections), MAX_PER_IMAGE), NO_LABEL, dtype=torch.int32)
+        for i, (image_boxes, image_scores, image_labels) in enumerate(detections):
+            num = len(image_scores)
+            boxes[i, :num], scores[i, :num], labels[i, :num] = image_boxes, image_scores, image_labels.int()
         return boxes, scores, labels
 
 
-class Classes(nn.Module):
-    """Of logits (B, classes, H, W) the class of every pixel, (B, H, W), int32."""
+class ArgMax(nn.Module):
+    """Logits (B, classes, H, W) -> the class of each pixel (B, H, W), int32."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The class with the largest logit."""
         return logits.argmax(dim=1).to(torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs, outputs and metadata
+
+
+def artifact_input(source: ImageInput, preprocessing: Preprocessing, spec: ArtifactSpec) -> Tensor:
+    """Preprocess one image for the artifact; (1, ...)."""
+    if (spec.height, spec.width) == (preprocessing.crop_px, preprocessing.crop_px):
+        image = preprocessing.resize_and_crop(read_image(source))
+    elif spec.height == spec.width:
+        image = preprocessing.at_size(spec.height).resize_and_crop(read_image(source))
+    else:  # preprocessing is defined for squares only: resize without cropping
+        image = read_image(source).resize((spec.width, spec.height))
+    pixels = torch.from_numpy(np.array(image))[None]
+    return pixels if spec.uint8 else preprocessing.scale(pixels.permute(0, 3, 1, 2)).contiguous()
+
+
+def fill_batches(inputs: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Yield `inputs`, (1, ...) each, in batches of one size; inputs from the start fill up the last batch."""
+    for start in range(0, len(inputs), batch_size):
+        yield torch.cat([inputs[(start + i) % len(inputs)] for i in range(batch_size)])
+
+
+def as_arrays(outputs: Tensor | tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
+    """Outputs of a network in the format of an `InferenceFn`."""
+    return tuple(x.numpy() for x in ([outputs] if isinstance(outputs, Tensor) else outputs))
+
+
+def evenly_spaced(items: Sequence[T], num: int) -> list[T]:
+    """At most `num` of `items`, at even distances, starting with the first."""
+    num = min(num, len(items))
+    return [items[i * len(items) // num] for i in range(num)]
+
+
+def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, str]:
+    """The metadata that an artifact stores; values are strings or JSON."""
+    layout = "uint8 (batch, height, width, 3), RGB" if spec.uint8 else "float32 (batch, 3, height, width), RGB"
+    nms = {"score_threshold": SCORE_THRESHOLD, "iou_threshold": IOU_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
+    return {
+        "mobilevit": version("mobilevit"),
+        "architecture": weights.architecture.name,
+        "task": weights.task,
+        "num_classes": str(weights.num_classes),
+        "output_stride": str(weights.output_stride),
+        **({"head": json.dumps(asdict(weights.head))} if weights.head else {}),
+        "outputs": " ".join(spec.outputs),
+        **({"nms": json.dumps(nms)} if weights.task == "detect" and spec.postprocess else {}),
+        "precision": spec.precision,
+        "size": f"{spec.height} {spec.width}",
+        "batch_size": str(spec.batch_size),
+        "input": layout,
+        "preprocessing": json.dumps(weights.preprocessing.to_dict() | {"scaled_inside": spec.uint8}),
+        "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
+        **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
+        "source": source,
+    }

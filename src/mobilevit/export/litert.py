@@ -1,6 +1,6 @@
-"""LiteRT, formerly TensorFlow Lite: one .tflite file, computed by XNNPACK where there is no accelerator.
+"""LiteRT, formerly TensorFlow Lite: one .tflite file, run by XNNPACK on the CPU.
 
-Its converter wants a torch older than the rest of the package and so an environment of its own; the runtime does not.
+Its converter requires an older torch than the rest of the package, so it needs a separate environment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flatbuffers  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -21,30 +21,29 @@ from ai_edge_litert.tools import flatbuffer_utils  # pyright: ignore[reportMissi
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from mobilevit.export.artifact import ArtifactSpec, evenly_spaced, fill_batches
+from mobilevit.export.backend import LITERT_ENVIRONMENT, InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
-from mobilevit.export.rewrite import Formulation, fast
-from mobilevit.export.verify import filled_batches
-
-if TYPE_CHECKING:
-    from mobilevit.export import Operators, Run, Target
+from mobilevit.export.rewrite import Formulation, optimize_for_inference
+from mobilevit.images import first_line
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ()
-ANSWERS = ("segment",)
+POSTPROCESS_TASKS = ("segment",)
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
 FIRST_TORCH_TOO_NEW = "2.15"
-METADATA = "mobilevit"  # the name of the buffer
-# More change neither the ranges nor the answers by much, and the calibration keeps every tensor of every image.
+METADATA = "mobilevit"  # name of the buffer
+# More barely change the ranges, and calibration holds every tensor of every image in memory.
 CALIBRATION_IMAGES = 128
 
 
 def write(
-    network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
+    network: nn.Module, spec: ArtifactSpec, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
-    """See `Backend.write`.
+    """Write an artifact.
 
-    fp16 halves the weights, and computes in float32 where the processor has no fp16. In int8 the convolutions are
-    static, with a scale for every output channel; linears take their inputs' range at run time.
+    fp16 halves the weights; processors without fp16 compute in float32. In int8, convolutions are static with one
+    scale per output channel, and linear layers are dynamic.
 
     Raises:
         ValueError: the converter is not installed, or torch is too new for it.
@@ -53,50 +52,46 @@ def write(
     with quiet():
         import litert_torch  # pyright: ignore[reportMissingImports]
 
-        model = litert_torch.convert(fast(network, FORMULATION), (target.example(),)).model_content()
-        if target.precision != "fp32":
-            model = _quantized(model, target, calibration)
-    path.write_bytes(_finished(model, target.outputs, metadata))
+        model = litert_torch.convert(optimize_for_inference(network, FORMULATION), (spec.example(),)).model_content()
+        if spec.precision != "fp32":
+            model = _quantized(model, spec, calibration)
+    path.write_bytes(_finished(model, spec.outputs, metadata))
 
 
-def load(path: Path, num_threads: int) -> Run:
-    """See `Backend.load`."""
+def load(path: Path, num_threads: int) -> InferenceFn:
     interpreter = _interpreter(path, num_threads)
-    (source,), sinks = interpreter.get_input_details(), interpreter.get_output_details()
+    (source,), outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+    def infer(images: np.ndarray) -> tuple[np.ndarray, ...]:
         interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
-        return tuple(interpreter.get_tensor(sink["index"]) for sink in sinks)
+        return tuple(interpreter.get_tensor(output["index"]) for output in outputs)
 
-    return run
+    return infer
 
 
 def operators(path: Path) -> Operators:
-    """See `Backend.operators`; outside are those that XNNPACK leaves to LiteRT's own kernels."""
-    from mobilevit.export import Operators
-
+    """Count the operators; the fallback is LiteRT's own kernels, outside XNNPACK."""
     nodes = _interpreter(path, num_threads=1)._get_ops_details()
-    # The nodes stay listed when a delegate takes them over; it is one more node, with what goes in and what comes out.
+    # Delegated nodes stay in the list; the delegate is one more node with the inputs and outputs of the delegated part.
     delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
     nodes = [node for node in nodes if node["op_name"] != "DELEGATE"]
     source = {tensor: i for i, node in enumerate(nodes) for tensor in node["outputs"]}
-    inside: set[int] = set()
+    delegated: set[int] = set()
     for delegate in delegates:
-        known, wanted = set(delegate["inputs"]), list(delegate["outputs"])
-        while wanted:
-            tensor = wanted.pop()
-            if tensor in known:
+        visited, tensors = set(delegate["inputs"]), list(delegate["outputs"])
+        while tensors:
+            tensor = tensors.pop()
+            if tensor in visited:
                 continue
-            known.add(tensor)
+            visited.add(tensor)
             if tensor in source:
-                inside.add(source[tensor])
-                wanted.extend(nodes[source[tensor]]["inputs"])
-    return Operators(len(nodes), tuple(node["op_name"] for i, node in enumerate(nodes) if i not in inside))
+                delegated.add(source[tensor])
+                tensors.extend(nodes[source[tensor]]["inputs"])
+    return Operators(len(nodes), tuple(node["op_name"] for i, node in enumerate(nodes) if i not in delegated))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write` was given to say about the artifact."""
     model = schema.Model.GetRootAs(path.read_bytes(), 0)
     for i in range(model.MetadataLength()):
         entry = model.Metadata(i)
@@ -105,40 +100,45 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {}
 
 
-def _check_converter() -> None:
-    from mobilevit.export import LITERT_ENVIRONMENT
+def signature(path: Path) -> Signature:
+    interpreter = _interpreter(path, num_threads=1)
+    images, output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    shape = tuple(int(side) for side in images["shape"])
+    return Signature(shape, images["dtype"] == np.uint8, int(output["shape"][-1]))
 
+
+def _check_converter() -> None:
     if TorchVersion(torch.__version__) >= TorchVersion(FIRST_TORCH_TOO_NEW):
-        found = f"this is {torch.__version__}"
+        problem = f"torch is {torch.__version__}"
     elif importlib.util.find_spec("litert_torch") is None:
-        found = "litert_torch is not installed"
+        problem = "litert_torch is not installed"
     else:
         return
     raise ValueError(
-        f"litert is converted by litert_torch, with torch below {FIRST_TORCH_TOO_NEW}, and {found}; "
-        f"make it an environment of its own and export from there: {LITERT_ENVIRONMENT}"
+        f"export to litert requires litert_torch and torch below {FIRST_TORCH_TOO_NEW}, and {problem}; create a "
+        f"separate environment and export from there: {LITERT_ENVIRONMENT}"
     )
 
 
 def _interpreter(path: Path, num_threads: int) -> Any:
     try:
         with quiet():
-            # By its content: a file that is mapped into memory cannot be moved or replaced everywhere.
+            # From memory: some systems cannot move or replace a memory-mapped file.
             interpreter = Interpreter(model_content=path.read_bytes(), num_threads=num_threads)
             interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: LiteRT does not take it ({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(f"{path}: LiteRT cannot load it ({first_line(error)})") from None
     return interpreter
 
 
-def _quantized(model: bytes, target: Target, calibration: Sequence[Tensor]) -> bytes:
+def _quantized(model: bytes, spec: ArtifactSpec, calibration: Sequence[Tensor]) -> bytes:
     from ai_edge_quantizer import qtyping, quantizer  # pyright: ignore[reportMissingImports]
     from ai_edge_quantizer.algorithm_manager import AlgorithmName  # pyright: ignore[reportMissingImports]
 
     operation = qtyping.TFLOperationName
     convolutions, linears = (operation.CONV_2D, operation.DEPTHWISE_CONV_2D), (operation.FULLY_CONNECTED,)
     recipe = quantizer.Quantizer(model)
-    if target.precision == "fp16":
+    if spec.precision == "fp16":
         half = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
         config = qtyping.OpQuantizationConfig(
             weight_tensor_config=half, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
@@ -146,17 +146,15 @@ def _quantized(model: bytes, target: Target, calibration: Sequence[Tensor]) -> b
         for name in (*convolutions, *linears):
             recipe.update_quantization_recipe(".*", name, config, AlgorithmName.FLOAT_CASTING)
         return bytes(recipe.quantize(enable_progress_report=False).quantized_model)
-    # XNNPACK takes no depthwise convolution whose input is quantized at run time, and what lies between the linears,
-    # norms and softmax, is better left in float.
+    # XNNPACK supports no dynamically quantized depthwise convolution. Norms and softmax, between the linear layers,
+    # stay float.
     for name in convolutions:
         recipe.add_static_config(".*", name, activation_num_bits=8, weight_num_bits=8)
     for name in linears:
         recipe.add_dynamic_config(".*", name, num_bits=8)
     ((signature, names),) = Interpreter(model_content=model).get_signature_list().items()
     (name,) = names["inputs"]
-    number = min(CALIBRATION_IMAGES, len(calibration))
-    chosen = [calibration[i * len(calibration) // number] for i in range(number)]
-    batches = filled_batches(chosen, target.batch_size)
+    batches = fill_batches(evenly_spaced(calibration, CALIBRATION_IMAGES), spec.batch_size)
     ranges = recipe.calibrate({signature: [{name: batch.numpy()} for batch in batches]})
     return bytes(recipe.quantize(ranges, enable_progress_report=False).quantized_model)
 
@@ -166,13 +164,12 @@ def _text(name: str | bytes) -> str:
 
 
 class _Buffer:
-    """Data aligned as the schema demands; the writer that comes with the schema forgets that."""
+    """Writes data with the alignment that the schema requires; the schema's own class does not."""
 
     def __init__(self, data: np.ndarray | None):
         self.data = None if data is None else np.asarray(data, dtype=np.uint8)
 
-    def Pack(self, builder: Any) -> int:  # noqa: N802 - as the schema's classes call it
-        """Write it and tell where."""
+    def Pack(self, builder: Any) -> int:  # noqa: N802 - the schema's name
         vector = None
         if self.data is not None:
             builder.StartVector(1, len(self.data), 16)
@@ -186,13 +183,13 @@ class _Buffer:
 
 
 def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str]) -> bytes:
-    """`model` with `metadata`, names for input and outputs, and none for the tensors between."""
+    """Add `metadata`, name the input and outputs, and remove the names of other tensors."""
     tree = flatbuffer_utils.read_model_from_bytearray(bytearray(model))
     (graph,), (signature,) = tree.subgraphs, tree.signatureDefs
-    # The converter makes up long names from where in the program an operator came from: an eighth of an int8 file.
+    # The converter's tensor names are an eighth of an int8 file.
     for tensor in graph.tensors:
         tensor.name = None
-    # In the signature the outputs may stand in another order; the converter has numbered them in the network's.
+    # The order of outputs in the signature varies; the converter's names number them in the network's order.
     signature.outputs.sort(key=lambda output: int(re.sub(r"\D", "", _text(output.name)) or 0))
     graph.outputs = [output.tensorIndex for output in signature.outputs]
     for tensors, values, names in (
@@ -201,9 +198,9 @@ def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str])
     ):
         for tensor, value, name in zip(tensors, values, names, strict=True):
             graph.tensors[tensor].name = value.name = name
-    said = json.dumps(dict(metadata), ensure_ascii=False).encode()
+    encoded = json.dumps(dict(metadata), ensure_ascii=False).encode()
     tree.metadata = [*(tree.metadata or []), schema.MetadataT(name=METADATA, buffer=len(tree.buffers))]
-    tree.buffers = [*(_Buffer(buffer.data) for buffer in tree.buffers), _Buffer(np.frombuffer(said, np.uint8))]
-    builder = flatbuffers.Builder(len(model) + len(said))
+    tree.buffers = [*(_Buffer(buffer.data) for buffer in tree.buffers), _Buffer(np.frombuffer(encoded, np.uint8))]
+    builder = flatbuffers.Builder(len(model) + len(encoded))
     builder.Finish(tree.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())

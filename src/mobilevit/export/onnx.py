@@ -1,18 +1,17 @@
-"""ONNX, run by ONNX Runtime: standard operators alone, so that every other reader of ONNX takes it too."""
+"""ONNX, run by ONNX Runtime. Artifacts use standard operators only, so that other runtimes read them too."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx.compose
 import onnx.parser
 import onnxruntime
-import onnxscript  # noqa: F401 - torch.onnx wants it, and would say so late
+import onnxscript  # noqa: F401 - torch.onnx requires it
 import torch
 from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -21,51 +20,50 @@ from torch import Tensor, nn
 from mobilevit.export.artifact import (
     IOU_THRESHOLD,
     MAX_PER_IMAGE,
-    NOTHING,
-    OUTPUTS,
+    NO_LABEL,
+    RAW_OUTPUTS,
     SCORE_THRESHOLD,
-    before_nms,
-    in_half,
+    ArtifactSpec,
+    fill_batches,
+    remove_nms,
+    to_half,
 )
+from mobilevit.export.backend import InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
-from mobilevit.export.rewrite import Formulation, fast
-from mobilevit.export.verify import filled_batches
-
-if TYPE_CHECKING:
-    from mobilevit.export import Operators, Run, Target
+from mobilevit.export.rewrite import Formulation, optimize_for_inference
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ("batch", "size")
-ANSWERS = ("detect", "segment")
+POSTPROCESS_TASKS = ("detect", "segment")
 FORMULATION = Formulation(attention="onnx", norm="layer")
-OPSET = 23  # the first that has attention as an operator
+OPSET = 23  # the first with an attention operator
 CALIBRATION_BATCH = 16
-QUANTIZED = ("Conv", "Gemm", "MatMul")  # the rest costs accuracy and, between float neighbours, time
-# What NMS leaves of every class, put where its score was among zeros, then the best of all. So any number of images
-# goes through at once, and what comes out has always the same shape: a score of 0 and a label of -1 are no box.
+QUANTIZED = ("Conv", "Gemm", "MatMul")  # other operators in int8 cost accuracy and, between float ones, time
+# NMS per class, then the top scores over all classes. The selected scores are scattered into zeros, so that any batch
+# size works and the output shape is fixed: padding has score 0 and label -1.
 NMS = f"""
 <ir_version: IR_VERSION, opset_import: ["": {OPSET}]>
 nms (float[B, A, 4] all_boxes, float[B, A, K] all_scores)
     => (float[B, {MAX_PER_IMAGE}, 4] boxes, float[B, {MAX_PER_IMAGE}] scores, int32[B, {MAX_PER_IMAGE}] labels)
 <int64[1] nms_number = {{{MAX_PER_IMAGE}}}, float[1] nms_iou = {{{IOU_THRESHOLD}}},
- float[1] nms_threshold = {{{SCORE_THRESHOLD}}}, float nms_zero = {{0}}, int32 nms_nothing = {{{NOTHING}}},
+ float[1] nms_threshold = {{{SCORE_THRESHOLD}}}, float nms_zero = {{0}}, int32 nms_no_label = {{{NO_LABEL}}},
  int64[4] nms_pads = {{0, 0, 0, {MAX_PER_IMAGE}}}, int64[1] nms_last = {{-1}}>
 {{
     nms_by_class = Transpose <perm = [0, 2, 1]> (all_scores)
-    nms_kept = NonMaxSuppression (all_boxes, nms_by_class, nms_number, nms_iou, nms_threshold)
+    nms_selected = NonMaxSuppression (all_boxes, nms_by_class, nms_number, nms_iou, nms_threshold)
     nms_shape = Shape (nms_by_class)
     nms_zeros = ConstantOfShape (nms_shape)
-    nms_values = GatherND (nms_by_class, nms_kept)
-    nms_scores = ScatterND (nms_zeros, nms_kept, nms_values)
+    nms_values = GatherND (nms_by_class, nms_selected)
+    nms_scores = ScatterND (nms_zeros, nms_selected, nms_values)
     nms_row = Flatten <axis = 1> (nms_scores)
     nms_long_row = Pad (nms_row, nms_pads)
-    scores, nms_places = TopK <axis = 1> (nms_long_row, nms_number)
+    scores, nms_flat_indices = TopK <axis = 1> (nms_long_row, nms_number)
     nms_anchors = Shape <start = 2> (nms_by_class)
-    nms_classes = Div (nms_places, nms_anchors)
+    nms_classes = Div (nms_flat_indices, nms_anchors)
     nms_labels = Cast <to = 6> (nms_classes)
     nms_is_box = Greater (scores, nms_zero)
-    labels = Where (nms_is_box, nms_labels, nms_nothing)
-    nms_of_anchors = Mod (nms_places, nms_anchors)
+    labels = Where (nms_is_box, nms_labels, nms_no_label)
+    nms_of_anchors = Mod (nms_flat_indices, nms_anchors)
     nms_indices = Unsqueeze (nms_of_anchors, nms_last)
     nms_boxes = GatherND <batch_dims = 1> (all_boxes, nms_indices)
     nms_are_boxes = Unsqueeze (nms_is_box, nms_last)
@@ -75,30 +73,31 @@ nms (float[B, A, 4] all_boxes, float[B, A, K] all_scores)
 
 
 def write(
-    network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
+    network: nn.Module, spec: ArtifactSpec, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
-    """See `Backend.write`. In fp16 input and output stay float32; int8 is static, QDQ, a scale per output channel."""
-    model, nms = before_nms(fast(network, FORMULATION))
-    if target.precision == "fp16":
-        model = in_half(model)
+    """Write an artifact; int8 is static, in QDQ format, with one scale per output channel."""
+    model = optimize_for_inference(network, FORMULATION)
+    has_nms = remove_nms(model)
+    if spec.precision == "fp16":
+        model = to_half(model)
     with quiet():
         program = torch.onnx.export(
             model,
-            (target.example(),),
+            (spec.example(),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=[f"all_{name}" for name in OUTPUTS["detect"]] if nms else target.outputs,
-            dynamic_shapes=target.dynamic_shapes(),
+            output_names=[f"all_{name}" for name in RAW_OUTPUTS["detect"]] if has_nms else spec.outputs,
+            dynamic_shapes=spec.dynamic_shapes(),
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
-    if target.precision == "int8":
+    if spec.precision == "int8":
         proto = _quantized(proto, calibration)
-    if nms:
+    if has_nms:
         proto = _with_nms(proto)
-    # What the tools leave of themselves: notes on every node, where in the source it came from, and unused domains.
+    # Remove the exporter's notes on each node and unused operator domains.
     for node in proto.graph.node:
         del node.metadata_props[:]
     del proto.metadata_props[:], proto.opset_import[:]
@@ -109,47 +108,51 @@ def write(
     onnx.save(proto, path)
 
 
-def load(path: Path, num_threads: int) -> Run:
-    """See `Backend.load`."""
+def load(path: Path, num_threads: int) -> InferenceFn:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
-    # Threads that wait by spinning steal the processor from whatever runs next in this process.
+    # Idle threads would spin and slow down whatever runs next in this process.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+    def infer(images: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(np.asarray(output) for output in session.run(None, {name: images}))
 
-    return run
+    return infer
 
 
 def operators(path: Path) -> Operators:
-    """See `Backend.operators`; outside are those of no standard domain."""
-    from mobilevit.export import Operators
-
-    nodes = onnx.load(path, load_external_data=False).graph.node
+    nodes = _read(path).graph.node
     return Operators(len(nodes), tuple(node.op_type for node in nodes if node.domain not in ("", "ai.onnx")))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write` was given to say about the artifact."""
+    return {prop.key: prop.value for prop in _read(path).metadata_props}
+
+
+def signature(path: Path) -> Signature:
+    graph = _read(path).graph
+    images, output = graph.input[0].type.tensor_type, graph.output[0].type.tensor_type
+    shape = tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in images.shape.dim)
+    return Signature(shape, images.elem_type == onnx.TensorProto.UINT8, output.shape.dim[-1].dim_value)
+
+
+def _read(path: Path) -> onnx.ModelProto:
     try:
-        model = onnx.load(path, load_external_data=False)
+        return onnx.load(path, load_external_data=False)
     except DecodeError:
         raise ValueError(f"{path}: not an ONNX model, or damaged; export it again") from None
-    return {prop.key: prop.value for prop in model.metadata_props}
 
 
 class _Calibration(CalibrationDataReader):
-    """Images in batches, as the quantizer asks for them."""
+    """Batches in the format of the quantizer."""
 
     def __init__(self, batches: Iterator[Tensor]):
         self._batches = batches
 
     def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The next batch, None after the last."""
         batch = next(self._batches, None)
         return None if batch is None else {"images": batch.numpy()}
 
@@ -157,13 +160,13 @@ class _Calibration(CalibrationDataReader):
 def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.ModelProto:
     (shape,) = (value.type.tensor_type.shape.dim for value in proto.graph.input)
     size = shape[0].dim_value or CALIBRATION_BATCH  # 0 where the batch is dynamic
-    batches = filled_batches(calibration, size)
+    batches = fill_batches(calibration, size)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        onnx.save(proto, source)
+        float_path, int8_path = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(proto, float_path)
         quantize_static(
-            source,
-            target,
+            float_path,
+            int8_path,
             _Calibration(batches),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
@@ -171,7 +174,7 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        quantized = onnx.load(target)
+        quantized = onnx.load(int8_path)
     _shorten_names(quantized.graph)
     return quantized
 
@@ -180,19 +183,19 @@ def _with_nms(proto: onnx.ModelProto) -> onnx.ModelProto:
     nms = onnx.parser.parse_model(NMS.replace("IR_VERSION", str(proto.ir_version)))
     del proto.opset_import[:]
     proto.opset_import.add(domain="", version=OPSET)
-    names = [f"all_{name}" for name in OUTPUTS["detect"]]
+    names = [f"all_{name}" for name in RAW_OUTPUTS["detect"]]
     return onnx.compose.merge_models(proto, nms, [(name, name) for name in names])
 
 
 def _shorten_names(graph: onnx.GraphProto) -> None:
-    """Number what the quantizer has named: of a small network in int8 the names are a tenth."""
-    kept = {value.name for value in (*graph.input, *graph.output)} | {""}  # "" is an input left out
+    """Replace the quantizer's names by numbers: they are a tenth of a small int8 file."""
+    fixed = {value.name for value in (*graph.input, *graph.output)} | {""}  # "" is an omitted input
     numbers: dict[str, str] = {}
 
     def short(name: str) -> str:
-        return name if name in kept else numbers.setdefault(name, f"{len(numbers):x}")
+        return name if name in fixed else numbers.setdefault(name, f"{len(numbers):x}")
 
-    del graph.value_info[:]  # shapes, which follow from the input's
+    del graph.value_info[:]  # inferred shapes
     for tensor in graph.initializer:
         tensor.name = short(tensor.name)
     for node in graph.node:

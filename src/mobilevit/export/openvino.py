@@ -1,10 +1,10 @@
-"""OpenVINO: the intermediate representation, an .xml with its weights in a .bin beside it, on the processor."""
+"""OpenVINO: intermediate representation (.xml, weights in a .bin file beside it), run on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nncf
 import numpy as np
@@ -17,101 +17,104 @@ from torch import Tensor, nn
 from mobilevit.export.artifact import (
     IOU_THRESHOLD,
     MAX_PER_IMAGE,
-    NOTHING,
+    NO_LABEL,
     SCORE_THRESHOLD,
-    Deployed,
-    before_nms,
+    ArtifactSpec,
+    fill_batches,
+    remove_nms,
+    remove_postprocess,
 )
+from mobilevit.export.backend import InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
-from mobilevit.export.rewrite import Formulation, fast
-from mobilevit.export.verify import filled_batches
+from mobilevit.export.rewrite import Formulation, optimize_for_inference
 from mobilevit.images import first_line
-
-if TYPE_CHECKING:
-    from mobilevit.export import Operators, Run, Target
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DYNAMIC = ("batch", "size")
-ANSWERS = ("detect", "segment")
-# Of fixed shapes, the fused attention is computed wrongly (2026.4: a logit is off by its standard deviation).
+POSTPROCESS_TASKS = ("detect", "segment")
+# The fused attention is incorrect for fixed shapes (2026.4: errors of a standard deviation).
 FORMULATION = Formulation(attention="rank4", norm="mean")
-# What is computed in. Left to itself, OpenVINO takes bf16 wherever the processor has it.
-COMPUTED_IN = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
-METADATA = "mobilevit"  # the section of the file's rt_info
-# What moves data needs no more than the plain code that it has.
-MOVES = (
+# Inference precision. By default OpenVINO computes in bf16 if the processor supports it.
+INFERENCE_PRECISION = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
+METADATA = "mobilevit"  # section of the rt_info
+# Operators that move data: their reference implementation is as fast as any.
+DATA_MOVEMENT = (
     *("Concatenation", "Split", "StridedSlice", "Reshape", "Transpose", "Broadcast", "Gather", "GatherND", "Pad"),
     *("ShapeOf", "Reorder"),
 )
 
 
 def write(
-    network: nn.Module, target: Target, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
+    network: nn.Module, spec: ArtifactSpec, path: Path, metadata: Mapping[str, str], calibration: Sequence[Tensor]
 ) -> None:
-    """See `Backend.write`. The weights go to `path` with the ending .bin."""
-    shape: list[int | openvino.Dimension] = list(target.example().shape)
-    for axis, (_, least) in target.open_axes.items():
-        shape[axis] = openvino.Dimension(least, -1)
-    module, nms = before_nms(fast(network, FORMULATION))
-    finish = None
-    if target.precision == "int8" and isinstance(module, Deployed) and not isinstance(module.finish, nn.Identity):
-        finish, module.finish = module.finish, nn.Identity()
+    """Write an artifact; the weights go to `path` with the suffix .bin."""
+    shape: list[int | openvino.Dimension] = list(spec.example().shape)
+    for axis, (_, minimum) in spec.dynamic_axes.items():
+        shape[axis] = openvino.Dimension(minimum, -1)
+    module = optimize_for_inference(network, FORMULATION)
+    has_nms = remove_nms(module)
+    postprocess = remove_postprocess(module) if spec.precision == "int8" else nn.Identity()
     with quiet():
-        program = torch.export.export(module, (target.example(),), dynamic_shapes=target.dynamic_shapes())
+        program = torch.export.export(module, (spec.example(),), dynamic_shapes=spec.dynamic_shapes())
         model = openvino.convert_model(program)
-        model.reshape(openvino.PartialShape(shape))  # the converter leaves axes open that are not
+        model.reshape(openvino.PartialShape(shape))  # the converter makes fixed axes dynamic
         passes = Manager()
         passes.register_pass(ConstantFolding())
         passes.run_passes(model)
-        if target.precision == "int8":
-            model = _quantized(model, target.batch_size, calibration)
-        if finish is not None:
+        if spec.precision == "int8":
+            model = _quantized(model, spec.batch_size, calibration)
+        if not isinstance(postprocess, nn.Identity):
             with torch.no_grad():
-                outputs = module(target.example())
-            model = _joined(model, _behind(finish, outputs, model))
-        if nms:
+                outputs = module(spec.example())
+            model = _concatenated(model, _convert_after(model, postprocess, outputs))
+        if has_nms:
             model = _with_nms(model)
     model.inputs[0].tensor.set_names({"images"})
-    for output, name in zip(model.outputs, target.outputs, strict=True):
+    for output, name in zip(model.outputs, spec.outputs, strict=True):
         output.tensor.set_names({name})
-    for key, value in (*metadata.items(), ("computed_in", COMPUTED_IN[target.precision])):
+    for key, value in (*metadata.items(), ("computed_in", INFERENCE_PRECISION[spec.precision])):
         model.set_rt_info(value, [METADATA, key])
-    # What int8 leaves as it is, biases for the most part, does not mind being stored as fp16.
-    openvino.save_model(model, path, compress_to_fp16=target.precision in ("fp16", "int8"))
+    # In int8, fp16 storage of the remaining float weights (biases mostly) is accurate enough.
+    openvino.save_model(model, path, compress_to_fp16=spec.precision in ("fp16", "int8"))
 
 
-def load(path: Path, num_threads: int) -> Run:
-    """See `Backend.load`."""
+def load(path: Path, num_threads: int) -> InferenceFn:
     compiled = _compile(path, num_threads)
     request = compiled.create_infer_request()
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
+    def infer(images: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(output.copy() for output in request.infer([images]).to_tuple())
 
-    return run
+    return infer
 
 
 def operators(path: Path) -> Operators:
-    """See `Backend.operators`; counted as they are run, constants aside. Outside are those without optimised code."""
-    from mobilevit.export import Operators
-
+    """Count the operators that are executed; the fallback is OpenVINO's reference implementation."""
     nodes = [node.get_rt_info() for node in _compile(path, 1).get_runtime_model().get_ops()]
-    run = [(_text(info["layerType"]), _text(info["primitiveType"])) for info in nodes]
-    run = [(kind, code) for kind, code in run if kind not in ("Const", "Input", "Output")]
-    outside = [kind for kind, code in run if code.startswith("ref") and kind not in MOVES]
-    return Operators(len(run), tuple(outside))
+    layers = [(_text(info["layerType"]), _text(info["primitiveType"])) for info in nodes]
+    layers = [(kind, primitive) for kind, primitive in layers if kind not in ("Const", "Input", "Output")]
+    fallback = [kind for kind, primitive in layers if primitive.startswith("ref") and kind not in DATA_MOVEMENT]
+    return Operators(len(layers), tuple(fallback))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write` was given as metadata, and in which numbers it is computed."""
+    """Return the metadata given to `write`, and the inference precision as `computed_in`."""
     return _metadata(path, _read(path))
+
+
+def signature(path: Path) -> Signature:
+    model = _read(path)
+    shape = tuple(None if axis.is_dynamic else axis.get_length() for axis in model.input(0).get_partial_shape())
+    last = model.output(0).get_partial_shape()[-1]
+    uint8 = model.input(0).get_element_type() == openvino.Type.u8
+    return Signature(shape, uint8, 0 if last.is_dynamic else last.get_length())
 
 
 def _quantized(model: openvino.Model, batch_size: int, calibration: Sequence[Tensor]) -> openvino.Model:
     if not calibration:
-        raise ValueError("int8 is calibrated on real inputs, and there are none")
-    batches = [batch.numpy() for batch in filled_batches(calibration, batch_size)]
-    # SiLU is not symmetric about 0, which "mixed" heeds. The norms stay float, as `ModelType.TRANSFORMER` has it.
+        raise ValueError("int8 requires calibration inputs, and there are none")
+    batches = [batch.numpy() for batch in fill_batches(calibration, batch_size)]
+    # MIXED: asymmetric activations, for SiLU. TRANSFORMER: norms stay float.
     return nncf.quantize(
         model,
         nncf.Dataset(batches),
@@ -121,8 +124,8 @@ def _quantized(model: openvino.Model, batch_size: int, calibration: Sequence[Ten
     )
 
 
-def _joined(first: openvino.Model, second: openvino.Model) -> openvino.Model:
-    """One model of two, of which the second takes what the first gives."""
+def _concatenated(first: openvino.Model, second: openvino.Model) -> openvino.Model:
+    """One model whose outputs are `second` of `first`."""
     for result, parameter in zip(first.get_results(), second.get_parameters(), strict=True):
         parameter.output(0).replace(result.input_value(0))
     return _model(second.get_results(), first.get_parameters())
@@ -133,34 +136,36 @@ def _model(results: Sequence[Any], parameters: Sequence[Any]) -> openvino.Model:
 
 
 def _with_nms(model: openvino.Model) -> openvino.Model:
-    """`model`, which gives boxes and scores, with what `onnx.NMS` does behind it, operator by operator."""
+    """Append the operators of `NMS` in onnx.py to a model with the outputs boxes and scores."""
     boxes, scores = (result.input_value(0) for result in model.get_results())
     number = ops.constant(MAX_PER_IMAGE, np.int64)
     by_class = ops.transpose(scores, [0, 2, 1])
     limits = (number, ops.constant(IOU_THRESHOLD, np.float32), ops.constant(SCORE_THRESHOLD, np.float32))
-    kept = ops.non_max_suppression(boxes, by_class, *limits, sort_result_descending=False, output_type="i64").output(0)
+    selected = ops.non_max_suppression(
+        boxes, by_class, *limits, sort_result_descending=False, output_type="i64"
+    ).output(0)
     zeros = ops.broadcast(ops.constant(0, np.float32), ops.shape_of(by_class))
-    kept_scores = ops.scatter_nd_update(zeros, kept, ops.gather_nd(by_class, kept))
-    row = ops.reshape(kept_scores, [0, -1], special_zero=True)
+    selected_scores = ops.scatter_nd_update(zeros, selected, ops.gather_nd(by_class, selected))
+    row = ops.reshape(selected_scores, [0, -1], special_zero=True)
     long_row = ops.pad(row, [0, 0], [0, MAX_PER_IMAGE], "constant", ops.constant(0, np.float32))
     best = ops.topk(long_row, number, axis=1, mode="max", sort="value", index_element_type="i64")
     num_anchors = ops.gather(ops.shape_of(by_class), [2], 0)
     is_box = ops.greater(best.output(0), ops.constant(0, np.float32))
     labels = ops.convert(ops.divide(best.output(1), num_anchors), "i32")
     indices = ops.unsqueeze(ops.mod(best.output(1), num_anchors), -1)
-    of_best = ops.gather_nd(boxes, indices, batch_dims=1)
+    best_boxes = ops.gather_nd(boxes, indices, batch_dims=1)
     outputs = [
-        ops.select(ops.unsqueeze(is_box, -1), of_best, ops.constant(0, np.float32)).output(0),
+        ops.select(ops.unsqueeze(is_box, -1), best_boxes, ops.constant(0, np.float32)).output(0),
         best.output(0),
-        ops.select(is_box, labels, ops.constant(NOTHING, np.int32)).output(0),
+        ops.select(is_box, labels, ops.constant(NO_LABEL, np.int32)).output(0),
     ]
     return _model([ops.result(output) for output in outputs], model.get_parameters())
 
 
-def _behind(finish: nn.Module, outputs: Any, before: openvino.Model) -> openvino.Model:
-    """What int8 leaves alone, as a model for the outputs of `before`, which are like `outputs`."""
-    converted = openvino.convert_model(torch.export.export(finish, (outputs,)))
-    for parameter, output in zip(converted.get_parameters(), before.outputs, strict=True):
+def _convert_after(model: openvino.Model, module: nn.Module, outputs: Any) -> openvino.Model:
+    """Convert `module` for the outputs of `model`; `outputs` are examples of them."""
+    converted = openvino.convert_model(torch.export.export(module, (outputs,)))
+    for parameter, output in zip(converted.get_parameters(), model.outputs, strict=True):
         parameter.set_partial_shape(output.get_partial_shape())
     converted.validate_nodes_and_infer_types()
     return converted
@@ -182,7 +187,7 @@ def _compile(path: Path, num_threads: int) -> openvino.CompiledModel:
 
 def _metadata(path: Path, model: openvino.Model) -> dict[str, str]:
     if not model.has_rt_info([METADATA]):
-        raise ValueError(f"{path}: not written by mobilevit, it has no metadata of ours")
+        raise ValueError(f"{path}: not written by mobilevit: the metadata is missing")
     return {key: _text(value) for key, value in model.rt_info[METADATA].items()}
 
 

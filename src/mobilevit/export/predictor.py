@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.export import artifact_input, load_artifact, read_metadata
-from mobilevit.export.artifact import OUTPUTS, SCORE_THRESHOLD, Target
-from mobilevit.export.verify import filled_batches
+from mobilevit.export.artifact import RAW_OUTPUTS, SCORE_THRESHOLD, ArtifactSpec, artifact_input, fill_batches
+from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import ImageInput, Preprocessing, read_image
 from mobilevit.models.ssdlite import Detections, suppress
 from mobilevit.predict import Classifier, Detector, Predictor, Segmenter, Size
@@ -36,14 +35,14 @@ class Artifact(Predictor):
             preprocessing = json.loads(metadata["preprocessing"])
             uint8 = preprocessing.pop("scaled_inside")
             height, width = map(int, metadata["size"].split())
-            self.target = Target(
+            self.spec = ArtifactSpec(
                 precision=metadata["precision"],  # pyright: ignore[reportArgumentType] - one of ours
                 height=height,
                 width=width,
                 batch_size=int(metadata["batch_size"]),
                 uint8=uint8,
                 task=self.task,
-                answers=metadata["outputs"] != " ".join(OUTPUTS[self.task]),
+                postprocess=metadata["outputs"] != " ".join(RAW_OUTPUTS[self.task]),
             )
             self.preprocessing = Preprocessing.from_dict(preprocessing)
             self.class_names = tuple(json.loads(metadata["class_names"]))
@@ -60,12 +59,12 @@ class Artifact(Predictor):
 
     def outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the artifact, in as many runs as its batch size requires."""
-        batches = [self._run(batch.numpy()) for batch in filled_batches(pixels.split(1), self.target.batch_size)]
+        batches = [self._run(batch.numpy()) for batch in fill_batches(pixels.split(1), self.spec.batch_size)]
         return tuple(torch.from_numpy(np.concatenate(parts)[: len(pixels)]) for parts in zip(*batches, strict=True))
 
     def _read(self, source: ImageInput) -> tuple[Tensor, Size]:
         image = read_image(source)
-        return artifact_input(image, self.preprocessing, self.target)[0], image.size
+        return artifact_input(image, self.preprocessing, self.spec)[0], image.size
 
     def _batch(self, read: Sequence[tuple[Tensor, Size]]) -> tuple[Tensor, list[Size]]:
         pixels, sizes = zip(*read, strict=True)
@@ -85,13 +84,13 @@ class ArtifactDetector(Artifact, Detector):
     """An exported detector, with NMS inside or without."""
 
     def _find(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
-        if not self.target.answers:
+        if not self.spec.postprocess:
             boxes, scores = self.outputs(pixels)
             return suppress(boxes.float(), scores.float(), score_threshold=score_threshold, max_per_image=max_per_image)
         if score_threshold < SCORE_THRESHOLD:
             raise ValueError(
                 f"score threshold is {score_threshold}; this artifact leaves out boxes below {SCORE_THRESHOLD}: give "
-                "that or more, or export without --answers"
+                "that or more, or export without --postprocess"
             )
         found = []
         for boxes, scores, labels in zip(*self.outputs(pixels), strict=True):
@@ -106,7 +105,7 @@ class ArtifactSegmenter(Artifact, Segmenter):
     def coarse(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes, H, W), or 1 for the class of a pixel and 0 for the others."""
         (output,) = self.outputs(images)
-        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.target.answers else output
+        return F.one_hot(output.long(), self.num_classes).permute(0, 3, 1, 2) if self.spec.postprocess else output
 
     def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
         return logits  # the artifact has done it

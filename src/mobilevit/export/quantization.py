@@ -1,8 +1,8 @@
-"""What int8 costs, part by part: which of them a user may want to keep in float, and why.
+"""int8 sensitivity analysis: the error that quantizing one group of layers causes.
 
-Every part alone is computed as static int8 would compute it, weights with a scale for each output channel and inputs
-with one scale for all, from the smallest to the largest value seen; the rest stays in float. It is done in torch, by
-rounding, so it needs no runtime and holds for all of them in the first place; each then rounds a little differently.
+Quantization is simulated in torch by rounding, as static int8 computes it: weights with one scale per output channel,
+inputs with one scale, from the smallest to the largest calibration value. One group at a time is quantized and the rest
+stays float32. Runtimes round slightly differently.
 """
 
 from __future__ import annotations
@@ -15,97 +15,96 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevit.export.rewrite import fast
-from mobilevit.export.verify import Tally, as_arrays
+from mobilevit.export.artifact import as_arrays
+from mobilevit.export.rewrite import optimize_for_inference
+from mobilevit.export.verify import OutputComparison
 
-EVERYTHING = "everything"
+ALL_LAYERS = "all layers"
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What happens when `part` alone is in int8: `error` is the root mean square difference of an output, in its
-    standard deviations, `same` the share of answers that are the same; see `mobilevit.export.verify.Agreement`.
+class Sensitivity:
+    """Effect of quantizing the layers of `group` alone.
+
+    `rms_error` is the root mean square error of the outputs, in standard deviations of an output;
+    `prediction_agreement` is that of `mobilevit.export.verify.Agreement`.
     """
 
-    part: str
+    group: str
     num_layers: int
     num_weights: int
-    error: float
-    same: float
+    rms_error: float
+    prediction_agreement: float
 
 
-def costs_of_int8(
+def int8_sensitivity(
     network: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[str] = ("logits",), batch_size: int = 16
-) -> list[Cost]:
-    """The cost of every part of `network` and of everything, on `inputs`, (1, ...) each, which also calibrate.
+) -> list[Sensitivity]:
+    """Measure every group of layers of `network`, and all layers, on `inputs` (1, ...), which also calibrate.
 
-    `outputs` are names as `Target.outputs` has them.
+    `outputs` are names as in `ArtifactSpec.outputs`.
     """
-    model = fast(network)
+    model = optimize_for_inference(network)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Conv2d | nn.Linear)}
     batches = [torch.cat(list(inputs[i : i + batch_size])) for i in range(0, len(inputs), batch_size)]
-    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(group_of(name), []).append(name)
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # Zero is always among the values: padding has it, and int8 must have a number for it.
-            low, high = args[0].min().clamp(max=0), args[0].max().clamp(min=0)
-            if name in ranges:
-                low, high = torch.minimum(low, ranges[name][0]), torch.maximum(high, ranges[name][1])
-            ranges[name] = low, high
-
-        return hook
-
-    def answers() -> list[tuple[np.ndarray, ...]]:
+    def predict() -> list[tuple[np.ndarray, ...]]:
         return [as_arrays(model(batch)) for batch in batches]
 
+    sensitivities = []
     with torch.inference_mode():
-        hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-        expected = answers()
+        ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        hooks = [layer.register_forward_pre_hook(_observer(ranges, name)) for name, layer in layers.items()]
+        expected = predict()
         for hook in hooks:
             hook.remove()
-        parts: dict[str, list[str]] = {}
-        for name in layers:
-            parts.setdefault(part_of(name), []).append(name)
-        costs = []
-        for part, names in {**parts, EVERYTHING: list(layers)}.items():
+        for group, names in {**groups, ALL_LAYERS: list(layers)}.items():
             weights = {name: layers[name].weight.data for name in names}
             hooks = [layers[name].register_forward_pre_hook(_rounder(*ranges[name])) for name in names]
             for name in names:
                 layers[name].weight.data = _rounded_weight(weights[name])
-            tally = Tally(outputs)
-            for theirs, ours in zip(expected, answers(), strict=True):
-                tally.add(theirs, ours, len(ours[0]))
+            comparison = OutputComparison(outputs)
+            for before, after in zip(expected, predict(), strict=True):
+                comparison.update(before, after, len(after[0]))
             for name, hook in zip(names, hooks, strict=True):
                 layers[name].weight.data = weights[name]
                 hook.remove()
-            costs.append(
-                Cost(
-                    part,
-                    len(names),
-                    sum(weight.numel() for weight in weights.values()),
-                    tally.mean_error,
-                    tally.num_same / max(tally.num_answers, 1),
-                )
-            )
-    return costs
+            num_weights = sum(weight.numel() for weight in weights.values())
+            errors = comparison.rms_error, comparison.prediction_agreement
+            sensitivities.append(Sensitivity(group, len(names), num_weights, *errors))
+    return sensitivities
 
 
-def part_of(name: str) -> str:
-    """The part that the layer of this name belongs to: "stem", "stage3 convolutions", "stage3 ffn", "classifier"."""
-    found = re.search(r"(stem|stage\d|extra_layers|pooled|heads?|pyramid|classifier)(.*)", name)
-    assert found, f"{name} is in no part of the network"
-    part, rest = found.groups()
-    if not part.startswith("stage"):
-        return part.replace("_", " ")
+def group_of(name: str) -> str:
+    """The group of the layer with this name: "stem", "stage3 convolutions", "stage3 ffn", "classifier"."""
+    match = re.search(r"(stem|stage\d|extra_layers|pooled|heads?|pyramid|classifier)(.*)", name)
+    assert match, f"layer {name} belongs to no group"
+    group, rest = match.groups()
+    if not group.startswith("stage"):
+        return group.replace("_", " ")
     if ".attention." in rest:
-        return f"{part} attention"
-    if ".ffn_" in rest:
-        return f"{part} ffn"
-    return f"{part} convolutions"
+        return f"{group} attention"
+    return f"{group} ffn" if ".ffn_" in rest else f"{group} convolutions"
 
 
-def _rounder(low: Tensor, high: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+_Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
+
+
+def _observer(ranges: dict[str, tuple[Tensor, Tensor]], name: str) -> _Hook:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # The range includes zero: padding contains it, and int8 must represent it exactly.
+        low, high = args[0].min().clamp(max=0), args[0].max().clamp(min=0)
+        if name in ranges:
+            low, high = torch.minimum(low, ranges[name][0]), torch.maximum(high, ranges[name][1])
+        ranges[name] = low, high
+
+    return hook
+
+
+def _rounder(low: Tensor, high: Tensor) -> _Hook:
     scale = ((high - low) / 255).clamp(min=1e-12)
     zero = torch.round(-low / scale)
 

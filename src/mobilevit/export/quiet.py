@@ -1,4 +1,4 @@
-"""Silence while converters and runtimes work."""
+"""Suppress the output of converters and runtimes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to themselves what libraries say to their own developers: prints, logs, warnings, C++ and progress bars."""
+    """Suppress prints, log messages, warnings, C++ messages and progress bars of libraries."""
     disabled = logging.root.manager.disable
     sys.stderr.flush()
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)  # what is not written in Python writes there by itself
+        os.dup2(devnull, 2)  # C++ code writes to the file descriptor
         logging.disable(logging.WARNING)
         with (
             contextlib.redirect_stdout(io.StringIO()),
@@ -31,4 +31,4 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
+        os.close(devnull)

@@ -1,21 +1,21 @@
-"""Exact rewrites: module to module, the same function in eval mode, cheaper to compute.
+"""Exact rewrites: module to module, the same function in eval mode at a lower cost.
 
-A rewritten network is for inference: it is trained no further and saved no more. Every function here takes a network
-and returns a changed copy; `fast` applies them all and ends in the formulation that a runtime is fastest with.
+A rewritten network is for inference only. Every function here returns a changed copy of a network.
+`optimize_for_inference` applies all of them and selects the formulation that a runtime executes fastest.
 
-What may be moved without changing the function:
+The rewrites rest on these identities:
 
-- a batch norm, into the convolution before it;
-- the affine half of a layer norm, into the linear after it;
-- the softmax scale, into the query's weights;
-- the key's bias: it adds the same number to a query's whole row of scores, which softmax does not see;
-- the value's bias: the rows of attention add up to 1, so it passes through into the bias of the projection;
-- the subtraction of the mean in a layer norm: only norms read the residual stream, so whatever writes to it can be
-  centred over the channels once and for all, in its weights. What is left is a root mean square (RMSNorm).
-- 1x1 convolutions across unfold and fold, which move pixels and leave channels alone;
-- in the segmentation head, the mean of the map, through the 1x1 convolution behind it before it is spread over the map:
-  what it adds to every pixel alike is computed once;
-- in the detection heads, the last convolution, in two for classes and for locations: nothing is cut apart later.
+- A batch norm folds into the convolution before it.
+- The affine part of a layer norm folds into the linear layer after it.
+- The softmax scale folds into the query weights.
+- The key bias adds one constant to a query's row of scores, and softmax is invariant to it.
+- The rows of attention sum to 1, so the value bias passes through to the bias of the output projection.
+- Only norms read the residual stream. If every layer that writes to it is centered over the channels, in its weights,
+  the mean that a layer norm subtracts is 0 and the layer norm is an RMSNorm.
+- Unfold and fold move pixels and leave channels alone, so they commute with 1x1 convolutions.
+- In the segmentation head, the pooled branch is constant over the map, so the 1x1 convolution after it applies before
+  it is broadcast.
+- In the detection heads, the last convolution splits into one for classes and one for locations.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from mobilevit.models.ssdlite import MapHead, SSDLite
 
 @dataclass(frozen=True)
 class Formulation:
-    """How a function is spelt; which spelling is fastest depends on the runtime.
+    """How a function is expressed. Which formulation is fastest depends on the runtime.
 
-    `attention`: torch's fused operator, that of ONNX, which takes the heads apart itself, or matrix products of rank 4
-    (batch, heads) or 3.
-    `norm`: torch's operator; a layer norm, which subtracts a mean that is 0 but is one operator where the other is six;
-    a mean; or the mean as a product with a row of 1/D, for runtimes that are slow at means.
-    `joint_qkv`: queries, keys and values by one linear, or by three.
+    `attention`: torch's fused operator; ONNX's operator, which splits the heads itself; or matrix products of rank 4
+    (batch, heads) or rank 3.
+    `norm`: torch's RMSNorm; a layer norm, which is one operator where RMSNorm is six (the mean that it subtracts is 0);
+    a mean; or the mean as a product with a row of 1/D, for runtimes with slow means.
+    `joint_qkv`: one linear layer for queries, keys and values, or three.
     `silu`: torch's operator, or x * sigmoid(x).
     """
 
@@ -55,54 +55,54 @@ class Formulation:
 EAGER = Formulation(joint_qkv=True)
 
 
-def fast(model: Network, formulation: Formulation = EAGER) -> Network:
-    """A copy of `model` with all rewrites, in the given formulation."""
-    model = flatten_tokens(centre(fold_attention(fold_norm_affine(fold_batch_norm(model)))), formulation)
-    return split_heads(spread_late(model))
+def optimize_for_inference(model: Network, formulation: Formulation = EAGER) -> Network:
+    """Apply all rewrites, in the given formulation."""
+    model = flatten_tokens(center_residuals(fold_attention(fold_norm_affine(fold_batch_norm(model)))), formulation)
+    return split_heads(fold_pooled_branch(model))
 
 
 def fold_norm_affine(model: Network) -> Network:
-    """A copy of `model` whose layer norms have no weights: they are in the linears behind. Wants folded batch norms."""
+    """Fold the affine part of layer norms into the linear layers after them. Requires folded batch norms."""
     model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, TransformerLayer):
-            _absorb(module.attention_norm, module.attention.qkv)
-            _absorb(module.ffn_norm, module.ffn_in)
-            module.attention_norm = _bare(module.attention_norm)
-            module.ffn_norm = _bare(module.ffn_norm)
+            _fold_affine(module.attention_norm, module.attention.qkv)
+            _fold_affine(module.ffn_norm, module.ffn_in)
+            module.attention_norm = _without_affine(module.attention_norm)
+            module.ffn_norm = _without_affine(module.ffn_norm)
         elif isinstance(module, MobileViTBlock):
-            # A map resized in between does not mind: the weights of a bilinear mean add up to 1.
-            _absorb(module.norm, _conv_of(module.from_tokens))
-            module.norm = _bare(module.norm)
+            # Commutes with the resize in between: bilinear weights sum to 1.
+            _fold_affine(module.norm, _conv_of(module.from_tokens))
+            module.norm = _without_affine(module.norm)
     return model
 
 
 def fold_attention(model: Network) -> Network:
-    """A copy of `model` whose attention neither scales its scores nor adds a bias to keys and values."""
+    """Fold the softmax scale and the biases of keys and values into other weights."""
     model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, TransformerLayer):
-            module.attention = cast(Attention, BareAttention(module.attention))
+            module.attention = cast(Attention, FoldedAttention(module.attention))
     return model
 
 
-def centre(model: Network) -> Network:
-    """A copy of `model` with root mean squares for layer norms. Wants layer norms without weights."""
+def center_residuals(model: Network) -> Network:
+    """Center the residual stream and replace layer norms by RMSNorm. Requires layer norms without weights."""
     model = frozen_copy(model)
     for module in model.modules():
         if isinstance(module, MobileViTBlock):
-            _centre(module.to_tokens)
-            module.norm = _root_mean_square(module.norm, module.to_tokens.weight.dtype)
+            _center_outputs(module.to_tokens)
+            module.norm = _rms_norm(module.norm, module.to_tokens.weight.dtype)
         elif isinstance(module, TransformerLayer):
-            _centre(module.attention.out)
-            _centre(module.ffn_out)
-            module.attention_norm = _root_mean_square(module.attention_norm, module.ffn_in.weight.dtype)
-            module.ffn_norm = _root_mean_square(module.ffn_norm, module.ffn_in.weight.dtype)
+            _center_outputs(module.attention.out)
+            _center_outputs(module.ffn_out)
+            module.attention_norm = _rms_norm(module.attention_norm, module.ffn_in.weight.dtype)
+            module.ffn_norm = _rms_norm(module.ffn_norm, module.ffn_in.weight.dtype)
     return model
 
 
 def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
-    """A copy of `model` whose blocks hold their tokens as one matrix. Wants all the rewrites above."""
+    """Replace MobileViT blocks by `FlatBlock`. Requires all the rewrites above."""
     model = frozen_copy(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -113,34 +113,37 @@ def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
     return model
 
 
-def spread_late(model: Network) -> Network:
-    """A copy of `model` whose segmentation head, if any, is a `BarePyramid`, and alone. Wants folded batch norms."""
+def fold_pooled_branch(model: Network) -> Network:
+    """Replace the pyramid of a segmentation network by `FoldedPyramid`.
+
+    Requires folded batch norms. The auxiliary head is dropped.
+    """
     model = frozen_copy(model)
     for module in list(model.modules()):
-        if isinstance(module, DeepLabV3) and isinstance(module.pyramid, Pyramid):  # or it was done before
-            module.pyramid = cast(Pyramid, BarePyramid(module.pyramid).eval())
-            module.auxiliary = None  # serves training
+        if isinstance(module, DeepLabV3) and isinstance(module.pyramid, Pyramid):  # not yet replaced
+            module.pyramid = cast(Pyramid, FoldedPyramid(module.pyramid).eval())
+            module.auxiliary = None  # for training only
     return model
 
 
 def split_heads(model: Network) -> Network:
-    """A copy of `model` in which a detector, if any, is a `BareDetector`."""
+    """Replace a detector, `model` itself or inside it, by `SplitDetector`."""
     model = frozen_copy(model)
     if isinstance(model, SSDLite):
-        return cast(Network, BareDetector(model).eval())
+        return cast(Network, SplitDetector(model).eval())
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, SSDLite):
-                setattr(parent, name, BareDetector(child).eval())
+                setattr(parent, name, SplitDetector(child).eval())
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What takes the place of the network's own modules
+# Replacement modules
 
 
-class BareAttention(nn.Module):
-    """Self-attention that leaves out what was moved into its weights; (B, N, D) -> (B, N, D)."""
+class FoldedAttention(nn.Module):
+    """Self-attention without scale and without biases of keys and values; (B, N, D) -> (B, N, D)."""
 
     def __init__(self, attention: Attention):
         super().__init__()
@@ -155,7 +158,6 @@ class BareAttention(nn.Module):
         self.out = _linear(out.weight, out.bias + out.weight @ biases[2])
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Attend; (B, N, D) -> (B, N, D)."""
         B, N, D = x_BND.shape
         q, k, v = (
             linear(x_BND).reshape(B, N, self.num_heads, D // self.num_heads).transpose(1, 2)
@@ -166,9 +168,9 @@ class BareAttention(nn.Module):
 
 
 class FlatAttention(nn.Module):
-    """`BareAttention` over tokens in one matrix, M = groups * N of them; (M, D) -> (M, D)."""
+    """`FoldedAttention` within groups of `num_tokens` consecutive rows of a token matrix; (M, D) -> (M, D)."""
 
-    def __init__(self, attention: BareAttention, formulation: Formulation):
+    def __init__(self, attention: FoldedAttention, formulation: Formulation):
         super().__init__()
         self.num_heads = attention.num_heads
         self.formulation = formulation.attention
@@ -184,7 +186,6 @@ class FlatAttention(nn.Module):
             self.q, self.k, self.v = parts
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Attend among each `num_tokens` rows in a row; (M, D) -> (M, D)."""
         D = x.shape[-1]
         if self.num_linears == 1:
             parts = self.qkv(x).chunk(3, dim=-1)
@@ -212,29 +213,28 @@ class FlatAttention(nn.Module):
 
 
 class FlatLayer(nn.Module):
-    """A `TransformerLayer` over tokens in one matrix; (M, D) -> (M, D)."""
+    """A `TransformerLayer` on a token matrix; (M, D) -> (M, D)."""
 
     def __init__(self, layer: TransformerLayer, formulation: Formulation):
         super().__init__()
-        assert isinstance(layer.attention, BareAttention)
-        self.attention_norm = _norm(layer.attention_norm, formulation)
+        assert isinstance(layer.attention, FoldedAttention)
+        self.attention_norm = _formulated_norm(layer.attention_norm, formulation)
         self.attention = FlatAttention(layer.attention, formulation)
-        self.ffn_norm = _norm(layer.ffn_norm, formulation)
+        self.ffn_norm = _formulated_norm(layer.ffn_norm, formulation)
         self.ffn_in = layer.ffn_in
         self.ffn_out = layer.ffn_out
         self.activation = SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Attention among each `num_tokens` rows in a row, then the ffn; (M, D) -> (M, D)."""
         x = x + self.attention(self.attention_norm(x), num_tokens)
         return x + self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 
 class FlatBlock(nn.Module):
-    """A `MobileViTBlock` that unfolds before it widens and narrows before it folds; (B, C, H, W) -> (B, C, H, W).
+    """A `MobileViTBlock` that unfolds before `to_tokens` and folds after `from_tokens`; (B, C, H, W) -> (B, C, H, W).
 
-    Unfold and fold then move C channels rather than D, and what lies between is one matrix of tokens (P * B * N, D)
-    that linears and norms take as it is. No tensor has more than five axes, which is all that some runtimes know.
+    Unfold and fold move C channels instead of D, and all layers between them use one token matrix (P * B * N, D). No
+    tensor has more than five axes, the limit of some runtimes.
     """
 
     def __init__(self, block: MobileViTBlock, formulation: Formulation):
@@ -244,21 +244,20 @@ class FlatBlock(nn.Module):
         to_tokens, from_tokens = block.to_tokens, _conv_of(block.from_tokens)
         self.to_tokens = _linear(to_tokens.weight.flatten(1), to_tokens.bias)
         self.layers = nn.ModuleList(FlatLayer(cast(TransformerLayer, x), formulation) for x in block.layers)
-        self.norm = _norm(block.norm, formulation)
+        self.norm = _formulated_norm(block.norm, formulation)
         self.from_tokens = _linear(from_tokens.weight.flatten(1), from_tokens.bias)
         self.activation = SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True)
         self.fuse = _with_silu(block.fuse, formulation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block; (B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         p = self.patch_px
         h, w = (H + p - 1) // p, (W + p - 1) // p
         y = resize_map(self.local(x), h * p, w * p).permute(0, 2, 3, 1)
-        # Position in the patch, image, patch: (P * B * N, C). To attend, the order of images does not matter.
+        # Rows by position in the patch, image, patch: (P * B * N, C). Attention is within a position and an image.
         if always(y.shape[1] % h == 0) and always(y.shape[2] % w == 0):
             y = y.reshape(B * h, p, w, p, C).permute(1, 3, 0, 2, 4).reshape(-1, C)
-        else:  # the same, for sizes that torch.export knows only as symbols and cannot prove to be divisible
+        else:  # the same for symbolic sizes, which torch.export cannot prove to be divisible
             y = torch.stack([y[:, i::p, j::p] for i in range(p) for j in range(p)]).reshape(-1, C)
         y = self.to_tokens(y)
         for layer in self.layers:
@@ -269,29 +268,28 @@ class FlatBlock(nn.Module):
         return self.fuse(torch.cat((x, y), dim=1))
 
 
-class BarePyramid(nn.Module):
-    """A `Pyramid` that adds what the mean of the map has to say, where that gathers it; (B, C, H, W) -> (B, out, H, W).
+class FoldedPyramid(nn.Module):
+    """A `Pyramid` whose pooled branch is projected before it is broadcast; (B, C, H, W) -> (B, out, H, W).
 
-    Each part is rectified before all are put together, since runtimes do that while they convolve.
+    ReLU is before the concatenation, where runtimes fuse it into the convolutions.
     """
 
     def __init__(self, pyramid: Pyramid):
         super().__init__()
         self.convs = nn.ModuleList(_conv_of(conv) for conv in pyramid.convs)
         self.pooled, project = _conv_of(pyramid.pooled), _conv_of(pyramid.project)
-        kept = project.in_channels - self.pooled.out_channels
-        self.project = _conv(project.weight[:, :kept], project.bias)
-        self.project_pooled = _conv(project.weight[:, kept:], None)
+        num_map_channels = project.in_channels - self.pooled.out_channels
+        self.project = _conv(project.weight[:, :num_map_channels], project.bias)
+        self.project_pooled = _conv(project.weight[:, num_map_channels:], None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map of the same size."""
         pooled = self.project_pooled(F.relu(self.pooled(x.mean(dim=(-2, -1), keepdim=True))))
-        seen = torch.cat([F.relu(conv(x)) for conv in self.convs], dim=1)
-        return F.relu(self.project(seen) + pooled)
+        maps = torch.cat([F.relu(conv(x)) for conv in self.convs], dim=1)
+        return F.relu(self.project(maps) + pooled)
 
 
-class BareHead(nn.Module):
-    """A `MapHead` with an end each for classes and locations; (B, C, H, W) -> (B, H * W * anchors, K), (..., 4)."""
+class SplitHead(nn.Module):
+    """A `MapHead` with two last convolutions: (B, C, H, W) -> logits (B, H * W * anchors, K), locations (..., 4)."""
 
     def __init__(self, head: MapHead):
         super().__init__()
@@ -300,12 +298,11 @@ class BareHead(nn.Module):
         assert head.out.bias is not None
         weight, bias = head.out.weight, head.out.bias
         self.classes, self.locations = (
-            _conv(weight[chosen.flatten()], bias[chosen.flatten()]) for chosen in (rows[:, 4:], rows[:, :4])
+            _conv(weight[channels.flatten()], bias[channels.flatten()]) for channels in (rows[:, 4:], rows[:, :4])
         )
         self.num_anchors = head.num_anchors
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and locations, pixel by pixel in rows and anchor by anchor in a pixel."""
         if self.project is not None:
             x = F.relu(self.project(x))
         if self.depthwise is not None:
@@ -317,16 +314,15 @@ class BareHead(nn.Module):
         return logits, locations
 
 
-class BareDetector(nn.Module):
-    """An `SSDLite` whose classes and locations go separate ways from the last convolutions on."""
+class SplitDetector(nn.Module):
+    """An `SSDLite` with `SplitHead`s: class logits (B, A, classes + 1) and locations (B, A, 4)."""
 
     def __init__(self, model: SSDLite):
         super().__init__()
         self.backbone, self.extra_layers, self.pooled = model.backbone, model.extra_layers, model.pooled
-        self.heads = nn.ModuleList(BareHead(cast(MapHead, head)) for head in model.heads)
+        self.heads = nn.ModuleList(SplitHead(cast(MapHead, head)) for head in model.heads)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, A, classes + 1) and locations (B, A, 4), as an `SSDLite` gives them."""
         maps = list(self.backbone(images).values())
         for layer in self.extra_layers:
             maps.append(layer(maps[-1]))
@@ -335,7 +331,7 @@ class BareDetector(nn.Module):
         return torch.cat(logits, dim=1), torch.cat(locations, dim=1)
 
 
-class RootMeanSquare(nn.Module):
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x * x) + eps) over the last axis, (..., D) -> (..., D)."""
 
     def __init__(self, dim: int, eps: float, formulation: Formulation, dtype: torch.dtype):
@@ -348,45 +344,40 @@ class RootMeanSquare(nn.Module):
             self.mean = _linear(torch.full((1, dim), 1 / dim, dtype=dtype), torch.tensor([eps], dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise; (..., D) -> (..., D)."""
         if self.formulation == "fused":
             return F.rms_norm(x, (self.dim,), eps=self.eps)
         if self.formulation == "layer":
             return F.layer_norm(x, (self.dim,), eps=self.eps)
         if self.formulation == "mean":
-            wide = (
-                x.float() if x.dtype == torch.float16 else x
-            )  # half precision ends at 65,504, a square soon beyond it
+            wide = x.float() if x.dtype == torch.float16 else x  # squares overflow float16 (65,504)
             return x * torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps).to(x.dtype)
         return x * torch.rsqrt(self.mean(x * x))
 
 
-class Half(nn.Module):
-    """A network in half precision between float32 images and float32 outputs."""
+class HalfPrecision(nn.Module):
+    """A network in half precision with float32 images and outputs."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         for block in network.modules():
             if isinstance(block, FlatBlock) and block.norm.formulation == "linear":
-                _shrink_residuals(block)
+                _scale_residuals(block)
         self.network = network.half()
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the network gives."""
         outputs = self.network(images.half())
         return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 
 class SigmoidSiLU(nn.Module):
-    """SiLU as the product that it is."""
+    """SiLU as x * sigmoid(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Element by element."""
         return x * torch.sigmoid(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Moving weights
+# Weights
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -408,7 +399,7 @@ def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 
 def _conv_of(module: nn.Module) -> nn.Conv2d:
     conv = module[0] if isinstance(module, nn.Sequential) else module
-    assert isinstance(conv, nn.Conv2d), "batch norms are folded first"
+    assert isinstance(conv, nn.Conv2d), "batch norms must be folded first"
     return conv
 
 
@@ -417,29 +408,29 @@ def _with_silu(module: nn.Module, formulation: Formulation) -> nn.Module:
     return nn.Sequential(conv, SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True))
 
 
-def _absorb(norm: nn.LayerNorm, next_layer: nn.Linear | nn.Conv2d) -> None:
-    """Put weight and bias of `norm` into the layer that reads it."""
+def _fold_affine(norm: nn.LayerNorm, next_layer: nn.Linear | nn.Conv2d) -> None:
+    """Fold weight and bias of `norm` into the layer that reads its output."""
     assert next_layer.bias is not None
     weight = next_layer.weight.data
     next_layer.bias.data += weight.flatten(1) @ norm.bias.data
     next_layer.weight.data = weight * norm.weight.data.reshape(1, -1, *[1] * (weight.ndim - 2))
 
 
-def _bare(norm: nn.LayerNorm) -> nn.LayerNorm:
+def _without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape[0], eps=norm.eps, elementwise_affine=False).eval()
 
 
-def _centre(layer: nn.Linear | nn.Conv2d) -> None:
-    """Make the outputs of `layer` have mean 0 over the channels."""
+def _center_outputs(layer: nn.Linear | nn.Conv2d) -> None:
+    """Give the outputs of `layer` mean 0 over the channels."""
     layer.weight.data = layer.weight.data - layer.weight.data.mean(dim=0, keepdim=True)
     if layer.bias is not None:
         layer.bias.data = layer.bias.data - layer.bias.data.mean()
 
 
-def _shrink_residuals(block: FlatBlock, factor: float = 1 / 16) -> None:
-    """Make the residual stream of `block` smaller, whose squares exceed what half precision holds; exactly.
+def _scale_residuals(block: FlatBlock, factor: float = 1 / 16) -> None:
+    """Scale the residual stream of `block`, whose squares overflow half precision; the function stays the same.
 
-    Only norms read it, and they take the factor out again.
+    Only norms read the residual stream, and they cancel the factor.
     """
     layers = [cast(FlatLayer, layer) for layer in block.layers]
     for linear in (block.to_tokens, *(x for layer in layers for x in (layer.attention.out, layer.ffn_out))):
@@ -451,11 +442,11 @@ def _shrink_residuals(block: FlatBlock, factor: float = 1 / 16) -> None:
         norm.mean.bias.data = norm.mean.bias.data * factor**2
 
 
-def _root_mean_square(norm: nn.LayerNorm, dtype: torch.dtype) -> nn.LayerNorm:
-    assert not norm.elementwise_affine, "the weights of the layer norms are moved first"
-    return cast(nn.LayerNorm, RootMeanSquare(norm.normalized_shape[0], norm.eps, EAGER, dtype))
+def _rms_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> nn.LayerNorm:
+    assert not norm.elementwise_affine, "layer norm weights must be folded first"
+    return cast(nn.LayerNorm, RMSNorm(norm.normalized_shape[0], norm.eps, EAGER, dtype))
 
 
-def _norm(norm: nn.Module, formulation: Formulation) -> RootMeanSquare:
-    assert isinstance(norm, RootMeanSquare), "layer norms are centred first"
-    return RootMeanSquare(norm.dim, norm.eps, formulation, norm.dtype)
+def _formulated_norm(norm: nn.Module, formulation: Formulation) -> RMSNorm:
+    assert isinstance(norm, RMSNorm), "the residual stream must be centered first"
+    return RMSNorm(norm.dim, norm.eps, formulation, norm.dtype)

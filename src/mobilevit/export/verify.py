@@ -1,266 +1,222 @@
-"""The same images through torch and through an artifact."""
+"""Comparison of an artifact with torch on the same images."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import box_iou
 
-from mobilevit.export.artifact import ANSWERS, IOU_THRESHOLD, MAX_PER_IMAGE, NOTHING, SCORE_THRESHOLD, Target
+from mobilevit.defaults import SCORE_THRESHOLD as SHOWN_SCORE
+from mobilevit.export.artifact import IOU_THRESHOLD, MAX_PER_IMAGE, NO_LABEL, ArtifactSpec, as_arrays, fill_batches
+from mobilevit.export.artifact import SCORE_THRESHOLD as NMS_SCORE
+from mobilevit.export.backend import InferenceFn
+from mobilevit.models.ssdlite import suppress
 
-TIMED_SECONDS = 0.5
-Run = Callable[[np.ndarray], tuple[np.ndarray, ...]]
-"""An artifact in its runtime: an input -> its outputs, in the order of `Target.outputs`."""
-LEAST_SCORE = 1e-4  # differences of smaller ones mean nothing
-LEAST_IOU = 0.5  # of two boxes around the same thing
-CLOSE_IOU = 0.9  # of two that are the same box, so that what they differ by is an error and not another candidate
-SHOWN_SCORE = 0.3  # of boxes that anybody would look at
+LOG_EPSILON = 1e-4  # added to scores before the logarithm, so that differences of smaller scores do not count
+MATCH_IOU = 0.5  # boxes that detect the same object
+SAME_BOX_IOU = 0.9  # boxes of the same anchor: their difference is a numerical error
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an artifact agrees with torch.
+    """How closely an artifact agrees with torch.
 
-    `error` is the largest difference of a number, in standard deviations of torch's numbers of the same output; scores
-    are compared by their logarithms. `same` is the share of answers that are the same, `answers` of them, which are
-    `kind`: of images, of pixels, or of boxes that either side would show, or has found where nothing would be shown.
-    `latency_ms` is the median time of a batch.
+    `max_error` is the largest difference of an output value, in standard deviations of torch's output; scores are
+    compared by their logarithms. `prediction_agreement` is the fraction of equal predictions: the top-1 class of an
+    image or pixel, or a detected box. A box counts if either model scores it above `SHOWN_SCORE`; if there is no such
+    box, all boxes count.
     """
 
     num_images: int
-    error: float
-    same: float
-    answers: int
-    kind: str
-    latency_ms: float
+    max_error: float
+    prediction_agreement: float
+    num_predictions: int
+    prediction_unit: Literal["images", "pixels", "boxes"]
 
 
-def compare(network: nn.Module, run: Run, inputs: Sequence[Tensor], target: Target) -> Agreement:
-    """Put `inputs`, (1, ...) each, through `network` and, a batch at a time, through `run`; `target` names the outputs.
+def compare(network: nn.Module, infer: InferenceFn, inputs: Sequence[Tensor], spec: ArtifactSpec) -> Agreement:
+    """Compare the outputs of `network` and of the artifact `infer` for `inputs`, (1, ...) each.
 
     Raises:
-        ValueError: a detector that finds nothing on any of the inputs, where nothing else could be compared.
+        ValueError: a detector without detections on all inputs, if predictions are all that can be compared.
     """
-    batches = list(filled_batches(inputs, target.batch_size))
-    tally = Tally(target.outputs)
-    missing = len(inputs)
-    for batch in batches:
+    comparison = OutputComparison(spec.outputs)
+    num_left = len(inputs)
+    for batch in fill_batches(inputs, spec.batch_size):
         with torch.inference_mode():
             expected = as_arrays(network(batch))
-        tally.add(expected, run(batch.numpy()), min(missing, len(batch)))
-        missing -= len(batch)
-    if not tally.num_answers and (target.answers or target.precision == "int8"):  # elsewhere the numbers are enough
+        comparison.update(expected, infer(batch.numpy()), min(num_left, len(batch)))
+        num_left -= len(batch)
+    if not comparison.num_predictions and (spec.postprocess or spec.precision == "int8"):
         raise ValueError(
-            f"torch finds nothing on any of the {len(inputs)} images, so nothing can be compared; give images "
-            "(--images) with something to detect"
+            f"torch detects nothing in any of the {len(inputs)} images, so there is nothing to compare; give images "
+            "that contain objects (--images)"
         )
-    example = batches[0].numpy()
-    times_ms = []
-    while not times_ms or sum(times_ms) < 1e3 * TIMED_SECONDS:
-        started = time.perf_counter()
-        run(example)
-        times_ms.append(1e3 * (time.perf_counter() - started))
     return Agreement(
-        num_images=len(inputs),
-        error=tally.error,
-        same=tally.num_same / tally.num_answers if tally.num_answers else 1.0,
-        answers=tally.num_answers,
-        kind=tally.kind,
-        latency_ms=float(np.median(times_ms)),
+        len(inputs),
+        comparison.max_error,
+        comparison.prediction_agreement,
+        comparison.num_predictions,
+        comparison.unit,
     )
 
 
-def as_arrays(outputs: Tensor | tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
-    """What a network gives, as an artifact would."""
-    return tuple(x.numpy() for x in ([outputs] if isinstance(outputs, Tensor) else outputs))
-
-
-def filled_batches(inputs: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """All of `inputs`, (1, ...) each, in batches of one size, the last one filled up from the start."""
-    for start in range(0, len(inputs), batch_size):
-        yield torch.cat([inputs[(start + i) % len(inputs)] for i in range(batch_size)])
-
-
 @dataclass
-class Spread:
-    """Differences of one output, and how widely its numbers are spread, gathered piece by piece."""
+class ErrorStatistics:
+    """Running statistics of the values of one output and of their errors."""
 
-    largest: float = 0.0
+    max_abs: float = 0.0
+    squared_error: float = 0.0
     count: int = 0
     total: float = 0.0
     total_squares: float = 0.0
-    squared_error: float = 0.0
 
-    def add(self, differences: np.ndarray, numbers: np.ndarray) -> None:
-        """Some more, the differences from `numbers` among them."""
-        if differences.size:
-            # Not max(): that would forget what is not a number.
-            self.largest = float(np.maximum(self.largest, np.abs(differences).max()))
-            self.squared_error += float(np.square(differences, dtype=np.float64).sum())
-        self.count += numbers.size
-        self.total += float(numbers.sum(dtype=np.float64))
-        self.total_squares += float(np.square(numbers, dtype=np.float64).sum())
+    def update(self, errors: np.ndarray, values: np.ndarray) -> None:
+        if errors.size:
+            self.max_abs = float(np.maximum(self.max_abs, np.abs(errors).max()))  # unlike max(), propagates NaN
+            self.squared_error += float(np.square(errors, dtype=np.float64).sum())
+        self.count += values.size
+        self.total += float(values.sum(dtype=np.float64))
+        self.total_squares += float(np.square(values, dtype=np.float64).sum())
 
-    @property
-    def deviation(self) -> float:
-        """The standard deviation."""
+    def normalized(self, error: float) -> float:
+        """`error` in standard deviations of the values."""
         mean = self.total / self.count
-        return max(0.0, self.total_squares / self.count - mean * mean) ** 0.5
-
-    @property
-    def error(self) -> float:
-        """The largest difference in standard deviations."""
-        return self.largest / (self.deviation or math.nan) if self.largest else 0.0
-
-    @property
-    def mean_error(self) -> float:
-        """The root mean square of the differences in standard deviations."""
-        return (self.squared_error / self.count) ** 0.5 / (self.deviation or math.nan) if self.largest else 0.0
+        std = max(0.0, self.total_squares / self.count - mean * mean) ** 0.5
+        return error / (std or math.nan) if self.max_abs else 0.0
 
 
-class Tally:
-    """What is gathered while outputs of the names of `Target.outputs` are compared, batch by batch."""
+class Boxes(NamedTuple):
+    """Detections of one image, by decreasing score, padding removed."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class OutputComparison:
+    """Compares outputs with the names of `ArtifactSpec.outputs`, batch by batch."""
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
-        self.spreads = {name: Spread() for name in self.names}
-        self._counts = [[0, 0], [0, 0]]  # same answers and answers: those that count, and what does where none do
-        self.kind = "boxes" if "boxes" in names else "pixels"
+        self.statistics = {name: ErrorStatistics() for name in self.names}
+        self.unit: Literal["images", "pixels", "boxes"] = "boxes" if "boxes" in names else "pixels"
+        # Equal and all predictions; of boxes those above `SHOWN_SCORE`, and all.
+        self._counts = np.zeros(2, int)
+        self._counts_of_all_boxes = np.zeros(2, int)
 
     @property
-    def num_same(self) -> int:
-        """How many answers are the same."""
-        return int(self._counted[0])
+    def _num_equal_and_all(self) -> np.ndarray:
+        return self._counts if self._counts[1] else self._counts_of_all_boxes
 
     @property
-    def num_answers(self) -> int:
-        """Of how many."""
-        return int(self._counted[1])
+    def num_predictions(self) -> int:
+        return int(self._num_equal_and_all[1])
 
     @property
-    def _counted(self) -> list[int]:
-        return self._counts[0] if self._counts[0][1] else self._counts[1]
+    def prediction_agreement(self) -> float:
+        """Fraction of equal predictions; 1 without predictions."""
+        num_equal, num_all = self._num_equal_and_all
+        return float(num_equal / num_all) if num_all else 1.0
 
     @property
-    def error(self) -> float:
-        """See `Agreement`. Of classes, which are no numbers, it is the share of those that differ."""
+    def max_error(self) -> float:
+        """Largest normalized error of all outputs; of a class map, the fraction of different pixels."""
         if self.names == ("classes",):
-            return 1 - self.num_same / self.num_answers
-        return max((spread.error for spread in self.spreads.values() if spread.count), key=_nan_last, default=0.0)
+            return 1 - self.prediction_agreement
+        return self._worst([s.normalized(s.max_abs) for s in self.statistics.values() if s.count])
 
     @property
-    def mean_error(self) -> float:
-        """The root mean square of the differences instead of the largest; the worst of the outputs."""
-        return max((spread.mean_error for spread in self.spreads.values() if spread.count), key=_nan_last, default=0.0)
+    def rms_error(self) -> float:
+        """Root mean square of the normalized errors, of the worst output."""
+        used = [s for s in self.statistics.values() if s.count]
+        return self._worst([s.normalized((s.squared_error / s.count) ** 0.5) for s in used])
 
-    def add(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray], number: int) -> None:
-        """The outputs for a batch, whose first `number` images have not been seen yet."""
-        shapes = [x.shape for x in found], [x.shape for x in expected]
-        assert shapes[0] == shapes[1], f"the artifact answers {shapes[0]}, torch {shapes[1]}"
-        theirs, ours = (dict(zip(self.names, (x[:number] for x in side), strict=True)) for side in (expected, found))
-        if "labels" in theirs:
-            for i in range(len(theirs["labels"])):
-                of_image = [{name: side[name][i] for name in self.names} for side in (theirs, ours)]
-                pairs = self._count_found(*of_image)
-                close = [(a, b) for a, b in pairs if _iou(theirs["boxes"][i, a], ours["boxes"][i, b]) >= CLOSE_IOU]
-                a, b = (np.array([pair[side] for pair in close], int) for side in (0, 1))
-                self._add_numbers("boxes", ours["boxes"][i, b], theirs["boxes"][i, a])
-                self._add_scores(ours["scores"][i, b], theirs["scores"][i, a])
-        elif "boxes" in theirs:
-            self._add_numbers("boxes", ours["boxes"], theirs["boxes"])
-            self._add_scores(ours["scores"], theirs["scores"])
-            for i in range(len(theirs["boxes"])):
-                self._count_found(*(_found(side["boxes"][i], side["scores"][i]) for side in (theirs, ours)))
-        elif "classes" in theirs:
-            self._add_answers(ours["classes"], theirs["classes"])
+    @staticmethod
+    def _worst(errors: list[float]) -> float:
+        return float(np.max(errors, initial=0.0))  # NaN if one is NaN
+
+    def update(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], num_images: int) -> None:
+        """Add the outputs of a batch, of which the first `num_images` images count."""
+        shapes = [x.shape for x in actual], [x.shape for x in expected]
+        assert shapes[0] == shapes[1], f"output shapes of the artifact are {shapes[0]}, of torch {shapes[1]}"
+        expected, actual = ([x[:num_images] for x in outputs] for outputs in (expected, actual))
+        if self.names == ("classes",):
+            self._add_classes(expected[0], actual[0])
+        elif self.names == ("logits",):
+            self.unit = "images" if expected[0].ndim == 2 else "pixels"
+            self._add_values("logits", expected[0], actual[0])
+            self._add_classes(expected[0].argmax(1), actual[0].argmax(1))
+        elif "labels" in self.names:
+            for image in zip(*expected, *actual, strict=True):
+                ours, theirs = (
+                    Boxes(*(x[outputs[2] != NO_LABEL] for x in outputs)) for outputs in (image[:3], image[3:])
+                )
+                self._add_detections(ours, theirs, with_values=True)
         else:
-            self.kind = "images" if theirs["logits"].ndim == 2 else "pixels"
-            self._add_numbers("logits", ours["logits"], theirs["logits"])
-            self._add_answers(ours["logits"].argmax(1), theirs["logits"].argmax(1))
+            self._add_values("boxes", expected[0], actual[0])
+            self._add_scores(expected[1], actual[1])
+            for ours, theirs in zip(_apply_nms(*expected), _apply_nms(*actual), strict=True):
+                self._add_detections(ours, theirs)
 
-    def _count_found(
-        self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
-    ) -> list[tuple[int, int]]:
-        """Match the boxes that were found in one image, best first; which belong together."""
-        theirs, ours = (np.flatnonzero(side["labels"] != NOTHING) for side in (expected, found))
-        pairs, left = [], list(ours)
-        for i in theirs:
-            alike = [j for j in left if found["labels"][j] == expected["labels"][i]]
-            overlaps = [_iou(found["boxes"][j], expected["boxes"][i]) for j in alike]
-            if overlaps and max(overlaps) >= LEAST_IOU:
-                pairs.append((i, alike[int(np.argmax(overlaps))]))
-                left.remove(pairs[-1][1])
-        scores = [max(expected["scores"][i], found["scores"][j]) for i, j in pairs]
-        alone = [expected["scores"][i] for i in theirs if i not in [i for i, _ in pairs]]
-        alone += [found["scores"][j] for j in left]
-        for count, least in zip(self._counts, (SHOWN_SCORE, 0), strict=True):
-            num_same = sum(bool(score >= least) for score in scores)
-            count[0] += num_same
-            count[1] += num_same + sum(bool(score >= least) for score in alone)
-        return pairs
+    def _add_classes(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        self._counts += (actual == expected).sum(), expected.size
 
-    def _add_answers(self, found: np.ndarray, expected: np.ndarray) -> None:
-        self._counts[0][0] += int((found == expected).sum())
-        self._counts[0][1] += expected.size
+    def _add_values(self, name: str, expected: np.ndarray, actual: np.ndarray) -> None:
+        self.statistics[name].update(actual.astype(np.float32) - expected, expected)
 
-    def _add_numbers(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
-        self.spreads[name].add(found.astype(np.float32) - expected, expected)
+    def _add_scores(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        # Most scores are almost 0, so their standard deviation is meaningless. Logarithms are spread like logits.
+        errors = np.log(actual.astype(np.float32) + LOG_EPSILON) - np.log(expected + LOG_EPSILON)
+        self.statistics["scores"].update(errors, np.log(np.maximum(expected, np.finfo(np.float32).tiny)))
 
-    def _add_scores(self, found: np.ndarray, expected: np.ndarray) -> None:
-        # Nearly all are nearly 0, so that their deviation says nothing; their logarithms are spread as the logits are.
-        differences = np.log(found.astype(np.float32) + LEAST_SCORE) - np.log(expected + LEAST_SCORE)
-        self.spreads["scores"].add(differences, np.log(np.maximum(expected, np.finfo(np.float32).tiny)))
-
-
-def _nan_last(x: float) -> float:
-    return math.inf if math.isnan(x) else x
+    def _add_detections(self, expected: Boxes, actual: Boxes, with_values: bool = False) -> None:
+        """Match the boxes of one image greedily, best first, by label and IoU."""
+        iou = _box_iou(expected.boxes, actual.boxes)
+        free = expected.labels[:, None] == actual.labels
+        matches = []
+        for i in range(len(iou)):
+            candidates = np.where(free[i], iou[i], 0)
+            if candidates.size and candidates.max() >= MATCH_IOU:
+                matches.append((i, int(candidates.argmax())))
+                free[:, matches[-1][1]] = False
+        i, j = np.array(matches, int).reshape(-1, 2).T
+        matched = np.maximum(expected.scores[i], actual.scores[j])
+        unmatched = np.concatenate([np.delete(expected.scores, i), np.delete(actual.scores, j)])
+        for counts, threshold in ((self._counts, SHOWN_SCORE), (self._counts_of_all_boxes, 0)):
+            num_equal = (matched >= threshold).sum()
+            counts += num_equal, num_equal + (unmatched >= threshold).sum()
+        if with_values:
+            same = iou[i, j] >= SAME_BOX_IOU
+            self._add_values("boxes", expected.boxes[i[same]], actual.boxes[j[same]])
+            self._add_scores(expected.scores[i[same]], actual.scores[j[same]])
 
 
-def _found(boxes: np.ndarray, scores: np.ndarray) -> Mapping[str, np.ndarray]:
-    """What NMS leaves of the outputs for one image, as an artifact with it inside would answer.
-
-    Anchors are not compared one by one: of the many that an object has, some are always about to change their mind.
-    """
-    of_anchor, labels = np.nonzero(scores > SCORE_THRESHOLD)
-    candidates = (boxes[of_anchor].astype(np.float32), scores[of_anchor, labels].astype(np.float32), labels)
-    places, values, classes = map(torch.from_numpy, candidates)
-    kept = batched_nms(places, values, classes, IOU_THRESHOLD)[:MAX_PER_IMAGE].numpy()
-    return dict(zip(ANSWERS["detect"], (values[kept] for values in candidates), strict=True))
+def _apply_nms(boxes: np.ndarray, scores: np.ndarray) -> list[Boxes]:
+    """NMS of the outputs of a batch. Comparing single anchors would be noisy: an object has many similar ones."""
+    tensors = (torch.from_numpy(x.astype(np.float32)) for x in (boxes, scores))
+    limits = {"score_threshold": NMS_SCORE, "iou_threshold": IOU_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
+    return [Boxes(*(x.numpy() for x in detections)) for detections in suppress(*tensors, **limits)]
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """How much of what two boxes cover together both of them cover."""
-    shared = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
-    return float(shared / max(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared, 1e-12))
+def _box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    iou = box_iou(torch.from_numpy(a.astype(np.float32)), torch.from_numpy(b.astype(np.float32)))
+    return iou.nan_to_num().numpy()  # NaN: boxes without an area
 
 
-def speed_ratio(run: Run, other: Run, example: np.ndarray, num_rounds: int = 21) -> float:
-    """How many times as fast as `other` the first is: the median over rounds in which both are timed in turn."""
-    runs, ratios = [run, other], []
-    for i in range(num_rounds):
-        times = {}
-        for one in runs if i % 2 else reversed(runs):
-            one(example)  # not timed: it wakes its threads and fills the caches
-            started = time.perf_counter()
-            one(example)
-            times[one] = time.perf_counter() - started
-        ratios.append(times[other] / times[run])
-    return float(np.median(ratios))
-
-
-def synthetic_images(number: int, size: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
-    """Images (H, W, 3) of overlapping discs and bars with shading and noise, for where there are no real ones."""
+def synthetic_images(num_images: int, size: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Images (H, W, 3) of overlapping ellipses and bars with shading and noise, used if no images are given."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     x, y = x / width, y / height
     images = []
-    for i in range(number):
+    for i in range(num_images):
         random = np.random.default_rng((seed, i))
         a, b, c = random.uniform(0, 1, (3, 3))
         image = a + (b - a) * x[..., None] + (c - a) * y[..., None]
@@ -269,8 +225,8 @@ def synthetic_images(number: int, size: tuple[int, int], seed: int = 0) -> list[
             u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
             v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
             long, short = random.uniform(0.05, 0.4, 2)
-            round_shape = (u / long) ** 2 + (v / short) ** 2 < 1
-            inside = round_shape if random.random() < 0.5 else (abs(u) < long) & (abs(v) < short)
+            ellipse = (u / long) ** 2 + (v / short) ** 2 < 1
+            inside = ellipse if random.random() < 0.5 else (abs(u) < long) & (abs(v) < short)
             shade = random.uniform(0, 1, 3) * (1 + random.uniform(-0.5, 0.5) * u[..., None] / long)
             image = np.where(inside[..., None], shade, image)
         image += random.normal(0, random.uniform(0, 0.08), image.shape)

@@ -1,4 +1,4 @@
-"""Batch-norm folding, for inference in PyTorch and as the first rewrite of every export."""
+"""Batch norm folding: for inference in PyTorch, and the first rewrite of every export."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def fold_batch_norm(model: Network) -> Network:
-    """A copy of `model` with every batch norm in the convolution before it: one pass over each map instead of two.
+    """Return a copy of `model` with every batch norm folded into the convolution before it.
 
     Raises:
-        ValueError: a model in training mode, where batch norm depends on the batch.
+        ValueError: the model is in training mode, where batch norm depends on the batch.
     """
     model = frozen_copy(model)
     for parent in list(model.modules()):
@@ -29,11 +29,11 @@ def fold_batch_norm(model: Network) -> Network:
 
 
 def frozen_copy(model: Network) -> Network:
-    """A deep copy of `model` without gradients.
+    """Return a deep copy of `model` without gradients.
 
     Raises:
-        ValueError: a model in training mode.
+        ValueError: the model is in training mode.
     """
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() before it is rewritten")
+        raise ValueError("the model is in training mode; call model.eval() first")
     return copy.deepcopy(model).requires_grad_(False)
