@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from conftest import randomise
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Architecture, Stage, Transformer
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import TaskName, Weights
+from small_networks import randomise
 
 PREPROCESSING = Preprocessing((64, 64), 64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 # Five stages, as both heads require, and two transformer layers.

@@ -15,13 +15,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
 from mobilevit.models.ssdlite import SSDLite, detect
 from mobilevit.predict import load
 from mobilevit.weights import FORMATS, Format, Weights, coco_class_names, read, voc_class_names, write
+from small_networks import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = [(256, 256), (224, 224), (160, 192), (200, 231)]

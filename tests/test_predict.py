@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 import mobilevit
-from conftest import randomise
 from mobilevit import predict
 from mobilevit.images import ImageError, Preprocessing, find_images
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
@@ -33,6 +32,7 @@ from mobilevit.predict import (
 )
 from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
 from mobilevit.weights import PREPROCESSING as ASSUMED
+from small_networks import randomise
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit.compare.models import MODELS
 from mobilevit.compare.networks import ceit, local_vit
 from mobilevit.compare.networks.botnet import NUM_HEADS, RelativeAttention
@@ -20,6 +19,7 @@ from mobilevit.compare.networks.mobilenet_v1 import MobileNetV1
 from mobilevit.compare.networks.t2t_vit import Performer, sine_positions, soft_split
 from mobilevit.compare.networks.vil import WINDOW_PX, FullAttention, WindowAttention
 from mobilevit.compare.networks.vit import Attention, to_map, to_tokens
+from small_networks import randomise
 
 
 @pytest.mark.parametrize(

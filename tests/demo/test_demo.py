@@ -28,7 +28,7 @@ from PIL import __version__ as pillow_version
 from sklearn.datasets import load_sample_image
 
 import mobilevit
-from conftest import randomise, ready_page
+from conftest import ready_page
 from mobilevit.cli import parse
 from mobilevit.demo import Server, runtime, write_page
 from mobilevit.demo.page import STATIC, default_drawing
@@ -40,6 +40,7 @@ from mobilevit.predict import Classifier, detector, segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 from mobilevit.weights import Weights, read
+from small_networks import randomise
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

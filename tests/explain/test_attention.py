@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit import MobileViT
 from mobilevit.explain.attention import BlockAttention, capture_outputs, compute_attention, find_blocks
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Attention, TransformerLayer, fold, unfold
 from mobilevit.models.ssdlite import SSDLite
+from small_networks import randomise
 
 SIZES = [(64, 64), (70, 97)]  # the second has feature maps with odd sides, which are resized to whole patches
 

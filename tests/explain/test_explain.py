@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import mobilevit
-from conftest import randomise
 from mobilevit.explain import Explanation
 from mobilevit.explain.figure import (
     CAPTION_PX,
@@ -28,6 +27,7 @@ from mobilevit.explain.figure import (
 from mobilevit.explain.heatmap import scale, scale_attention, scale_gradient
 from mobilevit.images import Preprocessing
 from mobilevit.weights import Weights
+from small_networks import randomise
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit import MobileViT
 from mobilevit.explain.grad_cam import compute_class_evidence, find_class
+from small_networks import randomise
 
 
 class MeanColors(nn.Module):

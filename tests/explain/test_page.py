@@ -16,13 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import mobilevit
-from conftest import randomise, ready_page
+from conftest import ready_page
 from mobilevit.explain import Explanation
 from mobilevit.explain.heatmap import MIN_BRIGHTEST
 from mobilevit.explain.page import render_page
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import Weights
+from small_networks import randomise
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

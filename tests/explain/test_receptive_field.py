@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import randomise
 from mobilevit import XXS, Backbone
 from mobilevit.explain.attention import find_blocks
 from mobilevit.explain.receptive_field import compute_receptive_fields
+from small_networks import randomise
 
 
 def window_px(stage: str) -> int:

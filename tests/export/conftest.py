@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL, randomise
 from dense_networks import dense_weights
 from mobilevit.export import Artifact, ExportOptions, export
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.weights import Weights
+from small_networks import SMALL, randomise
 
 ExportOnce = Callable[..., Artifact]
 

@@ -13,7 +13,6 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from conftest import SMALL, randomise
 from dense_networks import dense_weights
 from mobilevit.export import ExportOptions, export, installed
 from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, ArtifactSegmenter, load_predictor
@@ -22,6 +21,7 @@ from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.predict import classifier, detector, segmenter
 from mobilevit.weights import Weights
+from small_networks import SMALL, randomise
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)

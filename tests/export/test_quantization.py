@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import SMALL, randomise
 from mobilevit.export import sensitivity
 from mobilevit.export.artifact import ExportModel
 from mobilevit.export.quantization import ALL_LAYERS, Sensitivity, group_of, int8_sensitivity
@@ -16,6 +15,7 @@ from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.weights import Weights
+from small_networks import SMALL, randomise
 
 PREPROCESSING = Preprocessing(70, 64)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit.export.rewrite import (
     FlatBlock,
     Formulation,
@@ -28,6 +27,7 @@ from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabV3, Pyramid
 from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, TransformerLayer
 from mobilevit.models.ssdlite import SSDLite
+from small_networks import randomise
 
 SIZES = [(64, 96), (75, 130)]
 

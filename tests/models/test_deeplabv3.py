@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import randomise
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES
+from small_networks import randomise
 
 SMALL = DeepLabHead(channels=24, rates=(2, 3, 5), auxiliary_channels=16, align_corners=True)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import SMALL, randomise
 from mobilevit.models.mobilevit import (
     ARCHITECTURES,
     XXS,
@@ -25,6 +24,7 @@ from mobilevit.models.mobilevit import (
     fold,
     unfold,
 )
+from small_networks import SMALL, randomise
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_convert, nms
 
-from conftest import randomise
 from mobilevit.models import ssdlite
 from mobilevit.models.mobilevit import ARCHITECTURES, XXS
 from mobilevit.models.ssdlite import SeparableConv, SSDLite, decode, detect, encode
+from small_networks import randomise
 
 SIZES = [(320, 320), (97, 131), (64, 200), (33, 257)]
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 import mobilevit
-from conftest import randomise
 from mobilevit.cli import main
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier
 from mobilevit.weights import read
+from small_networks import randomise
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ import timm
 import torch
 from torch import Tensor
 
-from conftest import randomise
 from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES, XXS, Backbone, MobileViT, S
@@ -40,6 +39,7 @@ from mobilevit.weights import (
     write,
 )
 from mobilevit.weights.keys import Layout, key_names
+from small_networks import randomise
 
 NAMES = tuple(f"thing {i}" for i in range(6))
 ENDINGS: dict[Format, str] = {

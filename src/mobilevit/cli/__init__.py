@@ -23,8 +23,7 @@ from mobilevit.cli.info import Info
 from mobilevit.cli.predict import Predict
 from mobilevit.cli.train import Train, recipe_list
 from mobilevit.logs import log_to_stderr
-from mobilevit.names import nearest
-from mobilevit.recipes import describe, named
+from mobilevit.recipes import RECIPES, describe
 
 COMMANDS: dict[str, type[Any]] = {
     "predict": Predict,
@@ -55,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
         warn(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        warn(parser.by_option(str(error)))
+        warn(parser.with_option_name(str(error)))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
@@ -74,38 +73,24 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _run(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: mobilevit COMMAND [OPTIONS]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:11}{(command.__doc__ or '').splitlines()[0]}")
-        print("\nmobilevit COMMAND --help describes a command, mobilevit --version prints the version.")
-        return 0
-    if args[0] == "--version":
+    if args == ["--version"]:
         print(mobilevit.__version__)
         return 0
-    if args[0] not in COMMANDS:
-        raise ValueError(
-            f"there is no command {args[0]!r}; {nearest(args[0], COMMANDS)}the commands are {', '.join(COMMANDS)}"
-        )
-    return parse(args).run()
+    return parse(args or ["--help"]).run()
 
 
 def parse(args: list[str]) -> Any:
-    """The command that `args` stands for.
+    """Return the command that `args` describe, an instance of one of `COMMANDS`.
 
     Raises:
-        ValueError: a recipe, option or value that does not exist or does not fit.
+        ValueError: an unknown command, recipe or option; a value that is missing or invalid.
     """
-    name, rest = args[0], args[1:]
-    command, default = COMMANDS[name], None
-    description = inspect.getdoc(command) or ""
-    if command is Train:
-        recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "plain"
-        default = Train(data="", recipe=named(recipe), recipe_name=recipe, command=shlex.join(["mobilevit", *args]))
-        description += f"\nRECIPE {recipe}: {describe(recipe)}"
-    try:
-        return parser.parse(command, rest, prog=f"mobilevit {name}", description=description, default=default)
-    except SystemExit:  # the help was asked for
-        if command is Train:
-            print(f"\n{recipe_list()}")
-        raise
+    # The recipe decides the defaults that the help of `train` shows; the parser then checks its name and position.
+    recipe = args[1] if args[0] == "train" and args[1:] and args[1] in RECIPES else "plain"
+    train = Train(data="", recipe=RECIPES[recipe], recipe_name=recipe, command=shlex.join(["mobilevit", *args]))
+    descriptions = {name: parser.wrapped(inspect.getdoc(command) or "") for name, command in COMMANDS.items()}
+    descriptions["train"] += f"\n{parser.wrapped(f'RECIPE {recipe}: {describe(recipe)}')}\n{recipe_list()}"
+    command = parser.parse(COMMANDS, args, descriptions, {"train": train})
+    if isinstance(command, Train) and command.recipe_name != recipe:
+        raise ValueError(f"RECIPE is {command.recipe_name!r}; name it before the options: mobilevit train RECIPE ...")
+    return command

@@ -1,16 +1,19 @@
-"""Output of the commands: standard output, and messages on standard error."""
+"""Output of the commands: tables on standard output, warnings on standard error."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+logger = logging.getLogger(__name__)
+
 
 def warn(message: str) -> None:
-    print(f"mobilevit: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    logger.warning(message)
 
 
 def stdout() -> Console:
@@ -23,6 +26,6 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    from rich.console import Console
+    from mobilevit.logs import CONSOLE
 
-    return Console(stderr=True)
+    return CONSOLE

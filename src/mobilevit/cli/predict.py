@@ -99,7 +99,8 @@ class Predict:
         num_done = num_failed = 0
         interrupt: KeyboardInterrupt | None = None
         table = Table("image", "class", *(Column(name, justify="right") for name in output.columns), box=SIMPLE)
-        results = predict_images(model, paths, output.predict, batch_size=self.batch_size)
+        # A generator: it ends its threads when it is closed.
+        results: Any = predict_images(model, paths, output.predict, batch_size=self.batch_size)
         try:
             for one in self._with_progress(results, len(paths)):
                 try:
@@ -117,6 +118,8 @@ class Predict:
             if not num_done:
                 raise
             interrupt = error  # after the results so far are written
+        finally:
+            results.close()
         written = output.finish()
         if not self.json and table.row_count:
             stdout().print(table)

@@ -6,18 +6,20 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mobilevit.cli import parser
-from mobilevit.recipes import RECIPES, Recipe, describe
-
-if TYPE_CHECKING:
-    pass
 from mobilevit.cli.console import warn
 from mobilevit.cli.evaluate import format_metric
 from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand, expand_data, read_weights, use_threads
+from mobilevit.recipes import RECIPES, Recipe, describe
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Train:
     mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
     """
 
-    data: str
+    recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
+    """Recipe: the defaults of the options."""
+    data: str = field(kw_only=True)
     """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
     or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
     and masks/."""
@@ -47,8 +51,7 @@ class Train:
     """Minutes between checkpoints. Every epoch ends with a checkpoint, too."""
     tensorboard: bool = False
     """Log to TensorBoard as well."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
-    recipe_name: tyro.conf.Suppress[str] = "plain"
+    recipe: Recipe = field(default_factory=Recipe)
     command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
@@ -101,7 +104,7 @@ def recipe_list() -> str:
     purposes: dict[str, list[str]] = {}
     for name in RECIPES:
         purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
-    lines = ["Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
+    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
     for purpose, names in purposes.items():
         family = names[0].rpartition("-")[0]
         title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"

@@ -1,0 +1,163 @@
+"""`mobilevit evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from command_line import check_refused, refused, run
+from mobilevit import tasks
+from mobilevit.images import Preprocessing
+from mobilevit.predict import Classifier, load, save
+
+EVALUATE = "evaluate xyz.safetensors --data classes --num-workers 0"
+
+
+def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path):
+    model = load("xyz.safetensors")
+    num_correct, loss = 0, 0.0
+    for file in sorted((here / "classes").rglob("*.png")):
+        probabilities = {p.class_name: p.probability for p in model.predict(file)}
+        num_correct += max(probabilities, key=lambda name: probabilities[name]) == file.parent.name
+        loss -= float(np.log(probabilities[file.parent.name])) / 6
+    assert run(f"{EVALUATE} --batch-size 4 --json") == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
+    expected = {"top1": 100 * num_correct / 6, "top5": 100.0, "loss": loss, "num_images": 6}
+    assert line == pytest.approx(expected, rel=1e-4)
+    assert run(f"{EVALUATE} --batch-size 4") == 0
+    heading, row, note = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
+    assert heading.split() == ["weights", "split", "px", "top-1", "%", "top-5", "%", "loss", "images"]
+    assert row.split() == ["xyz.safetensors", "all", "32", f"{100 * num_correct / 6:.2f}", "100.00", f"{loss:.4f}", "6"]
+    assert "all of classes, 6 images" in note
+
+
+def test_several_weights_at_several_sizes(capsys: pytest.CaptureFixture[str], here: Path):
+    model = load("xyz.safetensors")
+    predictions: dict[tuple[str, int], list[tuple[str, str]]] = {}  # (label, predicted class) of each image
+    for file in ("a.safetensors", "b.safetensors"):
+        model.class_names = ("x", "y", "[z]")
+        save(model, here / file)
+        for size_px in (64, 32):
+            model.preprocessing = Preprocessing(resize_px=round(36 * size_px / 32), crop_px=size_px)
+            images = sorted((here / "classes").rglob("*.png"))
+            predictions[file, size_px] = [(image.parent.name, model.predict(image)[0].class_name) for image in images]
+        model.preprocessing = Preprocessing(resize_px=36, crop_px=32)
+        with torch.no_grad():
+            model.get_parameter("classifier.bias").add_(torch.tensor([1.0, 0.0, -1.0]))  # of b.safetensors
+    evaluate = "evaluate a.safetensors b.safetensors --data classes --size 64 32 --num-workers 0 --per-class"
+
+    assert run(f"{evaluate} --json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["weights"], line["size_px"]) for line in lines] == list(predictions)
+    for line in lines:
+        pairs = predictions[line["weights"], line["size_px"]]
+        assert line["top1"] == pytest.approx(100 * np.mean([label == predicted for label, predicted in pairs]))
+        for name, one in zip(("x", "y", "[z]"), line["classes"], strict=True):
+            num_labels, num_predicted = (sum(pair[i] == name for pair in pairs) for i in (0, 1))
+            num_correct = pairs.count((name, name))
+            assert one == {
+                "class": name,
+                "num_images": num_labels,
+                "recall": 100 * num_correct / num_labels if num_labels else None,
+                "precision": 100 * num_correct / num_predicted if num_predicted else None,
+            }
+    assert len({json.dumps(line["classes"]) for line in lines}) > 1  # or the order would not matter
+
+    assert run(evaluate) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
+    assert [row[:4] for row in rows[1:5]] == [
+        [file, "all", str(px), f"{line['top1']:.2f}"] for (file, px), line in zip(predictions, lines, strict=True)
+    ]
+    for i, line in enumerate(lines):
+        title, _, *classes = rows[5 + 5 * i : 10 + 5 * i]
+        assert title == [line["weights"], "at", str(line["size_px"]), "px"]
+        assert classes == [
+            [one["class"], str(one["num_images"])]
+            + ["-" if one[name] is None else f"{one[name]:.2f}" for name in ("recall", "precision")]
+            for one in line["classes"]
+        ]
+
+
+def test_a_run_folder(capsys: pytest.CaptureFixture[str], here: Path):
+    (here / "run").mkdir()
+    (here / "run/run.json").write_text("{}")
+    evaluate = "evaluate run --data classes --num-workers 0 --json"
+    for command in (evaluate, "predict run photos", "export run", "info run", "demo run"):
+        check_refused(capsys, command, "run weights epoch")
+    for name in ("model", "raw", "best"):
+        (here / f"run/{name}.safetensors").hardlink_to("xyz.safetensors")
+    assert run(evaluate) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["weights"] for line in lines] == ["run/model.safetensors", "run/raw.safetensors"]
+
+
+def test_the_validation_split_of_a_run(capsys: pytest.CaptureFixture[str], here: Path):
+    options = "--size 32 --num-workers 0 --val-fraction 0.4 --batch-size 2"
+    with Image.open(here / "classes/x/1.png") as image:
+        image.convert("RGBA").save(here / "classes/x/1.png")
+    assert run(f"train tiny --data classes --out run --epochs 1 {options}") == 0
+    validation = json.loads((here / "run/metrics.jsonl").read_text())
+    assert "transparen" in capsys.readouterr().err
+    evaluate = "evaluate run/model.safetensors --data classes --num-workers 0"
+    for args, split, num_images in (("", "val", 2), ("--split train", "train", 4), ("--split all", "all", 6)):
+        assert run(f"{evaluate} {args} --json") == 0
+        line = json.loads(capsys.readouterr().out)
+        assert (line["split"], line["num_images"]) == (split, num_images)
+        if split == "val":
+            assert line["loss"] == pytest.approx(validation["val_loss"], rel=1e-5)
+        assert run(f"{evaluate} {args}") == 0
+        assert f"{split}{' split' * (split != 'all')} of classes, {num_images} images\n" in capsys.readouterr().out
+    check_refused(capsys, f"{evaluate} --split test", "'test'")
+    assert run("convert run/model.safetensors again.safetensors") == 0
+    assert "transparent" in capsys.readouterr().err
+
+
+def test_a_damaged_image(capsys: pytest.CaptureFixture[str], here: Path):
+    model = Classifier("xxs", num_classes=2)
+    model.class_names, model.preprocessing = ("x", "y"), Preprocessing(36, 32)
+    save(model, here / "xy.safetensors")
+    (here / "classes/y/1.png").write_bytes((here / "photos/c.png").read_bytes())
+    evaluate = "evaluate xy.safetensors --data classes --num-workers 0"
+    check_refused(capsys, evaluate, "classes/y/1.png damaged --max-unreadable")
+    assert run(f"{evaluate} --max-unreadable 1") == 0
+    out, err = capsys.readouterr()
+    assert "5 images" in out
+    assert "classes/y/1.png" in err
+
+
+def test_a_dataset_of_the_hub(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+
+    def evaluate_weights(weights: object, data: object, **options: Any) -> None:
+        calls.append(data)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(tasks, "evaluate_weights", evaluate_weights)
+    assert "stop here" in refused(capsys, "evaluate xyz.safetensors --data hf:owner/flowers --split test")
+    assert calls == ["hf:owner/flowers"]
+
+
+MISTAKES = {
+    "": "weights",
+    "xyz.safetensors missing.pt": "missing.pt: no such file",
+    "xyz.safetensors --size 32 31": "31 32 px",
+    "classifier.safetensors": "'x' 3 classes",
+    "xyz.safetensors detector.safetensors": "classify detect",
+    "xyz.safetensors --batch-size 0": "batch size 0",
+    "xyz.safetensors --num-threads 0": "num threads 0",
+    "xyz.safetensors --num-workers -2": "num workers -2 0 or more",
+    "xyz.safetensors --max-unreadable -1": "max unreadable -1 0 or more",
+    "xyz.safetensors --max-megapixels 0": "max megapixels 0.0 above 0",
+    "xyz.safetensors --split dev": "--split 'dev' train, val, test, all",
+}
+
+
+@pytest.mark.parametrize(("args", "facts"), MISTAKES.items())
+def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, facts: str):
+    check_refused(capsys, f"evaluate {args} --data classes --json", facts)
+    check_refused(capsys, "evaluate xyz.safetensors --data missing", "missing: no such folder")

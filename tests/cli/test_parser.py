@@ -1,0 +1,144 @@
+"""Help, options and the mistakes that the parser reports, the same for every command."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mobilevit
+from command_line import check_refused, run
+from mobilevit.cli import COMMANDS
+from mobilevit.recipes import RECIPES, describe
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    for args in ([""], ["-h"], ["--help"]):
+        assert run(*args) == 0
+        assert re.findall(r"[•*] (\w+)  +[A-Z]", capsys.readouterr().out) == list(COMMANDS)
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{mobilevit.__version__}\n"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(f"{command} --help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: mobilevit {command}")
+    assert max(map(len, out.splitlines())) <= columns
+    assert not re.search(r"default: (None|True|False)?\)|\{None", out)
+
+
+def test_help_does_not_import_torch():
+    program = """
+import sys
+from mobilevit.cli import main
+for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predict", "--top-k", "x"]):
+    try:
+        main(args)
+    except SystemExit:
+        assert "torch" not in sys.modules, args
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+# Every option of train and its other name. A new option is a decision: write it here as well.
+TRAIN_OPTIONS = """
+--data --out --weights=--backbone --download --device --num-threads --checkpoint-minutes --tensorboard
+--task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed
+--data.size-px=--size --data.eval-resize --data.min-scale --data.policy --data.flip=--flip
+--data.val-fraction=--val-fraction --data.num-workers=--num-workers --data.max-unreadable=--max-unreadable
+--data.max-megapixels=--max-megapixels
+--sampler.variant --sampler.sizes-px
+--optimizer.start-lr --optimizer.lr=--lr --optimizer.end-lr --optimizer.warmup-steps --optimizer.cosine
+--optimizer.weight-decay --optimizer.decay-all --optimizer.clip-norm=--clip-norm --optimizer.freeze=--freeze
+--optimizer.backbone-lr-scale
+--compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
+"""
+
+
+def test_options_of_train(capsys: pytest.CaptureFixture[str]):
+    assert run("train tiny --help") == 0
+    options = set(re.findall(r" (--[a-z][a-z.-]*[a-z])", capsys.readouterr().out)) - {"--help"}
+    assert {re.sub(r"(--|\.)no-", r"\1", option) for option in options} == set(re.split(r"[\s=]+", TRAIN_OPTIONS)) - {
+        ""
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_a_recipe(capsys: pytest.CaptureFixture[str], recipe: str):
+    assert run(f"train {recipe} --help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"RECIPE {recipe}: {' '.join(describe(recipe).split())}" in text
+    assert all(describe(name).splitlines()[0] in text for name in RECIPES)
+    assert f"(default: {RECIPES[recipe].epochs})" in text
+
+
+# A command, and what the message must contain: the option or file, the value and the fix.
+MISTAKES = {
+    "pretict w photos": "'pretict' did you mean predict?",
+    "--verbose": "'--verbose' predict, train",
+    "predict": "WEIGHTS missing mobilevit predict --help",
+    "predict w photos --top-k many": "--top-k 'many' integer",
+    "predict w photos --top-k 1.5": "--top-k '1.5' integer",
+    "predict w photos --top-k": "--top-k xpected 1 mobilevit predict --help",
+    "predict w photos --top-k 1 --top-k 2": "--top-k 2 times once",
+    "predict w photos --epochs 3": "no option --epochs; mobilevit predict --help",
+    "predict w photos --bach-size 1": "no option --bach-size; did you mean --batch-size",
+    "predict w photos --jsn": "no option --jsn; did you mean --json?",
+    "predict w photos -k 3": "no option -k; mobilevit predict --help",
+    "predict w photos --out ''": "--out '' non-empty path",
+    "predict '' photos": "WEIGHTS '' non-empty string",
+    "predict w ''": "IMAGE '' non-empty string",
+    "train": "--data missing mobilevit train --help",
+    "train --dta classes": "no option --dta; did you mean --data",
+    "train --data ''": "--data '' non-empty string",
+    "train --data classes --size 1e3": "--size '1e3' integer",
+    "train --data classes --size 16": "--size 16; 32 or more",
+    "train --data classes --data.size-px 16": "--size 16; 32 or more",
+    "train --data classes --lr nan": "--lr nan; above 0",
+    "train --data classes --optimizer.lr -1": "--lr -1 above 0",
+    "train --data classes --lr big": "--lr 'big' number",
+    "train --data classes --epochs 0": "--epochs 0; 1 or more",
+    "train --data classes --val-fraction 2": "--val-fraction 2.0; between 0 and 1",
+    "train --data classes --num-workers -1": "--num-workers -1; 0 or more",
+    "train --data classes --data.max-unreadable -1": "--max-unreadable -1; 0 or more",
+    "train --data classes --precision fp16": "--precision 'fp16' float32, bfloat16, float16",
+    "train --data classes --compute.micro-batch-size 1": "--compute.micro-batch-size 1; 2 or more",
+    "train --data classes --freeze stage7": "--freeze 'stage7' nothing, stem, stage1",
+    "train --data classes --batch-size 1": "--batch-size 1; 2 or more",
+    "train --data classes --sampler.start-lr 1": "no option --sampler.start-lr; did you mean --optimizer.start-lr",
+    "train --data classes --sampler.sizes-px": "--sampler.sizes-px without a value",
+    "train --data classes --no-fip": "no option --no-fip; did you mean --no-flip",
+    "train --data classes --lr 1e-3 --optimizer.lr 2e-3": "--lr 2 times",
+    "train --data classes --weights a.pt --backbone b.pt": "--weights 2 times",
+    "train --data classes --flip --data.no-flip": "--flip 2 times",
+    "train --data classes --architecture xl": "--architecture 'xl' xxs, xs, s",
+    "train tinny --data classes": "RECIPE 'tinny'; did you mean tiny? plain, finetune",
+    "train --data classes tiny": "RECIPE 'tiny'; before",
+    "train tiny small --data classes": "'small' not expected mobilevit train --help",
+    "evaluate w": "--data missing mobilevit evaluate --help",
+    "evaluate w --data classes --per-clas": "no option --per-clas; did you mean --per-class?",
+    "info": "NETWORK missing mobilevit info --help",
+    "info xxs xs": "'xs' not expected mobilevit info --help",
+    "info xxs --size": "--size without a value",
+    "convert w": "TARGET missing mobilevit convert --help",
+    "convert w ''": "TARGET '' non-empty path",
+    "convert w a.pt --to aple": "--to 'aple'; did you mean apple? mobilevit, apple, timm, transformers",
+    "demo w --open": "no option --open; did you mean --no-open?",
+    "explain": "WEIGHTS IMAGE missing",
+    "explain w photos/a.png --at 1": "--at xpected 2 mobilevit explain --help",
+    "explain w photos/a.png --at 1 b": "--at 'b' number",
+    "compare --seeds a": "--seeds 'a' integer",
+    "compare extra": "'extra' not expected mobilevit compare --help",
+}
+
+
+@pytest.mark.parametrize(("command", "facts"), MISTAKES.items())
+def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, command: str, facts: str):
+    check_refused(capsys, command, facts)
