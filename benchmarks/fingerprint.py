@@ -209,7 +209,7 @@ def write_digits(folder: Path, num: int) -> None:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    images, labels = np.minimum(found.images[:num] * 16, 255).astype(np.uint8), found.target[:num]
+    images, labels = np.minimum(found.images[:num] * 16, 255).astype(np.uint8), found.target[:num]  # pyright: ignore[reportAttributeAccessIssue]
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = folder / "digits" / str(label) / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -426,7 +426,7 @@ def write_generated(folder: Path, golden: Path | None) -> dict[str, tuple[str, P
     for size in ("xxs", "xs", "s"):
         shapes = {key: list(x.shape) for key, x in timm.create_model(f"mobilevit_{size}").state_dict().items()}
         path = folder / f"timm_{size}.safetensors"
-        save_file(generated_tensors(shapes), path)
+        save_file(generated_tensors(shapes), path)  # pyright: ignore[reportArgumentType]
         found[f"timm format {size}"] = ("classify", path)
     return found
 
@@ -987,7 +987,7 @@ def load_onnx(path: str) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tupl
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
-    return lambda pixels: list(session.run(None, {given.name: pixels})), tuple(given.shape), given.type
+    return lambda pixels: list(session.run(None, {given.name: pixels})), tuple(given.shape), given.type  # pyright: ignore[reportReturnType]
 
 
 def load_openvino(path: str) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tuple[int, ...], str]:
@@ -1014,10 +1014,10 @@ def load_executorch(path: str) -> tuple[Callable[[np.ndarray], list[np.ndarray]]
     if hasattr(portable_lib, "_unsafe_reset_threadpool"):
         portable_lib._unsafe_reset_threadpool(1)
     method = Runtime.get().load_program(Path(path)).load_method("forward")
-    given = method.metadata.input_tensor_meta(0)
+    given = method.metadata.input_tensor_meta(0)  # pyright: ignore[reportOptionalMemberAccess]
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        return [output.numpy().copy() for output in method.execute([torch.from_numpy(pixels)])]
+        return [output.numpy().copy() for output in method.execute([torch.from_numpy(pixels)])]  # pyright: ignore[reportOptionalMemberAccess]
 
     return run, tuple(given.sizes()), "float32" if given.dtype() == 6 else "uint8"
 
@@ -1076,7 +1076,7 @@ def main() -> int:
         print("\n" + json.dumps(CHILDREN[args.child[0]](json.loads(args.child[1]))))
         return 0
     if args.compare:
-        return compare(*args.compare, args.allow)
+        return compare(*args.compare, args.allow)  # pyright: ignore[reportCallIssue]
     if args.out is None:
         parser.error("give --out or --compare")
     out = args.out.resolve()

@@ -34,7 +34,7 @@ def find_masks_to_evaluate(data: Path, class_names: tuple[str, ...]) -> Source:
 
 
 def files(source: Source) -> list[Path]:
-    return [source[i].image for i in range(len(source))]
+    return [Path(source[i].image) for i in range(len(source))]  # pyright: ignore[reportArgumentType]
 
 
 WIDTH, HEIGHT = 40, 31

@@ -288,7 +288,7 @@ def test_subset_of_a_subset():
 
 def test_divide_of_numbered_images():
     train, val = divide(arrays([0, 1] * 100), 0.25, "data")
-    assert sorted((*train.indices, *val.indices)) == list(range(200))
+    assert sorted((*train.indices, *val.indices)) == list(range(200))  # pyright: ignore[reportOptionalIterable]
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
     with pytest.raises(ValueError, match=r"^data: class b: one image is too few"):
         divide(arrays([0, 0, 1]), 0.25, "data")
@@ -362,7 +362,7 @@ class ImageBytes(tuple):
 def test_headers_of_bytes_and_pixels():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png")
-    source = Source(ImageBytes([file.getvalue(), b"", b"no image"] * 200), (0,) * 600, ("a", "b"))
+    source = Source(ImageBytes([file.getvalue(), b"", b"no image"] * 200), (0,) * 600, ("a", "b"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ImageError, match=r"^number 1: not .*; number 7: not .*; and 395 more; replace"):
         check_images(source, arrays([0, 1]))
     [error] = check_images(source.subset((0, 1, 3)), arrays([0, 1]), max_unreadable=1).unreadable

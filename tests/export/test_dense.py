@@ -33,12 +33,12 @@ def detector(all_weights: dict[str, Weights]) -> Weights:
 
 
 def torch_detections(weights: Weights, images: list[np.ndarray]) -> list[Detections]:
-    network = weights.build(SSDLite)
+    network: Any = weights.build(SSDLite)
     x = normalized(weights, images)
     with torch.no_grad():
         outputs = network(x)
     limits = {"score_threshold": SCORE_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
-    return detect(*outputs, network.anchors(*x.shape[2:]), **limits)
+    return detect(*outputs, network.anchors(*x.shape[2:]), **limits)  # pyright: ignore[reportCallIssue]
 
 
 def num_equal(actual: tuple[np.ndarray, ...], expected: Detections) -> int:
@@ -105,7 +105,7 @@ def test_nms_in_the_documentation(detector: Weights):
     with torch.no_grad():
         outputs = network(torch.rand(1, 3, 75, 98))
         boxes, scores = DecodeBoxes(anchors)(outputs)
-        [expected] = detect(*outputs, anchors, score_threshold=0.3, max_per_image=1000)
+        [expected] = detect(*outputs, anchors, score_threshold=0.3, max_per_image=1000)  # pyright: ignore[reportCallIssue]
     actual = namespace["nms"](boxes[0].tolist(), scores[0].tolist())
     assert len(actual) == len(expected.labels) > 20
     assert [label for label, _, _ in actual] == expected.labels.tolist()
@@ -152,7 +152,7 @@ def test_nms(detector: Weights, export_once: Any, backend: str):
     assert [(y.shape, y.dtype.name) for y in outputs] == expected_types
     assert (np.diff(outputs[1], axis=1) <= 0).all()  # by decreasing score
     expected = torch_detections(detector, images)
-    equal = sum(num_equal(actual, one) for *actual, one in zip(*outputs, expected, strict=True))
+    equal = sum(num_equal(actual, one) for *actual, one in zip(*outputs, expected, strict=True))  # pyright: ignore[reportArgumentType]
     assert equal > 0.98 * sum(len(one.scores) for one in expected) > 100
     assert json.loads(read_metadata(artifact.path)["nms"])["max_per_image"] == 100
 

@@ -127,7 +127,7 @@ def test_a_wrong_artifact_is_not_written(
     images, options = synthetic_images(12, (64, 64)), ExportOptions(precision, overwrite=True)
     [good] = export(weights, ["fake"], tmp_path, options, images=images)
     before = good.path.stat().st_mtime_ns
-    fake.change = change
+    fake.change = change  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match=f"fake {precision}.*{message}"):
         export(weights, ["fake"], tmp_path, options, images=images)
     assert list(tmp_path.iterdir()) == [good.path]
@@ -136,7 +136,7 @@ def test_a_wrong_artifact_is_not_written(
 
 def test_earlier_artifacts_stay(weights: Weights, fake: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wrong = FakeBackend()
-    wrong.change = lambda x: -x
+    wrong.change = lambda x: -x  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "mobilevit.export.wrong", wrong)
     monkeypatch.setitem(ARTIFACT_SUFFIXES, "wrong", ".wrong")
     artifacts = export_each(weights, ["fake", "wrong"], tmp_path)

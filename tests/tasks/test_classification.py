@@ -236,13 +236,16 @@ def test_confusion_matrix_and_per_class_against_sklearn(num_classes: int):
     expected = confusion_matrix(labels, logits.argmax(1), labels=classes)
     np.testing.assert_array_equal(results.confusion_matrix(), expected)
     precision, recall, _, support = precision_recall_fscore_support(
-        labels, logits.argmax(1), labels=classes, zero_division=np.nan
+        labels,
+        logits.argmax(1),
+        labels=classes,
+        zero_division=np.nan,  # pyright: ignore[reportArgumentType]
     )
     rows = results.per_class([str(i) for i in classes])
     assert [row.class_name for row in rows] == [str(i) for i in classes]
     for name, values in (("num_images", support), ("recall", 100 * recall), ("precision", 100 * precision)):
         ours = [np.nan if row.metrics[name] is None else row.metrics[name] for row in rows]
-        np.testing.assert_allclose(ours, values)
+        np.testing.assert_allclose(ours, values)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_most_confident_errors():
