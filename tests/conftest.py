@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from mobilevit.images import megapixel_limit_restored
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -70,3 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def megapixel_limit() -> Iterator[None]:
+    """The limit is process state; a command that sets it must not affect the next test."""
+    with megapixel_limit_restored():
+        yield
