@@ -97,7 +97,7 @@ API: dict[str, tuple[str, ...]] = {
     "classify": ("load",),
     "detect": ("load_detector", "load"),
     "segment": ("load_segmenter", "load"),
-    "explain": ("explain_picture", "explain"),
+    "explain": ("explain_image", "explain_picture"),
 }
 # Keys of the JSON lines of `mobilevit evaluate`.
 METRICS: dict[str, tuple[str, ...]] = {

@@ -15,9 +15,9 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     from mobilevit.benchmark import timing
 
     monkeypatch.setattr(
-        benchmark_run, "run_alone", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000}
+        benchmark_run, "measure_in_subprocess", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000}
     )
-    monkeypatch.setattr(timing, "PEAK_SIDE", 256)
+    monkeypatch.setattr(timing, "PEAK_SIZE", 256)
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, no_processes: None):
@@ -47,7 +47,7 @@ def test_benchmark_of_a_note(capsys: pytest.CaptureFixture[str], here: Path, mon
     report = {"rows": [], "notes": ["int8 is not faster"], "peak_gflops": {}, "num_threads": 2, "num_rounds": 40}
     report |= {"date": "2000-01-01", "processor": "[abacus]"}
     calls: list[Any] = []
-    monkeypatch.setattr(benchmark_run, "sides_of_weights", lambda *args, **options: calls.append(options) or [])
+    monkeypatch.setattr(benchmark_run, "models_from_weights", lambda *args, **options: calls.append(options) or [])
     monkeypatch.setattr(benchmark_run, "benchmark", lambda *args, **options: report)
     assert run("benchmark", "s", "s", "--runtime", "torch", "onnx", "torch", "--precision", "fp32", "int8") == 0
     *_, note, line = capsys.readouterr().out.splitlines()
