@@ -45,7 +45,7 @@ import numpy as np
 # `mobilevit COMMAND --help` shows is used, so that one file works before and after a renaming. An empty tuple leaves
 # the option and its value out.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "answers": ("--answers",),
+    "answers": ("--postprocess", "--answers"),
     "architecture": ("--architecture",),
     "backbone": ("--backbone", "--weights"),
     "backbone lr scale": ("--optimizer.backbone-lr-scale", "--backbone-lr-scale"),
@@ -638,7 +638,7 @@ class Checks:
 
     def explain(self) -> None:
         """All numbers of the explanation of an image."""
-        order = [str(self.runs / "finetune/model.safetensors"), str(self.pictures()[0])]
+        order = [str(self.runs / "finetune/model.safetensors"), str(self.images()[0])]
         self.record("explain: finetuned classifier", self.child("explain", order))
 
     def convert(self) -> None:
@@ -712,7 +712,7 @@ class Checks:
                         break
             self.record(f"{label}: all numbers", numbers_digest(line))
 
-    def pictures(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """Three images: JPEG, transparent PNG, JPEG turned by EXIF."""
         return [self.data / "shapes" / name for name in ("circle/00.jpg", "square/02.png", "triangle/04.jpg")]
 
@@ -723,12 +723,12 @@ class Checks:
         kind = next(kind for kind in ("detect", "segment", "") if kind in name)
         out = self.out / "predictions" / name.replace(" ", "_")
         options = {"detect": {"out": out, "score_threshold": 0.02}, "segment": {"out": out}, "": {"top_k": 3}}[kind]
-        copies = self.out / "pictures"
+        copies = self.out / "images"
         said = mobilevit(
             self.out,
             "predict",
             weights,
-            *(copies / f"{i}{p.suffix}" for i, p in enumerate(self.pictures())),
+            *(copies / f"{i}{p.suffix}" for i, p in enumerate(self.images())),
             json=True,
             num_threads=1,
             batch_size=2,
@@ -758,9 +758,9 @@ class Checks:
         write_voc(self.data, 8)
         for folder in sorted(self.data.iterdir()):
             self.record(f"data: {folder.name}", tree_digest(folder))
-        (self.out / "pictures").mkdir()
-        for i, picture in enumerate(self.pictures()):
-            shutil.copy(picture, self.out / "pictures" / f"{i}{picture.suffix}")
+        (self.out / "images").mkdir()
+        for i, image in enumerate(self.images()):
+            shutil.copy(image, self.out / "images" / f"{i}{image.suffix}")
 
         with ThreadPoolExecutor(jobs) as pool:
 

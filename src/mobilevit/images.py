@@ -263,7 +263,9 @@ def _errors_named(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged file raises almost anything: OSError, SyntaxError, struct.error
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Pillow
             raise ImageError(f"{name}: {os.strerror(error.errno).lower()}") from None
-        raise ImageError(f"{name}: damaged image ({first_line(error)}); replace it with an intact file") from error
+        raise ImageError(
+            f"{name}: damaged image ({first_line(error)}); replace it with an intact image of the same name"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from command_line import check_refused, run
+from command_line import check_refused, refused, run
 
 
 @pytest.fixture
@@ -14,9 +14,8 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     from mobilevit.benchmark import run as benchmark_run
     from mobilevit.benchmark import timing
 
-    monkeypatch.setattr(
-        benchmark_run, "measure_in_subprocess", lambda side, num_threads: {"load_ms": 2.5, "memory_bytes": 3_000_000}
-    )
+    startup = benchmark_run.Startup(load_ms=2.5, memory_bytes=3_000_000)
+    monkeypatch.setattr(benchmark_run, "measure_in_subprocess", lambda model, num_threads: startup)
     monkeypatch.setattr(timing, "PEAK_SIZE", 256)
 
 
@@ -33,7 +32,7 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, no_processes:
     assert rows == [(name, size) for size in (2, 1) for name in ("XXS", "timm", weights, "timm")]
     assert {tuple(row["size_px"]) for row in report["rows"]} == {(32, 64)}
     assert {row["memory_bytes"] for row in report["rows"]} == {3_000_000}
-    assert [row["against"] for row in report["rows"][:4]] == [None, "XXS torch fp32", None, f"{weights} torch fp32"]
+    assert [row["baseline"] for row in report["rows"][:4]] == [None, "XXS torch fp32", None, f"{weights} torch fp32"]
     assert (report["num_rounds"], report["num_threads"]) == (2, 1)
     assert all(row["error"] < 1e-4 for row in report["rows"])
     first = next(text for text in shown if text.split()[:1] == ["XXS"]).split()
@@ -41,18 +40,18 @@ def test_benchmark(capsys: pytest.CaptureFixture[str], here: Path, no_processes:
     assert "timm" in err
 
 
-def test_benchmark_of_a_note(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
-    from mobilevit.benchmark import run as benchmark_run
+def test_options_of_benchmark(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
+    from mobilevit.benchmark import models as benchmark_models
 
-    report = {"rows": [], "notes": ["int8 is not faster"], "peak_gflops": {}, "num_threads": 2, "num_rounds": 40}
-    report |= {"date": "2000-01-01", "processor": "[abacus]"}
     calls: list[Any] = []
-    monkeypatch.setattr(benchmark_run, "models_from_weights", lambda *args, **options: calls.append(options) or [])
-    monkeypatch.setattr(benchmark_run, "benchmark", lambda *args, **options: report)
-    assert run("benchmark", "s", "s", "--runtime", "torch", "onnx", "torch", "--precision", "fp32", "int8") == 0
-    *_, note, line = capsys.readouterr().out.splitlines()
-    assert note == "int8 is not faster"
-    assert json.loads(line) == report
+
+    def record(*args: Any, **options: Any) -> None:
+        calls.append(options)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(benchmark_models, "models_from_weights", record)
+    command = ("benchmark", "s", "s", "--runtime", "torch", "onnx", "torch", "--precision", "fp32", "int8")
+    assert "stop here" in refused(capsys, *command)
     (options,) = calls
     assert (options["runtimes"], options["precisions"]) == (("torch", "onnx"), ("fp32", "int8"))
     assert (options["batch_sizes"], options["size"], options["against"]) == ((1,), None, ())

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from command_line import check_refused, refused, run
-from mobilevit import tasks
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier, load, save
+from mobilevit.tasks import evaluation
 
 EVALUATE = "evaluate xyz.safetensors --data classes --num-workers 0"
 
@@ -133,11 +133,11 @@ def test_a_damaged_image(capsys: pytest.CaptureFixture[str], here: Path):
 def test_a_dataset_of_the_hub(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
 
-    def evaluate_weights(weights: object, data: object, **options: Any) -> None:
+    def evaluate(weights: object, data: object, **options: Any) -> None:
         calls.append(data)
         raise ValueError("stop here")
 
-    monkeypatch.setattr(tasks, "evaluate_weights", evaluate_weights)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     assert "stop here" in refused(capsys, "evaluate xyz.safetensors --data hf:owner/flowers --split test")
     assert calls == ["hf:owner/flowers"]
 

@@ -23,9 +23,3 @@ def stdout() -> Console:
     # classes are printed as they are, whatever [brackets] or :colons: are in them.
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False)
-
-
-def stderr() -> Console:
-    from mobilevit.logs import CONSOLE
-
-    return CONSOLE
