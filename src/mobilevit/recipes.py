@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
-from mobilevit.names import nearest
+from mobilevit.messages import nearest
 
 Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment"]

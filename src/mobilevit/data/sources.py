@@ -23,7 +23,7 @@ from mobilevit.data.masks import mask_folder_splits
 from mobilevit.data.samples import SPLIT_NAMES, Source, Split, Splits, check_val_fraction, divide, read_class_names
 from mobilevit.data.tar import is_compressed_tar, read_tars, refuse_compressed
 from mobilevit.data.voc import voc_box_splits, voc_mask_splits
-from mobilevit.names import join_classes, join_names
+from mobilevit.messages import join_classes, join_names
 
 TaskName = Literal["classify", "detect", "segment"]
 
