@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.recipes import RECIPES, Recipe
 from mobilevit.report import render
+from mobilevit.report.charts import Band, Chart, Line, line_chart
 from mobilevit.report.results import DASH, Bar, Section, table
-
-if TYPE_CHECKING:
-    from mobilevit.report.charts import Chart
 
 MAX_POINTS = 240  # of a line in a chart
 MAX_EPOCH_ROWS = 200
@@ -58,22 +56,11 @@ class Setting(NamedTuple):
     original: str
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    recipe: Recipe,
-    origin: Origin,
-    epochs: Epochs,
-    steps: Path,
-    sections: Sequence[Section],
-    facts: Mapping[str, str],
-    commands: Sequence[tuple[str, str]],
-) -> None:
-    """Write the report of a run to `path` atomically.
+@dataclass(frozen=True)
+class Report:
+    """The contents of a training report.
 
     Args:
-        path: the HTML file.
         title: the heading of the page.
         recipe: the recipe of the run.
         origin: see `Origin`.
@@ -83,11 +70,25 @@ def write_report(
         facts: hardware, software and settings by name.
         commands: (purpose, command) to run next.
     """
-    records = _read_steps(steps)
-    settings, original = _settings(recipe, origin)
+
+    title: str
+    recipe: Recipe
+    origin: Origin
+    epochs: Epochs
+    steps: Path
+    sections: Sequence[Section]
+    facts: Mapping[str, str]
+    commands: Sequence[tuple[str, str]]
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the report of a run to the HTML file `path`, atomically."""
+    epochs, facts = report.epochs, report.facts
+    records = _read_steps(report.steps)
+    settings, original = _settings(report.recipe, report.origin)
     page = render(
         "training.html",
-        title=title,
+        title=report.title,
         summary=_summary(epochs, records),
         epoch_charts=_epoch_charts(epochs),
         epoch_interval=math.ceil(len(epochs) / MAX_POINTS),
@@ -96,15 +97,15 @@ def write_report(
         step_charts=_step_charts(records),
         size_table=_size_table(records),
         num_unreadable=records.num_unreadable,
-        sections=sections,
-        commands=commands,
+        sections=report.sections,
+        commands=report.commands,
         settings=settings,
         original=original,
-        origin=origin,
+        origin=report.origin,
         facts=table(("", ""), list(facts.items()), is_text=True) if facts else "",
     )
     # File names that are not valid UTF-8 contain lone surrogates, which UTF-8 cannot encode.
-    write_whole(path, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    write_atomic(path, page.encode("utf-8", "backslashreplace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,8 +161,6 @@ def _over_finite(function: Callable[[np.ndarray], Any], values: np.ndarray) -> f
 
 
 def _step_charts(steps: Steps) -> list[Chart]:
-    from mobilevit.report.charts import Band, Line, line_chart  # matplotlib takes half a second to import
-
     n = len(steps.step)
     if not n:
         return []
@@ -242,8 +241,6 @@ def _summary(epochs: Epochs, steps: Steps) -> list[tuple[str, str, str]]:
 
 
 def _epoch_charts(epochs: Epochs) -> list[Chart]:
-    from mobilevit.report.charts import Line, line_chart  # matplotlib takes half a second to import
-
     shown = _every(epochs, MAX_POINTS)
     x = [epoch for epoch, _ in shown]
 
