@@ -13,7 +13,7 @@ from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 from mobilevit.messages import nearest
 
 Size = Literal["xxs", "xs", "s"]
-Task = Literal["classify", "detect", "segment"]
+Task = Literal["classify", "detect", "segment", "distill"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
 Cosine = Literal["step", "epoch"]
@@ -104,6 +104,11 @@ class Data(_Checked):
     """Maximum number of unreadable images to skip per epoch, in training and in validation each."""
     max_megapixels: Annotated[float, Range(above=0)] = MAX_MEGAPIXELS
     """Largest image to read, in megapixels; larger ones count as unreadable."""
+    crops_per_image: Annotated[int, Range(min=1)] = 1
+    """Distillation without labels: random crops per image and epoch."""
+    cache_mb: Annotated[float, Range(min=0)] = 2000.0
+    """Distillation without labels: megabytes of decoded images to store in a temporary file. The other images are
+    decoded for each crop."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,26 @@ class Compute(_Checked):
 
 
 @dataclass(frozen=True)
+class Distill(_Checked):
+    """Knowledge distillation. The options apply to runs with a teacher (--teacher)."""
+
+    soft_weight: Annotated[float, Range(min=0, max=1)] = 0.5
+    """Weight of the teacher's class probabilities in the loss; the label loss has the rest. 0: labels only."""
+    temperature: Annotated[float, Range(above=0)] = 2.0
+    """Temperature of the class probabilities of teacher and student. Higher values weight improbable classes more."""
+    feature_weight: Annotated[float, Range(min=0)] = 0.0
+    """Weight of the cosine distance between the features of teacher and student. 0: no feature distillation."""
+    size_px: Annotated[int, Range(min=0)] = 0
+    """Input size of the teacher in pixels; it sees the same crop as the student. 0: that of the student."""
+
+
+@dataclass(frozen=True)
 class Recipe(_Checked):
     """A training run."""
 
     task: Task = "classify"
-    """Image classification, object detection (SSDLite) or semantic segmentation (DeepLabv3)."""
+    """Image classification, object detection (SSDLite), semantic segmentation (DeepLabv3), or distillation of a
+    classifier without labels."""
     architecture: Size = "s"
     """Size of the network. Pretrained weights determine it themselves."""
     epochs: Annotated[int, Range(min=1)] = 300
@@ -185,6 +205,7 @@ class Recipe(_Checked):
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
+    distill: Distill = field(default_factory=Distill)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,6 +353,23 @@ def segment() -> Recipe:
     )
 
 
+def distill() -> Recipe:
+    """A classifier from a teacher and images without labels: XXS at 128 px, 30 epochs.
+
+    Command: mobilevit train distill --data photos/ --teacher apple/mobilevit-small --download (docs/distill.md)
+    The student learns the classes of the teacher. It serves as --weights or --backbone of other recipes.
+    """
+    return Recipe(
+        task="distill",
+        architecture="xxs",
+        epochs=30,
+        batch_size=64,
+        data=Data(size_px=128),
+        optimizer=Optimizer(lr=3e-3, end_lr=1e-5, warmup_steps=500, weight_decay=0.05, clip_norm=1.0),
+        distill=Distill(soft_weight=1.0, feature_weight=1.0),
+    )
+
+
 def ssdlite(architecture: Size) -> Recipe:
     """COCO as in the paper (section 4.2): SSDLite at 320 px, 200 epochs, batch 128, from an ImageNet backbone.
 
@@ -378,6 +416,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "small": small,
     "detect": detect,
     "segment": segment,
+    "distill": distill,
     **{
         f"{name}-{size}": partial(make, size)
         for name, make in {

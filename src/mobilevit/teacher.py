@@ -20,8 +20,8 @@ import torchvision
 from torch import Tensor, nn
 
 from mobilevit.files import require
-from mobilevit.images import first_line
-from mobilevit.names import nearest
+from mobilevit.images import Preprocessing, first_line
+from mobilevit.messages import nearest
 from mobilevit.weights import OTHER, Weights, imagenet_class_names, to_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +49,7 @@ class TeacherNetwork:
 
 
 class Teacher(nn.Module):
-    """A frozen classifier: RGB images (B, 3, H, W) in [0, 1] -> logits (B, C) and features (B, D).
+    """A frozen classifier: inputs of the student (B, 3, H, W) -> logits (B, C) and features (B, D).
 
     The features are the input of the last linear layer. Always in eval mode and without gradients.
 
@@ -57,6 +57,7 @@ class Teacher(nn.Module):
         source: the classifier. A module is copied, expects images in [0, 1], and has no class names; describe another
             one by a `TeacherNetwork`.
         size_px: input size, to which images are resized; 0: that of the images.
+        inputs: the preprocessing of the student; its normalization is replaced by the teacher's.
 
     Attributes:
         num_features: D, or 0 if the output is not that of a linear layer; the features are then the logits.
@@ -65,10 +66,10 @@ class Teacher(nn.Module):
         ValueError: a network that does not accept images of this size, or does not return logits (B, C).
     """
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
-    def __init__(self, source: TeacherNetwork | nn.Module, *, size_px: int = 0):
+    def __init__(self, source: TeacherNetwork | nn.Module, *, size_px: int = 0, inputs: Preprocessing | None = None):
         super().__init__()
         if isinstance(source, nn.Module):
             source = TeacherNetwork(source, type(source).__name__)
@@ -79,8 +80,13 @@ class Teacher(nn.Module):
             )
         self.name, self.class_names = source.name, source.class_names
         self.size_px = size_px or source.size_px
-        self.register_buffer("mean", torch.tensor(source.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(source.std)[:, None, None])
+        inputs = inputs or Preprocessing()
+        mean, std, input_mean, input_std = (
+            torch.tensor(values)[:, None, None] for values in (source.mean, source.std, inputs.mean, inputs.std)
+        )
+        # (x * input_std + input_mean - mean) / std
+        self.register_buffer("scale", input_std / std)
+        self.register_buffer("shift", (input_mean - mean) / std)
         self.network = copy.deepcopy(source.network).eval().requires_grad_(False)
         example_px = self.size_px or 64
         self.num_classes, path = self._probe(torch.zeros(2, 3, example_px, example_px))
@@ -102,7 +108,7 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.size_px and images.shape[-2:] != (self.size_px, self.size_px):
             images = F.interpolate(images, (self.size_px, self.size_px), mode="bilinear", antialias=True)
-        features = self.network((images - self.mean) / self.std)
+        features = self.network(images * self.scale + self.shift)
         return self.classifier(features), features
 
     def fingerprint(self) -> str:
@@ -179,8 +185,8 @@ def _read_library_model(library: str, name: str, file: Path | None, download: bo
         raise ValueError(f"teacher {library}:{name}: {library} has no such model; {hint}see {library}'s list of models")
     if file is None and not download:
         raise ValueError(
-            f"teacher {library}:{name}: its published weights are not downloaded; add --download, or name a local file: "
-            f"{library}:{name}@FILE"
+            f"teacher {library}:{name}: its published weights are not downloaded; add --download, or name a local "
+            f"file: {library}:{name}@FILE"
         )
     tensors, class_names = _read_state_dict(file) if file else ({}, ())
     num_classes = {"num_classes": _num_classes(file, tensors)} if file else {}
@@ -278,7 +284,9 @@ def _read_onnx(file: Path) -> TeacherNetwork:
     if others or image.type != "tensor(float)" or len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"teacher {file}: its input is {image.type} {shape}; a teacher takes one float (B, 3, H, W)")
     if shape[0] == 1:
-        raise ValueError(f"teacher {file}: its batch size is fixed to 1; export it with a dynamic batch (--dynamic-batch)")
+        raise ValueError(
+            f"teacher {file}: its batch size is fixed to 1; export it with a dynamic batch (--dynamic-batch)"
+        )
     metadata = session.get_modelmeta().custom_metadata_map
     description = json.loads(metadata["mobilevit"]) if "mobilevit" in metadata else {}
     preprocessing = description.get("preprocessing", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})

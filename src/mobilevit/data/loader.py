@@ -27,21 +27,24 @@ class Batch(NamedTuple):
     """Images (B, 3, H, W) in channels-last layout, their labels and their indices in the source.
 
     The labels are class indices (B,), or the output of the dataset's `stack`. `unreadable` names the images that are
-    missing because they could not be read.
+    missing because they could not be read. `size_px` is the input size of the network; images for a teacher can be
+    larger.
     """
 
     pixels: Tensor
     labels: Any
     indices: tuple[int, ...] = ()
     unreadable: tuple[str, ...] = ()
+    size_px: int = 0
 
 
 class Item(NamedTuple):
-    """One image of a batch, uint8 (H, W, 3), its label and its index in the source."""
+    """One image of a batch, uint8 (H, W, 3), its label, its index in the source, and the input size of the network."""
 
     pixels: np.ndarray
     label: Any
     image_index: int
+    size_px: int
 
 
 class Unreadable(NamedTuple):
@@ -88,7 +91,7 @@ class ImageDataset(Dataset):
         try:
             sample = self.source[pick.image_index]
             name = sample.name
-            return Item(*self.prepare(sample, pick), pick.image_index)
+            return Item(*self.prepare(sample, pick), pick.image_index, pick.size_px)
         except ImageError as error:
             return Unreadable(name or str(error), pick.size_px, error)
 
@@ -127,7 +130,8 @@ class Loader(Iterator[Batch]):
         pixels, labels = (to_device(x, self._device) for x in (batch.pixels, batch.labels))
         if self._preprocessing is not None:
             pixels = self._preprocessing.scale(pixels)
-        return Batch(pixels, labels, tuple(batch.indices), tuple(batch.unreadable))  # pinning turns tuples into lists
+        # Pinning turns tuples into lists.
+        return Batch(pixels, labels, tuple(batch.indices), tuple(batch.unreadable), batch.size_px)
 
     def close(self) -> None:
         """Stop the workers; the loader returns no further batch."""
@@ -219,6 +223,7 @@ def _collate(
         stack([item.label for item in chosen]),
         tuple(item.image_index for item in chosen),
         tuple(item.name for item in unreadable),
+        items[0].size_px,
     )
 
 

@@ -37,17 +37,19 @@ class Augmentation:
     flip: bool
     seed: int
     policy: Policy = "basic"
+    min_size_px: int = 0  # of the result, for a teacher whose input is larger than that of the network
 
     def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
         """An image of any size -> uint8 (size_px, size_px, 3), and its class index. Raises ImageError."""
         random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
+        size_px = max(pick.size_px, self.min_size_px)
         crop = read_crop(
             sample.image,
             lambda width, height: random_crop(width, height, self.min_scale, random),
-            pick.size_px,
+            size_px,
             sample.name,
         )
-        pixels = resize(crop, pick.size_px)
+        pixels = resize(crop, size_px)
         if self.flip and random.random() < 0.5:
             pixels = pixels.flip(1)
         if self.policy == "basic":

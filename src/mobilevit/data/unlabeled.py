@@ -64,10 +64,13 @@ class DecodedImages:
         return {**vars(self), "_folder": None, "_pixels": None}
 
 
-def find_unlabeled(data: str | Path, val_fraction: float) -> tuple[Source[int], Source[int]]:
+def find_unlabeled(
+    data: str | Path, val_fraction: float, class_names: tuple[str, ...]
+) -> tuple[Source[int], Source[int]]:
     """Training and validation images of a folder, with subfolders, or of one image file. All labels are 0.
 
-    The validation split is `val_fraction` of the images, chosen as `divide` does. A single image is in both splits.
+    `class_names` are those of the teacher. The validation split is `val_fraction` of the images, chosen as `divide`
+    does. A single image is in both splits.
 
     Raises:
         ValueError: no images.
@@ -76,7 +79,7 @@ def find_unlabeled(data: str | Path, val_fraction: float) -> tuple[Source[int], 
         raise ValueError(f"{data}: no such folder; give a folder of images")
     files = tuple(find_images([str(data)]))
     root = Path(data) if Path(data).is_dir() else Path(data).parent
-    source = Source(ImageFiles(files, root), (0,) * len(files), ("unlabeled",))
+    source = Source(ImageFiles(files, root), (0,) * len(files), class_names)
     if len(files) == 1:
         note = f"{data}: one image only, so validation uses other crops of the same image"
         return replace(source, notes=(note,)), source

@@ -9,6 +9,7 @@ Shapes as in `mobilevit.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -151,11 +152,14 @@ class DeepLabV3(nn.Module):
 
         In training mode, a network with an auxiliary head returns a tuple: the logits and those of the auxiliary head.
         """
+        return self.predict(self.backbone(images), images.shape[-2:])
+
+    def predict(self, backbone_maps: Mapping[str, Tensor], size: torch.Size) -> Tensor | tuple[Tensor, Tensor]:
+        """The outputs for the maps of the backbone, from images of `size` (H, W)."""
+        logits = self._resize(self._classify(backbone_maps["stage5"]), size)
         if not self.training or self.auxiliary is None:
-            return self._resize(self.coarse(images), images)
-        maps = self.backbone(images)
-        logits, auxiliary = self._classify(maps["stage5"]), self.auxiliary(maps["stage4"])
-        return self._resize(logits, images), self._resize(auxiliary, images)
+            return logits
+        return logits, self._resize(self.auxiliary(backbone_maps["stage4"]), size)
 
     def coarse(self, images: Tensor) -> Tensor:
         """Logits before the resize, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
@@ -164,8 +168,7 @@ class DeepLabV3(nn.Module):
     def _classify(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.pyramid(x)))
 
-    def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
-        size = images.shape[-2:]
+    def _resize(self, logits: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.head.align_corners)
 
 

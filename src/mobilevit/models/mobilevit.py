@@ -402,9 +402,16 @@ class MobileViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
+        return self.classify(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, head_channels), the input of the classifier."""
         (x,) = self.backbone(images).values()
-        x = self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # runtimes recognize a pool by its kept axes
-        return self.classifier(self.dropout(x))
+        return self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # runtimes recognize a pool by its kept axes
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, num_classes) of pooled features."""
+        return self.classifier(self.dropout(features))
 
 
 def check_input(images: Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,11 @@ class SSDLite(nn.Module):
         H and W are at least 32, or at least 257 under torch.export with symbolic sizes, where no map but the last can
         have one pixel. `decode` converts locations and `anchors` to boxes, `detect` to detections.
         """
-        maps = list(self.backbone(images).values())
+        return self.predict(self.backbone(images))
+
+    def predict(self, backbone_maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The outputs for the maps of the backbone."""
+        maps = list(backbone_maps.values())
         for layer in self.extra_layers:
             maps.append(layer(maps[-1]))
         maps.append(F.relu(self.pooled(maps[-1].mean(dim=(-2, -1), keepdim=True))))

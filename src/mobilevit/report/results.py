@@ -17,6 +17,7 @@ from mobilevit.images import ImageError, read_image, to_rgb
 from mobilevit.report import jpeg_url, render
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.detection import SHOWN_SCORE, DetectionResults, ImageDetections
+from mobilevit.tasks.distillation import DistillationResults
 from mobilevit.tasks.segmentation import SegmentationExample, SegmentationResults
 from mobilevit.tasks.task import ClassMetrics, Results
 
@@ -70,6 +71,8 @@ def sections(results: Results, source: Source[Any]) -> list[Section]:
             return _detection(results, source)
         case SegmentationResults():
             return _segmentation(results, source)
+        case DistillationResults():
+            return _distillation(results, source)
     raise TypeError(f"no report for {type(results).__name__}")
 
 
@@ -150,6 +153,34 @@ def _segmentation(results: SegmentationResults, source: Source[Any]) -> list[Sec
         Section("Confusion matrix", confusion_html(results.confusion_matrix, names, "pixels")),
         Section("Worst images", _examples(example, results.worst, none, note)),
         Section("Best images", _examples(example, results.best, none, note)),
+    ]
+
+
+def _distillation(results: DistillationResults, source: Source[Any]) -> list[Section]:
+    names = source.class_names
+
+    def example(i: int) -> Example:
+        sample = source[int(results.indices[i])]
+        teacher, student = names[results.teacher[i]], names[results.predictions[i, 0]]
+        probability = f"{100 * float(results.probabilities[i]):.0f}\N{NO-BREAK SPACE}%"
+        image = thumbnail(read_image(sample.image, sample.name), sample.name)
+        lines = (
+            Markup("teacher <b>{}</b>").format(teacher),
+            Markup("student <b>{}</b>, {}").format(student, probability),
+        )
+        return Example(sample.name, [(image, f"teacher {teacher}, student {student}")], lines)
+
+    metrics = results.metrics()
+    rows = (
+        ("most probable class", f"{metrics['agreement']:.1f}"),
+        ("teacher's class among the student's five most probable", f"{metrics['agreement5']:.1f}"),
+    )
+    headings = {"num_images": "images", "agreement": "agreement, %"}
+    return [
+        Section("Agreement with the teacher", table(("Classes", "images, %"), rows)),
+        Section("Classes of the teacher", class_table(results.per_class(names), headings, by=("agreement",))),
+        Section("Most confident disagreements", _examples(example, results.disagreements(MAX_ERRORS), "None.")),
+        Section("Agreements", _examples(example, results.agreements(MAX_EXAMPLES), "None.")),
     ]
 
 

@@ -79,7 +79,9 @@ class Classification:
         limit_megapixels(recipe.data.max_megapixels)
         train, val = find_splits("classify", data, recipe.data.val_fraction)
         scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
-        augmentation = Augmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy)
+        augmentation = Augmentation(
+            recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy, recipe.distill.size_px
+        )
         notes = (*train.notes, *scan.notes())
         return (
             ImageDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.transforms import Augmentation, Evaluation
+from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.data.unlabeled import cached_short_side, decode_once, find_unlabeled, repeat
 from mobilevit.images import ImageError, Preprocessing, limit_megapixels
-from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
-from mobilevit.tasks.classification import preprocessing_of
+from mobilevit.tasks.classification import Classification, preprocessing_of
 from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.teacher import Teacher
 from mobilevit.weights import Weights
@@ -49,13 +48,28 @@ class DistillationResults:
             "num_images": len(agrees),
         }
 
+    def disagreements(self, num: int) -> list[int]:
+        """Positions in the arrays of the `num` most confident predictions of another class than the teacher's."""
+        return self._most_confident(self.predictions[:, 0] != self.teacher, num)
+
+    def agreements(self, num: int) -> list[int]:
+        """Positions in the arrays of the `num` most confident predictions of the teacher's class."""
+        return self._most_confident(self.predictions[:, 0] == self.teacher, num)
+
+    def _most_confident(self, mask: np.ndarray, num: int) -> list[int]:
+        chosen = np.flatnonzero(mask)
+        return chosen[np.argsort(-self.probabilities[chosen], kind="stable")][:num].tolist()
+
     def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:
         """Number of images and agreement of each class that the teacher predicts at least once."""
         agrees = self.predictions[:, 0] == self.teacher
         return [
             ClassMetrics(
                 class_names[i],
-                {"num_images": int((self.teacher == i).sum()), "agreement": 100 * float(agrees[self.teacher == i].mean())},
+                {
+                    "num_images": int((self.teacher == i).sum()),
+                    "agreement": 100 * float(agrees[self.teacher == i].mean()),
+                },
             )
             for i in np.unique(self.teacher).tolist()
         ]
@@ -68,24 +82,73 @@ class Distillation:
         self.teacher = teacher
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
-        options = recipe.data
+        options, sampler = recipe.data, recipe.sampler
         limit_megapixels(options.max_megapixels)
-        train, val = find_unlabeled(data, options.val_fraction)
+        train, val = find_unlabeled(data, options.val_fraction, self.teacher.class_names)
         scan = check_images(train, val, max_unreadable=options.max_unreadable)
-        size_px = max(options.size_px, *recipe.sampler.sizes_px) if recipe.sampler.variant != "standard" else options.size_px
-        min_px = cached_short_side(max(size_px, recipe.distill.size_px), options.min_scale)
-        decoded = decode_once(train, min_px=min_px, max_bytes=1e6 * options.cache_mb)
-        augmentation = Augmentation(options.min_scale, options.flip, recipe.seed, options.policy)
-        notes = (*train.notes, *scan.notes())
+        sizes_px = (options.size_px,) if sampler.variant == "standard" else sampler.sizes_px
+        short_px = cached_short_side(max(*sizes_px, recipe.distill.size_px), options.min_scale)
+        decoded = decode_once(train, min_px=short_px, max_bytes=1e6 * options.cache_mb)
+        augmentation = Augmentation(
+            options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
+        )
+        preprocessing = preprocessing_of(recipe)
+        larger = preprocessing.at_size(max(preprocessing.crop_px, recipe.distill.size_px))
         return (
             ImageDataset(
                 repeat(decoded, options.crops_per_image),
                 augmentation,
-                notes=notes,
+                notes=(*train.notes, *scan.notes()),
                 num_transparent=scan.num_transparent,
             ),
-            ImageDataset(val, Evaluation(preprocessing_of(recipe))),
+            ImageDataset(val, Evaluation(larger)),
         )
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
-        ...
+        return Classification().build(recipe, train_set, pretrained)
+
+    def evaluation_set(
+        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
+    ) -> ImageDataset:
+        raise AssertionError("the trained weights are those of a classifier")
+
+    def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.long)
+
+    def loss(self, recipe: Recipe, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """0: without labels, the whole loss is that of `mobilevit.training.distillation`."""
+        pixels = batch.pixels
+        if recipe.data.policy == "advanced":
+            random = np.random.default_rng(int(torch.randint(2**62, ())))
+            pixels, _ = mix(pixels, torch.eye(len(pixels), device=pixels.device), random)
+        return model(pixels).new_zeros(())
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process
+    ) -> DistillationResults:
+        columns: list[list[Tensor]] = [[], [], [], [], []]
+        for batch in batches:
+            if not batch.indices:  # no image of the batch could be read
+                continue
+            student = model(student_view(batch.pixels, batch.size_px)).float().log_softmax(1)
+            teacher = self.teacher(batch.pixels)[0].float().log_softmax(1)
+            top = student.topk(min(5, student.shape[1]))
+            divergences = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+            values = (torch.tensor(batch.indices), top.indices, top.values[:, 0].exp(), teacher.argmax(1), divergences)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        arrays = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
+        gathered = [arrays for arrays in gather(arrays) if arrays is not None]
+        if not gathered:
+            raise ImageError("none of the images to evaluate on can be read")
+        merged = [np.concatenate(column) for column in zip(*gathered, strict=True)]
+        order = np.argsort(merged[0])  # the order of summation must not depend on the number of processes
+        return DistillationResults(*(array[order] for array in merged))
+
+
+def student_view(pixels: Tensor, size_px: int) -> Tensor:
+    """Images that are loaded at the larger input size of the teacher, at that of the student."""
+    if not size_px or pixels.shape[-1] == size_px:
+        return pixels
+    return F.interpolate(pixels, (size_px, size_px), mode="bilinear", antialias=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
+from torch import nn
 
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
@@ -27,6 +28,8 @@ from mobilevit.recipes import Recipe
 from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, Report, write_report
 from mobilevit.tasks import Results
+from mobilevit.teacher import TeacherNetwork, read_teacher
+from mobilevit.training.distillation import DistillationLoss, network_of
 from mobilevit.training.distributed import join_processes
 from mobilevit.training.external import ExternalClassifier, ExternalWeights
 from mobilevit.training.optim import learning_rate_at
@@ -38,7 +41,12 @@ from mobilevit.training.summary import describe_run, environment, next_commands
 from mobilevit.weights import Weights, to_weights, write
 
 logger = logging.getLogger(__name__)
-TIMES = ("seconds", "images_per_second", "data_wait_fraction")  # keys of epoch metrics that differ from run to run
+TIMES = (
+    "seconds",
+    "images_per_second",
+    "data_wait_fraction",
+    "teacher_fraction",
+)  # keys of epoch metrics that differ from run to run
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def train(
     pretrained: Weights | str | os.PathLike[str] | None = None,
     download: bool = False,
     classifier: ExternalClassifier | None = None,
+    teacher: TeacherNetwork | nn.Module | str | os.PathLike[str] | None = None,
     device: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
@@ -92,6 +101,8 @@ def train(
         pretrained: initial weights: a path, a hub id, or `Weights`. None: random weights.
         download: fetch a hub id that is not in the local cache.
         classifier: train this classifier of another library, from random weights, instead of the recipe's MobileViT.
+        teacher: distil from this classifier: a source that `mobilevit.teacher.read_teacher` reads, a `TeacherNetwork`,
+            or a module that maps images in [0, 1] (B, 3, H, W) to logits; see docs/distill.md.
         device: "auto" is the first available one of cuda, mps and cpu.
         checkpoint_minutes: interval between checkpoints. Every epoch ends with a checkpoint, too.
         tensorboard: log to TensorBoard as well.
@@ -123,6 +134,7 @@ def train(
         out=Path(out),
         pretrained=None if pretrained is None else to_weights(pretrained, download=download),
         classifier=classifier,
+        teacher=read_teacher(teacher, download=download) if isinstance(teacher, str | os.PathLike) else teacher,
         checkpoint_minutes=checkpoint_minutes,
         tensorboard=tensorboard,
         extend=extend,
@@ -256,6 +268,8 @@ class _Loop:
         seconds, waited_seconds = timer.lap()
         progress.seconds += seconds
         progress.data_wait_seconds += waited_seconds
+        if isinstance(self.setup.loss, DistillationLoss):
+            progress.teacher_seconds += self.setup.loss.take_teacher_seconds()
         images_per_second = sum(batches.global_batch_size(step.step) for step in pending) / seconds
         for step, (loss, num_unreadable, _) in zip(pending, sums, strict=True):
             if not math.isfinite(loss):
@@ -327,6 +341,8 @@ class _Loop:
             "images_per_second": len(self.setup.train_set) / progress.seconds,
             "data_wait_fraction": progress.data_wait_seconds / progress.seconds,
         }
+        if isinstance(self.setup.loss, DistillationLoss):
+            record["teacher_fraction"] = progress.teacher_seconds / progress.seconds
         main = f"val_{ema.main_metric}"
         if self.run.folder:
             self._write_weights(record, is_best=all(record[main] > past[main] for past in progress.history))
@@ -335,6 +351,7 @@ class _Loop:
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {ema.main_metric} "
             f"{record[main]:.2f} %  {record['images_per_second']:,.0f} images/s, "
             f"{100 * record['data_wait_fraction']:.0f} % of the time waiting for data"
+            + (f", {100 * record['teacher_fraction']:.0f} % in the teacher" if "teacher_fraction" in record else "")
         )
         self.run.progress = progress.next_epoch(record)
         if self.run.folder and self.run.progress.epoch == self.recipe.epochs:
@@ -351,7 +368,7 @@ class _Loop:
             size_px=self.recipe.data.size_px,
         )[rank::world_size]
         results, unreadable = [], []
-        for model in (self.step.ema.model, setup.model):
+        for model in map(network_of, (self.step.ema.model, setup.model)):
             model.eval()
             with contextlib.closing(self._load(setup.val_set, batches, replace_unreadable=False)) as loader:
                 results.append(setup.task.evaluate(model, loader, self.processes.gather))
@@ -364,7 +381,7 @@ class _Loop:
         return results[0], results[1], len(unreadable)
 
     def _write_weights(self, record: EpochMetrics, *, is_best: bool) -> None:
-        setup, ema = self.setup, self.step.ema.model
+        setup, ema, raw = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
         training = {
             "recipe": recipes.to_dict(self.recipe),
             # Without times, so that equal runs write equal files.
@@ -374,7 +391,7 @@ class _Loop:
         }
         if self.run.schedule_epochs < self.recipe.epochs:
             training["schedule_epochs"] = self.run.schedule_epochs
-        for name, model in (("model", ema), ("raw", setup.model), *([("best", ema)] if is_best else [])):
+        for name, model in (("model", ema), ("raw", raw), *([("best", ema)] if is_best else [])):
             path = self.options.out / f"{name}.safetensors"
             if isinstance(setup.initial, ExternalWeights):
                 setup.initial.write(model.state_dict(), training, path)

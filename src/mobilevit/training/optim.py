@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilevit.recipes import Freeze, Optimizer
+from mobilevit.training.distillation import Student
 from mobilevit.training.distributed import Processes
 
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's default, and that of the released code
@@ -19,20 +20,25 @@ def freeze(model: nn.Module, up_to: Freeze) -> None:
     """Freeze the backbone from its stem to the stage `up_to`: no gradients, batch norm in eval mode."""
     if up_to == "nothing":
         return
-    backbone = model.get_submodule("backbone")
+    backbone = model.get_submodule(_backbone_name(model))
     for name, stage in backbone.named_children():
         stage.requires_grad_(False).eval()
         if name == up_to:
             return
 
 
+def _backbone_name(model: nn.Module) -> str:
+    return "network.backbone" if isinstance(model, Student) else "backbone"
+
+
 def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
     """AdamW for the parameters that require gradients. `set_learning_rate` sets the learning rates at every step."""
+    backbone = _backbone_name(model) + "."
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             has_decay = recipe.decay_all or parameter.ndim > 1  # norms and biases are vectors
-            scale = recipe.backbone_lr_scale if name.startswith("backbone.") else 1.0
+            scale = recipe.backbone_lr_scale if name.startswith(backbone) else 1.0
             groups.setdefault((scale, recipe.weight_decay if has_decay else 0.0), []).append(parameter)
     return torch.optim.AdamW(
         [

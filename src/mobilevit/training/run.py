@@ -74,14 +74,15 @@ class StepRecord:
 class Identity:
     """What identifies a run. A folder is resumed only by a run with the same values.
 
-    `data` and `weights` are fingerprints; `weights` is "random" without pretrained weights. `network` is the name of a
-    network of another library.
+    `data`, `weights` and `teacher` are fingerprints; `weights` is "random" without pretrained weights. `network` is the
+    name of a network of another library.
     """
 
     recipe: Recipe
     data: str
     weights: str
     network: str | None = None
+    teacher: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Without the values of the recipe that change no computed number."""
@@ -90,8 +91,13 @@ class Identity:
             del recipe["data"][name]
         if self.recipe.data.max_megapixels == MAX_MEGAPIXELS:  # earlier versions had no limit
             del recipe["data"]["max_megapixels"]
+        if self.teacher is None:  # these options have no effect, and earlier versions did not have them
+            del recipe["distill"]
+        if self.recipe.task != "distill":
+            del recipe["data"]["crops_per_image"], recipe["data"]["cache_mb"]
         values = {"recipe": recipe, "data": self.data, "weights": self.weights}
-        return {**values, "network": self.network} if self.network else values
+        optional = {"network": self.network, "teacher": self.teacher}
+        return {**values, **{name: value for name, value in optional.items() if value}}
 
 
 class FinishedError(ValueError):
@@ -112,6 +118,7 @@ class Progress:
     loss: float = 0.0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
+    teacher_seconds: float = 0.0
     num_unreadable: int = 0
     history: list[EpochMetrics] = field(default_factory=list)  # metrics of the finished epochs
 

@@ -13,9 +13,12 @@ from torch import nn
 
 from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.samples import fingerprint
-from mobilevit.recipes import Recipe
+from mobilevit.recipes import Distill, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.tasks import TASKS, Task
+from mobilevit.tasks.distillation import Distillation
+from mobilevit.teacher import Teacher, TeacherNetwork
+from mobilevit.training.distillation import DistillationLoss, Student
 from mobilevit.training.distributed import Processes
 from mobilevit.training.external import ExternalClassifier, ExternalWeights, check_recipe, initial_weights
 from mobilevit.training.memory import max_micro_batch_pixels
@@ -34,6 +37,7 @@ class TrainOptions:
     out: Path
     pretrained: Weights | None
     classifier: ExternalClassifier | None
+    teacher: TeacherNetwork | nn.Module | None
     checkpoint_minutes: float
     tensorboard: bool
     extend: bool
@@ -44,8 +48,8 @@ class TrainOptions:
 class Setup:
     """A run before its first step.
 
-    `initial` describes the network and has its initial weights. `model` is the network on the device. `loss` is called
-    with the model, possibly wrapped, and each micro-batch.
+    `initial` describes the network and has its initial weights. `model` is the network on the device, or with a teacher
+    a `Student`. `loss` is called with the model, possibly wrapped, and each micro-batch.
     """
 
     options: TrainOptions
@@ -72,8 +76,10 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     Raises:
         ValueError: a recipe, data or weights that cannot be used; see `mobilevit.train`.
     """
-    recipe, task, device = options.recipe, TASKS[options.recipe.task], processes.device
+    recipe, device = options.recipe, processes.device
     _check_recipe(options)
+    teacher = _teacher(options, device)
+    task = Distillation(teacher) if recipe.task == "distill" and teacher else TASKS[recipe.task]
     train_set, val_set = task.datasets(recipe, options.data)
     _check_data(options, len(train_set), processes.world_size)
     torch.manual_seed(recipe.seed)
@@ -83,7 +89,10 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
         else task.build(recipe, train_set, options.pretrained)
     )
     model = initial.build().to(device)
-    loss = partial(task.loss, recipe)
+    loss: Loss = partial(task.loss, recipe)
+    if teacher:
+        loss = DistillationLoss(recipe, task, teacher, initial.class_names)
+        model = Student(model, teacher.num_features if recipe.distill.feature_weight else 0).to(device)
     val_fingerprint = fingerprint(val_set.source)
     with autocast(recipe, device):
         blank = blank_batch(task, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
@@ -104,6 +113,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
             data=f"{fingerprint(train_set.source)} {val_fingerprint}",
             weights=_fingerprint(options.pretrained) if options.pretrained else "random",
             network=initial.name if options.classifier else None,
+            teacher=teacher.fingerprint() if teacher else None,
         ),
     )
 
@@ -113,6 +123,25 @@ def blank_batch(task: Task, device: torch.device, shape: tuple[int, ...]) -> Bat
     pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
     labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
     return Batch(pixels, labels, tuple(range(shape[0])))
+
+
+def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
+    recipe = options.recipe
+    if options.teacher is None:
+        if recipe.task == "distill":
+            raise ValueError("the recipe distill needs a teacher: name one with --teacher (in Python: teacher=)")
+        if recipe.distill != Distill():
+            raise ValueError("distill.* options need a teacher: name one with --teacher (in Python: teacher=)")
+        return None
+    if options.classifier:
+        raise ValueError(f"{options.classifier.name} cannot have a teacher; only MobileViT can")
+    inputs = options.pretrained.preprocessing if options.pretrained else None
+    teacher = Teacher(options.teacher, size_px=recipe.distill.size_px, inputs=inputs)
+    if recipe.task == "distill" and not teacher.class_names:
+        raise ValueError(
+            f"teacher {teacher.name}: has no class names, which the trained weights need; give weights with class names"
+        )
+    return teacher.to(device)
 
 
 def _check_recipe(options: TrainOptions) -> None:

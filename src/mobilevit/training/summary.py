@@ -12,6 +12,7 @@ import torch
 
 from mobilevit.device import thread_advice
 from mobilevit.recipes import Recipe
+from mobilevit.training.distillation import DistillationLoss
 from mobilevit.training.distributed import Processes
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Run
@@ -30,6 +31,8 @@ def describe_run(setup: Setup, run: Run) -> Iterator[str]:
     yield from setup.val_set.notes
     if pretrained:
         yield from _describe_pretrained(recipe, pretrained, initial.class_names)
+    if isinstance(setup.loss, DistillationLoss):
+        yield setup.loss.describe()
     yield from _describe_plan(setup.plan)
     if run.schedule_epochs < recipe.epochs:
         yield (
@@ -99,6 +102,11 @@ def next_commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str
         ("Predict", f"mobilevit predict {weights} IMAGE..."),
         ("Export, verified against PyTorch on these images", f"mobilevit export {weights} --to onnx --images {data}"),
     ]
-    if "transformers" in TASK_FORMATS[recipe.task]:
+    if recipe.task == "distill":  # its data have no labels
+        commands[0] = (
+            "Fine-tune on labelled images",
+            f"mobilevit train finetune --architecture {recipe.architecture} --data DATA --weights {weights}",
+        )
+    if recipe.task == "distill" or "transformers" in TASK_FORMATS[recipe.task]:
         commands.append(("Convert to the transformers format", f"mobilevit convert {weights} FOLDER --to transformers"))
     return commands
