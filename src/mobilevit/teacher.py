@@ -178,34 +178,46 @@ def teacher_from_weights(weights: Weights, name: str = "") -> TeacherNetwork:
 
 
 def _read_library_model(library: str, name: str, file: Path | None, download: bool) -> TeacherNetwork:
-    known = torchvision.models.list_models(torchvision.models) if library == "torchvision" else None
-    timm = require("timm", "compare", "a teacher from timm") if library == "timm" else None
-    if not (name in known if known is not None else timm.is_model(name)):
-        hint = nearest(name, known if known is not None else timm.list_models())
-        raise ValueError(f"teacher {library}:{name}: {library} has no such model; {hint}see {library}'s list of models")
+    text = f"{library}:{name}" + (f"@{file}" if file else "")
     if file is None and not download:
         raise ValueError(
-            f"teacher {library}:{name}: its published weights are not downloaded; add --download, or name a local "
-            f"file: {library}:{name}@FILE"
+            f"teacher {text}: its published weights are not downloaded; add --download, or name a local file, "
+            f"{text}@FILE"
         )
     tensors, class_names = _read_state_dict(file) if file else ({}, ())
-    num_classes = {"num_classes": _num_classes(file, tensors)} if file else {}
-    text = f"{library}:{name}" + (f"@{file}" if file else "")
-    with _errors_of(text):
-        if timm is not None:
-            network = timm.create_model(name, pretrained=file is None, **num_classes)
-            config = network.pretrained_cfg
-            mean, std = config["mean"], config["std"]
-            size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
-        else:
-            network = torchvision.models.get_model(name, weights=None if file else "DEFAULT", **num_classes)
-            mean, std, size_px = IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
+    num_classes = _num_classes(file, tensors) if file else 1000
+    build = _build_timm if library == "timm" else _build_torchvision
+    network, mean, std, size_px = build(text, name, num_classes, file is None)
     if file:
         network.load_state_dict(_match(tensors, network.state_dict(), text))
-    num_outputs = next(iter(num_classes.values()), 1000)
-    if not class_names and num_outputs == 1000:
+    if not class_names and num_classes == 1000:
         class_names = imagenet_class_names()
-    return TeacherNetwork(network, text, class_names, tuple(mean), tuple(std), size_px)
+    return TeacherNetwork(network, text, class_names, mean, std, size_px)
+
+
+def _build_timm(text: str, name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Color, Color, int]:
+    timm = require("timm", "compare", "a teacher from timm")
+    if not timm.is_model(name):
+        raise ValueError(
+            f"teacher {text}: timm has no such model; {nearest(name, timm.list_models())}see timm.list_models()"
+        )
+    with _errors_of(text):
+        network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    config = network.pretrained_cfg
+    size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
+    return network, config["mean"], config["std"], size_px
+
+
+def _build_torchvision(text: str, name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Color, Color, int]:
+    names = torchvision.models.list_models(torchvision.models)
+    if name not in names:
+        raise ValueError(
+            f"teacher {text}: torchvision has no such model; {nearest(name, names)}list_models() lists them"
+        )
+    with _errors_of(text):
+        weights = "DEFAULT" if pretrained else None
+        network = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
+    return network, IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
 
 
 def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -231,7 +243,7 @@ def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return dict(state), class_names
 
 
-def _num_classes(file: Path | None, tensors: Mapping[str, Tensor]) -> int:
+def _num_classes(file: Path, tensors: Mapping[str, Tensor]) -> int:
     last = list(tensors.values())[-1]
     if last.ndim != 1:
         raise ValueError(f"{file}: its last tensor has shape {tuple(last.shape)}, not (num_classes,); not a classifier")
@@ -265,7 +277,6 @@ class OnnxNetwork(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxNetwork:
         return self  # sessions cannot be copied, and do not change
 
-    @torch.compiler.disable
     def forward(self, images: Tensor) -> Tensor:
         (logits, *_) = self.session.run(None, {self.input_name: images.float().cpu().numpy()})
         return torch.from_numpy(logits).to(images.device)

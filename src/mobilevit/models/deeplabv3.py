@@ -152,14 +152,14 @@ class DeepLabV3(nn.Module):
 
         In training mode, a network with an auxiliary head returns a tuple: the logits and those of the auxiliary head.
         """
-        return self.predict(self.backbone(images), images.shape[-2:])
+        return self.from_maps(self.backbone(images), images)
 
-    def predict(self, backbone_maps: Mapping[str, Tensor], size: torch.Size) -> Tensor | tuple[Tensor, Tensor]:
-        """The outputs for the maps of the backbone, from images of `size` (H, W)."""
-        logits = self._resize(self._classify(backbone_maps["stage5"]), size)
+    def from_maps(self, backbone_maps: Mapping[str, Tensor], images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The outputs for the maps of the backbone, which are resized to the size of `images`."""
+        logits = self._resize(self._classify(backbone_maps["stage5"]), images)
         if not self.training or self.auxiliary is None:
             return logits
-        return logits, self._resize(self.auxiliary(backbone_maps["stage4"]), size)
+        return logits, self._resize(self.auxiliary(backbone_maps["stage4"]), images)
 
     def coarse(self, images: Tensor) -> Tensor:
         """Logits before the resize, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
@@ -168,7 +168,8 @@ class DeepLabV3(nn.Module):
     def _classify(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.pyramid(x)))
 
-    def _resize(self, logits: Tensor, size: torch.Size) -> Tensor:
+    def _resize(self, logits: Tensor, images: Tensor) -> Tensor:
+        size = images.shape[-2:]
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.head.align_corners)
 
 

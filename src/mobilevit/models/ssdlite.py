@@ -133,9 +133,9 @@ class SSDLite(nn.Module):
         H and W are at least 32, or at least 257 under torch.export with symbolic sizes, where no map but the last can
         have one pixel. `decode` converts locations and `anchors` to boxes, `detect` to detections.
         """
-        return self.predict(self.backbone(images))
+        return self.from_maps(self.backbone(images))
 
-    def predict(self, backbone_maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def from_maps(self, backbone_maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The outputs for the maps of the backbone."""
         maps = list(backbone_maps.values())
         for layer in self.extra_layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Distillation:
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long)
 
-    def loss(self, recipe: Recipe, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
         """0: without labels, the whole loss is that of `mobilevit.training.distillation`."""
         pixels = batch.pixels
         if recipe.data.policy == "advanced":

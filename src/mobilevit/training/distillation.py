@@ -48,19 +48,37 @@ class Student(nn.Module):
         assert isinstance(self.network, SSDLite | DeepLabV3)
         maps = self.network.backbone(images)
         features = list(maps.values())[-1].mean(dim=(-2, -1))
-        size = (images.shape[-2:],) if isinstance(self.network, DeepLabV3) else ()
-        return self.network.predict(maps, *size), self.projection(features)
+        projected = self.projection(features)
+        if isinstance(self.network, DeepLabV3):
+            return self.network.from_maps(maps, images), projected
+        return self.network.from_maps(maps), projected
 
 
 def _feature_dim(network: nn.Module) -> int:
     if isinstance(network, MobileViT):
         return network.architecture.head_channels
-    return list(network.get_submodule("backbone").channels.values())[-1]
+    assert isinstance(network, SSDLite | DeepLabV3)
+    return list(network.backbone.channels.values())[-1]
 
 
 def network_of(model: nn.Module) -> nn.Module:
     """The network that is trained, without a projection."""
     return model.network if isinstance(model, Student) else model
+
+
+class _Recorder(nn.Module):
+    """Calls a student at its input size; keeps the images, and the student's outputs and features."""
+
+    images: Tensor
+    results: tuple[Tensor, Tensor | None]
+
+    def __init__(self, student: nn.Module, size_px: int):
+        super().__init__()
+        self.student, self.size_px = student, size_px
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images, self.results = images, self.student(student_view(images, self.size_px))
+        return self.results[0]
 
 
 class DistillationLoss:
@@ -102,16 +120,10 @@ class DistillationLoss:
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch. `student` is a `Student`, possibly compiled or distributed."""
         # The task augments the batch and calls the network with the result, which the teacher sees as well.
-        calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-        def network(pixels: Tensor) -> Tensor:
-            outputs, features = student(student_view(pixels, batch.size_px))
-            calls.append((pixels, outputs, features))
-            return outputs
-
+        network = _Recorder(student, batch.size_px)
         label_loss = self.task.loss(self.recipe, network, batch)
-        ((pixels, outputs, features),) = calls
-        logits, teacher_features = self._run_teacher(pixels)
+        outputs, features = network.results
+        logits, teacher_features = self._run_teacher(network.images)
         options = self.options
         loss = (1 - options.soft_weight) * label_loss
         if options.soft_weight:

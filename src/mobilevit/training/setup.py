@@ -96,7 +96,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     val_fingerprint = fingerprint(val_set.source)
     with autocast(recipe, device):
         blank = blank_batch(task, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
-        max_pixels = max_micro_batch_pixels(recipe, loss, copy.deepcopy(model).train(), blank, device)
+        max_pixels = max_micro_batch_pixels(recipe, loss, copy.deepcopy(model).train(), blank, device, teacher)
     return Setup(
         options=options,
         processes=processes,
