@@ -16,6 +16,7 @@ from mobilevit.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_LINK = re.compile(r"\]\((?:\.\./)?(src/[\w/]+)\.py\)")
+PUBLIC_NAME = re.compile(rf"<code>((?:mobilevit\.)?({'|'.join(mobilevit.__all__)}))</code>(?!</a)")
 HELP_COLUMNS = "100"
 
 
@@ -44,6 +45,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     path = page.file.src_uri
     if path == "reference/index.md":
         return f"{markdown}\n{_public_names()}"
+    if path == "README.md":
+        page.meta["hide"] = ["navigation"]
     if "/" not in path:
         markdown = markdown.replace("](../", "](")
     markdown = (
@@ -52,6 +55,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         .replace("](benchmarks/)", "](benchmarks/index.md)")
     )
     return SOURCE_LINK.sub(r"](\1.md)", markdown).replace("```python no-run\n", "```python\n")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Link code that is a public name, such as `load` or `mobilevit.load`, to its documentation where there is one."""
+    return PUBLIC_NAME.sub(r'<autoref identifier="mobilevit.\2" optional><code>\1</code></autoref>', html)
 
 
 def _help(*command: str) -> str:
