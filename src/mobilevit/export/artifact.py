@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mobilevit.export.rewrite import HalfPrecision
 from mobilevit.export_options import Precision
 from mobilevit.images import ImageInput, Preprocessing, read_image
-from mobilevit.models.ssdlite import CENTRE_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
+from mobilevit.models.ssdlite import CENTER_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
 from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
 from mobilevit.weights import TaskName, Weights
 
@@ -161,22 +161,22 @@ class DecodeBoxes(nn.Module):
     fractions of the image, not clipped.
     """
 
-    centres: Tensor
+    centers: Tensor
     moves: Tensor
     halves: Tensor
 
     def __init__(self, anchors: Tensor):
         super().__init__()
         self.register_buffer("anchors", anchors, persistent=False)
-        self.register_buffer("centres", anchors[:, :2].contiguous())
-        self.register_buffer("moves", CENTRE_VARIANCE * anchors[:, 2:])
+        self.register_buffer("centers", anchors[:, :2].contiguous())
+        self.register_buffer("moves", CENTER_VARIANCE * anchors[:, 2:])
         self.register_buffer("halves", anchors[:, 2:] / 2)
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         class_logits, locations = outputs
-        centres = self.centres + locations[..., :2] * self.moves
+        centers = self.centers + locations[..., :2] * self.moves
         halves = self.halves * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
-        return torch.cat((centres - halves, centres + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
+        return torch.cat((centers - halves, centers + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
 
 
 class DetectBoxes(nn.Module):
