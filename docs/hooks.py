@@ -16,7 +16,8 @@ from mobilevit.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_LINK = re.compile(r"\]\((?:\.\./)?(src/[\w/]+)\.py\)")
-PUBLIC_NAME = re.compile(rf"<code>((?:mobilevit\.)?({'|'.join(mobilevit.__all__)}))</code>(?!</a)")
+PUBLIC_NAME = re.compile(rf"<code>({'|'.join(mobilevit.__all__)})</code>(?!</a)")
+QUALIFIED_NAME = re.compile(r"<code>(mobilevit\.[\w.]+)</code>(?!</a)")
 HELP_COLUMNS = "100"
 
 
@@ -58,8 +59,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Link code that is a public name, such as `load` or `mobilevit.load`, to its documentation where there is one."""
-    return PUBLIC_NAME.sub(r'<autoref identifier="mobilevit.\2" optional><code>\1</code></autoref>', html)
+    """Link code such as `mobilevit.load`, and `load` within the API reference, to its documentation if there is any."""
+    html = QUALIFIED_NAME.sub(r'<autoref identifier="\1" optional>\g<0></autoref>', html)
+    if page.file.src_uri.startswith("reference/"):
+        html = PUBLIC_NAME.sub(r'<autoref identifier="mobilevit.\1" optional>\g<0></autoref>', html)
+    return html
 
 
 def _help(*command: str) -> str:

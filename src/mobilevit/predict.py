@@ -105,7 +105,7 @@ class Predictor(nn.Module):
         several = [images] if _is_one(images) else cast(Sequence[ImageInput], images)
         if not len(several):
             raise ValueError("no images; give one or several")
-        decoded = [read_image(image, copy=False) for image in several]
+        decoded = [read_image(image) for image in several]
         return self._batch([self._pixels(image) for image in decoded]), [image.size for image in decoded]
 
     def _pixels(self, image: Image.Image) -> Tensor:

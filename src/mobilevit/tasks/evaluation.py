@@ -16,7 +16,7 @@ from mobilevit.data.samples import fingerprint
 from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError
-from mobilevit.names import join_names
+from mobilevit.messages import join_names
 from mobilevit.tasks import TASKS
 from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
