@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Adapt links and code blocks: in the site, the pages of docs/ are in its root, together with README.md."""
     path = page.file.src_uri
     if path == "reference/index.md":
-        return f"{markdown}\n{_public_names()}"
+        return markdown.replace("<!-- public names -->", _public_names())
     if path == "README.md":
         page.meta["hide"] = ["navigation"]
     if "/" not in path:
