@@ -53,7 +53,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
 
-    >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
+    Examples:
+        >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
     Args:
         weights: a path, a hub id or `Weights`.
