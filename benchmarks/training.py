@@ -43,8 +43,8 @@ OURS = "mobilevit"
 COLUMNS = ("size", "px", "batch", "model", "time / ours", "p10", "p90", "p10, ms", "images / s")
 NOTE = (
     "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1, our model is "
-    "faster. p10 and p90 are percentiles of that ratio; p10, ms is the 10th percentile of the time of a step, and images "
-    "/ s follows from it."
+    "faster. p10 and p90 are percentiles of that ratio; p10, ms is the 10th percentile of the time of a step, and "
+    "images / s follows from it."
 )
 
 
