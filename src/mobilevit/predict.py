@@ -360,8 +360,9 @@ def load(
     Raises:
         WeightsError: see `mobilevit.weights.read`; also weights of another task, or another number of classes.
 
-    >>> model = mobilevit.load("apple/mobilevit-small", download=True)
-    >>> model.predict("cat.jpg")[0].class_name
+    Examples:
+        >>> model = mobilevit.load("apple/mobilevit-small", download=True)
+        >>> model.predict("cat.jpg")[0].class_name
     """
     return _load(Classifier, source, download, num_classes, output_stride).to(device)
 
@@ -371,8 +372,9 @@ def load_detector(
 ) -> Detector:
     """A detector in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
-    >>> model.predict("street.jpg")[0].box
+    Examples:
+        >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
+        >>> model.predict("street.jpg")[0].box
     """
     return _load(Detector, source, download, num_classes).to(device)
 
@@ -387,8 +389,9 @@ def load_segmenter(
 ) -> Segmenter:
     """A segmentation network in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
-    >>> model.predict("street.jpg").shape
+    Examples:
+        >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
+        >>> model.predict("street.jpg").shape
     """
     return _load(Segmenter, source, download, num_classes, output_stride).to(device)
 
@@ -496,8 +499,9 @@ def predict_images(
 
     `predict` is `model.predict_pixels`, or calls it with other options.
 
-    >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
-    ...     print(one.path, one.result)
+    Examples:
+        >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
+        ...     print(one.path, one.result)
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")

@@ -213,7 +213,7 @@ def _refuse_other_data(data: Path) -> None:
     if data.is_file() and suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):
         raise ValueError(
             f"{data}: label files are not supported; give a folder: for classification with one folder of images for "
-            "each class, for detection and segmentation in a format of docs/dense.md"
+            "each class, for detection and segmentation in a format of docs/detection_segmentation.md"
         )
 
 

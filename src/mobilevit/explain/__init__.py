@@ -52,7 +52,8 @@ def explain_image(
         ValueError: `at` is outside the network's input, the class is unknown or the network has none, the size is
             below 32 px, `out` has another suffix, or `out` is the image itself.
 
-    >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
+    Examples:
+        >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
     """
     path = None if out is None else _output_path(Path(out), image)
     if not isinstance(weights, Weights):

@@ -58,7 +58,8 @@ def evaluate(
     `max_unreadable` unreadable images are skipped, and their names are logged. A hub id is downloaded only with
     `download=True`.
 
-    >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
+    Examples:
+        >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
