@@ -515,17 +515,17 @@ def predict_images(
         is_kept = image.width * image.height <= max_pixels
         return model._pixels(image), image.size, image if is_kept else None
 
-    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool:
-        ahead = pool.map(read_one, batches[0] if batches else ())
-        for batch, next_batch in zip(batches, [*batches[1:], ()], strict=True):
-            images, ahead = list(ahead), pool.map(read_one, next_batch)
+        ahead = pool.map(read_one, paths[:batch_size])
+        for start in range(0, len(paths), batch_size):
+            end = start + batch_size
+            images, ahead = list(ahead), pool.map(read_one, paths[end : end + batch_size])
             readable = [one for one in images if not isinstance(one, ImageError)]
             results: Iterator[Result] = iter(())
             if readable:
                 pixels, sizes, _ = zip(*readable, strict=True)
                 results = iter(predict(model._batch(pixels), sizes))
-            for path, one in zip(batch, images, strict=True):
+            for path, one in zip(paths[start:end], images, strict=True):
                 if isinstance(one, ImageError):
                     yield ImageResult(path, one, None)
                 else:
