@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Adapt links and code blocks: in the site, the pages of docs/ are in its root, together with README.md."""
     path = page.file.src_uri
     if path == "reference/index.md":
-        return f"{markdown}\n{_public_names()}"
+        return markdown.replace("<!-- public names -->", _public_names())
     if path == "README.md":
         page.meta["hide"] = ["navigation"]
     if "/" not in path:
@@ -92,7 +92,7 @@ def _public_names() -> str:
     """A table of the names of `mobilevit` with links to their documentation; a missing one fails the strict build."""
     package = griffe.load("mobilevit", search_paths=[ROOT / "src"], resolve_aliases=True)
     lines = ["| name | description |", "|---|---|"]
-    for name in mobilevit.__all__:
+    for name in sorted(mobilevit.__all__, key=str.lower):
         docstring = package[name].docstring
         first = docstring.value.partition("\n\n")[0] if docstring else ""
         lines.append(f"| [`{name}`][mobilevit.{name}] | {' '.join(first.split())} |")
