@@ -17,7 +17,7 @@ from mobilevit.data.loader import Batch
 from mobilevit.data.samples import fingerprint
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.predict import classifier
+from mobilevit.predict import Classifier
 from mobilevit.recipes import Data, Recipe, to_dict
 from mobilevit.tasks import classification
 from mobilevit.tasks.classification import Classification, ClassificationResults
@@ -133,7 +133,7 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
     mean, std = mean_std
     w = weights(("c", "unseen", "a", "b"))
     w = replace(w, preprocessing=replace(w.preprocessing, mean=mean, std=std))
-    model = classifier(w)
+    model = Classifier.from_weights(w)
     log_p, right = [], []
     for file in sorted(folder.rglob("*.png")):
         predictions = model.predict(file)
@@ -216,7 +216,7 @@ def test_evaluation_skips_up_to_max_unreadable_images(folder: Path, caplog: pyte
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
 def test_evaluation_at_another_size(folder: Path):
     w = weights()  # for 32 px, cut from 36
-    at_64_px = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
+    at_64_px = Classifier.from_weights(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
     expected = [at_64_px.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
     options: list[dict[str, Any]] = [{"size_px": 64}, {}, {"size_px": 64, "num_workers": 2}]
     larger, default, with_workers = (
