@@ -46,11 +46,11 @@ from mobilevit.models.mobilevit import MobileViT, TransformerLayer
 from mobilevit.weights import Weights, write
 
 OURS = "mobilevit"
-COLUMNS = ("model", "px", "batch", "side", "time / ours", "p10", "p90", "p10, ms", "images / s")
+COLUMNS = ("model", "px", "batch", "implementation", "time / ours", "p10", "p90", "p10, ms", "images / s")
 NOTE = (
-    "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1 our network is the "
-    "faster one. Then the 10th and 90th percentile of that ratio, the 10th percentile of the time of a step itself and "
-    "the images per second that follow from it."
+    "'time / ours' is the time of a model divided by that of our model: above 1, ours is faster. It is the "
+    "median over the rounds, in which the models are timed interleaved; p10 and p90 are its percentiles. The "
+    "last columns are the 10th percentile of the time of a step, and the corresponding images per second."
 )
 NUM_WARMUP_STEPS = 3
 Clock = Callable[[], float]  # seconds
@@ -255,7 +255,7 @@ def main(
         facts = f"{setting['date']}, {setting['device']}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
         facts += f"; load average at the start {load:.2f}; time.{clock.__name__}"
         if device == "cpu":
-            facts += f"; freed memory {'kept' if kept else 'handled by the system'}"
+            facts += f"; {'the allocator keeps freed memory' if kept else 'default allocator'}"
         write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 
