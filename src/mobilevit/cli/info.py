@@ -10,7 +10,7 @@ import tyro
 from mobilevit.cli.console import stdout
 from mobilevit.cli.options import OR_RUN, WEIGHTS, Download, _resized, read_weights, warn_of_assumptions
 from mobilevit.defaults import MIN_SIZE_PX
-from mobilevit.names import nearest
+from mobilevit.messages import nearest
 
 
 @dataclass(frozen=True)

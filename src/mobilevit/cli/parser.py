@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
 
-from mobilevit.names import nearest
+from mobilevit.messages import nearest
 from mobilevit.recipes import Recipe
 
 # Short names for the recipe options that are used most; other commands use the same names.

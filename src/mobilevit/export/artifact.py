@@ -221,11 +221,11 @@ class ArgMax(nn.Module):
 def artifact_input(source: ImageInput, preprocessing: Preprocessing, spec: ArtifactSpec) -> Tensor:
     """Preprocess one image for the artifact; (1, ...)."""
     if (spec.height, spec.width) == (preprocessing.crop_px, preprocessing.crop_px):
-        image = preprocessing.resize_and_crop(read_image(source, copy=False))
+        image = preprocessing.resize_and_crop(read_image(source))
     elif spec.height == spec.width:
-        image = preprocessing.at_size(spec.height).resize_and_crop(read_image(source, copy=False))
+        image = preprocessing.at_size(spec.height).resize_and_crop(read_image(source))
     else:  # preprocessing is defined for squares only: resize without cropping
-        image = read_image(source, copy=False).resize((spec.width, spec.height))
+        image = read_image(source).resize((spec.width, spec.height))
     pixels = torch.from_numpy(np.array(image))[None]
     return pixels if spec.uint8 else preprocessing.scale(pixels.permute(0, 3, 1, 2)).contiguous()
 

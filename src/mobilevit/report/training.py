@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.recipes import RECIPES, Recipe
 from mobilevit.report import render
 from mobilevit.report.charts import Band, Chart, Line, line_chart
@@ -102,7 +102,7 @@ def write_report(
         facts=table(("", ""), list(facts.items()), is_text=True) if facts else "",
     )
     # File names that are not valid UTF-8 contain lone surrogates, which UTF-8 cannot encode.
-    write_whole(path, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    write_atomic(path, page.encode("utf-8", "backslashreplace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
