@@ -29,7 +29,7 @@ from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Recipe, Sampler, from_dict
 from mobilevit.tasks.classification import Classification, ClassificationResults
-from mobilevit.tasks.evaluation import evaluate_weights
+from mobilevit.tasks.evaluation import evaluate
 from mobilevit.training import loop, step
 from mobilevit.training.loop import TrainingResult, train
 from mobilevit.training.optim import EMA, learning_rate_at
@@ -130,7 +130,7 @@ def test_contents_of_the_run_folder(first: TrainingResult, data: Path):
 @pytest.mark.parametrize(("name", "prefix"), [("model", "val_"), ("raw", "raw_")])
 def test_saved_weights_reproduce_the_logged_metrics(first: TrainingResult, data: Path, name: str, prefix: str):
     file = first.weights.with_name(f"{name}.safetensors")
-    metrics = evaluate_weights(read(file), data, batch_size=RECIPE.batch_size).metrics()
+    metrics = evaluate(read(file), data, batch_size=RECIPE.batch_size).metrics
     last = first.epochs[-1]
     assert {name: last.get(f"{prefix}{name}", 3) for name in metrics} == metrics
     model = mobilevit.load(file)
@@ -207,7 +207,7 @@ def test_a_non_finite_loss_stops_the_run_and_can_be_resumed(
             assert len(lines(tmp_path / "metrics.jsonl")) == 1
             saved = read(tmp_path / "model.safetensors")
             assert saved.training["metrics"]["epoch"] == 1
-            metrics = evaluate_weights(saved, data, batch_size=RECIPE.batch_size).metrics()
+            metrics = evaluate(saved, data, batch_size=RECIPE.batch_size).metrics
             assert metrics["loss"] == saved.training["metrics"]["val_loss"]
             assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["000000004.pt"]
     assert same_weights(first.weights, train(recipe, data, tmp_path).weights)

@@ -27,7 +27,7 @@ from mobilevit.cli.options import (
     use_threads,
     warn_of_assumptions,
 )
-from mobilevit.defaults import MAX_MEGAPIXELS, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import MAX_MEGAPIXELS, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ class Predict:
     Segmentation: STEM.png, class indices in VOC's colors, and STEM_overlay.jpg."""
     json: bool = False
     """Print one JSON object per line instead of a table."""
-    batch_size: int = 16
+    batch_size: int = PREDICT_BATCH_SIZE
     """Images per batch."""
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
     device: Device = "auto"
@@ -147,12 +147,12 @@ class Predict:
 
     def _network(self) -> Any:
         from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import classifier, detector, segmenter
+        from mobilevit.predict import PREDICTORS
 
         weights = read_weights(self.weights, self.download)
         warn_of_assumptions(self.weights, weights)
-        build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
-        return fold_batch_norm(build(weights).to(choose_device(self.device)), inplace=True)
+        model = PREDICTORS[weights.task].from_weights(weights)
+        return fold_batch_norm(model.to(choose_device(self.device)), inplace=True)
 
     def _artifact(self) -> Any:
         from mobilevit.export.predictor import load_predictor
