@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
 
 from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 from mobilevit.names import nearest
@@ -21,11 +23,16 @@ Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "sta
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+def short_name(option: str) -> Any:
+    """A second name of a field on the command line, besides the one with the prefix, such as --data.size-px."""
+    return tyro.conf.arg(aliases=[option])
+
+
 @dataclass(frozen=True)
 class Data:
     """Images: size, augmentation, validation split."""
 
-    size_px: int = 256
+    size_px: Annotated[int, short_name("--size")] = 256
     """Input size of the network in pixels, height and width."""
     eval_resize: float = 1.125
     """Evaluation: resize the short side to this factor times the input size, then crop the center."""
@@ -35,16 +42,16 @@ class Data:
     policy: Policy = "basic"
     """Training: augmentation. basic: random crops and horizontal flips, as in the paper; advanced: RandAugment, random
     erasing, Mixup and CutMix as well."""
-    flip: bool = True
+    flip: Annotated[bool, short_name("--flip")] = True
     """Training: flip images horizontally with probability 0.5. Unsuitable for digits, letters and other images whose
     orientation matters."""
-    val_fraction: float = 0.2
+    val_fraction: Annotated[float, short_name("--val-fraction")] = 0.2
     """Validation split: fraction of the images of each class, if the data have no split."""
-    num_workers: int = 2
+    num_workers: Annotated[int, short_name("--num-workers")] = 2
     """Number of processes that read images; 0 reads them in the main process."""
-    max_unreadable: int = 0
+    max_unreadable: Annotated[int, short_name("--max-unreadable")] = 0
     """Maximum number of unreadable images to skip per epoch, in training and in validation each."""
-    max_megapixels: float = MAX_MEGAPIXELS
+    max_megapixels: Annotated[float, short_name("--max-megapixels")] = MAX_MEGAPIXELS
     """Largest image to read, in megapixels; larger ones count as unreadable."""
 
     def __post_init__(self) -> None:
@@ -80,7 +87,7 @@ class Optimizer:
 
     start_lr: float = 2e-4
     """Learning rate of the first step."""
-    lr: float = 2e-3
+    lr: Annotated[float, short_name("--lr")] = 2e-3
     """Learning rate at the end of the warm-up."""
     end_lr: float = 2e-4
     """Learning rate of the last step."""
@@ -92,9 +99,9 @@ class Optimizer:
     """Weight decay of AdamW; each step applies it times the learning rate."""
     decay_all: bool = True
     """Apply weight decay to all parameters, as published; if off, not to norms and biases."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, short_name("--clip-norm")] = 0.0
     """Maximum norm of the gradient of all parameters; 0: no clipping, as published."""
-    freeze: Freeze = "nothing"
+    freeze: Annotated[Freeze, short_name("--freeze")] = "nothing"
     """Freeze the backbone from the stem up to this stage, including batch norm."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the backbone, as a factor of that of the head."""
@@ -122,9 +129,9 @@ class Optimizer:
 class Compute:
     """Precision, compilation and micro-batches."""
 
-    precision: Precision = "float32"
+    precision: Annotated[Precision, short_name("--precision")] = "float32"
     """float32, or mixed precision: bfloat16, or float16 with loss scaling, as published."""
-    compile: bool = False
+    compile: Annotated[bool, short_name("--compile")] = False
     """Compile the network once per image size. Takes minutes at the start; intended for GPUs."""
     sync_batch_norm: bool = False
     """Synchronize batch norm over all processes. GPUs only."""
