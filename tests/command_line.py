@@ -12,7 +12,7 @@ from mobilevit.cli import main
 from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead
 from mobilevit.predict import Classifier, Detector, Segmenter, save
-from small_networks import randomise
+from small_networks import randomize
 
 # Class names of the test weights. They look like the markup of a terminal library.
 CLASS_NAMES = ("[bold]ant[/bold]", ":bee:", "cat [/]")
@@ -52,14 +52,14 @@ def files_in(folder: Path) -> set[str]:
 def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small networks with random weights; the detector has detections of each class at scores from 0.3 to 0.9."""
     folder = tmp_path_factory.mktemp("weights")
-    classifier = randomise(Classifier("xxs", num_classes=3))
+    classifier = randomize(Classifier("xxs", num_classes=3))
     classifier.class_names, classifier.preprocessing = CLASS_NAMES, Preprocessing(resize_px=36, crop_px=32)
     save(classifier, folder / "classifier.safetensors")
     classifier.class_names = ("x", "y", "z")
     save(classifier, folder / "xyz.safetensors")
-    detector = randomise(Detector("xxs", num_classes=3))
+    detector = randomize(Detector("xxs", num_classes=3))
     detector.class_names, detector.category_ids = CLASS_NAMES, (3, 44, 90)
-    segmenter = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
+    segmenter = randomize(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
     segmenter.class_names = ("background", *CLASS_NAMES)
     for model, name in ((detector, "detector"), (segmenter, "segmenter")):
         model.preprocessing = Preprocessing(resize_px=(64, 64), crop_px=64)

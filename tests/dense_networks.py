@@ -11,7 +11,7 @@ from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Architecture, Stage, Transformer
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import TaskName, Weights
-from small_networks import randomise
+from small_networks import randomize
 
 PREPROCESSING = Preprocessing((64, 64), 64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 # Five stages, as both heads require, and two transformer layers.
@@ -36,13 +36,13 @@ def dense_weights(task: TaskName) -> Weights:
 
 def detector() -> Weights:
     """7 classes."""
-    model = randomise(SSDLite(SMALL_BACKBONE, 7))
+    model = randomize(SSDLite(SMALL_BACKBONE, 7))
     return Weights(model.architecture, model.state_dict(), PREPROCESSING, tuple("abcdefg"), task="detect")
 
 
 def segmentation(head: DeepLabHead = PAPER_HEAD, output_stride: int = 16) -> Weights:
     """5 classes, each for less than 60 % of the pixels."""
-    model = randomise(DeepLabV3(SMALL_BACKBONE, 5, output_stride, head))
+    model = randomize(DeepLabV3(SMALL_BACKBONE, 5, output_stride, head))
     pixels = PREPROCESSING.scale(torch.from_numpy(np.stack(synthetic_images(8, (64, 64)))).permute(0, 3, 1, 2))
     with torch.no_grad():
         assert model.classifier.bias is not None

@@ -24,7 +24,7 @@ SMALL = Architecture(
 )
 
 
-def randomise(model: Network, seed: int = 0) -> Network:
+def randomize(model: Network, seed: int = 0) -> Network:
     """Random weights whose activations keep their scale, and norms that are not the identity; eval mode.
 
     With default initial values the running statistics are 0 and 1 and the biases 0, and mixing them up goes unseen.

@@ -21,7 +21,7 @@ from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
 from mobilevit.models.ssdlite import SSDLite, detect
 from mobilevit.predict import load
 from mobilevit.weights import FORMATS, Format, Weights, coco_class_names, read, voc_class_names, write
-from small_networks import randomise
+from small_networks import randomize
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = [(256, 256), (224, 224), (160, 192), (200, 231)]
@@ -171,7 +171,7 @@ def transformers_from(path: Path) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_others_load_what_we_save(name: str, tmp_path: Path) -> None:
-    ours = randomise(MobileViT(name, num_classes=17))
+    ours = randomize(MobileViT(name, num_classes=17))
     weights = Weights(ARCHITECTURES[name], ours.state_dict())
     write(weights, tmp_path / "timm.safetensors", "timm")
     write(weights, tmp_path / "hf", "transformers")
@@ -186,9 +186,9 @@ def test_others_load_what_we_save(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_we_load_what_others_save(name: str, tmp_path: Path) -> None:
-    from_timm = randomise(timm.create_model(f"mobilevit_{name}", num_classes=17), seed=1)
+    from_timm = randomize(timm.create_model(f"mobilevit_{name}", num_classes=17), seed=1)
     torch.save(from_timm.state_dict(), tmp_path / "timm.bin")
-    hf = randomise(transformers.MobileViTForImageClassification(transformers_config(name)), seed=2)
+    hf = randomize(transformers.MobileViTForImageClassification(transformers_config(name)), seed=2)
     hf.save_pretrained(tmp_path / "hf")  # pyright: ignore[reportCallIssue]
     transformers.MobileViTImageProcessor(size={"shortest_edge": 300}, resample=2).save_pretrained(tmp_path / "hf")
 
@@ -207,7 +207,7 @@ def test_we_load_what_others_save(name: str, tmp_path: Path) -> None:
 def test_output_stride_of_transformers(output_stride: int, tmp_path: Path) -> None:
     config = transformers_config("xxs")
     config.output_stride = output_stride
-    randomise(transformers.MobileViTForImageClassification(config)).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    randomize(transformers.MobileViTForImageClassification(config)).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     ours, theirs = load(tmp_path), transformers_from(tmp_path)
     for size in [(256, 256), (150, 97)]:
         x = torch.rand(1, 3, *size)
@@ -224,7 +224,7 @@ def test_another_structure_through_transformers(tmp_path: Path) -> None:
         num_attention_heads=2,
         num_labels=5,  # pyright: ignore[reportCallIssue]  every configuration has it
     )
-    randomise(transformers.MobileViTForImageClassification(config)).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    randomize(transformers.MobileViTForImageClassification(config)).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     ours, theirs = load(tmp_path), transformers_from(tmp_path)
     x = torch.rand(2, 3, 100, 130)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def segmenter_from(path: Path) -> Callable[[Tensor], Tensor]:
 def test_segmentation_of_transformers(name: str, output_stride: int, tmp_path: Path) -> None:
     config = transformers_config(name)
     config.output_stride, config.aspp_out_channels, config.atrous_rates = output_stride, 72, [2, 3, 5]
-    theirs = randomise(transformers.MobileViTForSemanticSegmentation(config))
+    theirs = randomize(transformers.MobileViTForSemanticSegmentation(config))
     theirs.save_pretrained(tmp_path / "theirs")  # pyright: ignore[reportCallIssue]
     transformers.MobileViTImageProcessor(
         size={"shortest_edge": 544}, crop_size={"height": 512, "width": 512}, resample=2
@@ -272,7 +272,7 @@ def test_segmentation_of_transformers(name: str, output_stride: int, tmp_path: P
 
 def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
     preprocessing = Preprocessing(resize_px=(96, 96), crop_px=96)
-    model = randomise(DeepLabV3("xxs", num_classes=3))
+    model = randomize(DeepLabV3("xxs", num_classes=3))
     weights = Weights(
         model.architecture,
         model.state_dict(),
@@ -295,7 +295,7 @@ def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
 def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in randomise(MobileViT(name, num_classes=10)).state_dict().items()
+        for key, tensor in randomize(MobileViT(name, num_classes=10)).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors)
     for format in FORMATS:  # each from what the one before it wrote
@@ -325,7 +325,7 @@ def test_round_trip_of_dense_networks(kind: str, name: str, dtype: torch.dtype, 
             formats = ("mobilevit", "transformers", "apple", "transformers", "mobilevit")
     tensors = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in randomise(model).state_dict().items()
+        for key, tensor in randomize(model).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors, **options)
     for i, format in enumerate(formats):  # each from what the one before it wrote

@@ -32,7 +32,7 @@ from mobilevit.predict import (
 )
 from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
 from mobilevit.weights import PREPROCESSING as ASSUMED
-from small_networks import randomise
+from small_networks import randomize
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -41,7 +41,7 @@ PREPROCESSING = Preprocessing(resize_px=40, crop_px=37, mean=(0.1, 0.2, 0.3), st
 @pytest.fixture(scope="module")
 def model() -> Classifier:
     model = Classifier("xxs", num_classes=len(NAMES))
-    randomise(model)
+    randomize(model)
     model.preprocessing, model.class_names = PREPROCESSING, NAMES
     return model
 
@@ -303,7 +303,7 @@ def test_masks_are_of_the_upright_image(tmp_path: Path, orientation: int):
 
 @pytest.mark.parametrize("head", [PAPER_HEAD, LATER_HEAD], ids=["paper", "later"])
 def test_masks_are_the_argmax_of_the_logits(head: DeepLabHead):
-    model = randomise(Segmenter("xxs", num_classes=9, head=replace(head, channels=16)))
+    model = randomize(Segmenter("xxs", num_classes=9, head=replace(head, channels=16)))
     model.preprocessing = WARP
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((150, 101), (33, 32), (96, 96), (7, 300))]
@@ -321,7 +321,7 @@ def test_masks_are_the_argmax_of_the_logits(head: DeepLabHead):
 
 def test_many_images_of_the_other_tasks(images: list[Path]):
     detector = constant_detector(((0.25, 0.5, 0.5, 0.75), 2, 0.6))
-    segmenter = randomise(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
+    segmenter = randomize(Segmenter("xxs", num_classes=4, head=DeepLabHead(channels=16)))
     segmenter.preprocessing = WARP
     boxes = list(predict_images(detector, images, detector.predict_pixels, batch_size=3))
     masks = list(predict_images(segmenter, images, segmenter.predict_pixels, batch_size=3))
@@ -516,8 +516,8 @@ def test_pretrained_backbone(model: Classifier, tmp_path: Path):
 
 
 def test_save_and_load_of_the_other_tasks(images: list[Path], tmp_path: Path):
-    detector = randomise(Detector("xxs", num_classes=3))
-    segmenter = randomise(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
+    detector = randomize(Detector("xxs", num_classes=3))
+    segmenter = randomize(Segmenter("xxs", num_classes=3, output_stride=8, head=DeepLabHead(channels=16)))
     detector.category_ids = (1, 17, 90)
     for model, load_again in ((detector, load_detector), (segmenter, load_segmenter)):
         model.preprocessing, model.class_names = WARP, ("ant", "bee", "cat")
@@ -566,7 +566,7 @@ def test_the_function_for_the_task(model: Classifier, tmp_path: Path):
 def test_backbones_of_all_tasks(tmp_path: Path):
     x = torch.rand(1, 3, 70, 64)
     for model in (SSDLite("xxs", 2), DeepLabV3("xxs", 2, head=replace(LATER_HEAD, channels=16))):
-        randomise(model)
+        randomize(model)
         save(model, tmp_path / "whole.safetensors")
         backbone = load_backbone(tmp_path / "whole.safetensors", out_stages="stage5")
         assert backbone.output_stride == model.backbone.output_stride

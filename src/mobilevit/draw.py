@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -140,7 +140,7 @@ def _write(image: Image.Image, path: Path, format: str, **options: int) -> None:
     file = io.BytesIO()
     image.save(file, format, **options)
     # Python's errors name the cause, such as a full disk; those of Pillow's encoders do not.
-    write_whole(path, lambda target: target.write_bytes(file.getvalue()), synced=False)
+    write_atomic(path, file.getvalue(), sync=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, write_to: Callable[[Path], Any], *, synced: bool = True) -> None:
+def write_atomic(path: Path, content: str | bytes | Callable[[Path], Any], *, sync: bool = True) -> None:
     """Write a file atomically: to a temporary file in the same folder, which then replaces `path`.
 
-    Readers see the old file or the new one. `write_to` gets the path of the temporary file. Creates missing folders.
-    Without `synced`, the call returns before the data are on the disk, which saves some milliseconds; a power failure
-    can then damage the file.
+    Readers see the old file or the new one. Missing folders are created.
+
+    Args:
+        path: the file.
+        content: text (written as UTF-8), bytes, or a function that writes to the path that it is given.
+        sync: wait until the data are on the disk. Without it the call is faster, but a power failure can damage the
+            file.
 
     Raises:
         OSError: of the system, with `path` as its file name.
@@ -25,15 +29,18 @@ def write_whole(path: Path, write_to: Callable[[Path], Any], *, synced: bool = T
     os.close(handle)
     temporary = Path(name)
     try:
-        write_to(temporary)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         # mkstemp creates private files; use the permissions of any other new file.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        if synced:
+        if sync:
             _sync(temporary)
         temporary.replace(path)
-        if synced and os.name == "posix":  # only there can a folder be opened and its entries be synced
+        if sync and os.name == "posix":  # only there can a folder be opened and its entries be synced
             _sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

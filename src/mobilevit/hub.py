@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from mobilevit.messages import first_line
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def unreachable() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:  # of whatever network library is used
-        return f"{constants.ENDPOINT}: {_reason(error)}"
+        return f"{constants.ENDPOINT}: {first_line(error)}"
     return ""
 
 
@@ -77,7 +79,7 @@ def find_model(repo_id: str, revision: str | None, *, download: bool) -> Path:
     except RepositoryNotFoundError:
         raise HubError(f"{repo_id}: no such model on the hub, or no access to it; check the name") from None
     except Exception as error:  # of whatever network library is used
-        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else _reason(error)
+        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else first_line(error)
         raise HubError(
             f"{repo_id}: could not be downloaded ({reason}); try again later, or download the folder elsewhere and "
             "give its path"
@@ -89,7 +91,3 @@ def find_model(repo_id: str, revision: str | None, *, download: bool) -> Path:
     license = "weights by Apple under Apple's license" if repo_id.startswith(("apple/", "timm/")) else "see its license"
     logger.info("%s: downloaded; %s, on its model card", repo_id, license)
     return path
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from mobilevit.messages import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -138,19 +140,18 @@ def read_header(source: ImageInput | bytes, name: str = "", *, of_any_size: bool
         return Header(size, image.format, image.has_transparency_data)
 
 
-def read_image(source: ImageInput | bytes, name: str = "", *, copy: bool = True) -> Image.Image:
+def read_image(source: ImageInput | bytes, name: str = "") -> Image.Image:
     """Decode an image: first frame, upright, 8-bit RGB, transparency composited on white.
 
-    `bytes` are the contents of a file. `name` is for error messages; by default the file name. With `copy=False`, an
-    image in memory that needs no conversion is returned itself.
+    `bytes` are the contents of a file. `name` is for error messages; by default the file name. A PIL image that needs
+    no conversion is returned itself, not copied.
 
     Raises:
         ImageError: no such file, not an image, truncated, or pixel values without an agreed range.
     """
     name = name or _name(source)
     with _errors_named(name):
-        rgb = to_rgb(_open(source, name), name)
-    return rgb.copy() if copy and rgb is source else rgb
+        return to_rgb(_open(source, name), name)
 
 
 def read_crop(
@@ -268,21 +269,16 @@ def _errors_named(name: str) -> Iterator[None]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error message, or the name of the exception if there is no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Find
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and its subfolders, sorted; see `images_and_others`."""
-    return images_and_others(folder)[0]
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders; see `scan_folder`."""
+    return scan_folder(folder)[0]
 
 
-def images_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
+def scan_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and its subfolders, recognized by their extensions, and all other files, both sorted.
 
     Hidden files and folders are ignored.
@@ -310,7 +306,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser fails for a file named ~cat.jpg
         if path.is_dir():
-            matches = [file for file in image_files(path) if not _is_mask(file, path)]
+            matches = [file for file in list_images(path) if not _is_mask(file, path)]
             if not matches:
                 raise ValueError(f"{name}: no images in this folder")
         elif path.exists():
@@ -384,7 +380,7 @@ class Preprocessing:
         """
         import torch  # on use: file names are checked before the import of torch
 
-        rgb = self.resize_and_crop(read_image(image, copy=False))
+        rgb = self.resize_and_crop(read_image(image))
         return self.scale(torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
 
     def scale(self, pixels: Tensor) -> Tensor:

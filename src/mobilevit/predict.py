@@ -105,7 +105,7 @@ class Predictor(nn.Module):
         several = [images] if _is_one(images) else cast(Sequence[ImageInput], images)
         if not len(several):
             raise ValueError("no images; give one or several")
-        decoded = [read_image(image, copy=False) for image in several]
+        decoded = [read_image(image) for image in several]
         return self._batch([self._pixels(image) for image in decoded]), [image.size for image in decoded]
 
     def _pixels(self, image: Image.Image) -> Tensor:
@@ -346,8 +346,9 @@ def load(
     Raises:
         WeightsError: see `mobilevit.weights.read`; also weights of another task, or another number of classes.
 
-    >>> model = mobilevit.load("apple/mobilevit-small", download=True)
-    >>> model.predict("cat.jpg")[0].class_name
+    Examples:
+        >>> model = mobilevit.load("apple/mobilevit-small", download=True)
+        >>> model.predict("cat.jpg")[0].class_name
     """
     return classifier(_read_for("classify", source, download, num_classes, output_stride)).to(device)
 
@@ -357,8 +358,9 @@ def load_detector(
 ) -> Detector:
     """A detector in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
-    >>> model.predict("street.jpg")[0].box
+    Examples:
+        >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
+        >>> model.predict("street.jpg")[0].box
     """
     return detector(_read_for("detect", source, download, num_classes)).to(device)
 
@@ -373,8 +375,9 @@ def load_segmenter(
 ) -> Segmenter:
     """A segmentation network in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
-    >>> model.predict("street.jpg").shape
+    Examples:
+        >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
+        >>> model.predict("street.jpg").shape
     """
     return segmenter(_read_for("segment", source, download, num_classes, output_stride)).to(device)
 
@@ -506,8 +509,9 @@ def predict_images(
 
     `predict` is `model.predict_pixels`, or calls it with other options.
 
-    >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
-    ...     print(one.path, one.result)
+    Examples:
+        >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
+        ...     print(one.path, one.result)
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")

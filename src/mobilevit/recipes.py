@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
-from mobilevit.names import nearest
+from mobilevit.messages import nearest
 
 Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment"]
@@ -298,7 +298,7 @@ def main(architecture: Size) -> Recipe:
 def detect() -> Recipe:
     """Object detection in photographs: XXS at 320 px, 60 epochs.
 
-    Command: mobilevit train detect --data photos/ (COCO or VOC layout; docs/dense.md)
+    Command: mobilevit train detect --data photos/ (COCO or VOC layout; docs/detection_segmentation.md)
     A pretrained backbone (--backbone, a hub id or file) improves the score.
     Time: one hour for 3,000 images, 14 epochs at 256 px, on one core. Score: AP50 51.6 on composite images with
     8 classes (benchmarks/stamps_epyc-2-cores_202611.md).
@@ -317,7 +317,7 @@ def detect() -> Recipe:
 def segment() -> Recipe:
     """Semantic segmentation of photographs: XXS at 256 px, 60 epochs.
 
-    Command: mobilevit train segment --data photos/ (VOC layout, or images/ and masks/; docs/dense.md)
+    Command: mobilevit train segment --data photos/ (VOC layout, or images/ and masks/; docs/detection_segmentation.md)
     A pretrained backbone (--backbone, a hub id or file) improves the score.
     Time: one hour for 3,000 images, 12 epochs at 192 px and 2 at 288 px, on one core. Score: mIoU 43.1 on the images of
     detect (benchmarks/stamps_epyc-2-cores_202611.md).
@@ -392,6 +392,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     },
 }
 RECIPES: dict[str, Recipe] = {name: make() for name, make in NAMED.items()}
+"""The recipes by name; `describe` returns the description of one."""
 
 
 def named(name: str) -> Recipe:

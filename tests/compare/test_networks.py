@@ -19,7 +19,7 @@ from mobilevit.compare.networks.mobilenet_v1 import MobileNetV1
 from mobilevit.compare.networks.t2t_vit import Performer, sine_positions, soft_split
 from mobilevit.compare.networks.vil import WINDOW_PX, FullAttention, WindowAttention
 from mobilevit.compare.networks.vit import Attention, to_map, to_tokens
-from small_networks import randomise
+from small_networks import randomize
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_maps_and_tokens() -> None:
 
 
 def test_mobilenet_v1_takes_the_convolution_apart() -> None:
-    network = randomise(MobileNetV1(3, width=0.75))
+    network = randomize(MobileNetV1(3, width=0.75))
     # The convolutions alone, behind which a ReLU may shut.
     _, depthwise, pointwise, *_ = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     x = torch.randn(1, 24, 9, 9)
@@ -92,7 +92,7 @@ def test_mobilenet_v1_takes_the_convolution_apart() -> None:
 )
 def test_espnet_v2_sees_at_several_dilations(max_field_px: int, expected: tuple[int, ...]) -> None:
     assert dilations(max_field_px) == expected
-    unit = randomise(EESP(16, 16, max_field_px))
+    unit = randomize(EESP(16, 16, max_field_px))
     maps: list[Tensor] = []
     unit.norm.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
     for i in range(4):  # branch i and, by the fusion, all of smaller dilation
@@ -109,7 +109,7 @@ def test_espnet_v2_sees_at_several_dilations(max_field_px: int, expected: tuple[
 
 @pytest.mark.parametrize("image", [True, False])
 def test_espnet_v2_looks_at_the_image_again(image: bool) -> None:
-    downsample = randomise(Downsample(16, 32, 9, image=image))
+    downsample = randomize(Downsample(16, 32, 9, image=image))
     x, images = torch.randn(1, 16, 14, 14), torch.randn(1, 3, 56, 56)
     assert downsample(x, images).shape == (1, 32, 7, 7)
     assert downsample(x, images).equal(downsample(x, images + torch.randn_like(images))) != image
@@ -157,7 +157,7 @@ def test_t2t_vit_positions() -> None:
 
 @pytest.mark.parametrize(("build", "dim"), [(ceit.LeFF, ceit.DIM), (local_vit.LocalFeedForward, local_vit.DIM)])
 def test_a_local_feed_forward_sees_neighbours_and_no_class_token(build: Callable[[], nn.Module], dim: int) -> None:
-    ffn = randomise(build())
+    ffn = randomize(build())
     x = torch.randn(2, 1 + 49, dim)
     assert ffn(x)[:, 0].equal(x[:, 0])
     for row, column in ((3, 2), (0, 6)):
@@ -167,7 +167,7 @@ def test_a_local_feed_forward_sees_neighbours_and_no_class_token(build: Callable
 
 
 def test_ceit_reads_the_class_tokens_of_all_layers() -> None:
-    attention = randomise(ceit.LayerwiseClassAttention())
+    attention = randomize(ceit.LayerwiseClassAttention())
     x = torch.randn(2, ceit.NUM_LAYERS, ceit.DIM)
     assert seen(attention, x, (0, 2)).all()
     # The last token asks, and the shortcut is its own.
@@ -242,7 +242,7 @@ def test_botnet_replaces_the_last_three_convolutions() -> None:
 
 @pytest.mark.parametrize("side", [28, 10])
 def test_vil_sees_its_windows_and_the_global_token(side: int) -> None:
-    attention = randomise(WindowAttention(8, 2, side))
+    attention = randomize(WindowAttention(8, 2, side))
     x = torch.randn(1, 1 + side * side, 8)
     for row, column in ((0, 0), (side // 2, side - 1), (8, 9)):
         reached = seen(lambda x, n=1 + side * row + column: attention(x)[:, n], x, (0, 2))
@@ -284,11 +284,11 @@ def test_vil_against_dense_attention(build: str, side: int) -> None:
 
 def test_mobile_former_bridges_both_ways() -> None:
     x, tokens = torch.randn(1, 16, 6, 6), torch.randn(1, 4, 32)
-    to_tokens, to_map = randomise(ToTokens(32, 16)), randomise(ToMap(32, 16))
+    to_tokens, to_map = randomize(ToTokens(32, 16)), randomize(ToMap(32, 16))
     assert seen(lambda x: to_tokens(tokens, x)[:, :, :5], x, (0, 1)).all()  # a norm's outputs sum to a constant
     assert seen(lambda tokens: to_map(x, tokens), tokens, (0, 2)).all()
     for block in (Block(16, 3), Block(24, 3), Block(24, 3, halves=True)):
-        module = randomise(MobileFormerBlock(16, block, 32))
+        module = randomize(MobileFormerBlock(16, block, 32))
         next_x, next_tokens = module(x, tokens)
         assert next_x.shape == (1, block.channels, *((3, 3) if block.halves else (6, 6)))
         assert next_tokens.shape == tokens.shape
@@ -304,7 +304,7 @@ def test_mobile_former_bridges_both_ways() -> None:
 
 
 def test_mobile_former_bridge_by_definition() -> None:
-    bridge = randomise(ToTokens(8, 4)).double()
+    bridge = randomize(ToTokens(8, 4)).double()
     x, tokens = torch.randn(1, 4, 3, 3, dtype=torch.float64), torch.randn(1, 2, 8, dtype=torch.float64)
     pixels, query = x[0].reshape(4, 9).T, bridge.query(tokens)[0]
     gathered = torch.cat(

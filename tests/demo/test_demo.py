@@ -40,7 +40,7 @@ from mobilevit.predict import Classifier, detector, segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 from mobilevit.weights import Weights, read
-from small_networks import randomise
+from small_networks import randomize
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -338,7 +338,7 @@ def photo() -> Image.Image:
 @pytest.fixture(scope="module")
 def boxes_weights() -> Weights:
     """Random weights, with a background bias so that few boxes exceed the default score and many do not."""
-    model = randomise(SSDLite("xxs", 4), 2)
+    model = randomize(SSDLite("xxs", 4), 2)
     tensors = model.state_dict()
     for i in range(6):
         tensors[f"heads.{i}.out.bias"].unflatten(0, (-1, 9))[:, 4] += 3.0
@@ -347,7 +347,7 @@ def boxes_weights() -> Weights:
 
 @pytest.fixture(scope="module")
 def mask_weights() -> Weights:
-    model = randomise(DeepLabV3("xxs", 5, 16, PAPER_HEAD), 2)
+    model = randomize(DeepLabV3("xxs", 5, 16, PAPER_HEAD), 2)
     names = ("background", "roof", "tree", "wall", "sky")
     options: dict[str, Any] = {"task": "segment", "head": PAPER_HEAD, "output_stride": 16}
     return Weights(model.architecture, model.state_dict(), WHOLE_IMAGE, names, **options)

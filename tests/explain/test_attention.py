@@ -13,7 +13,7 @@ from mobilevit.explain.attention import BlockAttention, capture_outputs, compute
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Attention, TransformerLayer, fold, unfold
 from mobilevit.models.ssdlite import SSDLite
-from small_networks import randomise
+from small_networks import randomize
 
 SIZES = [(64, 64), (70, 97)]  # the second has feature maps with odd sides, which are resized to whole patches
 
@@ -21,7 +21,7 @@ SIZES = [(64, 64), (70, 97)]  # the second has feature maps with odd sides, whic
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_attention_reproduces_the_output_of_the_attention_layers(size: tuple[int, int]):
-    model = randomise(MobileViT("xxs", num_classes=3))
+    model = randomize(MobileViT("xxs", num_classes=3))
     pixels = torch.rand(1, 3, *size)
     blocks = compute_attention(model.backbone, pixels)
     assert [(block.stage, block.num_layers, block.num_heads) for block in blocks] == [
@@ -53,7 +53,7 @@ def test_detection_and_segmentation_networks():
     pixels = torch.rand(1, 3, 64, 96)
     networks = (SSDLite("xxs", num_classes=2), DeepLabV3("xxs", 2, head=DeepLabHead(channels=8)))
     for model in networks:
-        blocks = compute_attention(randomise(model).backbone, pixels)
+        blocks = compute_attention(randomize(model).backbone, pixels)
         assert [block.stage for block in blocks] == ["stage3", "stage4", "stage5"]
         assert (blocks[0].rows, blocks[0].columns) == (4, 6)
 
@@ -61,7 +61,7 @@ def test_detection_and_segmentation_networks():
 @pytest.mark.parametrize("size", SIZES)
 def test_a_pixel_attends_to_its_own_position_in_every_patch(size: tuple[int, int]):
     """Compared with the gradient through a transformer layer of the network."""
-    model = randomise(MobileViT("xxs", num_classes=3)).double()
+    model = randomize(MobileViT("xxs", num_classes=3)).double()
     pixels = torch.rand(1, 3, *size, dtype=torch.float64)
     block = compute_attention(model.backbone, pixels)[1]
     x, y = 0.61, 0.34

@@ -27,12 +27,12 @@ from mobilevit.explain.figure import (
 from mobilevit.explain.heatmap import scale, scale_attention, scale_gradient
 from mobilevit.images import Preprocessing
 from mobilevit.weights import Weights
-from small_networks import randomise
+from small_networks import randomize
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    model = randomise(mobilevit.MobileViT("xxs", num_classes=3))
+    model = randomize(mobilevit.MobileViT("xxs", num_classes=3))
     return Weights(model.architecture, model.state_dict(), Preprocessing(72, 64), class_names=("ant", "bee", "c" * 90))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mobilevit import MobileViT
 from mobilevit.explain.grad_cam import compute_class_evidence, find_class
-from small_networks import randomise
+from small_networks import randomize
 
 
 class MeanColors(nn.Module):
@@ -54,7 +54,7 @@ def test_evidence_of_a_network_that_counts_colors():
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 130)])
 def test_grad_cam_sums_to_the_logits(size: tuple[int, int]):
-    model = randomise(MobileViT("xxs", num_classes=7)).double()
+    model = randomize(MobileViT("xxs", num_classes=7)).double()
     pixels = torch.rand(1, 3, *size, dtype=torch.float64)
     assert isinstance(model.classifier, nn.Linear)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from mobilevit.explain.page import render_page
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import Weights
-from small_networks import randomise
+from small_networks import randomize
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -34,7 +34,7 @@ NAMES = ("<b>ant</b>", "bee & co", "</script><script>alert(1)</script>")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Path]:
     # 76 px: the feature map of stage 4 is 5 x 5, which is resized to whole patches.
-    model = randomise(mobilevit.MobileViT("xxs", num_classes=3))
+    model = randomize(mobilevit.MobileViT("xxs", num_classes=3))
     weights = Weights(model.architecture, model.state_dict(), Preprocessing(86, 76), class_names=NAMES)
     path = tmp_path_factory.mktemp("page") / "china.html"
     photo = Image.fromarray(load_sample_image("china.jpg"))
@@ -241,7 +241,7 @@ def test_the_page_opens_with_the_class_evidence(browser: Browser, written: tuple
 
 
 def test_a_detector_has_no_class_evidence(browser: Browser, tmp_path: Path):
-    model = randomise(SSDLite("xxs", num_classes=2))
+    model = randomize(SSDLite("xxs", num_classes=2))
     weights = Weights(model.architecture, model.state_dict(), Preprocessing((64, 64), 64), ("a", "b"), task="detect")
     photo = Image.fromarray(load_sample_image("flower.jpg"))
     explanation = mobilevit.explain_image(weights, photo, out=tmp_path / "boxes.html")

@@ -8,7 +8,7 @@ import torch
 from mobilevit import XXS, Backbone
 from mobilevit.explain.attention import find_blocks
 from mobilevit.explain.receptive_field import compute_receptive_fields
-from small_networks import randomise
+from small_networks import randomize
 
 
 def window_px(stage: str) -> int:
@@ -29,7 +29,7 @@ def window_px(stage: str) -> int:
 
 @pytest.mark.parametrize("size", [(192, 192), (130, 193)])
 def test_convolutions_have_a_window_and_transformers_the_whole_image(size: tuple[int, int]):
-    backbone = randomise(Backbone("xxs")).double()
+    backbone = randomize(Backbone("xxs")).double()
     pixels = torch.rand(1, 3, *size, dtype=torch.float64)
     fields = compute_receptive_fields(backbone, pixels, 0.5, 0.5)
     assert [(field.stage, field.is_before_transformer) for field in fields] == [
@@ -60,7 +60,7 @@ def test_convolutions_have_a_window_and_transformers_the_whole_image(size: tuple
 
 
 def test_the_network_is_unchanged():
-    backbone = randomise(Backbone("xxs"))
+    backbone = randomize(Backbone("xxs"))
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = backbone(pixels)["stage5"]
@@ -73,7 +73,7 @@ def test_the_network_is_unchanged():
 @torch.no_grad()
 def test_pixels_outside_the_window_have_no_effect():
     """A white corner changes the output of the transformer, but not its input."""
-    backbone = randomise(Backbone("xxs")).double()
+    backbone = randomize(Backbone("xxs")).double()
     pixels = torch.rand(1, 3, 128, 128, dtype=torch.float64)
     changed = pixels.clone()
     changed[..., :8, :8] = 1

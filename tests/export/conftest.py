@@ -14,7 +14,7 @@ from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.weights import Weights
-from small_networks import SMALL, randomise
+from small_networks import SMALL, randomize
 
 ExportOnce = Callable[..., Artifact]
 
@@ -22,7 +22,7 @@ ExportOnce = Callable[..., Artifact]
 @pytest.fixture(scope="session")
 def all_weights() -> dict[str, Weights]:
     """Small networks for 64 px, by task."""
-    model = randomise(MobileViT(SMALL, num_classes=7))
+    model = randomize(MobileViT(SMALL, num_classes=7))
     preprocessing = Preprocessing(70, 64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
     classifier = Weights(model.architecture, model.state_dict(), preprocessing, ("é", '"', "<", *"abcd"))
     detector = replace(dense_weights("detect"), category_ids=tuple(range(7, 21, 2)))

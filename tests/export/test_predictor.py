@@ -21,7 +21,7 @@ from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.predict import classifier, detector, segmenter
 from mobilevit.weights import Weights
-from small_networks import SMALL, randomise
+from small_networks import SMALL, randomize
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -29,7 +29,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    model = randomise(MobileViT(SMALL, num_classes=7))
+    model = randomize(MobileViT(SMALL, num_classes=7))
     preprocessing = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     return Weights(model.architecture, model.state_dict(), preprocessing, tuple("abcdefg"))
 

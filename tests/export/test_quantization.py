@@ -15,14 +15,14 @@ from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.weights import Weights
-from small_networks import SMALL, randomise
+from small_networks import SMALL, randomize
 
 PREPROCESSING = Preprocessing(70, 64)
 
 
 @pytest.fixture(scope="module")
 def model() -> MobileViT:
-    return randomise(MobileViT(SMALL, num_classes=7))
+    return randomize(MobileViT(SMALL, num_classes=7))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_classifier_by_hand(model: MobileViT):
 
 
 def test_an_outlier_channel():
-    model = randomise(MobileViT(SMALL, num_classes=7))
+    model = randomize(MobileViT(SMALL, num_classes=7))
     inputs = [torch.rand(1, 3, 64, 64) for _ in range(4)]
     before = {one.group: one.rms_error for one in int8_sensitivity(model, inputs)}
     # One channel of the head is 1000 times larger than the others, and the classifier ignores it.

@@ -27,14 +27,14 @@ from mobilevit.models.deeplabv3 import LATER_HEAD, DeepLabV3, Pyramid
 from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, TransformerLayer
 from mobilevit.models.ssdlite import SSDLite
-from small_networks import randomise
+from small_networks import randomize
 
 SIZES = [(64, 96), (75, 130)]
 
 
 @pytest.fixture(scope="module")
 def model() -> MobileViT:
-    return randomise(MobileViT("xxs", num_classes=10)).double()
+    return randomize(MobileViT("xxs", num_classes=10)).double()
 
 
 def difference(model: nn.Module, other: nn.Module, size: tuple[int, int]) -> float:
@@ -51,7 +51,7 @@ def of_type(model: nn.Module, *types: type[nn.Module]) -> list[nn.Module]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["xxs", "s"])
 def test_fold_batch_norm(name: str, size: tuple[int, int]) -> None:
-    model = randomise(MobileViT(name, num_classes=10)).double()
+    model = randomize(MobileViT(name, num_classes=10)).double()
     folded = fold_batch_norm(model)
     assert difference(model, folded, size) < 1e-9
     assert not of_type(folded, nn.BatchNorm2d)
@@ -100,7 +100,7 @@ def test_every_formulation(model: MobileViT, formulation: Formulation) -> None:
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_other_architectures_and_strides(output_stride: int) -> None:
-    model = randomise(MobileViT("xs", num_classes=3, output_stride=output_stride)).double()
+    model = randomize(MobileViT("xs", num_classes=3, output_stride=output_stride)).double()
     assert difference(model, optimize_for_inference(model), (96, 70)) < 1e-9
 
 
@@ -113,7 +113,7 @@ DENSE = {
 
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_networks(name: str) -> None:
-    model = randomise(DENSE[name]()).double()
+    model = randomize(DENSE[name]()).double()
     chosen = FORMULATIONS[::3]  # blocks are tested above
     for formulation, size in zip(chosen, SIZES * len(chosen), strict=False):
         assert dense_difference(model, optimize_for_inference(model, formulation), size) < 1e-9, f"{formulation}"
@@ -139,7 +139,7 @@ def dense_difference(model: nn.Module, other: nn.Module, size: tuple[int, int]) 
 
 
 def test_half_precision_with_a_large_residual_stream() -> None:
-    model = randomise(MobileViT("xxs", num_classes=7))
+    model = randomize(MobileViT("xxs", num_classes=7))
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         # Squares overflow float16 (65,504)

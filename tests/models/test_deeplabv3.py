@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import ARCHITECTURES
-from small_networks import randomise
+from small_networks import randomize
 
 SMALL = DeepLabHead(channels=24, rates=(2, 3, 5), auxiliary_channels=16, align_corners=True)
 
@@ -28,7 +28,7 @@ def test_parameters_as_published(name: str, count: int, published: float) -> Non
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("size", [(64, 64), (97, 131), (65, 200)])
 def test_sizes(output_stride: int, size: tuple[int, int]) -> None:
-    model = randomise(DeepLabV3("xxs", 4, output_stride))
+    model = randomize(DeepLabV3("xxs", 4, output_stride))
     x = torch.rand(1, 3, *size)
     with torch.no_grad():
         assert model(x).shape == (1, 4, *size)
@@ -74,7 +74,7 @@ def in_training_mode(model: DeepLabV3, x: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("head", [SMALL, replace(SMALL, align_corners=False), PAPER_HEAD])
 @pytest.mark.parametrize("size", [(96, 128), (97, 131)])
 def test_by_definition(head: DeepLabHead, size: tuple[int, int]) -> None:
-    model = randomise(DeepLabV3("xxs", 3, 8, head))
+    model = randomize(DeepLabV3("xxs", 3, 8, head))
     x = torch.rand(2, 3, *size)
     with torch.no_grad():
         expected = by_definition(model, model.backbone(x), size)
@@ -147,7 +147,7 @@ def test_one_training_step_reaches_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_channels_last(output_stride: int) -> None:
-    model = randomise(DeepLabV3("xxs", 4, output_stride, SMALL))
+    model = randomize(DeepLabV3("xxs", 4, output_stride, SMALL))
     layouts = []
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -167,7 +167,7 @@ def test_channels_last(output_stride: int) -> None:
 
 @pytest.mark.parametrize("size", [(96, 64), (97, 131)])
 def test_export(size: tuple[int, int]) -> None:
-    model = randomise(DeepLabV3("xxs", 4, head=SMALL))
+    model = randomize(DeepLabV3("xxs", 4, head=SMALL))
     x = torch.rand(1, 3, *size)
     program = torch.export.export(model, (x,)).module()
     with torch.no_grad():

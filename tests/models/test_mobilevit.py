@@ -24,18 +24,18 @@ from mobilevit.models.mobilevit import (
     fold,
     unfold,
 )
-from small_networks import SMALL, randomise
+from small_networks import SMALL, randomize
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return randomise(MobileViT("xxs", num_classes=10))
+    return randomize(MobileViT("xxs", num_classes=10))
 
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
 def traced(request: pytest.FixtureRequest) -> nn.Module:
     """What torch.compile takes seconds for, and XXS half a minute."""
-    return randomise(MobileViT(request.param, num_classes=10))
+    return randomize(MobileViT(request.param, num_classes=10))
 
 
 @pytest.mark.parametrize(("name", "count"), [("xxs", 1_272_024), ("xs", 2_317_848), ("s", 5_578_632)])
@@ -194,7 +194,7 @@ def test_empty_batch(model: nn.Module, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.02), (torch.float64, 1e-5)])
 def test_other_precisions(model: nn.Module, dtype: torch.dtype, tolerance: float) -> None:
     x = torch.rand(2, 3, 96, 70)
-    other = randomise(MobileViT("xxs", num_classes=10)).to(dtype)
+    other = randomize(MobileViT("xxs", num_classes=10)).to(dtype)
     with torch.no_grad():
         expected, found = model(x), other(x.to(dtype))
     assert found.dtype == dtype
@@ -220,7 +220,7 @@ def test_memory_format_of_the_input_does_not_matter(model: nn.Module) -> None:
 
 def test_gradients_against_finite_differences() -> None:
     block = MobileViTBlock(3, Transformer(dim=8, num_layers=1, ffn_dim=8, num_heads=2), dropout=0.0)
-    block = randomise(block).double()
+    block = randomize(block).double()
     x = torch.randn(1, 3, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, (x,))
 
@@ -307,7 +307,7 @@ def test_exported_graph_resizes_only_where_it_must(model: nn.Module, size: tuple
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_frozen_parts_do_not_change_the_gradients(size: tuple[int, int]) -> None:
-    model = randomise(MobileViT("xxs", num_classes=10)).double()
+    model = randomize(MobileViT("xxs", num_classes=10)).double()
     x = torch.rand(2, 3, *size, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
     by_name = dict(zip(("images", *(name for name, _ in model.named_parameters())), expected, strict=True))

@@ -16,14 +16,14 @@ from torchvision.ops import batched_nms, box_convert, nms
 from mobilevit.models import ssdlite
 from mobilevit.models.mobilevit import ARCHITECTURES, XXS
 from mobilevit.models.ssdlite import SeparableConv, SSDLite, decode, detect, encode
-from small_networks import randomise
+from small_networks import randomize
 
 SIZES = [(320, 320), (97, 131), (64, 200), (33, 257)]
 
 
 @pytest.fixture(scope="module")
 def model() -> SSDLite:
-    return randomise(SSDLite("xxs", num_classes=5))
+    return randomize(SSDLite("xxs", num_classes=5))
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_encode_and_decode_against_torchvision(model: SSDLite) -> None:
     expected = torch.stack([coder.decode_single(one, anchors_xyxy) for one in wild])
     torch.testing.assert_close(decode(wild, anchors), expected, rtol=1e-4, atol=1e-4)
     doubles = locations.double(), anchors.double()
-    centres = doubles[1][:, :2] + 0.1 * doubles[0][:, :2] * doubles[1][:, 2:]
+    centers = doubles[1][:, :2] + 0.1 * doubles[0][:, :2] * doubles[1][:, 2:]
     sides = doubles[1][:, 2:] * torch.exp(0.2 * doubles[0][:, 2:])
-    expected = box_convert(torch.cat((centres, sides), 1), "cxcywh", "xyxy")
+    expected = box_convert(torch.cat((centers, sides), 1), "cxcywh", "xyxy")
     torch.testing.assert_close(decode(locations, anchors).double(), expected, rtol=0, atol=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_nothing_to_see(model: SSDLite) -> None:
 
 
 def test_other_classes() -> None:
-    model = randomise(SSDLite("xxs", num_classes=5))
+    model = randomize(SSDLite("xxs", num_classes=5))
     x = torch.rand(1, 3, 97, 131)
     with torch.no_grad():
         class_logits, locations = model(x)

@@ -296,7 +296,7 @@ def test_loss_of_mixed_images(monkeypatch: pytest.MonkeyPatch):
     network = nn.Sequential(nn.Flatten(), linear)
     pixels = torch.rand(5, 3, 2, 2).double()
 
-    def mix(pixels: Tensor, targets: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def mix(pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(0.75 * x + 0.25 * x.roll(-2, 0) for x in (pixels, targets))  # pyright: ignore[reportReturnType]
 
     monkeypatch.setattr(classification, "mix", mix)

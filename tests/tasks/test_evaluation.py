@@ -14,7 +14,7 @@ from mobilevit.cli import main
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier
 from mobilevit.weights import read
-from small_networks import randomise
+from small_networks import randomize
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def here(tmp_path: Path) -> Path:
     for name in ("x/0", "x/1", "y/0", "y/1", "y/2"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (40, 36, 3), np.uint8)).save(tmp_path / "data" / f"{name}.png")
-    model = randomise(Classifier("xxs", num_classes=2))
+    model = randomize(Classifier("xxs", num_classes=2))
     model.class_names, model.preprocessing = ("x", "y"), Preprocessing(36, 32)
     mobilevit.save(model, tmp_path / "xy.safetensors")
     return tmp_path

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.training.run import JsonLines, RunFolder, read_checkpoint
 
 FACTS = {"recipe": {"epochs": 3, "optimizer": {"lr": 1e-3, "freeze": "nothing"}}, "data": "1a2b", "weights": "random"}
@@ -366,7 +366,7 @@ def test_files_and_folders_are_synced(tmp_path: Path, monkeypatch: pytest.Monkey
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", record)
-    write_whole(tmp_path / "x", lambda aside: aside.write_text("whole"))
+    write_atomic(tmp_path / "x", "content")
     # The content before the rename, the folder after it.
     assert synced == [(False, False), (True, True)]
     synced.clear()

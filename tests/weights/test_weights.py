@@ -39,7 +39,7 @@ from mobilevit.weights import (
     write,
 )
 from mobilevit.weights.keys import Layout, key_names
-from small_networks import randomise
+from small_networks import randomize
 
 NAMES = tuple(f"thing {i}" for i in range(6))
 ENDINGS: dict[Format, str] = {
@@ -54,7 +54,7 @@ ENDINGS: dict[Format, str] = {
 def weights() -> Weights:
     return Weights(
         XXS,
-        randomise(MobileViT("xxs", num_classes=6)).state_dict(),
+        randomize(MobileViT("xxs", num_classes=6)).state_dict(),
         Preprocessing(resize_px=100, crop_px=96, interpolation="bicubic"),
         NAMES,
         training={"note": "by hand"},
@@ -119,7 +119,7 @@ def test_any_architecture_and_stride_in_our_format(tmp_path: Path) -> None:
         for stage, p in zip(XXS.stages, (1, 1, 8, 4, 2), strict=True)
     )
     architecture = replace(XXS, name="mine", stages=stages)
-    model = randomise(MobileViT(architecture, num_classes=3, output_stride=16))
+    model = randomize(MobileViT(architecture, num_classes=3, output_stride=16))
     write(Weights(architecture, model.state_dict(), output_stride=16), tmp_path / "w.safetensors")
     again = read(tmp_path / "w.safetensors")
     assert (again.architecture, again.output_stride) == (architecture, 16)
@@ -139,14 +139,14 @@ def test_formats_without_output_stride(weights: Weights, format: Format, tmp_pat
 
 
 def test_transformers_cannot_normalize(weights: Weights, tmp_path: Path) -> None:
-    normalising = replace(weights, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5)))
+    normalizing = replace(weights, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5)))
     with pytest.raises(WeightsError, match="mean"):
-        write(normalising, tmp_path / "hf", "transformers")
+        write(normalizing, tmp_path / "hf", "transformers")
     assert not (tmp_path / "hf").exists()
 
 
 def test_timm_hub_layout(tmp_path: Path) -> None:
-    model = randomise(timm.create_model("mobilevit_xs", num_classes=6))
+    model = randomize(timm.create_model("mobilevit_xs", num_classes=6))
     timm.models.save_for_hf(
         model,
         str(tmp_path),
@@ -158,7 +158,7 @@ def test_timm_hub_layout(tmp_path: Path) -> None:
 
 
 def test_imagenet_names_are_assumed_only_without_description(weights: Weights, tmp_path: Path) -> None:
-    thousand = Weights(XXS, randomise(MobileViT("xxs", num_classes=1000)).state_dict())
+    thousand = Weights(XXS, randomize(MobileViT("xxs", num_classes=1000)).state_dict())
     for format in FORMATS:
         write(thousand, tmp_path / ENDINGS[format], format)
     assert read(tmp_path / "w.pt").class_names == imagenet_class_names()
@@ -201,20 +201,20 @@ SMALL_HEAD = DeepLabHead(channels=24, rates=(2, 3, 5), auxiliary_channels=16, dr
 
 @pytest.fixture(scope="module")
 def detector() -> Weights:
-    model = randomise(SSDLite("xxs", num_classes=6))
+    model = randomize(SSDLite("xxs", num_classes=6))
     ids = (1, 2, 5, 40, 80, 90)
     return Weights(XXS, model.state_dict(), Preprocessing((96, 64), 64), NAMES, task="detect", category_ids=ids)
 
 
 @pytest.fixture(scope="module")
 def segmenter() -> Weights:
-    model = randomise(DeepLabV3("xxs", num_classes=6))
+    model = randomize(DeepLabV3("xxs", num_classes=6))
     preprocessing = Preprocessing((96, 96), 96)
     return Weights(XXS, model.state_dict(), preprocessing, NAMES, 16, task="segment", head=PAPER_HEAD)
 
 
 def test_any_head_in_our_format(detector: Weights, tmp_path: Path) -> None:
-    model = randomise(DeepLabV3("xxs", 6, 8, SMALL_HEAD))
+    model = randomize(DeepLabV3("xxs", 6, 8, SMALL_HEAD))
     segmenter = Weights(XXS, model.state_dict(), class_names=NAMES, output_stride=8, task="segment", head=SMALL_HEAD)
     for weights in (detector, segmenter):
         write(weights, tmp_path / "w.safetensors")
@@ -236,7 +236,7 @@ def test_any_head_in_our_format(detector: Weights, tmp_path: Path) -> None:
 
 
 def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
-    found = Weights(XXS, randomise(SSDLite("xxs")).state_dict(), task="detect")
+    found = Weights(XXS, randomize(SSDLite("xxs")).state_dict(), task="detect")
     segmented = Weights(XXS, DeepLabV3("xxs").state_dict(), output_stride=16, task="segment", head=PAPER_HEAD)
     for weights, names in ((found, coco_class_names()), (segmented, voc_class_names())):
         write(weights, tmp_path / "w.pt", "apple")
@@ -254,7 +254,7 @@ def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
 
 def test_later_release_of_apple(tmp_path: Path) -> None:
     """Its names, its structure and its channel order, as its code and its configuration have them."""
-    model = randomise(DeepLabV3("s", 21, 8, LATER_HEAD))
+    model = randomize(DeepLabV3("s", 21, 8, LATER_HEAD))
     weights = Weights(S, model.state_dict(), output_stride=8, task="segment", head=LATER_HEAD)
     write(weights, tmp_path / "w.pt", "apple")
     stored = torch.load(tmp_path / "w.pt")

@@ -23,7 +23,7 @@ from mobilevit.export.backend import InferenceFn, Signature
 from mobilevit.export.rewrite import optimize_for_inference
 from mobilevit.export.verify import synthetic_images
 from mobilevit.export_options import ARTIFACT_SUFFIXES, PRECISIONS, Precision, backend_of_file
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
 from mobilevit.weights import TaskName, Weights

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilevit.files import require
+from mobilevit.messages import nearest
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES
-from mobilevit.names import nearest
 from mobilevit.weights import (
     NETWORKS,
     PAPER_PREPROCESSING,

@@ -9,7 +9,7 @@ import tyro
 
 from mobilevit.cli.console import stdout
 from mobilevit.cli.options import FLAT, RUN_FOLDER, WEIGHTS, WeightsOptions, format_resize, height_width
-from mobilevit.names import join_names, nearest
+from mobilevit.messages import join_names, nearest
 
 if TYPE_CHECKING:
     from mobilevit.weights import Weights

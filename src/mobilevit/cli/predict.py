@@ -236,10 +236,9 @@ class _Boxes:
 
     def finish(self) -> str:
         """Write detections.json; a line about the written files."""
-        from mobilevit.files import write_whole
+        from mobilevit.files import write_atomic
 
-        text = json.dumps(self.coco)
-        write_whole(self.out / "detections.json", lambda target: target.write_text(text, encoding="utf-8"))
+        write_atomic(self.out / "detections.json", json.dumps(self.coco))
         return f"{self.out}: detections.json, and the images with their boxes (_boxes.jpg)"
 
 

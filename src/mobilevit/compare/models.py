@@ -16,7 +16,7 @@ from torch import nn
 from mobilevit.benchmark.rivals import TransformersLogits
 from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.files import require
-from mobilevit.names import nearest
+from mobilevit.messages import nearest
 
 Family = Literal["cnn", "vit", "mobilevit"]
 Library = Literal["timm", "torchvision", "transformers", "ours"]

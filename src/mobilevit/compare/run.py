@@ -29,7 +29,7 @@ from mobilevit.compare.reports import RUNTIMES, Baseline, PublishedReport, Publi
 from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
 from mobilevit.export import TOLERANCE, find_backend
 from mobilevit.export.artifact import ArtifactSpec
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 
 logger = logging.getLogger(__name__)
 

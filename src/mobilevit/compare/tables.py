@@ -28,7 +28,7 @@ from mobilevit.compare.reports import (
     TrainedReport,
     TrainedRow,
 )
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 
 Columns = list[tuple[str, list[str]]]  # headings and cells
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     """Write table.md, table.csv, table.json and the figures to `folder`; returns their paths."""
     drawn = figures.draw(report)
     for name, figure in drawn.items():
-        write_whole(folder / name, lambda path, figure=figure: figure.savefig(path, format="png"))
+        write_atomic(folder / name, lambda path, figure=figure: figure.savefig(path, format="png"))
     lines = [_csv_line(row, report) for row in report.rows]
     grid = io.StringIO(newline="")
     writer = csv.DictWriter(grid, fieldnames=list(lines[0]))
@@ -108,7 +108,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     values = json.dumps(report.to_dict(), ensure_ascii=False) + "\n"
     contents = {"table.md": markdown(report, list(drawn)), "table.csv": grid.getvalue(), "table.json": values}
     for name, content in contents.items():
-        write_whole(folder / name, lambda path, content=content: path.write_bytes(content.encode()))
+        write_atomic(folder / name, content)
     return [folder / name for name in (*contents, *drawn)]
 
 

@@ -33,7 +33,7 @@ from mobilevit.compare.reports import Baseline, SeedRun, TrainedReport, TrainedR
 from mobilevit.compare.run import TimingOptions, baseline_of, time_models, timings_of
 from mobilevit.compare.statistics import Comparison, holm, require_scipy, welch
 from mobilevit.data.sources import default_split
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.tasks import TASKS
 from mobilevit.training.external import check_recipe

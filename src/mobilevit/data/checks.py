@@ -13,7 +13,7 @@ from typing import Any
 from mobilevit.data.samples import Source
 from mobilevit.data.tar import TarImages
 from mobilevit.images import BACKGROUND, Header, ImageError, read_header
-from mobilevit.names import join_names
+from mobilevit.messages import join_names
 
 HEAD_BYTES = 1 << 16  # contain the header of nearly every image
 LARGE_MEGAPIXELS = 50  # a warning gives the cost of decoding images above this

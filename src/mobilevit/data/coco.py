@@ -13,8 +13,7 @@ from PIL import Image
 
 from mobilevit.data.boxes import AnnotatedBoxes, split_of_boxes
 from mobilevit.data.samples import SPLIT_NAMES, Split, Splits
-from mobilevit.images import first_line
-from mobilevit.names import join_names
+from mobilevit.messages import first_line, join_names
 
 
 def coco_splits(data: Path) -> Splits:

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from mobilevit.data.samples import ImageFiles, Split, Splits
-from mobilevit.images import image_files, images_and_others
-from mobilevit.names import join_names
+from mobilevit.images import list_images, scan_folder
+from mobilevit.messages import join_names
 
 
 def class_folder_splits(data: Path) -> Splits:
@@ -23,7 +23,7 @@ def class_folder_splits(data: Path) -> Splits:
 def has_class_folders(data: Path) -> bool:
     """Whether at least two folders of `data`, or of its train/, contain an image."""
     root = data / "train" if (data / "train").is_dir() else data
-    return len(list(itertools.islice(filter(image_files, _folders(root)), 2))) == 2
+    return len(list(itertools.islice(filter(list_images, _folders(root)), 2))) == 2
 
 
 def _folders(root: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def _read_class_folders(root: Path, data: Path) -> Split:
     labels: list[int] = []
     ignored: list[Path] = []
     for label, folder in enumerate(folders):
-        images, others = images_and_others(folder)
+        images, others = scan_folder(folder)
         if not images:
             contents = f" (it contains {_count_by_suffix(others)})" if others else ""
             raise ValueError(f"{folder}: no images in this class{contents}; fill or remove it")

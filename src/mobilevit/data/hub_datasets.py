@@ -16,8 +16,7 @@ from huggingface_hub import constants
 from mobilevit import hub
 from mobilevit.data.samples import SPLIT_NAMES, Split, Splits, read_class_names
 from mobilevit.files import require
-from mobilevit.images import first_line
-from mobilevit.names import join_names
+from mobilevit.messages import first_line, join_names
 
 if TYPE_CHECKING:
     from datasets import Dataset

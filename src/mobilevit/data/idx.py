@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mobilevit.data.samples import Split, Splits, read_class_names
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mobilevit.data.samples import SPLIT_NAMES, ImageFiles, Split, Splits, read_class_names
-from mobilevit.images import ImageError, first_line, image_files
-from mobilevit.names import join_names
+from mobilevit.images import ImageError, list_images
+from mobilevit.messages import first_line, join_names
 
 IGNORE = 255  # the class index of pixels that are excluded from loss and metrics
 
@@ -172,7 +172,7 @@ def _read_folders(data: Path, images: Path, masks: Path) -> Split:
     named = read_coding(data, images.parent)
     if named is None:
         raise ValueError(f"{data / 'classes.txt'}: no such file; write one class per line, line 1 for the value 0")
-    pairs = [(image, (masks / image.relative_to(images)).with_suffix(".png")) for image in image_files(images)]
+    pairs = [(image, (masks / image.relative_to(images)).with_suffix(".png")) for image in list_images(images)]
     unused = sorted(set(masks.rglob("*.png")) - {mask for _, mask in pairs})
     notes = (f"{masks}: ignored, masks without an image: {join_names(mask.name for mask in unused)}",) if unused else ()
     return split_of_masks(pairs, str(images), data, *named, notes=notes)

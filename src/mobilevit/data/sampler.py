@@ -68,8 +68,10 @@ class EpochBatches(Sequence[list[Pick]]):
         batch_size: images per step and process, at `base_px` (at the largest size for "equation").
         base_px: the image size that `batch_size` refers to.
         variant: how the batch size depends on the image size; see `batch_size_at`.
-        seed, epoch: seed of the order and the sizes.
-        rank, world_size: index of this process, and number of processes.
+        seed: with `epoch`, the seed of the order and the sizes.
+        epoch: index of the epoch.
+        rank: index of this process.
+        world_size: number of processes.
         min_last: minimum size of the last batch over all processes; the default is two images per process.
 
     Raises:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from mobilevit.images import ImageInput, first_line
-from mobilevit.names import join_classes, join_names
+from mobilevit.images import ImageInput
+from mobilevit.messages import first_line, join_classes, join_names
 
 # A class index (`int`) for classification, else an `Annotation`: `Boxes` or a `MaskFile`.
 Label = TypeVar("Label", covariant=True)

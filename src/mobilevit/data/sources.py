@@ -23,7 +23,7 @@ from mobilevit.data.masks import mask_folder_splits
 from mobilevit.data.samples import SPLIT_NAMES, Source, Split, Splits, check_val_fraction, divide, read_class_names
 from mobilevit.data.tar import is_compressed_tar, read_tars, refuse_compressed
 from mobilevit.data.voc import voc_box_splits, voc_mask_splits
-from mobilevit.names import join_classes, join_names
+from mobilevit.messages import join_classes, join_names
 
 TaskName = Literal["classify", "detect", "segment"]
 
@@ -213,7 +213,7 @@ def _refuse_other_data(data: Path) -> None:
     if data.is_file() and suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):
         raise ValueError(
             f"{data}: label files are not supported; give a folder: for classification with one folder of images for "
-            "each class, for detection and segmentation in a format of docs/dense.md"
+            "each class, for detection and segmentation in a format of docs/detection_segmentation.md"
         )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mobilevit.data.samples import Split
-from mobilevit.images import ImageError, first_line
+from mobilevit.images import ImageError
+from mobilevit.messages import first_line
 
 BLOCK_BYTES = 512  # a tar file is a sequence of blocks
 LABEL_SUFFIXES = (".cls", ".json")

@@ -11,8 +11,7 @@ from pathlib import Path
 from mobilevit.data.boxes import AnnotatedBoxes, split_of_boxes
 from mobilevit.data.masks import MaskCoding, read_coding, split_of_masks
 from mobilevit.data.samples import Split, Splits
-from mobilevit.images import first_line
-from mobilevit.names import join_names
+from mobilevit.messages import first_line, join_names
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _download(folder: Path) -> None:
                 member = archive.extractfile(f"package/dist/{name}")
                 content = member.read() if member else b""
                 _check(Path(name), content)
-                write_whole(folder / name, lambda target, content=content: target.write_bytes(content))
+                write_atomic(folder / name, content)
 
 
 def _check(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from mobilevit.explain.grad_cam import compute_class_evidence, find_class
 from mobilevit.explain.input_region import find_input_region
 from mobilevit.explain.page import render_page
 from mobilevit.explain.receptive_field import compute_receptive_fields
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.images import ImageInput, read_image
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.weights import Weights, read
@@ -52,7 +52,8 @@ def explain_image(
         ValueError: `at` is outside the network's input, the class is unknown or the network has none, the size is
             below 32 px, `out` has another suffix, or `out` is the image itself.
 
-    >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
+    Examples:
+        >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
     """
     path = None if out is None else Path(out)
     if path and path.suffix.lower() not in SUFFIXES:
@@ -99,8 +100,7 @@ def explain_image(
         )
     if path and path.suffix.lower() == ".png":
         figure = draw_figure(explanation)
-        write_whole(path, lambda target: figure.save(target, "PNG"))
+        write_atomic(path, lambda temporary: figure.save(temporary, "PNG"))
     elif path:
-        page = render_page(explanation)
-        write_whole(path, lambda target: target.write_text(page, encoding="utf-8"))
+        write_atomic(path, render_page(explanation))
     return explanation

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mobilevit.defaults import TOP_K
 from mobilevit.explain.attention import capture_outputs
+from mobilevit.messages import nearest
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.names import nearest
 
 MAX_LISTED_CLASSES = 20  # error messages list up to this many class names
 LAYER_CAM_STAGE = "stage4"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mobilevit.export.rewrite import HalfPrecision
 from mobilevit.export_options import Precision
 from mobilevit.images import ImageInput, Preprocessing, read_image
-from mobilevit.models.ssdlite import CENTRE_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
+from mobilevit.models.ssdlite import CENTER_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
 from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
 from mobilevit.weights import TaskName, Weights
 
@@ -161,22 +161,22 @@ class DecodeBoxes(nn.Module):
     fractions of the image, not clipped.
     """
 
-    centres: Tensor
+    centers: Tensor
     moves: Tensor
     halves: Tensor
 
     def __init__(self, anchors: Tensor):
         super().__init__()
         self.register_buffer("anchors", anchors, persistent=False)
-        self.register_buffer("centres", anchors[:, :2].contiguous())
-        self.register_buffer("moves", CENTRE_VARIANCE * anchors[:, 2:])
+        self.register_buffer("centers", anchors[:, :2].contiguous())
+        self.register_buffer("moves", CENTER_VARIANCE * anchors[:, 2:])
         self.register_buffer("halves", anchors[:, 2:] / 2)
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         class_logits, locations = outputs
-        centres = self.centres + locations[..., :2] * self.moves
+        centers = self.centers + locations[..., :2] * self.moves
         halves = self.halves * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
-        return torch.cat((centres - halves, centres + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
+        return torch.cat((centers - halves, centers + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
 
 
 class DetectBoxes(nn.Module):
@@ -221,11 +221,11 @@ class ArgMax(nn.Module):
 def artifact_input(source: ImageInput, preprocessing: Preprocessing, spec: ArtifactSpec) -> Tensor:
     """Preprocess one image for the artifact; (1, ...)."""
     if (spec.height, spec.width) == (preprocessing.crop_px, preprocessing.crop_px):
-        image = preprocessing.resize_and_crop(read_image(source, copy=False))
+        image = preprocessing.resize_and_crop(read_image(source))
     elif spec.height == spec.width:
-        image = preprocessing.at_size(spec.height).resize_and_crop(read_image(source, copy=False))
+        image = preprocessing.at_size(spec.height).resize_and_crop(read_image(source))
     else:  # preprocessing is defined for squares only: resize without cropping
-        image = read_image(source, copy=False).resize((spec.width, spec.height))
+        image = read_image(source).resize((spec.width, spec.height))
     pixels = torch.from_numpy(np.array(image))[None]
     return pixels if spec.uint8 else preprocessing.scale(pixels.permute(0, 3, 1, 2)).contiguous()
 

@@ -17,7 +17,7 @@ from mobilevit.defaults import NUM_THREADS
 from mobilevit.export.artifact import DECODED_OUTPUTS, ArtifactSpec
 from mobilevit.export_options import ARTIFACT_SUFFIXES, Precision, backend_of_file
 from mobilevit.files import MissingExtraError, require
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 from mobilevit.weights import TaskName
 
 LITERT_ENVIRONMENT = "python3 -m venv .venv-litert && .venv-litert/bin/pip install 'mobilevit[litert]'"

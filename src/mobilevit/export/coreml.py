@@ -16,7 +16,7 @@ from mobilevit.export.artifact import ArtifactSpec, ExportModel
 from mobilevit.export.backend import InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 
 with quiet():
     import coremltools as ct

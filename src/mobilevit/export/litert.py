@@ -25,7 +25,7 @@ from mobilevit.export.artifact import ArtifactSpec, evenly_spaced, fill_batches
 from mobilevit.export.backend import LITERT_ENVIRONMENT, InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 
 PRECISIONS = ("fp32", "fp16", "int8")
 DYNAMIC = ()

@@ -27,7 +27,7 @@ from mobilevit.export.artifact import (
 from mobilevit.export.backend import InferenceFn, Operators, Signature
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
-from mobilevit.images import first_line
+from mobilevit.messages import first_line
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DYNAMIC = ("batch", "size")

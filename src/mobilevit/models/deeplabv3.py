@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S, initialise
+from mobilevit.models.mobilevit import Architecture, Backbone, ConvNorm, S, initialize
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class DeepLabV3(nn.Module):
             if head.auxiliary_channels
             else None
         )
-        self.pyramid.apply(initialise)
+        self.pyramid.apply(initialize)
         for classifier in (self.classifier, self.auxiliary):
             if classifier is not None:
-                classifier.apply(_initialise_with_bias)
+                classifier.apply(_initialize_with_bias)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -143,7 +143,7 @@ class DeepLabV3(nn.Module):
         for module in (self, self.auxiliary):
             if module is not None:
                 old = module.classifier
-                new = nn.Conv2d(old.in_channels, num_classes, 1).apply(_initialise_with_bias)
+                new = nn.Conv2d(old.in_channels, num_classes, 1).apply(_initialize_with_bias)
                 module.classifier = new.to(old.weight).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -169,8 +169,8 @@ class DeepLabV3(nn.Module):
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.head.align_corners)
 
 
-def _initialise_with_bias(module: nn.Module) -> None:
-    initialise(module)
+def _initialize_with_bias(module: nn.Module) -> None:
+    initialize(module)
     if isinstance(module, nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
 

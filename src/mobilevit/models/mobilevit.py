@@ -55,7 +55,7 @@ class Architecture:
     classifier_dropout: float = 0.1
 
 
-# The three published sizes (paper, table 4 and appendix A; the released code for the widths of the ffn).
+# Sources: table 4 and appendix A of the paper; the released code for `ffn_dim`.
 XXS = Architecture(
     name="xxs",
     stages=(
@@ -69,6 +69,7 @@ XXS = Architecture(
     expansion=2,
     transformer_dropout=0.05,
 )
+"""MobileViT-XXS: 1.3 million parameters."""
 XS = Architecture(
     name="xs",
     stages=(
@@ -82,6 +83,7 @@ XS = Architecture(
     expansion=4,
     transformer_dropout=0.1,
 )
+"""MobileViT-XS: 2.3 million parameters."""
 S = Architecture(
     name="s",
     stages=(
@@ -95,7 +97,9 @@ S = Architecture(
     expansion=4,
     transformer_dropout=0.1,
 )
+"""MobileViT-S: 5.6 million parameters."""
 ARCHITECTURES = {architecture.name: architecture for architecture in (XXS, XS, S)}
+"""The published architectures by name: "xxs", "xs", "s"."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +355,7 @@ class Backbone(nn.Module):
             strides[name] = stride
         self.channels = {name: channels[name] for name in self.out_stages}
         self.strides = {name: strides[name] for name in self.out_stages}
-        self.apply(initialise)
+        self.apply(initialize)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -385,7 +389,7 @@ class MobileViT(nn.Module):
         self.architecture = a = self.backbone.architecture
         self.head = ConvNorm(self.backbone.channels[last], a.head_channels, 1)
         self.dropout = nn.Dropout(a.classifier_dropout)
-        self.head.apply(initialise).to(memory_format=torch.channels_last)
+        self.head.apply(initialize).to(memory_format=torch.channels_last)
         self.reset_classifier(num_classes)
 
     @property
@@ -398,7 +402,7 @@ class MobileViT(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; it must be 0 (no classifier) or more")
         self.classifier = nn.Linear(self.architecture.head_channels, num_classes) if num_classes else nn.Identity()
-        self.classifier.apply(initialise).to(self.head.norm.weight)  # its device and dtype
+        self.classifier.apply(initialize).to(self.head.norm.weight)  # its device and dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
@@ -435,7 +439,7 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return  # nothing to fill, and PyTorch would import its compiler

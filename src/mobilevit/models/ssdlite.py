@@ -28,7 +28,7 @@ HEAD_CHANNELS = (512, 256, *EXTRA_CHANNELS)  # in the heads of all maps but the 
 RATIOS = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))  # aspect ratios of the anchors besides squares, by map
 NUM_ANCHORS = tuple(2 + 2 * len(ratios) for ratios in RATIOS)  # per pixel: two squares, each ratio wide and tall
 MIN_SCALE, MAX_SCALE = 0.1, 1.05  # side of the smallest square, and of the first one that a seventh map would have
-CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # divisors of locations, so that they are of order 1
+CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # divisors of locations, so that they are of order 1
 MAX_GROWTH = math.log(1000 / 16)  # of an anchor's side; keeps exp finite (torchvision's bound)
 MIN_CANDIDATES = 1000  # initial number of candidates for NMS, all classes of an image together
 
@@ -103,7 +103,7 @@ class SSDLite(nn.Module):
             )
         )
         for module in (self.extra_layers, self.pooled, self.heads):
-            module.apply(initialise)
+            module.apply(initialize)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -119,7 +119,7 @@ class SSDLite(nn.Module):
         for head in self.heads:
             assert isinstance(head, MapHead)
             old = head.out
-            new = nn.Conv2d(old.in_channels, head.num_anchors * (5 + num_classes), 1).apply(initialise).to(old.weight)
+            new = nn.Conv2d(old.in_channels, head.num_anchors * (5 + num_classes), 1).apply(initialize).to(old.weight)
             with torch.no_grad():
                 for source, target in zip(old.parameters(), new.parameters(), strict=True):
                     rows = source.unflatten(0, (head.num_anchors, -1))[:, :5]
@@ -181,7 +181,7 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     """
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     centers, sides = anchors[..., :2], anchors[..., 2:]
-    shifts = ((top_left + bottom_right) / 2 - centers) / sides / CENTRE_VARIANCE
+    shifts = ((top_left + bottom_right) / 2 - centers) / sides / CENTER_VARIANCE
     growths = ((bottom_right - top_left) / sides).log() / SIZE_VARIANCE
     return torch.cat((shifts, growths), dim=-1)
 
@@ -191,7 +191,7 @@ def decode(locations: Tensor, anchors: Tensor) -> Tensor:
 
     Boxes are not clipped to the image.
     """
-    centers = anchors[..., :2] + locations[..., :2] * CENTRE_VARIANCE * anchors[..., 2:]
+    centers = anchors[..., :2] + locations[..., :2] * CENTER_VARIANCE * anchors[..., 2:]
     sides = anchors[..., 2:] * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
     return torch.cat((centers - sides / 2, centers + sides / 2), dim=-1)
 
@@ -298,7 +298,7 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return ranks
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """As in the released code: everything but the backbone Xavier uniform (Glorot), biases 0.
 
     No prior bias for the background: the loss uses three negatives per positive.

@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.recipes import RECIPES, Recipe
 from mobilevit.report import render
+from mobilevit.report.charts import Band, Chart, Line, line_chart
 from mobilevit.report.results import DASH, Bar, Section, table
-
-if TYPE_CHECKING:
-    from mobilevit.report.charts import Chart
 
 MAX_POINTS = 240  # of a line in a chart
 MAX_EPOCH_ROWS = 200
@@ -104,7 +102,7 @@ def write_report(
         facts=table(("", ""), list(facts.items()), is_text=True) if facts else "",
     )
     # File names that are not valid UTF-8 contain lone surrogates, which UTF-8 cannot encode.
-    write_whole(path, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    write_atomic(path, page.encode("utf-8", "backslashreplace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,8 +158,6 @@ def _over_finite(function: Callable[[np.ndarray], Any], values: np.ndarray) -> f
 
 
 def _step_charts(steps: Steps) -> list[Chart]:
-    from mobilevit.report.charts import Band, Line, line_chart  # matplotlib takes half a second to import
-
     n = len(steps.step)
     if not n:
         return []
@@ -242,8 +238,6 @@ def _summary(epochs: Epochs, steps: Steps) -> list[tuple[str, str, str]]:
 
 
 def _epoch_charts(epochs: Epochs) -> list[Chart]:
-    from mobilevit.report.charts import Line, line_chart  # matplotlib takes half a second to import
-
     shown = _every(epochs, MAX_POINTS)
     x = [epoch for epoch, _ in shown]
 

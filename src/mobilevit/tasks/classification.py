@@ -120,8 +120,7 @@ class Classification:
         if recipe.data.policy == "basic":
             return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
         # Mix one-hot rows of image indices: row i has the weights of the original images in mixed image i.
-        random = np.random.default_rng(int(torch.randint(2**62, ())))
-        pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
+        pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device))
         logits = model(pixels)
         targets = weights @ F.one_hot(batch.labels, logits.shape[1]).float()
         return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)

@@ -16,7 +16,7 @@ from mobilevit.data.samples import fingerprint
 from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError
-from mobilevit.names import join_names
+from mobilevit.messages import join_names
 from mobilevit.tasks import TASKS
 from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
@@ -58,7 +58,8 @@ def evaluate(
     `max_unreadable` unreadable images are skipped, and their names are logged. A hub id is downloaded only with
     `download=True`.
 
-    >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
+    Examples:
+        >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mobilevit.data.loader import ImageDataset
-from mobilevit.files import write_whole
+from mobilevit.files import write_atomic
 from mobilevit.images import Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import preprocessing_of
@@ -55,7 +55,7 @@ class ExternalWeights:
         # The format does not allow tensors that share memory, which these networks may contain.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         content = to_safetensors(copies, {OTHER: json.dumps(description)})
-        write_whole(path, lambda target: target.write_bytes(content))
+        write_atomic(path, content)
 
 
 def check_recipe(recipe: Recipe) -> None:

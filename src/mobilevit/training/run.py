@@ -30,8 +30,8 @@ from typing import IO, Any
 
 import torch
 
-from mobilevit.files import require, write_whole
-from mobilevit.images import first_line
+from mobilevit.files import require, write_atomic
+from mobilevit.messages import first_line
 from mobilevit.recipes import Recipe
 from mobilevit.training.distributed import Processes
 
@@ -113,14 +113,13 @@ class RunFolder:
             undo.pop_all()
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        text = json.dumps(facts, indent=2) + "\n"
-        write_whole(self.path / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_atomic(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Save `state` as the checkpoint of `step`, then delete the oldest checkpoint."""
         path = self.checkpoints / f"{step:09}.pt"
         with _naming(path):
-            write_whole(path, lambda temporary: _torch_save(dict(state), temporary))
+            write_atomic(path, lambda temporary: _torch_save(dict(state), temporary))
             # Checkpoints of later steps are damaged: otherwise this step would not have been computed again.
             newest = [one for one in self._saved() if one <= path][-NUM_CHECKPOINTS:]
             for old in self._saved():
@@ -182,7 +181,7 @@ class JsonLines:
                     f"{path}: has {len(lines)} intact lines, but the checkpoint needs {num_lines}; restore the file, "
                     "or start a new run in another folder"
                 )
-            write_whole(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+            write_atomic(path, "".join(lines))
             self._file = path.open("a", encoding="utf-8")
 
     def add(self, record: Mapping[str, Any]) -> None:

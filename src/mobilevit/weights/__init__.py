@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from mobilevit import hub
-from mobilevit.files import write_whole
-from mobilevit.images import first_line
-from mobilevit.names import nearest
+from mobilevit.files import write_atomic
+from mobilevit.messages import first_line, nearest
 from mobilevit.weights.configs import (
     METADATA,
     OTHER,
@@ -191,7 +190,7 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         check_published(weights, format)
     tensors = from_standard(Layout(format, weights.architecture, weights.task, weights.head), weights.tensors)
     if format == "apple":
-        write_whole(path, lambda target: torch.save(tensors, target))
+        write_atomic(path, lambda target: torch.save(tensors, target))
         return
     metadata = {"format": "pt"}
     if format == "transformers":
@@ -200,13 +199,12 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
             "preprocessor_config.json": transformers_processor(weights),
         }
         for name, values in configs.items():
-            text = json.dumps(values, indent=2) + "\n"
-            write_whole(path / name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+            write_atomic(path / name, json.dumps(values, indent=2) + "\n")
         path = path / "model.safetensors"
     else:
         metadata[METADATA] = json.dumps(metadata_of(weights))
     # Python writes the file: its errors name the cause, for example a full disk. Those of safetensors do not.
-    write_whole(path, lambda target: target.write_bytes(to_safetensors(tensors, metadata)))
+    write_atomic(path, to_safetensors(tensors, metadata))
 
 
 def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

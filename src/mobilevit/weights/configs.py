@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mobilevit.images import FILTERS, Preprocessing, first_line
+from mobilevit.images import FILTERS, Preprocessing
+from mobilevit.messages import first_line
 from mobilevit.models.deeplabv3 import LATER_HEAD, PAPER_HEAD, DeepLabHead
 from mobilevit.models.mobilevit import ARCHITECTURES, Architecture, Stage, Transformer
 from mobilevit.weights.keys import FORMAT_NAMES, is_bgr

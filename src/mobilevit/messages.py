@@ -1,4 +1,4 @@
-"""Names in messages: suggestions for misspelled ones, and lists."""
+"""Parts of messages: suggestions for misspelled names, lists of names, causes of errors."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def join_names(names: Iterable[object]) -> str:
 def join_classes(names: Sequence[str]) -> str:
     """The first five class names, quoted, after "class" or "classes"."""
     return f"{'class' if len(names) == 1 else 'classes'} {join_names(map(repr, names))}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error message, or the name of the exception if there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
