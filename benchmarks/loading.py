@@ -41,7 +41,7 @@ from torchvision.datasets import ImageFolder
 from mobilevit import images
 from mobilevit.benchmark.timing import processor
 from mobilevit.data.loader import ImageDataset, load
-from mobilevit.data.sampler import EpochBatches
+from mobilevit.data.sampler import BatchShapes, EpochBatches
 from mobilevit.data.sources import find_splits
 from mobilevit.data.transforms import Augmentation
 from mobilevit.images import Preprocessing
@@ -85,7 +85,7 @@ def build_sides(folder: Path, size_px: int, num_workers: int) -> dict[str, Calla
     )
     theirs = ImageFolder(folder / "train", transform)
     source, _ = find_splits("classify", folder, 0.5)
-    batches = EpochBatches(len(source), sizes_px=(size_px,), batch_size=32, base_px=size_px)
+    batches = EpochBatches(len(source), BatchShapes((size_px,), 32, size_px))
     numbers = [[pick.image_index for pick in batch] for batch in batches]
     ours = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0))
     advanced = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0, policy="advanced"))

@@ -20,7 +20,7 @@ import torch
 
 from mobilevit.data.idx import read_idx_file
 from mobilevit.recipes import Data, Optimizer, Recipe, Sampler, to_dict
-from mobilevit.tasks.evaluation import evaluate_weights
+from mobilevit.tasks.evaluation import evaluate
 from mobilevit.training.loop import train
 from mobilevit.weights import read
 
@@ -55,7 +55,7 @@ def measure(name: str, seed: int, data: Path, out: Path) -> dict[str, object]:
     run = train(replace(RECIPES[name], seed=seed), data, out)
     processor_seconds = time.process_time() - started
     weights = read(run.weights)
-    sizes = {size: evaluate_weights(weights, data, size_px=size).metrics()["top1"] for size in TEST_SIZES_PX}
+    sizes = {size: evaluate(weights, data, size_px=size).metrics["top1"] for size in TEST_SIZES_PX}
     measured = {
         "training": name,
         "seed": seed,

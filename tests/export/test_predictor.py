@@ -19,7 +19,7 @@ from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, Art
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.predict import classifier, detector, segmenter
+from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.weights import Weights
 from small_networks import SMALL, randomize
 
@@ -47,7 +47,7 @@ def test_classes(weights: Weights, backend: str, tmp_path: Path):
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")
     model = load_predictor(path)
     assert isinstance(model, ArtifactClassifier)
-    expected = classifier(weights).predict(IMAGES, top_k=7)
+    expected = Classifier.from_weights(weights).predict(IMAGES, top_k=7)
     for found, wanted in zip(model.predict(IMAGES, top_k=7), expected, strict=True):
         assert found[0].class_name == wanted[0].class_name
         by_class = {p.class_name: p.probability for p in found}
@@ -70,7 +70,7 @@ def test_boxes(backend: str, postprocess: bool, tmp_path: Path):
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactDetector)
     assert (model.category_ids, model.num_classes) == (weights.category_ids, 7)
-    expected = detector(weights).predict(IMAGES, score_threshold=0.35)
+    expected = Detector.from_weights(weights).predict(IMAGES, score_threshold=0.35)
     assert any(expected)
     num_same = 0
     for found, wanted in zip(model.predict(IMAGES, score_threshold=0.35), expected, strict=True):
@@ -96,7 +96,7 @@ def test_masks(backend: str, postprocess: bool, tmp_path: Path):
     weights = dense_weights("segment")
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactSegmenter)
-    for found, wanted in zip(model.predict(IMAGES), segmenter(weights).predict(IMAGES), strict=True):
+    for found, wanted in zip(model.predict(IMAGES), Segmenter.from_weights(weights).predict(IMAGES), strict=True):
         assert found.shape == wanted.shape == (90, 75)
         assert (found == wanted).mean() > (0.97 if postprocess else 0.999)  # a class map is coarser between two classes
 
@@ -105,7 +105,7 @@ def test_another_size(weights: Weights, tmp_path: Path):
     model = load_predictor(exported(weights, "onnx", tmp_path, size=(96, 96)))
     larger = replace(weights, preprocessing=weights.preprocessing.at_size(96))
     assert isinstance(model, ArtifactClassifier)
-    found, expected = model.predict(IMAGES), classifier(larger).predict(IMAGES)
+    found, expected = model.predict(IMAGES), Classifier.from_weights(larger).predict(IMAGES)
     assert [p[0].probability for p in found] == pytest.approx([p[0].probability for p in expected], abs=1e-4)
 
 

@@ -22,14 +22,14 @@ from torch import nn
 import mobilevit
 from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, Item
-from mobilevit.data.sampler import EpochBatches
+from mobilevit.data.sampler import BatchShapes, EpochBatches
 from mobilevit.data.samples import fingerprint
 from mobilevit.data.sources import find_splits
 from mobilevit.images import ImageError
 from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.recipes import RECIPES, Compute, Data, Optimizer, Recipe, Sampler, from_dict
 from mobilevit.tasks.classification import Classification, ClassificationResults
-from mobilevit.tasks.evaluation import evaluate_weights
+from mobilevit.tasks.evaluation import evaluate
 from mobilevit.training import loop, step
 from mobilevit.training.loop import TrainingResult, train
 from mobilevit.training.optim import EMA, learning_rate_at
@@ -75,7 +75,7 @@ def test_matches_a_plain_pytorch_loop(data: Path, tmp_path: Path, dropout: float
     losses = []
     for i in range(8):
         optimizer.param_groups[0]["lr"] = learning_rate_at(RECIPE.optimizer, i, 8, epoch=i // 4, num_epochs=2)
-        batch = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=i // 4)[i % 4]
+        batch = EpochBatches(12, BatchShapes((32,), 3, 32), epoch=i // 4)[i % 4]
         items = [cast(Item, images[pick]) for pick in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2)
         torch.manual_seed(micro_batch_seed(RECIPE.seed, i // 4, i % 4, 0))
@@ -130,7 +130,7 @@ def test_contents_of_the_run_folder(first: TrainingResult, data: Path):
 @pytest.mark.parametrize(("name", "prefix"), [("model", "val_"), ("raw", "raw_")])
 def test_saved_weights_reproduce_the_logged_metrics(first: TrainingResult, data: Path, name: str, prefix: str):
     file = first.weights.with_name(f"{name}.safetensors")
-    metrics = evaluate_weights(read(file), data, batch_size=RECIPE.batch_size).metrics()
+    metrics = evaluate(read(file), data, batch_size=RECIPE.batch_size).metrics
     last = first.epochs[-1]
     assert {name: last.get(f"{prefix}{name}", 3) for name in metrics} == metrics
     model = mobilevit.load(file)
@@ -186,7 +186,7 @@ def test_a_non_finite_loss_stops_the_run_and_can_be_resumed(
 ):
     loss, calls = Classification.loss, []
     images, _ = Classification().datasets(RECIPE, data)
-    bad = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=1)[1]  # not a batch of the first epoch
+    bad = EpochBatches(12, BatchShapes((32,), 3, 32), epoch=1)[1]  # not a batch of the first epoch
 
     def loss_until(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
         calls.append(batch.indices)
@@ -207,7 +207,7 @@ def test_a_non_finite_loss_stops_the_run_and_can_be_resumed(
             assert len(lines(tmp_path / "metrics.jsonl")) == 1
             saved = read(tmp_path / "model.safetensors")
             assert saved.training["metrics"]["epoch"] == 1
-            metrics = evaluate_weights(saved, data, batch_size=RECIPE.batch_size).metrics()
+            metrics = evaluate(saved, data, batch_size=RECIPE.batch_size).metrics
             assert metrics["loss"] == saved.training["metrics"]["val_loss"]
             assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["000000004.pt"]
     assert same_weights(first.weights, train(recipe, data, tmp_path).weights)

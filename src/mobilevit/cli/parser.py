@@ -22,6 +22,21 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+# Short names for the options of a recipe that are used most; other commands use the same names.
+SHORT_NAMES = {
+    "data.size_px": "--size",
+    "data.flip": "--flip",
+    "data.val_fraction": "--val-fraction",
+    "data.num_workers": "--num-workers",
+    "data.max_unreadable": "--max-unreadable",
+    "data.max_megapixels": "--max-megapixels",
+    "optimizer.lr": "--lr",
+    "optimizer.clip_norm": "--clip-norm",
+    "optimizer.freeze": "--freeze",
+    "compute.precision": "--precision",
+    "compute.compile": "--compile",
+}
+
 
 def parse(
     commands: Mapping[str, type], args: Sequence[str], descriptions: Mapping[str, str], defaults: Mapping[str, Any]
@@ -69,7 +84,7 @@ def _non_empty(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """As tyro's rule for dataclasses, with two changes of the help.
+    """As tyro's rule for dataclasses, with the short names and two changes of the help.
 
     A help text is wrapped to the terminal and not at the line ends of the docstring. A default is only shown where it
     says something: not for an option that is left out, and as on or off for a pair such as --flip and --no-flip.
@@ -88,7 +103,10 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
             hint = f"(default: {'on' if default else 'off'})"
         else:
             hint = "(required)" if default is tyro.MISSING else None
-        type_: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=hint)]
+        conf: dict[str, Any] = {"help_behavior_hint": hint}
+        if short_name := SHORT_NAMES.get(f"{info.type.__name__.lower()}.{field.name}"):
+            conf["aliases"] = [short_name]
+        type_: Any = Annotated[hints[field.name], tyro.conf.arg(**conf)]
         specs.append(StructFieldSpec(field.name, type_, default, helptext=texts.get(field.name)))
     return StructConstructorSpec(instantiate=info.type, fields=tuple(specs))
 

@@ -22,7 +22,7 @@ from mobilevit.cli.options import (
     WeightsOptions,
     expand,
 )
-from mobilevit.defaults import SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 from mobilevit.export_options import ARTIFACT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Predict:
     STEM.png (class indices) and STEM_overlay.jpg."""
     json: Flag = False
     """Print one JSON object per line instead of a table."""
-    batch_size: int = 16
+    batch_size: int = PREDICT_BATCH_SIZE
     """Batch size in images."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
@@ -143,12 +143,11 @@ class Predict:
 
     def _network(self) -> Any:
         from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import classifier, detector, segmenter
+        from mobilevit.predict import PREDICTORS
 
         device = self.device_options.apply()
         weights = self.weights_options.read_for_inference(self.weights)
-        build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
-        return fold_batch_norm(build(weights).to(device), inplace=True)
+        return fold_batch_norm(PREDICTORS[weights.task].from_weights(weights).to(device), inplace=True)
 
     def _artifact(self) -> Any:
         from mobilevit.export.predictor import load_predictor

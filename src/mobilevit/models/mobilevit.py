@@ -442,7 +442,7 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
 def initialize(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # nothing to fill, and PyTorch would import its compiler
+        return  # nothing to initialize, and PyTorch would import its compiler
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):
