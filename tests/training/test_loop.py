@@ -44,9 +44,9 @@ pytestmark = [
 MICRO_BATCH = Compute(micro_batch_size=64)
 
 
-def micro_batch_seed(*numbers: int) -> int:
+def micro_batch_seed(*entropy: int) -> int:
     """Random seed of a micro-batch: from the seed of the run, the epoch, the step, and the index of the micro-batch."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

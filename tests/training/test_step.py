@@ -110,15 +110,15 @@ def test_micro_batch_sizes(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
         return loss(self, recipe, model, batch)
 
     def record_evaluated(self: Classification, model: nn.Module, batches: Iterable[Batch], gather: Any) -> Any:
-        kept = list(batches)
-        evaluated.extend(len(batch.labels) for batch in kept)
-        return evaluate(self, model, kept, gather)
+        loaded = list(batches)
+        evaluated.extend(len(batch.labels) for batch in loaded)
+        return evaluate(self, model, loaded, gather)
 
     monkeypatch.setattr(Classification, "loss", record)
     monkeypatch.setattr(Classification, "evaluate", record_evaluated)
     train(replace(RECIPE, epochs=1, batch_size=7, compute=Compute(micro_batch_size=2)), data, tmp_path)
-    assert [len(numbers) for numbers in seen] == [3, 2, 2, 3, 2]  # never one image, for batch norm
-    assert sorted(number for numbers in seen for number in numbers) == list(range(12))
+    assert [len(indices) for indices in seen] == [3, 2, 2, 3, 2]  # never one image, for batch norm
+    assert sorted(index for indices in seen for index in indices) == list(range(12))
     assert evaluated == [2, 1] * 2
 
 
