@@ -41,18 +41,18 @@ from torchvision.datasets import ImageFolder
 from mobilevit import images
 from mobilevit.benchmark.timing import processor
 from mobilevit.data.loader import ImageDataset, load
-from mobilevit.data.sampler import EpochBatches
+from mobilevit.data.sampler import BatchShapes, EpochBatches
 from mobilevit.data.sources import find_splits
 from mobilevit.data.transforms import Augmentation
 from mobilevit.images import Preprocessing
 
 THEIRS = "torchvision"
 SIMPLEJPEG = images.simplejpeg
-COLUMNS = ("photographs", "px", "workers", "side", "speed / torchvision's", "p10", "p90", "images/s a core")
+COLUMNS = ("photographs", "px", "workers", "loader", "speed / torchvision's", "p10", "p90", "images/s a core")
 NOTE = (
-    "Speed / torchvision's is the median over the rounds of the ratio of two times of the same round: above 1 our "
-    "loading is the faster one. Then the 10th and 90th percentile of that ratio, and the median of the images that "
-    "one core reads in a second of its time."
+    "'speed / torchvision's' is the speed of a loader divided by that of torchvision's: above 1, our loader is "
+    "faster. It is the median over the rounds, in which the loaders are timed interleaved; p10 and p90 are its "
+    "percentiles. The last column is the median of images per second of processor time of one core."
 )
 
 
@@ -85,7 +85,7 @@ def build_sides(folder: Path, size_px: int, num_workers: int) -> dict[str, Calla
     )
     theirs = ImageFolder(folder / "train", transform)
     source, _ = find_splits("classify", folder, 0.5)
-    batches = EpochBatches(len(source), sizes_px=(size_px,), batch_size=32, base_px=size_px)
+    batches = EpochBatches(len(source), BatchShapes((size_px,), 32, size_px))
     numbers = [[pick.image_index for pick in batch] for batch in batches]
     ours = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0))
     advanced = ImageDataset(source, Augmentation(min_scale=0.08, flip=True, seed=0, policy="advanced"))

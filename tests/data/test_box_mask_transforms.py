@@ -51,10 +51,10 @@ def scene(width: int, height: int, seed: int = 0) -> tuple[np.ndarray, Boxes, np
     random = np.random.default_rng(seed)
     pixels, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
     corners = []
-    for i, colour in enumerate(COLOURS):
+    for i, color in enumerate(COLOURS):
         w, h = (int(random.integers(side // 6, side // 3 - 2)) for side in (width, height))
         left, top = i * width // 3 + int(random.integers(width // 3 - w)), int(random.integers(height - h))
-        pixels[top : top + h, left : left + w] = colour
+        pixels[top : top + h, left : left + w] = color
         mask[top : top + h, left : left + w] = i + 1
         corners.append((left, top, left + w, top + h))
     return pixels, boxes(*corners), mask
@@ -77,7 +77,7 @@ def mask_file(tmp_path: Path):
 
 
 def classes_seen(pixels: np.ndarray) -> np.ndarray:
-    """Which of the colours a pixel has, from 1; 0 for black. Brightness and saturation may have changed."""
+    """Which of the colors a pixel has, from 1; 0 for black. Brightness and saturation may have changed."""
     values = pixels.astype(int)
     return np.where(values.max(2) - values.min(2) < 40, 0, values.argmax(2) + 1)
 
@@ -104,7 +104,7 @@ def test_boxes_follow_the_image(size: tuple[int, int], compressed: bool):
     assert num_cut > 20
 
 
-def test_boxes_whose_centre_is_cut_off_and_crowds_are_left_out():
+def test_boxes_whose_center_is_cut_off_and_crowds_are_left_out():
     pixels, labels, _ = scene(300, 200)
     crowd = replace(labels, crowd=np.array([False, True, False]))
     nums = set()
@@ -131,7 +131,7 @@ def test_images_without_boxes(size: tuple[int, int]):
 
 @pytest.mark.parametrize(("width", "height"), [(200, 150), (613, 480)])
 def test_parts_are_what_ssd_promises(width: int, height: int):
-    """Of every part: its shape, a centre in it, and the overlap with some box by torchvision's box_iou."""
+    """Of every part: its shape, a center in it, and the overlap with some box by torchvision's box_iou."""
     _, labels, _ = scene(width, height)
     random = np.random.default_rng(0)
     best = []
@@ -145,8 +145,8 @@ def test_parts_are_what_ssd_promises(width: int, height: int):
             continue
         assert 0.5 <= (right - left) / (bottom - top) <= 2
         assert min((right - left) / width, (bottom - top) / height) >= 0.3 - 8 / min(width, height)
-        centres = labels.corners.reshape(-1, 2, 2).mean(1)
-        assert ((centres > (left, top)) & (centres < (right, bottom))).all(1).any()
+        centers = labels.corners.reshape(-1, 2, 2).mean(1)
+        assert ((centers > (left, top)) & (centers < (right, bottom))).all(1).any()
     # One draw of seven is the whole image, and of the others those that ask for much find nothing.
     assert 0 < min(best) < 0.1
     whole = box_iou(torch.tensor([[0, 0, width, height]]).float(), torch.from_numpy(labels.corners)).max().item()
@@ -240,7 +240,7 @@ def test_masks_follow_the_image(size: tuple[int, int], compressed: bool, mask_fi
         is_ignored = classes == 255
         nums_ignored.append(int(is_ignored.sum()))
         assert (out[is_ignored] < 128).all()  # beyond the image it is black, but for the mixtures at its edge
-        # Away from edges, where pixels are mixtures, colours and classes say the same.
+        # Away from edges, where pixels are mixtures, colors and classes say the same.
         patches = np.lib.stride_tricks.sliding_window_view(classes, (5, 5)).reshape(side - 4, side - 4, -1)
         is_inner = (patches == patches[..., :1]).all(2) & (patches[..., 0] != 255)
         same = classes_seen(out)[2:-2, 2:-2] == patches[..., 0]

@@ -483,8 +483,8 @@ def one_mask(root: Path) -> MaskFile:
         (None, "classes.txt: no such file; write one class per line, line 1 for the value 0"),
         ("a", "classes.txt: 1 classes; expected 2 to 254"),
         ("a\na", "'a' is in lines 1 and 2"),
-        ("a #ff0000\nb", "no colour for b"),
-        ("a #ff0000\nb #FF0000", "duplicate colour"),
+        ("a #ff0000\nb", "no color for b"),
+        ("a #ff0000\nb #FF0000", "duplicate color"),
         ("a #ff0000\na #ff0001", "duplicate name"),
     ],
 )
@@ -509,7 +509,7 @@ def test_bad_masks(tmp_path: Path):
     palette_png(mask, values(2)[1:])
     refused("40 x 30 px, but its image has 40 x 31")
     Image.new("RGB", (WIDTH, HEIGHT)).save(mask)
-    refused("a mask of mode RGB, but the classes have no colours")
+    refused("a mask of mode RGB, but the classes have no colors")
     mask.write_bytes(b"no image")
     refused("mask cannot be read")
     mask.unlink()
@@ -521,7 +521,7 @@ def test_bad_masks(tmp_path: Path):
     (tmp_path / "classes.txt").write_text("a #000000\nb #0000ff\n")
     Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 254)).save(tmp_path / "masks" / "2.png")
     source = find_masks_to_evaluate(tmp_path, ("a", "b"))
-    with pytest.raises(ImageError, match=r"2.png: colour #0000fe at x 0, y 0 has no class; expected those of the 2"):
+    with pytest.raises(ImageError, match=r"2.png: color #0000fe at x 0, y 0 has no class; expected those of the 2"):
         source[0].label.read(WIDTH, HEIGHT)
 
 

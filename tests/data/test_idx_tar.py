@@ -214,7 +214,7 @@ def test_an_idx_file_that_stands_alone(tmp_path: Path, gone: str, left: str):
 
 
 def png(number: int, side: int = 8) -> bytes:
-    """An image of one grey, which is its number."""
+    """An image of one gray, which is its number."""
     file = io.BytesIO()
     Image.new("L", (side, side), number).save(file, "png")
     return file.getvalue()
@@ -238,7 +238,7 @@ def pairs(labels: Sequence[int | str], first: int = 0) -> dict[str, bytes | str]
     return members
 
 
-def greys(source: Source) -> list[tuple[int, int]]:
+def grays(source: Source) -> list[tuple[int, int]]:
     """Number and label of every image."""
     samples = [source[i] for i in range(len(source))]
     pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
@@ -262,11 +262,11 @@ def test_tar_splits(tmp_path: Path, train: str, val: str, format: int):
     write_tar(tmp_path / train.format("001"), pairs([2, 1], first=3), format=format)
     write_tar(tmp_path / val.format("000"), pairs([1, 0], first=5), format=format)
     train_set, val_set = find_splits("classify", tmp_path, 0.5)
-    assert greys(train_set) == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 1)]
-    assert greys(val_set) == [(5, 1), (6, 0)]
+    assert grays(train_set) == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 1)]
+    assert grays(val_set) == [(5, 1), (6, 0)]
     assert train_set.class_names == val_set.class_names == ("0", "1", "2")
     assert train_set[4].name == f"{tmp_path / train.format('001')}/0004"
-    assert greys(find_evaluation(tmp_path, ("a", "b", "c"))) == greys(val_set)
+    assert grays(find_evaluation(tmp_path, ("a", "b", "c"))) == grays(val_set)
     assert default_split("classify", tmp_path) == ("test" if "test" in val else "val")
 
 
@@ -277,11 +277,11 @@ def test_tar_without_splits_is_divided(tmp_path: Path, alone: bool):
         write_tar(tmp_path / "x-001.tar", pairs([1] * 30, first=60))
     data = tmp_path / "x-000.tar" if alone else tmp_path
     train, val = find_splits("classify", data, 0.3)
-    assert sorted(greys(train) + greys(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
+    assert sorted(grays(train) + grays(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
     assert set(train.labels) == set(val.labels) == {0, 1}
     write_tar(tmp_path / ("x-000.tar" if alone else "x-002.tar"), pairs([0] * 30 + [1] * 30 + [0] * 9))
     more_train, more_val = find_splits("classify", data, 0.3)  # each image that is added moves at most one other
-    moved = set(greys(train)) & set(greys(more_val)) | set(greys(val)) & set(greys(more_train))
+    moved = set(grays(train)) & set(grays(more_val)) | set(grays(val)) & set(grays(more_train))
     assert len(moved) <= len(more_train) + len(more_val) - len(train) - len(val)
 
 
@@ -309,7 +309,7 @@ def test_tar_members(tmp_path: Path):
     with tarfile.open(file, "a") as tar:
         tar.add(tmp_path, "empty.png", recursive=False)  # a folder
     source = find_evaluation(file, ("a", "b"))
-    assert greys(source) == [(200, 1), (2, 0), (200, 1), (3, 0)]
+    assert grays(source) == [(200, 1), (2, 0), (200, 1), (3, 0)]
     assert [source[i].name.removeprefix(f"{file}/") for i in range(4)] == ["dir.with.dots/1", "2", "3", long]
 
 
@@ -318,8 +318,8 @@ def test_tar_labels_that_are_names(tmp_path: Path):
     write_tar(tmp_path / "val.tar", {"1.png": png(7), "1.json": json.dumps({"label": "dog"})})
     train, val = find_splits("classify", tmp_path, 0.5)
     assert train.class_names == ("cat", "dog", "émeu")
-    assert (greys(train), greys(val)) == ([(0, 1), (1, 0), (2, 0), (3, 2)], [(7, 1)])
-    assert greys(find_evaluation(tmp_path, ("emu", "dog"))) == [(7, 1)]
+    assert (grays(train), grays(val)) == ([(0, 1), (1, 0), (2, 0), (3, 2)], [(7, 1)])
+    assert grays(find_evaluation(tmp_path, ("emu", "dog"))) == [(7, 1)]
     (tmp_path / "val.tar").unlink()
     with pytest.raises(ValueError, match=r"^.*: class 'émeu' not among the 2 known classes \(cat, dog\)"):
         find_evaluation(tmp_path, ("cat", "dog"))
@@ -411,7 +411,7 @@ def test_tars_in_worker_processes(tmp_path: Path):
     write_tar(tmp_path / "0.tar", pairs([0, 1] * 5))
     write_tar(tmp_path / "1.tar", pairs([0, 1] * 5, first=10))
     source = find_evaluation(tmp_path, ("0", "1"))
-    assert greys(pickle.loads(pickle.dumps(source))) == greys(source) == [(i, i % 2) for i in range(20)]
+    assert grays(pickle.loads(pickle.dumps(source))) == grays(source) == [(i, i % 2) for i in range(20)]
     dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
     batches = eval_batches(20, batch_size=3, size_px=8)
     alone, helped = (list(load(dataset, batches, num_workers=n, device="cpu")) for n in (0, 3))

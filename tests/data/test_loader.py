@@ -14,7 +14,7 @@ from PIL import Image
 
 from mobilevit.data import loader
 from mobilevit.data.loader import Batch, ImageDataset, load
-from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
+from mobilevit.data.sampler import BatchShapes, EpochBatches, Pick, eval_batches
 from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import Augmentation, Evaluation, Policy
 from mobilevit.images import ImageError, Preprocessing
@@ -92,7 +92,7 @@ def test_scaled_as_the_network_expects(source: Any, num_workers: int):
 @pytest.mark.parametrize("policy", ["basic", "advanced"])
 def test_workers_order_and_restarts_change_nothing(source: Any, policy: Policy):
     dataset = ImageDataset(source, Augmentation(min_scale=0.1, flip=True, seed=0, policy=policy))
-    picks = EpochBatches(10, sizes_px=(32, 40), batch_size=3, base_px=32, epoch=1)
+    picks = EpochBatches(10, BatchShapes((32, 40), 3, 32), epoch=1)
     alone, helped = (list(load(dataset, picks, num_workers=n, device="cpu")) for n in (0, 2))
     backwards = list(load(dataset, list(picks)[:0:-1], num_workers=0, device="cpu"))[::-1]
     assert len(alone) == len(picks) > 2
@@ -102,7 +102,7 @@ def test_workers_order_and_restarts_change_nothing(source: Any, policy: Policy):
             assert torch.equal(a.pixels, b.pixels)
             assert torch.equal(a.labels, b.labels)
             assert a.indices == b.indices
-    picks = EpochBatches(10, sizes_px=(32,), batch_size=3, base_px=32, epoch=2)
+    picks = EpochBatches(10, BatchShapes((32,), 3, 32), epoch=2)
     other = torch.cat([batch.pixels for batch in load(dataset, picks, num_workers=0, device="cpu")])
     assert not any(torch.equal(alone[0].pixels[0], pixels) for pixels in other)
 

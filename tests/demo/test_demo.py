@@ -101,7 +101,7 @@ def running(server: ThreadingHTTPServer) -> Iterator[str]:
         server.server_close()
 
 
-opened = partial(ready_page, patience_ms=TIMEOUT_MS)  # waits until the network is loaded
+opened = partial(ready_page, timeout_ms=TIMEOUT_MS)  # waits until the network is loaded
 
 
 @pytest.fixture(scope="module")

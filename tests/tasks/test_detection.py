@@ -39,8 +39,8 @@ RECIPE = Recipe(
 
 
 def random_boxes(num: int, generator: torch.Generator) -> Tensor:
-    centres, sides = torch.rand(num, 2, generator=generator), 0.05 + 0.6 * torch.rand(num, 2, generator=generator)
-    return torch.cat((centres - sides / 2, centres + sides / 2), 1).clamp(0, 1)
+    centers, sides = torch.rand(num, 2, generator=generator), 0.05 + 0.6 * torch.rand(num, 2, generator=generator)
+    return torch.cat((centers - sides / 2, centers + sides / 2), 1).clamp(0, 1)
 
 
 def random_batch(nums: Sequence[int], num_classes: int = 3, seed: int = 0) -> BoxBatch:

@@ -21,7 +21,7 @@ from torch import nn
 import mobilevit
 from mobilevit.cli import parse
 from mobilevit.data.loader import Batch, Item
-from mobilevit.data.sampler import EpochBatches
+from mobilevit.data.sampler import BatchShapes, EpochBatches
 from mobilevit.data.samples import fingerprint
 from mobilevit.data.sources import find_splits
 from mobilevit.images import ImageError
@@ -74,7 +74,7 @@ def test_matches_a_plain_pytorch_loop(data: Path, tmp_path: Path, dropout: float
     losses = []
     for i in range(8):
         optimizer.param_groups[0]["lr"] = learning_rate_at(RECIPE.optimizer, i, 8, epoch=i // 4, num_epochs=2)
-        batch = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=i // 4)[i % 4]
+        batch = EpochBatches(12, BatchShapes((32,), 3, 32), epoch=i // 4)[i % 4]
         items = [cast(Item, images[pick]) for pick in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2)
         torch.manual_seed(micro_batch_seed(RECIPE.seed, i // 4, i % 4, 0))
@@ -180,7 +180,7 @@ def test_a_non_finite_loss_stops_the_run_and_can_be_resumed(
 ):
     loss, calls = Classification.loss, []
     images, _ = Classification().datasets(RECIPE, data)
-    bad = EpochBatches(12, sizes_px=(32,), batch_size=3, base_px=32, epoch=1)[1]  # not a batch of the first epoch
+    bad = EpochBatches(12, BatchShapes((32,), 3, 32), epoch=1)[1]  # not a batch of the first epoch
 
     def loss_until(self: Classification, recipe: Recipe, model: nn.Module, batch: Batch) -> torch.Tensor:
         calls.append(batch.indices)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mobilevit.data.loader import Batch, ImageDataset, Item
-from mobilevit.data.sampler import EpochBatches, Pick
+from mobilevit.data.sampler import BatchShapes, EpochBatches, Pick
 from mobilevit.models.mobilevit import XXS, MobileViT, Transformer
 from mobilevit.recipes import Compute, Precision, Recipe, Sampler
 from mobilevit.tasks.classification import Classification
@@ -69,7 +69,7 @@ def test_micro_batches_match_float64(
     assert "at 64 px, a step has 7 images: 1 process x 3 micro-batches x about 2 images" in caplog.text
 
     images, _ = Classification().datasets(recipe, data)
-    batches = EpochBatches(12, sizes_px=(64,), batch_size=7, base_px=64, min_last=3)
+    batches = EpochBatches(12, BatchShapes((64,), 7, 64), min_last=3)
     before = {name: x.double() for name, x in initial.tensors.items()}
     lengths = []
     for number, picks in enumerate([batches[0], batches[1]]):

@@ -238,7 +238,7 @@ class Detection:
 def match(targets: BoxBatch, anchors: Tensor) -> Tensor:
     """Match anchors to boxes (SSD, section 2.2): (B, A) indices into the boxes of the image, -1 for the background.
 
-    `anchors` (A, 4) are in centre form. An anchor matches the box with the highest IoU if that is 0.5 or more. In
+    `anchors` (A, 4) are in center form. An anchor matches the box with the highest IoU if that is 0.5 or more. In
     addition, each box matches its anchor with the highest IoU; if several boxes have the same such anchor, the last one
     gets it.
     """

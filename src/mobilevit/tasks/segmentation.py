@@ -176,7 +176,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
 def predict_mask(logits: Tensor, height: int, width: int) -> Tensor:
     """Logits (C, H, W) of a warped image -> predicted classes (height, width) int64 of the original image."""
     best = classes = None
-    # Inverts the warp, which aligns pixel centres; the head's own `align_corners` does not matter here. Some classes at
+    # Inverts the warp, which aligns pixel centers; the head's own `align_corners` does not matter here. Some classes at
     # a time: all logits at the size of a large photograph take gigabytes.
     step = max(1, MAX_RESIZED // (height * width))
     for start in range(0, len(logits), step):
