@@ -48,11 +48,11 @@ from mobilevit.images import Preprocessing
 
 THEIRS = "torchvision"
 SIMPLEJPEG = images.simplejpeg
-COLUMNS = ("photographs", "px", "workers", "side", "speed / torchvision's", "p10", "p90", "images/s a core")
+COLUMNS = ("photographs", "px", "workers", "loader", "speed / torchvision's", "p10", "p90", "images/s a core")
 NOTE = (
-    "Speed / torchvision's is the median over the rounds of the ratio of two times of the same round: above 1 our "
-    "loading is the faster one. Then the 10th and 90th percentile of that ratio, and the median of the images that "
-    "one core reads in a second of its time."
+    "'speed / torchvision's' is the speed of a loader divided by that of torchvision's: above 1, our loader is "
+    "faster. It is the median over the rounds, in which the loaders are timed interleaved; p10 and p90 are its "
+    "percentiles. The last column is the median of images per second of processor time of one core."
 )
 
 

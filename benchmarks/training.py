@@ -42,9 +42,9 @@ from mobilevit.weights import Weights, write
 OURS = "mobilevit"
 COLUMNS = ("size", "px", "batch", "model", "time / ours", "p10", "p90", "p10, ms", "images / s")
 NOTE = (
-    "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1, our model is "
-    "faster. p10 and p90 are percentiles of that ratio; p10, ms is the 10th percentile of the time of a step, and "
-    "images / s follows from it."
+    "'time / ours' is the time of a model divided by that of our model: above 1, ours is faster. It is the "
+    "median over the rounds, in which the models are timed interleaved; p10 and p90 are its percentiles. The "
+    "last columns are the 10th percentile of the time of a step, and the corresponding images per second."
 )
 
 
@@ -212,7 +212,7 @@ def main(
     if out:
         facts = setting.describe()
         if device == "cpu":
-            facts += f"; freed memory {'kept' if kept else 'handled by the system'}"
+            facts += f"; {'the allocator keeps freed memory' if kept else 'default allocator'}"
         write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 
