@@ -594,4 +594,4 @@ def test_commands_in_the_report_are_valid(name: str, has_transformers: bool):
     commands = [command for _, command in next_commands(RECIPES[name], "my photos", Path("runs/x"))]
     parsed = [parse(shlex.split(command)[1:]) for command in commands]
     assert [type(one).__name__ for one in parsed] == ["Evaluate", "Predict", "Export", *["Convert"] * has_transformers]
-    assert parsed[2].images == ("my photos",)
+    assert parsed[2].sample_images.images == ("my photos",)
