@@ -41,10 +41,10 @@ class Prepared(nn.Module):
 
 
 def batches(labels: Tensor, *sizes: int) -> list[Batch]:
-    numbers = torch.arange(len(labels))
-    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 2, 2)
-    parts = zip(pixels.split(sizes), labels.split(sizes), numbers.split(sizes), strict=True)
-    return [Batch(pixels, labels, tuple(numbers.tolist())) for pixels, labels, numbers in parts]
+    indices = torch.arange(len(labels))
+    pixels = (indices / 255)[:, None, None, None].expand(-1, 3, 2, 2)
+    parts = zip(pixels.split(sizes), labels.split(sizes), indices.split(sizes), strict=True)
+    return [Batch(pixels, labels, tuple(indices.tolist())) for pixels, labels, indices in parts]
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])

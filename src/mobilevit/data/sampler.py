@@ -90,8 +90,10 @@ class EpochBatches(Sequence[list[Pick]]):
     Args:
         num_images: number of images in the source.
         shapes: image sizes and batch sizes.
-        seed, epoch: seed of the order and the sizes.
-        rank, world_size: index of this process, and number of processes.
+        seed: with `epoch`, the seed of the order and the sizes.
+        epoch: index of the epoch.
+        rank: index of this process.
+        world_size: number of processes.
         min_last: minimum size of the last batch over all processes; the default is two images per process.
 
     Attributes:
