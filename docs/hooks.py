@@ -30,11 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("benchmarks/**/*.md")]
     for path in [*pages, *ROOT.glob("benchmarks/**/*.png")]:
         add(path.relative_to(ROOT).as_posix(), path.read_bytes())
-    add("benchmarks/index.md", _measurements())
+    add("benchmarks/measurements.md", _measurements())
     for page in [*pages, *ROOT.glob("docs/*.md")]:
         for source in SOURCE_LINK.findall(page.read_text(encoding="utf-8")):
             code = (ROOT / f"{source}.py").read_text(encoding="utf-8")
-            add(f"{source}.md", f"# {source}.py\n\n```python\n{code}```\n")
+            add(f"{source}.md", f"---\nhide: [navigation, toc]\n---\n\n# {source}.py\n\n```python\n{code}```\n")
     add("commands/index.md", _help())
     for command in COMMANDS:
         add(f"commands/{command}.md", _help(command))
@@ -53,7 +53,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = (
         markdown.replace("](docs/", "](")
         .replace("](../docs/", "](../")
-        .replace("](benchmarks/)", "](benchmarks/index.md)")
+        .replace("](benchmarks/)", "](benchmarks/measurements.md)")
     )
     return SOURCE_LINK.sub(r"](\1.md)", markdown).replace("```python no-run\n", "```python\n")
 
@@ -81,10 +81,11 @@ def _help(*command: str) -> str:
 
 def _measurements() -> str:
     """A page that links to the measurements in benchmarks/."""
-    lines = ["# Measurements", ""]
+    lines = ["# Measurements", "", "| file | content |", "|---|---|"]
     for path in sorted(ROOT.glob("benchmarks/**/*.md")):
+        name = path.relative_to(ROOT / "benchmarks").as_posix()
         title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        lines.append(f"- [{title}]({path.relative_to(ROOT / 'benchmarks').as_posix()})")
+        lines.append(f"| [{name}]({name}) | {title} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,8 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from functools import cache, partial
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 from mobilevit.messages import nearest
@@ -22,14 +22,72 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Data:
+class Range:
+    """The allowed values of a number: `min` and `max` are included, `above` and `below` are not."""
+
+    min: float = -math.inf
+    max: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.min <= value <= self.max and self.above < value < self.below
+
+    def __str__(self) -> str:
+        low = f"{self.min} or more" if self.min > -math.inf else f"above {self.above}"
+        if self.max < math.inf:
+            return f"{low}, at most {self.max}"
+        return f"{low}, below {self.below}" if self.below < math.inf else low
+
+
+class _Checked:
+    """Base of the dataclasses below. The constructor checks the type and the `Range` of every field.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    def __post_init__(self) -> None:
+        prefix = "" if isinstance(self, Recipe) else f"{type(self).__name__.lower()}."
+        for name, hint in _type_hints(type(self)).items():
+            _check(prefix + name, getattr(self, name), hint)
+
+
+@cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    type_, allowed = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
+    if get_origin(type_) is Literal:
+        if value not in get_args(type_):
+            raise ValueError(f"{name} is {value}; it must be one of {', '.join(get_args(type_))}")
+    elif get_origin(type_) is tuple:
+        if not isinstance(value, tuple):
+            raise TypeError(f"{name} is {value!r}; it must be of type tuple")
+        if not value:
+            raise ValueError(f"{name} is empty; it must have one value or more")
+        for item in value:
+            _check(name, item, Annotated[get_args(type_)[0], allowed])
+    else:
+        is_bool_as_number = isinstance(value, bool) and type_ is not bool
+        if not isinstance(value, (int, float) if type_ is float else type_) or is_bool_as_number:
+            raise TypeError(f"{name} is {value!r}; it must be of type {type_.__name__}")
+        if allowed and value not in allowed:
+            raise ValueError(f"{name} is {value}; it must be {allowed}{'' if math.isfinite(value) else ', and finite'}")
+
+
+@dataclass(frozen=True)
+class Data(_Checked):
     """Images: size, augmentation, validation split."""
 
-    size_px: int = 256
+    size_px: Annotated[int, Range(min=MIN_SIZE_PX)] = 256
     """Input size of the network in pixels, height and width."""
-    eval_resize: float = 1.125
+    eval_resize: Annotated[float, Range(min=1)] = 1.125
     """Evaluation: resize the short side to this factor times the input size, then crop the center."""
-    min_scale: float = 0.08
+    min_scale: Annotated[float, Range(above=0, max=1)] = 0.08
     """Training: smallest area of a random crop, as a fraction of the image. With 1, crops contain the whole image up to
     an aspect ratio of 4:3."""
     policy: Policy = "basic"
@@ -38,88 +96,55 @@ class Data:
     flip: bool = True
     """Training: flip images horizontally with probability 0.5. Unsuitable for digits, letters and other images whose
     orientation matters."""
-    val_fraction: float = 0.2
+    val_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
     """Validation split: fraction of the images of each class, if the data have no split."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Range(min=0)] = 2
     """Number of processes that read images; 0 reads them in the main process."""
-    max_unreadable: int = 0
+    max_unreadable: Annotated[int, Range(min=0)] = 0
     """Maximum number of unreadable images to skip per epoch, in training and in validation each."""
-    max_megapixels: float = MAX_MEGAPIXELS
+    max_megapixels: Annotated[float, Range(above=0)] = MAX_MEGAPIXELS
     """Largest image to read, in megapixels; larger ones count as unreadable."""
-
-    def __post_init__(self) -> None:
-        _require(self.size_px >= MIN_SIZE_PX, "data.size_px", self.size_px, f"{MIN_SIZE_PX} or more")
-        _require(1 <= self.eval_resize < math.inf, "data.eval_resize", self.eval_resize, "1 or more, and finite")
-        _require(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0, at most 1")
-        _require_one_of(Policy, "data.policy", self.policy)
-        _require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
-        _require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "above 0")
-        _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(_Checked):
     """Image sizes: one size, or a random size per batch (paper, section 3.3)."""
 
     variant: Variant = "standard"
     """standard: one size; others: multi-scale sampling, with the rule for the batch size at each size
     (docs/sampler.md)."""
-    sizes_px: tuple[int, ...] = (160, 192, 256, 288, 320)
+    sizes_px: Annotated[tuple[int, ...], Range(min=MIN_SIZE_PX)] = (160, 192, 256, 288, 320)
     """Image sizes in pixels for multi-scale sampling."""
-
-    def __post_init__(self) -> None:
-        _require_one_of(Variant, "sampler.variant", self.variant)
-        smallest = min(self.sizes_px, default=0)
-        _require(smallest >= MIN_SIZE_PX, "sampler.sizes_px", self.sizes_px, f"sizes of {MIN_SIZE_PX} px or more")
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(_Checked):
     """AdamW with a linear warm-up and a cosine schedule."""
 
-    start_lr: float = 2e-4
+    start_lr: Annotated[float, Range(min=0)] = 2e-4
     """Learning rate of the first step."""
-    lr: float = 2e-3
+    lr: Annotated[float, Range(above=0)] = 2e-3
     """Learning rate at the end of the warm-up."""
-    end_lr: float = 2e-4
+    end_lr: Annotated[float, Range(min=0)] = 2e-4
     """Learning rate of the last step."""
-    warmup_steps: int = 3000
+    warmup_steps: Annotated[int, Range(min=0)] = 3000
     """Number of warm-up steps, limited to a tenth of the run."""
     cosine: Cosine = "step"
     """Update the learning rate every step or, as in v0.1, every epoch."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(min=0)] = 0.01
     """Weight decay of AdamW; each step applies it times the learning rate."""
     decay_all: bool = True
     """Apply weight decay to all parameters, as published; if off, not to norms and biases."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Range(min=0)] = 0.0
     """Maximum norm of the gradient of all parameters; 0: no clipping, as published."""
     freeze: Freeze = "nothing"
     """Freeze the backbone from the stem up to this stage, including batch norm."""
-    backbone_lr_scale: float = 1.0
+    backbone_lr_scale: Annotated[float, Range(above=0, max=1)] = 1.0
     """Learning rate of the backbone, as a factor of that of the head."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "above 0, and finite")
-        _require(0 <= self.start_lr < math.inf, "optimizer.start_lr", self.start_lr, "0 or more, and finite")
-        _require(0 <= self.end_lr < math.inf, "optimizer.end_lr", self.end_lr, "0 or more, and finite")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        _require_one_of(Cosine, "optimizer.cosine", self.cosine)
-        _require(
-            0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite"
-        )
-        _require(0 <= self.clip_norm < math.inf, "optimizer.clip_norm", self.clip_norm, "0 or more, and finite")
-        _require_one_of(Freeze, "optimizer.freeze", self.freeze)
-        _require(
-            0 < self.backbone_lr_scale <= 1,
-            "optimizer.backbone_lr_scale",
-            self.backbone_lr_scale,
-            "above 0, at most 1 (optimizer.freeze freezes stages)",
-        )
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(_Checked):
     """Precision, compilation and micro-batches."""
 
     precision: Precision = "float32"
@@ -128,57 +153,38 @@ class Compute:
     """Compile the network once per image size. Takes minutes at the start; intended for GPUs."""
     sync_batch_norm: bool = False
     """Synchronize batch norm over all processes. GPUs only."""
-    micro_batch_size: int = 0
+    micro_batch_size: Annotated[int, Range(min=0)] = 0
     """Micro-batch size: images per process and forward pass, at the input size. Gradients are accumulated over the
     batch. 0: as many as fit into memory."""
 
     def __post_init__(self) -> None:
-        _require_one_of(Precision, "compute.precision", self.precision)
-        size = self.micro_batch_size
-        _require(size == 0 or size >= 2, "compute.micro_batch_size", size, "0, or 2 or more")
+        super().__post_init__()
+        if self.micro_batch_size == 1:  # batch norm needs two images
+            raise ValueError("compute.micro_batch_size is 1; it must be 0, or 2 or more")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Checked):
     """A training run."""
 
     task: Task = "classify"
     """Image classification, object detection (SSDLite) or semantic segmentation (DeepLabv3)."""
     architecture: Size = "s"
     """Size of the network. Pretrained weights determine it themselves."""
-    epochs: int = 300
+    epochs: Annotated[int, Range(min=1)] = 300
     """Number of epochs."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(min=2)] = 128
     """Images per optimizer step, in all processes together. Divided into micro-batches if memory requires it."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Label smoothing: fraction of the target distributed over all classes."""
-    ema_decay: float = 0.9995
+    ema_decay: Annotated[float, Range(min=0, below=1)] = 0.9995
     """EMA decay per step; limited in short runs."""
-    seed: int = 0
+    seed: Annotated[int, Range(min=0, below=2**64)] = 0
     """Random seed of the initial weights, the order of the images and their augmentation."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
-
-    def __post_init__(self) -> None:
-        _require_one_of(Task, "task", self.task)
-        _require_one_of(Size, "architecture", self.architecture)
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        # Batch norm fails on a single image.
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for batch norm")
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
-        _require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to below 2**64")
-
-
-def _require(holds: bool, name: str, value: object, range_: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; it must be {range_}")
-
-
-def _require_one_of(literal: Any, name: str, value: object) -> None:
-    _require(value in get_args(literal), name, value, f"one of {', '.join(get_args(literal))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

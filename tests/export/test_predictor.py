@@ -17,7 +17,7 @@ from mobilevit.export import ExportOptions, export, installed
 from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, ArtifactSegmenter, load_predictor
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
-from mobilevit.predict import classifier, detector, segmenter
+from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.weights import Weights
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
@@ -37,7 +37,7 @@ def test_classes(weights: Weights, backend: str, tmp_path: Path):
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")
     model = load_predictor(path)
     assert isinstance(model, ArtifactClassifier)
-    expected = classifier(weights).predict(IMAGES, top_k=7)
+    expected = Classifier.from_weights(weights).predict(IMAGES, top_k=7)
     for found, wanted in zip(model.predict(IMAGES, top_k=7), expected, strict=True):
         assert found[0].class_name == wanted[0].class_name
         by_class = {p.class_name: p.probability for p in found}
@@ -60,7 +60,7 @@ def test_boxes(all_weights: dict[str, Weights], backend: str, postprocess: bool,
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactDetector)
     assert (model.category_ids, model.num_classes) == (weights.category_ids, 7)
-    expected = detector(weights).predict(IMAGES, score_threshold=0.35)
+    expected = Detector.from_weights(weights).predict(IMAGES, score_threshold=0.35)
     assert any(expected)
     num_same = 0
     for found, wanted in zip(model.predict(IMAGES, score_threshold=0.35), expected, strict=True):
@@ -86,7 +86,7 @@ def test_masks(all_weights: dict[str, Weights], backend: str, postprocess: bool,
     weights = all_weights["segment"]
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactSegmenter)
-    for found, wanted in zip(model.predict(IMAGES), segmenter(weights).predict(IMAGES), strict=True):
+    for found, wanted in zip(model.predict(IMAGES), Segmenter.from_weights(weights).predict(IMAGES), strict=True):
         assert found.shape == wanted.shape == (90, 75)
         assert (found == wanted).mean() > (0.97 if postprocess else 0.999)  # a class map is coarser between two classes
 
@@ -95,7 +95,7 @@ def test_another_size(weights: Weights, tmp_path: Path):
     model = load_predictor(exported(weights, "onnx", tmp_path, size=(96, 96)))
     larger = replace(weights, preprocessing=weights.preprocessing.at_size(96))
     assert isinstance(model, ArtifactClassifier)
-    found, expected = model.predict(IMAGES), classifier(larger).predict(IMAGES)
+    found, expected = model.predict(IMAGES), Classifier.from_weights(larger).predict(IMAGES)
     assert [p[0].probability for p in found] == pytest.approx([p[0].probability for p in expected], abs=1e-4)
 
 

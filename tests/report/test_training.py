@@ -19,7 +19,7 @@ from PIL import Image
 from mobilevit.recipes import RECIPES, Data, Recipe, Sampler
 from mobilevit.report import render
 from mobilevit.report.results import Example, Section, class_table, confusion_html, thumbnail
-from mobilevit.report.training import Origin, duration, write_report
+from mobilevit.report.training import Origin, Report, duration, write_report
 from mobilevit.tasks.task import ClassMetrics
 
 NASTY = "<script>alert('x')</script> & \"cats\""
@@ -120,7 +120,7 @@ def report(folder: Path, **changes: Any) -> Page:
         "facts": {},
         "commands": [],
     }
-    write_report(folder / "report.html", **{**arguments, **changes})
+    write_report(folder / "report.html", Report(**{**arguments, **changes}))
     assert {path.name for path in folder.iterdir()} <= {"report.html", "steps.jsonl"}
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 

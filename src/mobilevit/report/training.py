@@ -56,22 +56,11 @@ class Setting(NamedTuple):
     original: str
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    recipe: Recipe,
-    origin: Origin,
-    epochs: Epochs,
-    steps: Path,
-    sections: Sequence[Section],
-    facts: Mapping[str, str],
-    commands: Sequence[tuple[str, str]],
-) -> None:
-    """Write the report of a run to `path` atomically.
+@dataclass(frozen=True)
+class Report:
+    """The contents of a training report.
 
     Args:
-        path: the HTML file.
         title: the heading of the page.
         recipe: the recipe of the run.
         origin: see `Origin`.
@@ -81,11 +70,25 @@ def write_report(
         facts: hardware, software and settings by name.
         commands: (purpose, command) to run next.
     """
-    records = _read_steps(steps)
-    settings, original = _settings(recipe, origin)
+
+    title: str
+    recipe: Recipe
+    origin: Origin
+    epochs: Epochs
+    steps: Path
+    sections: Sequence[Section]
+    facts: Mapping[str, str]
+    commands: Sequence[tuple[str, str]]
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the report of a run to the HTML file `path`, atomically."""
+    epochs, facts = report.epochs, report.facts
+    records = _read_steps(report.steps)
+    settings, original = _settings(report.recipe, report.origin.recipe_name)
     page = render(
         "training.html",
-        title=title,
+        title=report.title,
         summary=_summary(epochs, records),
         epoch_charts=_epoch_charts(epochs),
         epoch_interval=math.ceil(len(epochs) / MAX_POINTS),
@@ -94,11 +97,11 @@ def write_report(
         step_charts=_step_charts(records),
         size_table=_size_table(records),
         num_unreadable=records.num_unreadable,
-        sections=sections,
-        commands=commands,
+        sections=report.sections,
+        commands=report.commands,
         settings=settings,
         original=original,
-        origin=origin,
+        origin=report.origin,
         facts=table(("", ""), list(facts.items()), is_text=True) if facts else "",
     )
     # File names that are not valid UTF-8 contain lone surrogates, which UTF-8 cannot encode.
@@ -336,14 +339,10 @@ def _best_note(epochs: Epochs, field: str) -> str:
 # Recipe
 
 
-def _settings(recipe: Recipe, origin: Origin) -> tuple[list[Setting], str]:
+def _settings(recipe: Recipe, name: str) -> tuple[list[Setting], str]:
     """All fields of the recipe, and a description of the original recipe that they are compared with."""
-    if origin.recipe_name:
-        base, description = RECIPES[origin.recipe_name], f"the recipe {origin.recipe_name}"
-    elif recipe.task == "classify":
-        base, description = Recipe(), "the defaults"
-    else:
-        base, description = RECIPES[recipe.task], f"the recipe {recipe.task}"
+    name = name or ("" if recipe.task == "classify" else recipe.task)
+    base, description = (RECIPES[name], f"the recipe {name}") if name else (Recipe(), "the defaults")
     original = dict(_fields(asdict(base)))
     settings = [
         Setting(name, _setting(name, value), "" if value == original[name] else _setting(name, original[name]))

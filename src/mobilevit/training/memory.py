@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
 from mobilevit.recipes import Recipe
-from mobilevit.tasks import Task
+from mobilevit.training.step import Loss
 
 # Fraction of the memory that activations may use. The rest is for gradients, weights, the optimizer, fragmentation of
 # the allocator, and other programs.
 ACTIVATION_FRACTION = 0.4
 
 
-def max_micro_batch_pixels(recipe: Recipe, task: Task, model: nn.Module, batch: Batch, device: torch.device) -> int:
+def max_micro_batch_pixels(recipe: Recipe, loss: Loss, model: nn.Module, batch: Batch, device: torch.device) -> int:
     """Number of image pixels (height times width) that one process can compute forward and backward on `device`.
 
     Measures the bytes that autograd saves for `batch`. The result depends on the installed memory and not on the free
@@ -34,10 +34,10 @@ def max_micro_batch_pixels(recipe: Recipe, task: Task, model: nn.Module, batch: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        loss = task.loss(recipe, model, batch)
+        value = loss(model, batch)
     num_pixels = batch.pixels.shape[0] * batch.pixels.shape[2] * batch.pixels.shape[3]
     bytes_per_pixel = sum(saved_bytes.values()) / num_pixels
-    del loss
+    del value
     return int(ACTIVATION_FRACTION * _memory_bytes(device) / bytes_per_pixel)
 
 

@@ -32,7 +32,7 @@ import torch
 
 from mobilevit.files import require, write_atomic
 from mobilevit.messages import first_line
-from mobilevit.recipes import Recipe
+from mobilevit.recipes import MAX_MEGAPIXELS, Recipe, to_dict
 from mobilevit.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,52 @@ RENAMED_KEYS = {
 }
 
 
+EpochMetrics = dict[str, float]
+"""A line of metrics.jsonl: epoch, step, train_loss, val_<metric> of the EMA weights, raw_<metric> of the raw weights,
+number of unreadable images, and times."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A line of steps.jsonl. Steps and epochs count from 1."""
+
+    step: int
+    epoch: int
+    size_px: int
+    images: int  # of all processes together
+    loss: float
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What identifies a run. A folder is resumed only by a run with the same values.
+
+    `data` and `weights` are fingerprints; `weights` is "random" without pretrained weights. `network` is the name of a
+    network of another library.
+    """
+
+    recipe: Recipe
+    data: str
+    weights: str
+    network: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the values of the recipe that change no computed number."""
+        recipe = to_dict(self.recipe)
+        for name in ("num_workers", "max_unreadable"):  # the latter decides whether a run stops or skips an image
+            del recipe["data"][name]
+        if self.recipe.data.max_megapixels == MAX_MEGAPIXELS:  # earlier versions had no limit
+            del recipe["data"]["max_megapixels"]
+        values = {"recipe": recipe, "data": self.data, "weights": self.weights}
+        return {**values, "network": self.network} if self.network else values
+
+
 class FinishedError(ValueError):
     """The run has already finished. `epochs` are the metrics of its epochs."""
 
-    def __init__(self, message: str, epochs: list[dict[str, float]]):
+    def __init__(self, message: str, epochs: list[EpochMetrics]):
         super().__init__(message)
         self.epochs = epochs
 
@@ -71,9 +113,9 @@ class Progress:
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
     num_unreadable: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # metrics of the finished epochs
+    history: list[EpochMetrics] = field(default_factory=list)  # metrics of the finished epochs
 
-    def next_epoch(self, record: dict[str, float]) -> Progress:
+    def next_epoch(self, record: EpochMetrics) -> Progress:
         """The start of the next epoch."""
         return Progress(self.epoch + 1, total_step=self.total_step, history=[*self.history, record])
 
@@ -203,15 +245,20 @@ class JsonLines:
 class Run:
     """A run in progress: its position in every process, its folder and logs in rank 0 only.
 
-    `state` is that of the checkpoint to resume from, or empty; `schedule_epochs` the epochs of the learning rate
-    schedule, fewer than those of the recipe if the run was extended.
+    `state` is that of the checkpoint to resume from, or empty. `schedule_epochs` is the number of epochs in the
+    learning rate schedule: fewer than in the recipe if the run was extended.
     """
 
     def __init__(self, progress: Progress, state: dict[str, Any], schedule_epochs: int, folder: RunFolder | None):
-        self.progress, self.state, self.schedule_epochs, self.folder = progress, state, schedule_epochs, folder
+        self.progress, self._state, self.schedule_epochs, self.folder = progress, state, schedule_epochs, folder
         self._steps: JsonLines | None = None
         self._epochs: JsonLines | None = None
         self._tensorboard: Any = None
+
+    def take_state(self) -> dict[str, Any]:
+        """Return the state and release the memory that it takes."""
+        state, self._state = self._state, {}
+        return state
 
     def open_logs(self, stack: contextlib.ExitStack, *, tensorboard: bool) -> None:
         if self.folder is None:
@@ -225,14 +272,14 @@ class Run:
                 contextlib.closing(writer(str(path / "tensorboard"), purge_step=progress.total_step + 1))
             )
 
-    def log_step(self, record: Mapping[str, float]) -> None:
+    def log_step(self, record: StepRecord) -> None:
         if self._steps:
-            self._steps.add(record)
+            self._steps.add(vars(record))
         if self._tensorboard:
             for name in ("loss", "lr", "images_per_second"):
-                self._tensorboard.add_scalar(f"train/{name}", record[name], record["step"])
+                self._tensorboard.add_scalar(f"train/{name}", vars(record)[name], record.step)
 
-    def log_epoch(self, record: Mapping[str, float]) -> None:
+    def log_epoch(self, record: EpochMetrics) -> None:
         if self._epochs:
             self._epochs.add(record)
         if self._tensorboard:
@@ -255,26 +302,26 @@ class Run:
 @contextlib.contextmanager
 def open_run(
     out: Path,
-    facts: Mapping[str, Any],
-    recipe: Recipe,
+    identity: Identity,
     processes: Processes,
     *,
     num_bytes: int,
     extend: bool,
     tensorboard: bool,
 ) -> Iterator[Run]:
-    """Start the run in `out` or resume it. `facts` identify it; see `RunFolder`.
+    """Start the run in `out` or resume it.
 
     Raises:
         FinishedError: all epochs are done.
         ValueError: see `RunFolder`; with `extend`, a run that cannot be extended.
     """
+    recipe = identity.recipe
     with contextlib.ExitStack() as stack:
         folder: RunFolder | None = None
 
         def open_folder() -> tuple[Path | None, int]:
             nonlocal folder
-            folder, checkpoint, schedule_epochs = _open_folder(out, facts, recipe, extend, num_bytes, stack)
+            folder, checkpoint, schedule_epochs = _open_folder(out, identity, stack, num_bytes=num_bytes, extend=extend)
             return checkpoint, schedule_epochs
 
         checkpoint, schedule_epochs = processes.from_rank_0(open_folder)
@@ -292,28 +339,22 @@ def open_run(
 
 
 def _open_folder(
-    out: Path,
-    facts: Mapping[str, Any],
-    recipe: Recipe,
-    extend: bool,
-    num_bytes: int,
-    stack: contextlib.ExitStack,
+    out: Path, identity: Identity, stack: contextlib.ExitStack, *, num_bytes: int, extend: bool
 ) -> tuple[RunFolder, Path | None, int]:
     """The folder, its newest checkpoint, and the number of epochs in the learning rate schedule."""
-    before = read_facts(out)
+    recipe, before, facts = identity.recipe, read_facts(out), identity.to_json()
     epochs_before = before.get("recipe", {}).get("epochs", recipe.epochs) if extend else recipe.epochs
-    new = {**facts}
     if "schedule_epochs" in before:
-        new["schedule_epochs"] = before["schedule_epochs"]
-    expected = {**new, "recipe": {**facts["recipe"], "epochs": min(epochs_before, recipe.epochs)}}
+        facts["schedule_epochs"] = before["schedule_epochs"]
+    expected = {**facts, "recipe": {**facts["recipe"], "epochs": min(epochs_before, recipe.epochs)}}
     folder = stack.enter_context(contextlib.closing(RunFolder(out, expected, num_bytes=num_bytes)))
     checkpoint = folder.latest()
     if epochs_before < recipe.epochs:
-        new.setdefault("schedule_epochs", epochs_before)
+        facts.setdefault("schedule_epochs", epochs_before)
         num_done = read_checkpoint(checkpoint)["progress"]["epoch"] if checkpoint else 0
-        _check_extension(recipe, out, num_done, new["schedule_epochs"])
-        folder.write_facts(new)
-    return folder, checkpoint, new.get("schedule_epochs", recipe.epochs)
+        _check_extension(recipe, out, num_done, facts["schedule_epochs"])
+        folder.write_facts(facts)
+    return folder, checkpoint, facts.get("schedule_epochs", recipe.epochs)
 
 
 def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:

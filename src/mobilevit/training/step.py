@@ -6,22 +6,24 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mobilevit.data.loader import Batch, to_device
+from mobilevit.data.loader import Batch
 from mobilevit.data.sampler import MicroBatch
 from mobilevit.recipes import Recipe
-from mobilevit.tasks import Task
 from mobilevit.training.distributed import Processes
 from mobilevit.training.optim import EMA, BatchNormStatistics, build_optimizer, freeze, set_learning_rate
 
 logger = logging.getLogger(__name__)
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""`loss(model, batch)`: the mean loss of a micro-batch, a scalar. `model` is in training mode, and possibly wrapped in
+DDP or compiled."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,13 +48,6 @@ def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
 
 
-def blank_batch(task: Task, device: torch.device, shape: tuple[int, ...]) -> Batch:
-    """A batch of black images of `shape` (B, 3, H, W)."""
-    pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
-    return Batch(pixels, labels, tuple(range(shape[0])))
-
-
 class TrainStep:
     """The state that optimizer steps change: weights, EMA, optimizer, gradient scaler, batch norm statistics.
 
@@ -60,6 +55,7 @@ class TrainStep:
 
     Args:
         model: as returned by `prepare_model`.
+        loss: called with the model and each micro-batch.
         num_schedule_steps: number of steps in the learning rate schedule; limits the decay of the EMA.
         processes: each holds its own `TrainStep`; gradients are averaged over them.
         state: of a checkpoint, to resume from.
@@ -67,20 +63,20 @@ class TrainStep:
 
     def __init__(
         self,
-        task: Task,
-        recipe: Recipe,
         model: nn.Module,
+        loss: Loss,
+        recipe: Recipe,
         num_schedule_steps: int,
         processes: Processes,
         state: Mapping[str, Any] | None,
     ):
-        self.model, self.task, self.recipe, self.processes = model, task, recipe, processes
+        self.model, self.loss, self.recipe, self.processes = model, loss, recipe, processes
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.compute.precision == "float16")
         self.ema = EMA(model, recipe.ema_decay, num_schedule_steps)
         if state:
-            for name, part in self._stateful().items():
-                part.load_state_dict(state[name])
+            for name, component in self._stateful().items():
+                component.load_state_dict(state[name])
         self.statistics = BatchNormStatistics(model)
         self.autocast = autocast(recipe, processes.device)
         self.network: nn.Module = model  # what computes the loss: compiled, distributed
@@ -88,11 +84,10 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = 64  # one graph per size and length of a micro-batch
             self.network = torch.compile(model, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
         if processes.world_size > 1:
-            with warnings.catch_warnings(
-                action="ignore", category=FutureWarning
-            ):  # torch 2.11 has no other name for it
+            # torch 2.11 warns about this name, and has no other one.
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
-        self.compiled_shapes: set[tuple[int, ...]] = set()
+        self.compiled_shapes: set[torch.Size] = set()
         self._reset_sums()
 
     def _stateful(self) -> dict[str, Any]:
@@ -100,19 +95,19 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the argument `state` restores it."""
-        return {name: part.state_dict() for name, part in self._stateful().items()}
+        return {name: component.state_dict() for name, component in self._stateful().items()}
 
-    def compile(self, shapes: set[tuple[int, ...]]) -> None:
-        """Compile one graph per shape (B, 3, H, W). `accumulate` computes other shapes without compilation."""
-        logger.info(f"compiling {len(shapes)} graphs")
+    def compile(self, batches: Sequence[Batch]) -> None:
+        """Compile a graph for the shape of each batch. `accumulate` computes other shapes without compilation."""
+        logger.info(f"compiling {len(batches)} graphs")
         before = copy.deepcopy(self.model.state_dict())
-        for shape in sorted(shapes):
+        for batch in batches:
             with self.autocast:
-                loss = self.task.loss(self.recipe, self.network, blank_batch(self.task, self.processes.device, shape))
+                loss = self.loss(self.network, batch)
             self.scaler.scale(loss).backward()
         self.optimizer.zero_grad()
         self.model.load_state_dict(before)
-        self.compiled_shapes = shapes
+        self.compiled_shapes = {batch.pixels.shape for batch in batches}
 
     def accumulate(self, micro_batch: MicroBatch, batch: Batch, epoch: int) -> bool:
         """Add the gradients of a micro-batch; True if it is the last one of this process in the step."""
@@ -120,12 +115,12 @@ class TrainStep:
         torch.manual_seed(_seed(self.recipe.seed, epoch, micro_batch.step, micro_batch.index))
         is_last = micro_batch.index + self.processes.world_size >= micro_batch.num_micro_batches
         with contextlib.ExitStack() as stack:
-            if self.compiled_shapes and tuple(batch.pixels.shape) not in self.compiled_shapes:
+            if self.compiled_shapes and batch.pixels.shape not in self.compiled_shapes:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # the last batch of an epoch: too rare
             if isinstance(self.network, DistributedDataParallel) and not is_last:
                 stack.enter_context(self.network.no_sync())
             with self.autocast:
-                loss = self.task.loss(self.recipe, self.network, batch)
+                loss = self.loss(self.network, batch)
             # DistributedDataParallel averages gradients over the processes, so the weights of all micro-batches of a
             # step add up to the number of processes.
             self.scaler.scale(loss * (micro_batch.weight * self.processes.world_size)).backward()
@@ -134,7 +129,7 @@ class TrainStep:
         self.statistics.add_micro_batch()
         return is_last
 
-    def update(self, learning_rate: float, num_micro_batches: int, stop: bool) -> torch.Tensor:
+    def update(self, learning_rate: float, num_micro_batches: int, stop: bool) -> Tensor:
         """Update the weights with the accumulated gradients.
 
         Returns, summed over all processes and not yet synchronized with the CPU: the mean loss over the images of the

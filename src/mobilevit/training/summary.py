@@ -10,13 +10,39 @@ from pathlib import Path
 
 import torch
 
+from mobilevit.device import thread_advice
 from mobilevit.recipes import Recipe
 from mobilevit.training.distributed import Processes
 from mobilevit.training.plan import Plan
+from mobilevit.training.run import Run
+from mobilevit.training.setup import Setup
 from mobilevit.weights import TASK_FORMATS, Weights
 
 
-def describe_plan(plan: Plan) -> Iterator[str]:
+def describe_run(setup: Setup, run: Run) -> Iterator[str]:
+    """Data, initial weights, steps and the position in the run."""
+    recipe, initial, pretrained = setup.options.recipe, setup.initial, setup.options.pretrained
+    yield (
+        f"{initial.name} from {'pretrained' if pretrained else 'random'} weights; {len(setup.train_set):,} training "
+        f"images and {len(setup.val_set):,} validation images of {len(initial.class_names)} classes"
+    )
+    yield from setup.train_set.notes
+    yield from setup.val_set.notes
+    if pretrained:
+        yield from _describe_pretrained(recipe, pretrained, initial.class_names)
+    yield from _describe_plan(setup.plan)
+    if run.schedule_epochs < recipe.epochs:
+        yield (
+            f"the learning rate schedule ends after epoch {run.schedule_epochs}; later epochs use the constant "
+            f"learning rate {recipe.optimizer.end_lr:g} (optimizer.end_lr)"
+        )
+    if run.progress.total_step:
+        yield f"resuming after step {run.progress.total_step:,}, in epoch {run.progress.epoch + 1}"
+    if setup.processes.device.type == "cpu" and setup.processes.rank == 0 and (advice := thread_advice()):
+        yield advice
+
+
+def _describe_plan(plan: Plan) -> Iterator[str]:
     recipe, world_size = plan.recipe, plan.world_size
     yield f"{plan.num_steps(recipe.epochs):,} steps in {recipe.epochs} epochs"
     if recipe.batch_size > plan.num_images:
@@ -33,7 +59,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         )
 
 
-def describe_initial_weights(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
+def _describe_pretrained(recipe: Recipe, pretrained: Weights, class_names: tuple[str, ...]) -> Iterator[str]:
     """Which of the pretrained weights are used, and how they are trained."""
     pretrained_px, size_px = pretrained.preprocessing.crop_px, recipe.data.size_px
     hint = "" if pretrained_px == size_px else f" (--size {pretrained_px} trains at their size)"

@@ -1,0 +1,147 @@
+"""Everything that a run needs before its first step: data, initial weights, loss, micro-batches."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mobilevit.data.loader import Batch, ImageDataset, to_device
+from mobilevit.data.samples import fingerprint
+from mobilevit.recipes import Recipe
+from mobilevit.report.training import Origin
+from mobilevit.tasks import TASKS, Task
+from mobilevit.training.distributed import Processes
+from mobilevit.training.external import ExternalClassifier, ExternalWeights, check_recipe, initial_weights
+from mobilevit.training.memory import max_micro_batch_pixels
+from mobilevit.training.plan import Plan
+from mobilevit.training.run import Identity
+from mobilevit.training.step import Loss, autocast, prepare_model
+from mobilevit.weights import Weights
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The arguments of `train`, checked."""
+
+    recipe: Recipe
+    data: str | Path
+    out: Path
+    pretrained: Weights | None
+    classifier: ExternalClassifier | None
+    checkpoint_minutes: float
+    tensorboard: bool
+    extend: bool
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step.
+
+    `initial` describes the network and has its initial weights. `model` is the network on the device. `loss` is called
+    with the model, possibly wrapped, and each micro-batch.
+    """
+
+    options: TrainOptions
+    processes: Processes
+    task: Task
+    train_set: ImageDataset
+    val_set: ImageDataset
+    initial: Weights | ExternalWeights
+    model: nn.Module
+    loss: Loss
+    plan: Plan
+    val_fingerprint: str
+    identity: Identity
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Approximate size of a checkpoint: raw weights, EMA weights, two moments of AdamW."""
+        return 4 * sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+
+def prepare(options: TrainOptions, processes: Processes) -> Setup:
+    """Find the data, build the network, and measure how large micro-batches can be.
+
+    Raises:
+        ValueError: a recipe, data or weights that cannot be used; see `mobilevit.train`.
+    """
+    recipe, task, device = options.recipe, TASKS[options.recipe.task], processes.device
+    _check_recipe(options)
+    train_set, val_set = task.datasets(recipe, options.data)
+    _check_data(options, len(train_set), processes.world_size)
+    torch.manual_seed(recipe.seed)
+    initial = (
+        initial_weights(options.classifier, recipe, train_set)
+        if options.classifier
+        else task.build(recipe, train_set, options.pretrained)
+    )
+    model = initial.build().to(device)
+    loss = partial(task.loss, recipe)
+    val_fingerprint = fingerprint(val_set.source)
+    with autocast(recipe, device):
+        blank = blank_batch(task, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
+        max_pixels = max_micro_batch_pixels(recipe, loss, copy.deepcopy(model).train(), blank, device)
+    return Setup(
+        options=options,
+        processes=processes,
+        task=task,
+        train_set=train_set,
+        val_set=val_set,
+        initial=initial,
+        model=prepare_model(model, recipe, device),
+        loss=loss,
+        plan=Plan(recipe, len(train_set), processes.world_size, min(processes.gather(max_pixels))),
+        val_fingerprint=val_fingerprint,
+        identity=Identity(
+            recipe=recipe,
+            data=f"{fingerprint(train_set.source)} {val_fingerprint}",
+            weights=_fingerprint(options.pretrained) if options.pretrained else "random",
+            network=initial.name if options.classifier else None,
+        ),
+    )
+
+
+def blank_batch(task: Task, device: torch.device, shape: tuple[int, ...]) -> Batch:
+    """A batch of black images of `shape` (B, 3, H, W)."""
+    pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
+    return Batch(pixels, labels, tuple(range(shape[0])))
+
+
+def _check_recipe(options: TrainOptions) -> None:
+    assert not (options.pretrained and options.classifier)
+    if options.classifier:
+        check_recipe(options.recipe)
+    if options.pretrained is None:
+        optimizer = options.recipe.optimizer
+        for name, value, default in (
+            ("freeze", optimizer.freeze, "nothing"),
+            ("backbone_lr_scale", optimizer.backbone_lr_scale, 1),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"optimizer.{name} is {value}, which needs a pretrained backbone, and this run starts from random "
+                    f"weights; pass pretrained weights (--weights), or set it to {default}"
+                )
+
+
+def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None:
+    data, out = Path(options.data), options.out
+    if num_images < 2 * world_size:
+        raise ValueError(f"{data}: {num_images} training images are too few; add images")
+    if data.is_dir() and out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
+        raise ValueError(f"{out}: is inside {data}, where it would be read as a class folder; choose another folder")
+
+
+def _fingerprint(weights: Weights) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
