@@ -9,7 +9,7 @@ LITERT_BIN := $(LITERT_VENV)/bin
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: demo test test-slow test-litert test-all test-torch check format clean
+.PHONY: demo test test-slow test-litert test-all test-torch check format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py runs/digits
@@ -59,8 +59,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation in site/; warnings, such as broken links, are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) $(LITERT_VENV) .venv-torch-* runs
+	rm -rf $(VENV) $(LITERT_VENV) .venv-torch-* runs site
 
 $(VENV)/.created $(LITERT_VENV)/.created $(TORCH_VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mobilevit needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v[:2])'
@@ -73,6 +77,10 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(LITERT_VENV)/.dev: $(LITERT_VENV)/.created pyproject.toml

@@ -40,8 +40,9 @@ from mobilevit.weights import Weights, write
 OURS = "mobilevit"
 COLUMNS = ("size", "batch", "model", "time / ours", "p10", "p90", "p10, ms")
 NOTE = (
-    "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1, our model is "
-    "faster. p10 and p90 are percentiles of that ratio; the last column is the 10th percentile of the time itself."
+    "'time / ours' is the time of a model divided by that of our model: above 1, ours is faster. It is the "
+    "median over the rounds, in which the models are timed interleaved; p10 and p90 are its percentiles. The "
+    "last column is the 10th percentile of the time."
 )
 Model = Callable[[Tensor], Tensor]
 
@@ -159,7 +160,7 @@ def main(
     print_table(title, NOTE, COLUMNS, map(cells, rows))
     result = json.dumps({"benchmark": "eager", **vars(setting), **options, "rows": rows})
     if out:
-        facts = f"{setting.describe()}; freed memory {'kept' if kept else 'handled by the system'}"
+        facts = f"{setting.describe()}; {'the allocator keeps freed memory' if kept else 'default allocator'}"
         write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 

@@ -34,10 +34,11 @@ COLUMNS = (
     *("memory, MB", "load, ms"),
 )
 NOTE = (
-    "Time / ours is the median over the rounds of the ratio of two times of the same round, in the same runtime and "
-    "precision: above 1, our model is faster. p10 and p90 are percentiles of that ratio; then the 10th percentile of "
-    "the time of a batch. Of peak: relative to a float32 matrix product in torch in the same rounds. Memory: used by a "
-    "new process to load and run the model; load time includes compilation in torch.compile."
+    "'time / ours' is the time of a model divided by that of our model in the same runtime and precision: above "
+    "1, ours is faster. It is the median over the rounds, in which the models are timed interleaved; p10 and p90 "
+    "are its percentiles. The next column is the 10th percentile of the time of a batch. 'of peak' is relative "
+    "to a float32 matrix product in torch in the same rounds. 'memory' is used by a new process to load and run "
+    "the model. 'load' includes compilation in torch.compile."
 )
 
 

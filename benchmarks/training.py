@@ -3,8 +3,8 @@
     python benchmarks/training.py --out benchmarks/training_<hardware>_<yyyymm>
     python benchmarks/training.py --device cuda --models xxs xs s --sizes 256 --batches 128 --dtype bfloat16 --compile
 
-As in eager.py, every round times every model once, in rotating order, and the result is the ratio of two times of the
-same round. The models:
+As in eager.py, the models are interleaved: every round times every model once, and the result is the ratio of two times
+of the same round. The models:
 
 - "mobilevit": with the published dropout in the transformers and before the classifier.
 - "timm, NCHW": timm's default, without dropout, which is less work; "timm, NHWC": model and images in channels-last
@@ -12,20 +12,16 @@ same round. The models:
 - "mobilevit, per-tensor AdamW" and "timm, NCHW, per-tensor AdamW": PyTorch's default optimizer on the CPU. All others
   use the fused one, as `mobilevit train` does.
 
-With one CPU thread the clock is the processor time of this process, which other processes disturb less; otherwise it is
-the wall clock. Before the timing, losses and gradients of all models must agree without dropout. The docstring of
-eager.py explains why freed memory is kept.
+Before the timing, losses and gradients of all models must agree without dropout. The docstring of eager.py explains why
+freed memory is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
+import copy
 import json
-import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -36,24 +32,20 @@ import torch
 import torch.nn.functional as F
 import tyro
 from eager import keep_freed_memory
-from results import write_results
-from rich.console import Console
-from rich.table import Table
+from results import print_table, write_results
 from torch import Tensor, nn
 
-from mobilevit.benchmark.timing import processor
+from mobilevit.benchmark.timing import Spread, machine, measure
 from mobilevit.models.mobilevit import MobileViT, TransformerLayer
 from mobilevit.weights import Weights, write
 
 OURS = "mobilevit"
-COLUMNS = ("model", "px", "batch", "side", "time / ours", "p10", "p90", "p10, ms", "images / s")
+COLUMNS = ("size", "px", "batch", "model", "time / ours", "p10", "p90", "p10, ms", "images / s")
 NOTE = (
-    "Time / ours is the median over the rounds of the ratio of two times of the same round: above 1 our network is the "
-    "faster one. Then the 10th and 90th percentile of that ratio, the 10th percentile of the time of a step itself and "
-    "the images per second that follow from it."
+    "'time / ours' is the time of a model divided by that of our model: above 1, ours is faster. It is the "
+    "median over the rounds, in which the models are timed interleaved; p10 and p90 are its percentiles. The "
+    "last columns are the 10th percentile of the time of a step, and the corresponding images per second."
 )
-NUM_WARMUP_STEPS = 3
-Clock = Callable[[], float]  # seconds
 
 
 def timm_with_dropout(model: nn.Module, ours: MobileViT) -> nn.Module:
@@ -68,8 +60,8 @@ def timm_with_dropout(model: nn.Module, ours: MobileViT) -> nn.Module:
     return model
 
 
-def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module]:
-    """The models by name, with the same initial weights."""
+def build_models(name: str, num_classes: int, device: str) -> dict[str, nn.Module]:
+    """The models by title, ours first, with the same initial weights."""
     ours = MobileViT(name, num_classes=num_classes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "timm.safetensors"
@@ -78,23 +70,22 @@ def build_sides(name: str, num_classes: int, device: str) -> dict[str, nn.Module
         def theirs() -> nn.Module:
             return timm.create_model(f"mobilevit_{name}", num_classes=num_classes, checkpoint_path=str(file))
 
-        sides = {
+        models = {
             OURS: ours,
             "timm, NCHW": theirs(),
             "timm, NHWC": theirs().to(memory_format=torch.channels_last),
             "timm, NCHW, same dropout": timm_with_dropout(theirs(), ours),
         }
         if device == "cpu":
-            twin = MobileViT(name, num_classes=num_classes)
-            twin.load_state_dict(ours.state_dict())
-            sides |= {"mobilevit, per-tensor AdamW": twin, "timm, NCHW, per-tensor AdamW": theirs()}
-    return {side: model.to(device).train() for side, model in sides.items()}
+            models["mobilevit, per-tensor AdamW"] = copy.deepcopy(ours)
+            models["timm, NCHW, per-tensor AdamW"] = theirs()
+    return {title: model.to(device).train() for title, model in models.items()}
 
 
-def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor) -> float:
+def check_agreement(models: dict[str, nn.Module], images: Tensor, labels: Tensor) -> float:
     """The largest relative difference of loss and gradient norm from ours, without dropout."""
     found = {}
-    for side, model in sides.items():
+    for title, model in models.items():
         dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
         statistics = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
         for dropout in dropouts:
@@ -102,7 +93,7 @@ def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor)
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found[side] = loss.item(), torch.nn.utils.get_total_norm(gradients).item()
+        found[title] = loss.item(), torch.nn.utils.get_total_norm(gradients).item()
         for dropout in dropouts:
             dropout.train()
         model.load_state_dict(statistics, strict=False)
@@ -113,12 +104,12 @@ def check_agreement(sides: dict[str, nn.Module], images: Tensor, labels: Tensor)
 
 
 def build_step(
-    side: str, model: nn.Module, images: Tensor, labels: Tensor, autocast: bool, compiled: bool
+    title: str, model: nn.Module, images: Tensor, labels: Tensor, autocast: bool, compiled: bool
 ) -> Callable[[], None]:
-    """One training step, without synchronization with the device."""
-    if side.endswith("NHWC"):
+    """A training step that waits for the device."""
+    if title.endswith("NHWC"):
         images = images.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused="per-tensor" not in side)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused="per-tensor" not in title)
     device = images.device.type
     run = torch.compile(model) if compiled else model
 
@@ -128,33 +119,15 @@ def build_step(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
 
-def measure(steps: dict[str, Callable[[], None]], num_rounds: int, device: str, clock: Clock) -> dict[str, np.ndarray]:
-    """Milliseconds of every model in every round.
-
-    A step uses far more memory than a cache holds, so the previous model does not affect it.
-    """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    order = list(steps)
-    times_ms: dict[str, list[float]] = {side: [] for side in order}
-    for i in range(NUM_WARMUP_STEPS + num_rounds):
-        for side in order:
-            wait()
-            start = clock()
-            steps[side]()
-            wait()
-            if i >= NUM_WARMUP_STEPS:
-                times_ms[side].append(1e3 * (clock() - start))
-        order.append(order.pop(0))
-    return {side: np.array(values) for side, values in times_ms.items()}
-
-
 def cells(row: dict) -> tuple[str, ...]:
     """One line of the printed table."""
-    setting = row["model"], str(row["size_px"]), str(row["batch"]), row["side"]
+    setting = row["size"], str(row["size_px"]), str(row["batch"]), row["model"]
     ratios = (f"{row[key]:.2f}" for key in ("ratio_median", "ratio_p10", "ratio_p90"))
     return *setting, *ratios, f"{row['time_p10_ms']:.1f}", f"{row['images_per_s']:.0f}"
 
@@ -177,12 +150,12 @@ def main(
 
     Args:
         models: the published sizes to time.
-        sizes: sides of the images in pixels.
-        batches: images in a batch, a number for each of the sizes or one for all.
-        rounds: rounds, likewise.
+        sizes: input sizes in pixels.
+        batches: batch size for each of the sizes, or one for all.
+        rounds: number of rounds for each of the sizes, or one for all.
         device: where to train.
         dtype: bfloat16 is autocast over float32 weights.
-        compile: both sides through torch.compile.
+        compile: compile all models with torch.compile.
         num_classes: of the classifier.
         threads: of the CPU.
         seed: of weights and images.
@@ -192,8 +165,8 @@ def main(
     for option, values in (("batches", batches), ("rounds", rounds)):
         if len(values) not in (1, len(sizes)):
             raise SystemExit(f"--{option} has {len(values)} numbers; give one, or one for each of {len(sizes)} sizes")
-    load = os.getloadavg()[0]
-    clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+    setting = machine(threads)
+    device_name = torch.cuda.get_device_name() if device == "cuda" else setting.processor
     kept = device == "cpu" and keep_memory and keep_freed_memory()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -202,60 +175,44 @@ def main(
         for size, batch, num_rounds in zip(
             sizes, batches * (len(sizes) // len(batches)), rounds * (len(sizes) // len(rounds)), strict=True
         ):
-            sides = build_sides(name, num_classes, device)
+            networks = build_models(name, num_classes, device)
             images = torch.rand(batch, 3, size, size).to(device)
             labels = torch.randint(0, num_classes, (batch,)).to(device)
-            difference = check_agreement(sides, images, labels)
+            difference = check_agreement(networks, images, labels)
             torch.compiler.reset()
-            steps = {
-                side: build_step(side, model, images, labels, dtype == "bfloat16", compile)
-                for side, model in sides.items()
-            }
-            times_ms = measure(steps, num_rounds, device, clock)
-            for side, side_ms in times_ms.items():
-                ratio_p10, ratio_median, ratio_p90 = np.percentile(side_ms / times_ms[OURS], (10, 50, 90))
-                time_p10_ms = np.percentile(side_ms, 10)
+            steps = [
+                build_step(title, network, images, labels, dtype == "bfloat16", compile)
+                for title, network in networks.items()
+            ]
+            times_ms = measure(steps, num_rounds, pause_seconds=0)
+            for title, model_ms in zip(networks, times_ms, strict=True):
+                ratio, time_p10_ms = Spread.of(model_ms / times_ms[0]), np.percentile(model_ms, 10)
                 rows.append(
                     {
-                        "model": name,
+                        "size": name,
                         "size_px": size,
                         "batch": batch,
-                        "side": side,
+                        "model": title,
                         "num_rounds": num_rounds,
-                        "ratio_median": round(ratio_median, 4),
-                        "ratio_p10": round(ratio_p10, 4),
-                        "ratio_p90": round(ratio_p90, 4),
+                        "ratio_median": round(ratio.median, 4),
+                        "ratio_p10": round(ratio.p10, 4),
+                        "ratio_p90": round(ratio.p90, 4),
                         "time_p10_ms": round(time_p10_ms, 3),
                         "images_per_s": round(1e3 * batch / time_p10_ms, 1),
                         "gradient_difference": difference,
                     }
                 )
-    versions = {library: importlib.metadata.version(library) for library in ("torch", "timm")}
-    setting = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "dtype": dtype,
-        "compile": compile,
-        "threads": threads,
-        "load_average_at_start": round(load, 2),
-        "freed_memory_kept": kept,
-        "clock": clock.__name__,
-        "num_classes": num_classes,
-        "seed": seed,
-    }
-    result = json.dumps({"benchmark": "training", **setting, "versions": versions, "rows": rows})
-
+    options = {"device": device_name, "dtype": dtype, "compile": compile, "freed_memory_kept": kept}
+    result = json.dumps(
+        {"benchmark": "training", **vars(setting), **options, "num_classes": num_classes, "seed": seed, "rows": rows}
+    )
     title = f"Training, {dtype}, {'compiled' if compile else 'eager'}"
-    title += f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
-    table = Table(*COLUMNS, title=title, caption=NOTE, caption_justify="left")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console().print(table)
+    title += f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else f", {device_name}"
+    print_table(title, NOTE, COLUMNS, map(cells, rows))
     if out:
-        facts = f"{setting['date']}, {setting['device']}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
-        facts += f"; load average at the start {load:.2f}; time.{clock.__name__}"
+        facts = setting.describe()
         if device == "cpu":
-            facts += f"; freed memory {'kept' if kept else 'handled by the system'}"
+            facts += f"; {'the allocator keeps freed memory' if kept else 'default allocator'}"
         write_results(out, title, facts, NOTE, COLUMNS, map(cells, rows), result)
     print(result)
 

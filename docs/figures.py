@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
 
-from mobilevit.data.sampler import PAPER_SIZES_PX, EpochBatches
+from mobilevit.data.sampler import PAPER_SIZES_PX, BatchShapes, EpochBatches
 from mobilevit.models.mobilevit import MobileViTBlock, Transformer, fold, unfold
 
 SIDE, ROW, COLUMN, PATCH = 16, 5, 10, 2  # map side, position of the output pixel, patch side; in pixels
@@ -151,9 +151,7 @@ def draw_sampler() -> Figure:
     figure = Figure(figsize=(8, 5.2), dpi=200, layout="constrained")
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, variant in zip(rows, ("equation", "v0.1", "main"), strict=True):
-        epoch = EpochBatches(
-            1_281_167, sizes_px=PAPER_SIZES_PX, batch_size=128, base_px=256, variant=variant, world_size=8
-        )
+        epoch = EpochBatches(1_281_167, BatchShapes(PAPER_SIZES_PX, 128, 256, variant), world_size=8)
         for step in range(num_steps):
             color = colors[PAPER_SIZES_PX.index(epoch.size_px(step))]
             axes.bar(step, len(epoch[step]), width=0.85, color=color)

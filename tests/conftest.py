@@ -1,4 +1,4 @@
-"""What tests of several files share."""
+"""Fixtures and helpers for several test files."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def ready_page(
     browser: Browser,
     url: str,
     *,
-    patience_ms: float = 30_000,
+    timeout_ms: float = 30_000,
     on_request: Callable[[str], Any] = lambda url: None,
     **context: Any,
 ) -> Iterator[Page]:
-    """The page once it says that it is ready; whatever the browser's console complained of fails the test."""
-    complaints: list[str] = []
+    """The page when it is ready. Errors in the browser's console fail the test."""
+    errors: list[str] = []
     with browser.new_context(**context) as one:
         page = one.new_page()
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: on_request(request.url))
         page.goto(url)
-        page.wait_for_selector("body[data-state=ready]", timeout=patience_ms)
+        page.wait_for_selector("body[data-state=ready]", timeout=timeout_ms)
         yield page
-    assert not complaints
+    assert not errors
 
 
-# test_resume.py forks, and autograd refuses to work in a fork of a process in which it has had threads. The others are
-# the longest files: a worker that takes one last keeps everyone waiting.
+# test_resume.py forks, and autograd does not work in a fork of a process in which it has started threads. The others
+# are the longest files: started last, they would keep one worker busy at the end.
 FIRST = (
     *("test_resume.py", "test_train.py", "test_loop.py", "test_parity.py", "test_mobilevit.py"),
     *("test_dense.py", "test_executorch.py", "test_onnx.py", "test_demo.py"),

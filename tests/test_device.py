@@ -18,8 +18,12 @@ def test_choose_device():
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert choose_device("auto") == best
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match=r"device 'tpu9' cannot be used here .*; use auto, cpu"):
-        choose_device("tpu9")
+
+
+@pytest.mark.parametrize("name", ["tpu9", "meta", "cuda:99"])
+def test_an_unavailable_device(name: str):
+    with pytest.raises(ValueError, match=rf"device '{name}' cannot be used here .*; use auto, cpu"):
+        choose_device(name)
 
 
 def test_use_threads():

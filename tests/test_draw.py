@@ -24,30 +24,12 @@ from mobilevit.draw import (
 )
 
 # VOCdevkit, VOClabelcolormap(256): the background, the 20 classes, and the ignore index.
-VOC = {
-    0: (0, 0, 0),
-    1: (128, 0, 0),
-    2: (0, 128, 0),
-    3: (128, 128, 0),
-    4: (0, 0, 128),
-    5: (128, 0, 128),
-    6: (0, 128, 128),
-    7: (128, 128, 128),
-    8: (64, 0, 0),
-    9: (192, 0, 0),
-    10: (64, 128, 0),
-    11: (192, 128, 0),
-    12: (64, 0, 128),
-    13: (192, 0, 128),
-    14: (64, 128, 128),
-    15: (192, 128, 128),
-    16: (0, 64, 0),
-    17: (128, 64, 0),
-    18: (0, 192, 0),
-    19: (128, 192, 0),
-    20: (0, 64, 128),
-    255: (224, 224, 192),
-}
+VOC_COLORS = (
+    *((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)),
+    *((128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128)),
+    *((64, 128, 128), (192, 128, 128), (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)),
+)
+VOC = {**dict(enumerate(VOC_COLORS)), 255: (224, 224, 192)}
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -209,12 +191,6 @@ def test_legends_stay_in_the_image(written: list[Text], size: tuple[int, int]):
     assert not any(overlap(a, b) for a, b in combinations(written, 2))
 
 
-def test_masks_of_another_size_or_type():
-    for mask in (np.zeros((90, 60), np.uint8), np.zeros((60, 90), np.int64)):
-        with pytest.raises(ValueError, match=r"uint8 of shape \(60, 90\)"):
-            draw_mask(noise(90, 60), mask, {})
-
-
 def test_voc_colormap():
     colors = voc_colormap()
     assert {index: tuple(colors[index].tolist()) for index in VOC} == VOC
@@ -234,13 +210,16 @@ def test_write_mask_png(tmp_path: Path):
 
 
 def test_invalid_masks(tmp_path: Path):
+    for mask in (np.zeros((90, 60), np.uint8), np.zeros((60, 90), np.int64)):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(60, 90\)"):
+            draw_mask(noise(90, 60), mask, {})
     for mask in (np.zeros((3, 3), np.int64), np.zeros((3, 3, 1), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 of shape \(H, W\)"):
             write_mask_png(mask, tmp_path / "mask.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_does_not_damage_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write_half(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[: len(data) // 2])

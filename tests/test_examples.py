@@ -25,7 +25,7 @@ TUXPAINT = Path("/usr/share/tuxpaint/stamps")
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names in the example, cut to 60 digits and two epochs."""
+    """The names in the example, with 60 digits and two epochs."""
     names = runpy.run_path(str(DIGITS))["main"].__globals__
     pixels, labels = load_digits(return_X_y=True)
     names["load_digits"] = lambda return_X_y: (pixels[:60], labels[:60])
@@ -66,7 +66,7 @@ def test_sheet_marks_correct_and_wrong_predictions(example, tmp_path: Path):
 
 def test_digits_example_runs_twice(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "digits"
-    out.mkdir()  # an empty folder may be there
+    out.mkdir()  # an empty folder is accepted
     for _ in range(2):
         example["main"](out)
         assert "of 20 test digits" in capsys.readouterr().out
@@ -78,14 +78,18 @@ def test_digits_example_runs_twice(example, tmp_path: Path, capsys: pytest.Captu
     assert mobilevit.load(out / "model.safetensors").class_names == tuple("0123456789")
 
 
-def test_digits_example_refuses_a_foreign_folder(example, tmp_path: Path):
+@pytest.mark.parametrize(("script", "arguments"), [(DIGITS, ()), (STAMPS, (1, 1, 0, 320))], ids=["digits", "stamps"])
+def test_other_folders_are_not_deleted(tmp_path: Path, script: Path, arguments: tuple[int, ...]):
+    names = runpy.run_path(str(script))["main"].__globals__
+    names["STAMPS"] = tmp_path
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(SystemExit, match="name another folder"):
-        example["main"](tmp_path)
+        names["main"](tmp_path, *arguments)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-# --- Stamps -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Stamps
 
 with_stamps = pytest.mark.skipif(not TUXPAINT.is_dir(), reason="tuxpaint-stamps-default is not installed")
 
@@ -137,18 +141,18 @@ def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
             for x1, y1, x2, y2 in of_boxes.labels[i].corners.astype(int):
                 outside[y1:y2, x1:x2] = 0
             assert set(np.unique(outside)) <= {0, 255}
-            # A rim may be all there is of a small thing; a class without a box there is none.
+            # Small objects may have only border pixels, but every class in the mask has a box.
             assert {of_masks.class_names[n] for n in np.unique(mask) if n not in (0, 255)} <= box_classes
 
 
 @with_stamps
-def test_stamps_of_train_and_val_are_others_and_no_drawing_is_among_them():
+def test_train_and_val_have_different_photographs():
     found = runpy.run_path(str(STAMPS))["stamps"]()
     train, val = ({file for files in found[split].values() for file in files} for split in ("train", "val"))
     assert not train & val
     assert len({file.read_bytes() for file in train | val}) == len(train | val)
     for name in found["train"]:
-        assert len(found["train"][name]) + len(found["val"][name]) >= 12
+        assert len(found["train"][name]) >= 9
         assert len(found["val"][name]) >= 3
     assert not any(part in ("cartoon", "toys") or "mirror" in part for file in train | val for part in file.parts)
     for file in train | val:
@@ -168,21 +172,12 @@ def test_the_same_seed_writes_the_same_bytes(stamps: Path, tmp_path: Path):
     assert write_stamps(tmp_path / "other", "--seed", "1", "--size-px", "160").returncode == 0
     other = json.loads((tmp_path / "other" / "annotations" / "instances_train.json").read_text())
     assert all(160 <= max(image["width"], image["height"]) <= 240 for image in other["images"])
-    # Which objects there are, and so which crops, is up to the seed.
+    # The crops depend on the seed.
     same, other_names = ({x for x in contents(at) if "crops/" not in x} for at in (stamps, tmp_path / "other"))
     assert same == other_names
 
 
-@with_stamps
-def test_stamps_example_refuses_a_foreign_folder(tmp_path: Path):
-    (tmp_path / "thesis.txt").write_text("precious")
-    done = write_stamps(tmp_path)
-    assert done.returncode == 1
-    assert "name another folder" in done.stderr
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
-
-
-def test_without_stamps_their_package_is_named(tmp_path: Path):
+def test_missing_stamps(tmp_path: Path):
     names = runpy.run_path(str(STAMPS))["main"].__globals__
     names["STAMPS"] = tmp_path / "missing"
     with pytest.raises(SystemExit, match=r"missing: no such folder; .* tuxpaint-stamps-default$"):

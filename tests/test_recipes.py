@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 import pytest
 
-from mobilevit.data.sampler import VARIANTS, EpochBatches
+from mobilevit.data.sampler import VARIANTS, BatchShapes, EpochBatches
 from mobilevit.models.mobilevit import ARCHITECTURES
 from mobilevit.recipes import (
     RECIPES,
@@ -226,19 +226,8 @@ def test_recipes_of_the_released_code(size: str):
 
 def test_number_of_updates_in_the_description():
     recipe = RECIPES["paper-s"]
-    num_steps = 30 * sum(  # ten epochs of the 300
-        len(
-            EpochBatches(
-                1_281_167,
-                sizes_px=recipe.sampler.sizes_px,
-                batch_size=recipe.batch_size,
-                base_px=recipe.data.size_px,
-                variant=recipe.sampler.variant,
-                epoch=epoch,
-            )
-        )
-        for epoch in range(10)
-    )
+    shapes = BatchShapes(recipe.sampler.sizes_px, recipe.batch_size, recipe.data.size_px, recipe.sampler.variant)
+    num_steps = 30 * sum(len(EpochBatches(1_281_167, shapes, epoch=epoch)) for epoch in range(10))  # 10 of 300 epochs
     stated = re.search(r"(\d+)k updates", describe("paper-s"))
     assert stated is not None
     assert 1000 * int(stated[1]) == pytest.approx(num_steps, rel=0.01)

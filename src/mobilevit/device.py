@@ -21,7 +21,7 @@ def choose_device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).tolist()  # fails on "meta", which has no data
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         reason = "unknown type" if "device type at start" in first_line else first_line.partition(". Please")[0]

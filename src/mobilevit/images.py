@@ -399,23 +399,28 @@ class Preprocessing:
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """The geometric part: an RGB image of any size -> crop_px by crop_px."""
-        width, height = image.size
-        if isinstance(self.resize_px, int):
-            short = min(width, height)
-            new_width, new_height = (int(self.resize_px * side / short) for side in (width, height))
-        else:
-            new_height, new_width = self.resize_px
-        left, top = (new_width - self.crop_px) // 2, (new_height - self.crop_px) // 2
-        right, bottom = left + self.crop_px, top + self.crop_px
         filter = FILTERS[self.interpolation]
-        if max(width, height) <= 10 * min(width, height):
-            # Resize the whole image, then crop, as other libraries do. For a crop only, Pillow may resize rows before
-            # columns where it would not for the whole image, and round differently, by several levels with bicubic.
-            return image.resize((new_width, new_height), filter).crop((left, top, right, bottom))
-        # Resized as a whole, an image of 1 x 10,000 px would have 288 x 2,880,000 px.
+        if max(image.size) > 10 * min(image.size):
+            # Resized as a whole, an image of 1 x 10,000 px would have 288 x 2,880,000 px.
+            return image.resize((self.crop_px, self.crop_px), filter, box=self.input_box(*image.size))
+        # Resize the whole image, then crop, as other libraries do. For a crop only, Pillow may resize rows before
+        # columns where it would not for the whole image, and round differently, by several levels with bicubic.
+        resized = image.resize(self._resized_size(*image.size), filter)
+        left, top = ((side - self.crop_px) // 2 for side in resized.size)
+        return resized.crop((left, top, left + self.crop_px, top + self.crop_px))
+
+    def input_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The box (left, top, right, bottom) of a `width` x `height` px image, in its pixels, that the crop shows."""
+        new_width, new_height = self._resized_size(width, height)
+        left, top = (new_width - self.crop_px) // 2, (new_height - self.crop_px) // 2
         x, y = width / new_width, height / new_height
-        box = (left * x, top * y, min(right * x, width), min(bottom * y, height))
-        return image.resize((self.crop_px, self.crop_px), filter, box=box)
+        return left * x, top * y, min((left + self.crop_px) * x, width), min((top + self.crop_px) * y, height)
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        if not isinstance(self.resize_px, int):
+            return self.resize_px[1], self.resize_px[0]
+        short = min(width, height)
+        return int(self.resize_px * width / short), int(self.resize_px * height / short)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -1,4 +1,4 @@
-"""Classify, detect and segment images: networks that read images and know their preprocessing and class names.
+"""Classify, detect and segment images: networks with preprocessing and class names.
 
 `load`, `load_detector` and `load_segmenter` return a `Classifier`, `Detector` or `Segmenter`. Boxes and masks are in
 pixels of the upright image at its original size.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeGuard, TypeVar, cast, overload
+from typing import Generic, Self, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.defaults import MAX_PER_IMAGE, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import MAX_PER_IMAGE, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
@@ -36,11 +36,9 @@ from mobilevit.weights import (
     write,
 )
 
-BATCH_SIZE = 16
-# Decoded images that `predict_images` passes on per batch; larger ones would need too much memory.
+# `predict_images` keeps the decoded images of a batch up to this total, to limit the memory.
 MAX_DECODED_MEGAPIXELS = 100
 Size = tuple[int, int]  # (width, height) of an image in pixels
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,20 @@ class Predictor(nn.Module):
     preprocessing: Preprocessing
     _class_names: tuple[str, ...] = ()
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names by class index; empty if unknown.
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """The model with these weights, in eval mode.
 
         Raises:
-            ValueError: set to another number of names than the network has classes.
+            WeightsError: weights of another task.
         """
+        model = weights.build(cls)
+        model.preprocessing, model.class_names = weights.preprocessing, weights.class_names
+        return model
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class index; empty if unknown. Setting another number of names than classes is a ValueError."""
         return self._class_names
 
     @class_names.setter
@@ -89,7 +94,7 @@ class Predictor(nn.Module):
         self._class_names = tuple(names)
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or for example "class 7" if names are unknown."""
+        """The name of a class, or "class 7" if names are unknown."""
         return self.class_names[index] if self.class_names else f"class {index}"
 
     def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
@@ -102,10 +107,9 @@ class Predictor(nn.Module):
         return self._read_all(images)[0]
 
     def _read_all(self, images: ImageInput | Sequence[ImageInput]) -> tuple[Tensor, list[Size]]:
-        several = [images] if _is_one(images) else cast(Sequence[ImageInput], images)
-        if not len(several):
+        decoded = [read_image(image) for image in ([images] if _is_one(images) else cast(Sequence[ImageInput], images))]
+        if not decoded:
             raise ValueError("no images; give one or several")
-        decoded = [read_image(image) for image in several]
         return self._batch([self._pixels(image) for image in decoded]), [image.size for image in decoded]
 
     def _pixels(self, image: Image.Image) -> Tensor:
@@ -120,7 +124,7 @@ class Predictor(nn.Module):
             raise RuntimeError("the model is in training mode; call model.eval() before predicting")
 
     def _check_whole_image(self) -> None:
-        """Check that the whole image is resized to a square: then two factors convert coordinates to its own pixels."""
+        """Check that preprocessing does not crop: predicted coordinates are relative to the whole image."""
         p = self.preprocessing
         if p.resize_px != (p.crop_px, p.crop_px):
             raise ValueError(
@@ -156,10 +160,7 @@ class Classifier(Predictor, MobileViT):
 
     @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size] = (), top_k: int = TOP_K) -> list[list[Prediction]]:
-        """The `top_k` most probable classes of each preprocessed image of a batch (B, 3, H, W).
-
-        `sizes` is not used; detectors and segmentation networks have the same argument.
-        """
+        """The `top_k` most probable classes of each preprocessed image of a batch (B, 3, H, W); `sizes` is not used."""
         if not self.num_classes:
             raise ValueError("this network has no classifier; call reset_classifier(num_classes) and train it")
         if top_k < 1:
@@ -183,6 +184,12 @@ class Detector(Predictor, SSDLite):
     task = "detect"
     preprocessing: Preprocessing = PREPROCESSING["detect"]
     category_ids: tuple[int, ...] = ()  # of the classes in COCO annotations; empty if unknown
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        model = super().from_weights(weights)
+        model.category_ids = weights.category_ids
+        return model
 
     def reset_classes(self, num_classes: int) -> None:
         """Replace the classifiers by newly initialized ones; class names are unknown until they are set."""
@@ -281,7 +288,8 @@ class Segmenter(Predictor, DeepLabV3):
         self._check_whole_image()
         masks = []
         for coarse, size in zip(self.coarse(pixels).float(), sizes, strict=True):
-            # If another class has higher logits in every pixel, so it has after interpolation: few classes remain.
+            # A class whose logits are below those of another class at every position is also below it after
+            # interpolation. Few classes remain.
             flat = coarse.flatten(1)
             classes = [c for c, logits in enumerate(flat) if not (flat > logits).all(dim=1).any()]
             best = _resized_argmax(self._resize(coarse[None, classes], pixels)[0], size)
@@ -298,8 +306,8 @@ def _in_pixels(boxes: Tensor, size: Size) -> list[tuple[float, float, float, flo
 def _resized_argmax(maps_CHW: Tensor, size: Size) -> Tensor:
     """The argmax over C, uint8 (height, width), of maps resized to `size`."""
 
-    # One map at a time: 21 maps at the size of a 12-megapixel image would be a gigabyte. `align_corners` is False, as
-    # in the resize of the image; the head's own option is for the logits.
+    # One map at a time: 21 maps at the size of a 12-megapixel image need a gigabyte. `align_corners` is False because
+    # the image was resized that way, whatever the head does with its logits.
     def resized(c: int) -> Tensor:
         return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
 
@@ -323,7 +331,13 @@ def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Load and save
 
+PREDICTORS: dict[TaskName, type[Classifier | Detector | Segmenter]] = {
+    "classify": Classifier,
+    "detect": Detector,
+    "segment": Segmenter,
+}
 _LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
+AnyPredictor = TypeVar("AnyPredictor", bound=Predictor)
 
 
 def load(
@@ -346,10 +360,11 @@ def load(
     Raises:
         WeightsError: see `mobilevit.weights.read`; also weights of another task, or another number of classes.
 
-    >>> model = mobilevit.load("apple/mobilevit-small", download=True)
-    >>> model.predict("cat.jpg")[0].class_name
+    Examples:
+        >>> model = mobilevit.load("apple/mobilevit-small", download=True)
+        >>> model.predict("cat.jpg")[0].class_name
     """
-    return classifier(_read_for("classify", source, download, num_classes, output_stride)).to(device)
+    return _load(Classifier, source, download, num_classes, output_stride).to(device)
 
 
 def load_detector(
@@ -357,10 +372,11 @@ def load_detector(
 ) -> Detector:
     """A detector in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
-    >>> model.predict("street.jpg")[0].box
+    Examples:
+        >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
+        >>> model.predict("street.jpg")[0].box
     """
-    return detector(_read_for("detect", source, download, num_classes)).to(device)
+    return _load(Detector, source, download, num_classes).to(device)
 
 
 def load_segmenter(
@@ -373,10 +389,27 @@ def load_segmenter(
 ) -> Segmenter:
     """A segmentation network in eval mode; arguments and errors as for `load`.
 
-    >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
-    >>> model.predict("street.jpg").shape
+    Examples:
+        >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
+        >>> model.predict("street.jpg").shape
     """
-    return segmenter(_read_for("segment", source, download, num_classes, output_stride)).to(device)
+    return _load(Segmenter, source, download, num_classes, output_stride).to(device)
+
+
+def _load(
+    kind: type[AnyPredictor],
+    source: str | os.PathLike[str],
+    download: bool,
+    num_classes: int | None,
+    output_stride: int | None = None,
+) -> AnyPredictor:
+    weights = read(source, download=download, num_classes=num_classes)
+    if weights.task != kind.task:
+        raise WeightsError(
+            f"{os.fspath(source)}: weights for the task {weights.task!r}, not {kind.task!r}; load them with "
+            f"mobilevit.{_LOADERS[weights.task]}"
+        )
+    return kind.from_weights(weights if output_stride is None else replace(weights, output_stride=output_stride))
 
 
 def load_backbone(
@@ -399,50 +432,8 @@ def load_backbone(
     return backbone.eval()
 
 
-def _read_for(
-    task: TaskName,
-    source: str | os.PathLike[str],
-    download: bool,
-    num_classes: int | None,
-    output_stride: int | None = None,
-) -> Weights:
-    weights = read(source, download=download, num_classes=num_classes)
-    if weights.task != task:
-        raise WeightsError(
-            f"{os.fspath(source)}: weights for the task {weights.task!r}, not {task!r}; load them with "
-            f"mobilevit.{_LOADERS[weights.task]}"
-        )
-    return weights if output_stride is None else replace(weights, output_stride=output_stride)
-
-
-def classifier(weights: Weights) -> Classifier:
-    """A classifier in eval mode."""
-    return _build(Classifier, weights)
-
-
-def detector(weights: Weights) -> Detector:
-    """A detector in eval mode."""
-    model = _build(Detector, weights)
-    model.category_ids = weights.category_ids
-    return model
-
-
-def segmenter(weights: Weights) -> Segmenter:
-    """A segmentation network in eval mode."""
-    return _build(Segmenter, weights)
-
-
-AnyPredictor = TypeVar("AnyPredictor", bound=Predictor)
-
-
-def _build(predictor: type[AnyPredictor], weights: Weights) -> AnyPredictor:
-    model = weights.build(predictor)
-    model.preprocessing, model.class_names = weights.preprocessing, weights.class_names
-    return model
-
-
 def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], format: Format = "mobilevit") -> None:
-    """Write a network in one of the four formats; preprocessing and class names too if it is a `Predictor`.
+    """Write a network in one of the four formats, with preprocessing and class names if it is a `Predictor`.
 
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
@@ -467,13 +458,15 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
 # ---------------------------------------------------------------------------------------------------------------------
 # Many images
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class ImageResult(Generic[Result]):
     """The prediction for an image file.
 
-    `result` is the error if the file cannot be read. `image` is the decoded image; None if it cannot be read or is too
-    large to be kept.
+    `result` is an `ImageError` if the file cannot be read. `image` is the decoded image, or None if it cannot be read
+    or is too large to be kept.
     """
 
     path: Path
@@ -500,14 +493,15 @@ def predict_images(
     paths: Sequence[Path],
     predict: Callable[[Tensor, Sequence[Size]], list[Result]],
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = PREDICT_BATCH_SIZE,
 ) -> Iterator[ImageResult[Result]]:
     """Predictions for many image files, in order. Files are decoded in threads, one batch ahead.
 
     `predict` is `model.predict_pixels`, or calls it with other options.
 
-    >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
-    ...     print(one.path, one.result)
+    Examples:
+        >>> for one in predict_images(model, find_images(["photos"]), model.predict_pixels):
+        ...     print(one.path, one.result)
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
@@ -522,20 +516,16 @@ def predict_images(
         return model._pixels(image), image.size, image if is_kept else None
 
     with ThreadPoolExecutor() as pool:
-
-        def submit(start: int) -> list[Future[tuple[Tensor, Size, Image.Image | None] | ImageError]]:
-            return [pool.submit(read_one, path) for path in paths[start : start + batch_size]]
-
-        ahead = submit(0)
+        ahead = pool.map(read_one, paths[:batch_size])
         for start in range(0, len(paths), batch_size):
-            images, ahead = [future.result() for future in ahead], submit(start + batch_size)
+            end = start + batch_size
+            images, ahead = list(ahead), pool.map(read_one, paths[end : end + batch_size])
             readable = [one for one in images if not isinstance(one, ImageError)]
-            results = iter(
-                predict(model._batch([pixels for pixels, _, _ in readable]), [size for _, size, _ in readable])
-                if readable
-                else ()
-            )
-            for path, one in zip(paths[start : start + batch_size], images, strict=True):
+            results: Iterator[Result] = iter(())
+            if readable:
+                pixels, sizes, _ = zip(*readable, strict=True)
+                results = iter(predict(model._batch(pixels), sizes))
+            for path, one in zip(paths[start:end], images, strict=True):
                 if isinstance(one, ImageError):
                     yield ImageResult(path, one, None)
                 else:

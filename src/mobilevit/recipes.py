@@ -430,6 +430,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     },
 }
 RECIPES: dict[str, Recipe] = {name: make() for name, make in NAMED.items()}
+"""The recipes by name; `describe` returns the description of one."""
 
 
 def named(name: str) -> Recipe:

@@ -67,7 +67,7 @@ MISTAKES = {
     "xxs --num-threads 0": "num threads 0",
     "xxs --batch-size 1 0": "batch size 0",
     "xxs --size 31": "31 32 px",
-    "xxs --runtime onx": "--runtime 'onx' did you mean onnx? torch, compiled, onnx",
+    "xxs --runtime onx": "--runtime 'onx' 'torch', 'compiled', 'onnx'",
     "xxs --precision int8": "int8 torch fp32",
     "xxs --against resnet5000": "'resnet5000' did you mean resnet50 timm",
     "xxs --figure a.doc": "a.doc .png, .svg .pdf",

@@ -84,7 +84,7 @@ MISTAKES = {
     "--num-threads 0": "num threads 0",
     "--batch-size 1 0": "batch size 0",
     "--no-time --runtime torch": "--no-time --runtime",
-    "--runtime abacus": "'abacus' torch, onnx",
+    "--runtime abacus": "--runtime 'abacus' 'torch', 'onnx'",
     "--baseline resnet": "'resnet' mobilevit-xxs",
     "--device abacus": "'abacus'",
     "--out photos/a.png": "photos/a.png file --out folder",
@@ -94,13 +94,13 @@ MISTAKES = {
     "--data nowhere": "nowhere",
     "--data classes --only deit-84": "'deit-84' did you mean deit-84-patch8",
     "--data classes --epochs 0": "epochs 0 1 or more",
-    "--data classes --lr 0": "--lr 0.0",
-    "--data classes --clip-norm -1": "--clip-norm -1.0 0 or more",
+    "--data classes --lr 0": "optimizer.lr 0.0 above 0",
+    "--data classes --clip-norm -1": "clip_norm -1.0 0 or more",
     "--data classes --batch-size 8 16": "batch size (8, 16) one",
     "--data classes --seeds 1 1": "seeds 1, 1",
     "--data classes --seeds 0 -1": "seed -1",
     "--data classes --no-time --runtime onnx": "--no-time --runtime",
-    "--data classes --recipe paper-s": "--recipe 'paper-s' small, plain, tiny",
+    "--data classes --recipe paper-s": "--recipe 'paper-s' 'small' 'plain' 'tiny'",
 }
 
 

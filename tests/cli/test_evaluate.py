@@ -153,7 +153,7 @@ MISTAKES = {
     "xyz.safetensors --num-workers -2": "num workers -2 0 or more",
     "xyz.safetensors --max-unreadable -1": "max unreadable -1 0 or more",
     "xyz.safetensors --max-megapixels 0": "max megapixels 0.0 above 0",
-    "xyz.safetensors --split dev": "--split 'dev' train, val, test, all",
+    "xyz.safetensors --split dev": "--split 'dev' 'train' 'val' 'test' 'all'",
 }
 
 

@@ -29,9 +29,9 @@ def test_artifacts_are_named_after_the_weights(here: Path, monkeypatch: pytest.M
 
 
 MISTAKES = {
-    "--to onxx": "--to 'onxx'; onnx, executorch, openvino, litert, coreml, all",
-    "--to": "--to without a value",
-    "--precision int4": "--precision 'int4' fp32, fp16, bf16, int8",
+    "--to onxx": "--to 'onxx' 'onnx', 'executorch', 'openvino', 'litert', 'coreml', 'all'",
+    "--to": "backend onnx, executorch",
+    "--precision int4": "--precision 'int4' 'fp32', 'fp16', 'bf16', 'int8'",
     "--images nothere": "nothere image, folder pattern",
     "--num-threads 0": "num threads 0",
     "--size 64 64 64": "64 one side or height and width",
@@ -45,9 +45,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, fac
 
 
 DEMO_MISTAKES = {
-    "--port abc": "--port 'abc' integer",
+    "--port abc": "--port 'abc' INT",
     "--port -1 --no-open": "port -1 from 0",
-    "--drawing cats": "--drawing 'cats' optdigits, mnist",
+    "--drawing cats": "--drawing 'cats' 'optdigits' 'mnist'",
 }
 
 

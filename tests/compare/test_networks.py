@@ -1,4 +1,4 @@
-"""What is characteristic of each of our own definitions, and its exact parameter count."""
+"""Our own definitions of published networks: exact parameter counts, and the layers that distinguish each of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mobilevit.compare.networks import ceit, local_vit
 from mobilevit.compare.networks.botnet import NUM_HEADS, RelativeAttention
 from mobilevit.compare.networks.deepvit import ReAttention
 from mobilevit.compare.networks.espnet_v2 import EESP, Downsample, dilations
+from mobilevit.compare.networks.layers import Attention, to_map, to_tokens
 from mobilevit.compare.networks.mobile_former import Block, DynamicReLU, MobileFormerBlock, ToMap, ToTokens
 from mobilevit.compare.networks.mobilenet_v1 import MobileNetV1
 from mobilevit.compare.networks.t2t_vit import Performer, sine_positions, soft_split
 from mobilevit.compare.networks.vil import WINDOW_PX, FullAttention, WindowAttention
-from mobilevit.compare.networks.vit import Attention, to_map, to_tokens
 from small_networks import randomize
 
 
@@ -43,17 +43,17 @@ def test_parameters(name: str, count: int) -> None:
         assert sum(parameter.numel() for parameter in MODELS[name].build().parameters()) == count
 
 
-def seen(function: Callable[[Tensor], Tensor], x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Where `function`, the sum of whose outputs is taken, depends on `x`; any along `dim` counts."""
+def receptive_field(function: Callable[[Tensor], Tensor], x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """True where an output of `function` depends on `x`, for any index along `dim`."""
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(x).sum(), x)
-    return (gradient != 0).any(dim=dim) if isinstance(dim, int) else (gradient != 0).sum(dim=dim) > 0
+    return (gradient != 0).sum(dim=dim) > 0
 
 
-def square(side: int, row: int, column: int, reach: int) -> Tensor:
-    """A map (side, side) that is true up to `reach` pixels around one."""
+def square(side: int, row: int, column: int, radius: int) -> Tensor:
+    """A map (side, side) that is true up to `radius` pixels around (row, column)."""
     expected = torch.zeros(side, side, dtype=torch.bool)
-    expected[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = True
+    expected[max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1] = True
     return expected
 
 
@@ -73,15 +73,15 @@ def test_maps_and_tokens() -> None:
     assert to_tokens(x)[:, 5].equal(x[:, :, 1, 2])
 
 
-def test_mobilenet_v1_takes_the_convolution_apart() -> None:
+def test_mobilenet_v1_separable_convolution() -> None:
     network = randomize(MobileNetV1(3, width=0.75))
-    # The convolutions alone, behind which a ReLU may shut.
+    # The convolutions alone: a ReLU can block the gradient.
     _, depthwise, pointwise, *_ = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     x = torch.randn(1, 24, 9, 9)
-    reached = seen(lambda x: depthwise(x)[:, 4, 4, 5], x, 0)
+    reached = receptive_field(lambda x: depthwise(x)[:, 4, 4, 5], x, 0)
     assert reached[4].equal(square(9, 4, 5, 1))
     assert reached.sum() == 9
-    reached = seen(lambda x: pointwise(x)[:, 4, 4, 5], x, 0)
+    reached = receptive_field(lambda x: pointwise(x)[:, 4, 4, 5], x, 0)
     assert reached[:, 4, 5].all()
     assert reached.sum() == 24
 
@@ -90,25 +90,25 @@ def test_mobilenet_v1_takes_the_convolution_apart() -> None:
     ("max_field_px", "expected"),
     [(13, (1, 2, 3, 4)), (11, (1, 2, 3, 4)), (9, (1, 2, 3, 4)), (7, (1, 1, 2, 3)), (5, (1, 1, 1, 2))],
 )
-def test_espnet_v2_sees_at_several_dilations(max_field_px: int, expected: tuple[int, ...]) -> None:
+def test_espnet_v2_dilations(max_field_px: int, expected: tuple[int, ...]) -> None:
     assert dilations(max_field_px) == expected
     unit = randomize(EESP(16, 16, max_field_px))
     maps: list[Tensor] = []
     unit.norm.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
-    for i in range(4):  # branch i and, by the fusion, all of smaller dilation
+    for i in range(4):  # branch i is added to all branches of smaller dilation
 
         def branch(x: Tensor, i: int = i) -> Tensor:
             unit(x)
             return maps[-1][:, 4 * i : 4 * i + 4, 6, 6]
 
-        wanted = torch.zeros(13, 13, dtype=torch.bool)
+        expected_map = torch.zeros(13, 13, dtype=torch.bool)
         for d in expected[: i + 1]:
-            wanted[6 - d : 7 + d : d, 6 - d : 7 + d : d] = True
-        assert seen(branch, torch.randn(1, 16, 13, 13), (0, 1)).equal(wanted)
+            expected_map[6 - d : 7 + d : d, 6 - d : 7 + d : d] = True
+        assert receptive_field(branch, torch.randn(1, 16, 13, 13), (0, 1)).equal(expected_map)
 
 
 @pytest.mark.parametrize("image", [True, False])
-def test_espnet_v2_looks_at_the_image_again(image: bool) -> None:
+def test_espnet_v2_image_reinforcement(image: bool) -> None:
     downsample = randomize(Downsample(16, 32, 9, image=image))
     x, images = torch.randn(1, 16, 14, 14), torch.randn(1, 3, 56, 56)
     assert downsample(x, images).shape == (1, 32, 7, 7)
@@ -116,7 +116,7 @@ def test_espnet_v2_looks_at_the_image_again(image: bool) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
-def test_t2t_vit_splits_softly(kernel: int, stride: int, padding: int) -> None:
+def test_t2t_vit_soft_split(kernel: int, stride: int, padding: int) -> None:
     x = torch.randn(2, 3, 16, 16)
     tokens = soft_split(x, kernel, stride, padding).unflatten(2, (3, kernel, kernel))
     padded = F.pad(x, (padding,) * 4)
@@ -124,7 +124,7 @@ def test_t2t_vit_splits_softly(kernel: int, stride: int, padding: int) -> None:
         for j in range(16 // stride):
             window = padded[:, :, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
             assert tokens[:, i * (16 // stride) + j].equal(window)
-    # Neighbours share kernel - stride columns, so that a pixel is in up to four tokens and in no less than one.
+    # Neighbors share kernel - stride columns, so that a pixel is in one to four tokens.
     assert tokens[:, 5, :, :, stride:].equal(tokens[:, 6, :, :, : kernel - stride])
     x = torch.ones(1, 1, 16, 16, requires_grad=True)
     soft_split(x, kernel, stride, padding).sum().backward()
@@ -132,7 +132,7 @@ def test_t2t_vit_splits_softly(kernel: int, stride: int, padding: int) -> None:
     assert (x.grad.min(), x.grad.max()) == (1, 4)
 
 
-def test_t2t_vit_performer_is_attention_with_another_kernel() -> None:
+def test_t2t_vit_performer_against_dense_attention() -> None:
     performer = Performer(27, 16).double().eval()
     x = torch.randn(2, 10, 27, dtype=torch.float64)
     q, k, v = performer.qkv(performer.norm(x)).split(16, dim=-1)
@@ -141,12 +141,12 @@ def test_t2t_vit_performer_is_attention_with_another_kernel() -> None:
     weights = kernel / kernel.sum(dim=-1, keepdim=True)
     expected = v + performer.out(weights @ v)
     expected = expected + performer.ffn(performer.ffn_norm(expected))
-    torch.testing.assert_close(performer(x), expected, rtol=1e-5, atol=1e-5)  # an epsilon keeps it from 0 / 0
+    torch.testing.assert_close(performer(x), expected, rtol=1e-5, atol=1e-5)  # of the epsilon
     orthogonal = Performer(27, 16).random / 8**0.5
     torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(8))
 
 
-def test_t2t_vit_positions() -> None:
+def test_t2t_vit_sinusoidal_positions() -> None:
     positions = sine_positions(5, 8)
     for i in range(5):
         for j in range(4):
@@ -156,21 +156,21 @@ def test_t2t_vit_positions() -> None:
 
 
 @pytest.mark.parametrize(("build", "dim"), [(ceit.LeFF, ceit.DIM), (local_vit.LocalFeedForward, local_vit.DIM)])
-def test_a_local_feed_forward_sees_neighbours_and_no_class_token(build: Callable[[], nn.Module], dim: int) -> None:
+def test_receptive_field_of_local_feed_forward(build: Callable[[], nn.Module], dim: int) -> None:
     ffn = randomize(build())
     x = torch.randn(2, 1 + 49, dim)
     assert ffn(x)[:, 0].equal(x[:, 0])
     for row, column in ((3, 2), (0, 6)):
-        reached = seen(lambda x, n=1 + 7 * row + column: ffn(x)[:, n], x, (0, 2))
+        reached = receptive_field(lambda x, n=1 + 7 * row + column: ffn(x)[:, n], x, (0, 2))
         assert reached[1:].reshape(7, 7).equal(square(7, row, column, 1))
         assert not reached[0]
 
 
-def test_ceit_reads_the_class_tokens_of_all_layers() -> None:
+def test_ceit_layerwise_class_attention() -> None:
     attention = randomize(ceit.LayerwiseClassAttention())
     x = torch.randn(2, ceit.NUM_LAYERS, ceit.DIM)
-    assert seen(attention, x, (0, 2)).all()
-    # The last token asks, and the shortcut is its own.
+    assert receptive_field(attention, x, (0, 2)).all()
+    # The query and the shortcut are those of the last token.
     theirs = nn.MultiheadAttention(ceit.DIM, ceit.NUM_HEADS, batch_first=True)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat((attention.query.weight, attention.key_value.weight)))
@@ -183,7 +183,7 @@ def test_ceit_reads_the_class_tokens_of_all_layers() -> None:
     torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_deepvit_mixes_the_maps_of_the_heads() -> None:
+def test_deepvit_re_attention() -> None:
     attention = ReAttention(24, 4).eval()
     x = torch.randn(2, 7, 24)
     plain = Attention(24, 4, qkv_bias=True)
@@ -192,7 +192,7 @@ def test_deepvit_mixes_the_maps_of_the_heads() -> None:
     with torch.no_grad():
         attention.mix.weight[range(4), range(4)] = (1 + attention.mix_norm.eps) ** 0.5  # undoes the norm
     torch.testing.assert_close(attention(x), plain(x))
-    # And any other matrix, by definition.
+    # Any other matrix, by definition.
     mix = torch.randn(4, 4)
     with torch.no_grad():
         attention.mix.weight.copy_(mix[:, :, None, None] * (1 + attention.mix_norm.eps) ** 0.5)
@@ -202,7 +202,7 @@ def test_deepvit_mixes_the_maps_of_the_heads() -> None:
 
 
 @pytest.mark.parametrize("side", [4, 5])
-def test_botnet_attends_by_distance(side: int) -> None:
+def test_botnet_relative_attention_by_definition(side: int) -> None:
     attention = RelativeAttention(24, side).double()
     x = torch.randn(2, 24, side, side, dtype=torch.float64)
     d = 24 // NUM_HEADS
@@ -214,14 +214,14 @@ def test_botnet_attends_by_distance(side: int) -> None:
             scores = x.new_zeros(2, NUM_HEADS, side, side)
             for i in range(side):
                 for j in range(side):
-                    place = attention.rows[i - row + side - 1] + attention.columns[j - column + side - 1]
-                    scores[:, :, i, j] = (query * (k[:, :, :, i, j] + place)).sum(dim=-1) / d**0.5
+                    position = attention.rows[i - row + side - 1] + attention.columns[j - column + side - 1]
+                    scores[:, :, i, j] = (query * (k[:, :, :, i, j] + position)).sum(dim=-1) / d**0.5
             weights = scores.flatten(2).softmax(dim=-1).reshape(scores.shape)
             expected[:, :, :, row, column] = (weights[:, :, None] * v).sum(dim=(-2, -1))
     torch.testing.assert_close(attention(x), expected.flatten(1, 2))
 
 
-def test_botnet_knows_directions_only_by_its_distances() -> None:
+def test_botnet_is_equivariant_to_flips_without_positions() -> None:
     attention = RelativeAttention(24, 5)
     x = torch.randn(2, 24, 5, 5)
     for dim in (2, 3):
@@ -231,7 +231,7 @@ def test_botnet_knows_directions_only_by_its_distances() -> None:
     assert not torch.allclose(attention(x.flip(3)), attention(x).flip(3), atol=1e-3)
 
 
-def test_botnet_replaces_the_last_three_convolutions() -> None:
+def test_botnet_replaces_three_convolutions() -> None:
     network = MODELS["botnet-50"].build(num_classes=3, size_px=64)
     found = [(name, module) for name, module in network.named_modules() if isinstance(module, RelativeAttention)]
     assert [name for name, _ in found] == ["layer4.0.conv2.0", "layer4.1.conv2", "layer4.2.conv2"]
@@ -241,11 +241,11 @@ def test_botnet_replaces_the_last_three_convolutions() -> None:
 
 
 @pytest.mark.parametrize("side", [28, 10])
-def test_vil_sees_its_windows_and_the_global_token(side: int) -> None:
+def test_vil_receptive_field(side: int) -> None:
     attention = randomize(WindowAttention(8, 2, side))
     x = torch.randn(1, 1 + side * side, 8)
     for row, column in ((0, 0), (side // 2, side - 1), (8, 9)):
-        reached = seen(lambda x, n=1 + side * row + column: attention(x)[:, n], x, (0, 2))
+        reached = receptive_field(lambda x, n=1 + side * row + column: attention(x)[:, n], x, (0, 2))
         first_row, first_column = (WINDOW_PX * (i // WINDOW_PX - 1) for i in (row, column))
         expected = torch.zeros(side, side, dtype=torch.bool)
         expected[max(0, first_row) : first_row + 3 * WINDOW_PX, max(0, first_column) : first_column + 3 * WINDOW_PX] = (
@@ -253,7 +253,7 @@ def test_vil_sees_its_windows_and_the_global_token(side: int) -> None:
         )
         assert reached[1:].reshape(side, side).equal(expected)
         assert reached[0]
-    assert seen(lambda x: attention(x)[:, 0], x, (0, 2)).all()
+    assert receptive_field(lambda x: attention(x)[:, 0], x, (0, 2)).all()
 
 
 @pytest.mark.parametrize(("build", "side"), [("window", 9), ("window", 14), ("full", 5)])
@@ -270,31 +270,35 @@ def test_vil_against_dense_attention(build: str, side: int) -> None:
     to_local, from_local, to_itself = attention.global_bias.detach().flatten(1)
     bias = torch.empty(2, 1 + side * side, 1 + side * side, dtype=torch.float64)
     bias[:, 0, 1:], bias[:, 1:, 0], bias[:, 0, 0] = to_local[:, None], from_local[:, None], to_itself
-    reach = 2 * WINDOW_PX - 1 if build == "window" else side - 1
-    table = attention.bias.table.detach().reshape(2, 2 * reach + 1, 2 * reach + 1)
+    max_distance = 2 * WINDOW_PX - 1 if build == "window" else side - 1
+    table = attention.bias.table.detach().reshape(2, 2 * max_distance + 1, 2 * max_distance + 1)
     for m in range(side * side):
         for n in range(side * side):
             (row, column), (i, j) = divmod(m, side), divmod(n, side)
             apart = max(abs(row // WINDOW_PX - i // WINDOW_PX), abs(column // WINDOW_PX - j // WINDOW_PX))
             near = build == "full" or apart <= 1
-            bias[:, 1 + m, 1 + n] = table[:, row - i + reach, column - j + reach] if near else float("-inf")
+            bias[:, 1 + m, 1 + n] = (
+                table[:, row - i + max_distance, column - j + max_distance] if near else float("-inf")
+            )
     weights = (q @ k.transpose(2, 3) / 2 + bias).softmax(dim=-1)
     torch.testing.assert_close(attention(x), attention.out((weights @ v).transpose(1, 2).flatten(2)))
 
 
-def test_mobile_former_bridges_both_ways() -> None:
+def test_mobile_former_cross_attention() -> None:
     x, tokens = torch.randn(1, 16, 6, 6), torch.randn(1, 4, 32)
     to_tokens, to_map = randomize(ToTokens(32, 16)), randomize(ToMap(32, 16))
-    assert seen(lambda x: to_tokens(tokens, x)[:, :, :5], x, (0, 1)).all()  # a norm's outputs sum to a constant
-    assert seen(lambda tokens: to_map(x, tokens), tokens, (0, 2)).all()
+    assert receptive_field(
+        lambda x: to_tokens(tokens, x)[:, :, :5], x, (0, 1)
+    ).all()  # a norm's outputs sum to a constant
+    assert receptive_field(lambda tokens: to_map(x, tokens), tokens, (0, 2)).all()
     for block in (Block(16, 3), Block(24, 3), Block(24, 3, halves=True)):
         module = randomize(MobileFormerBlock(16, block, 32))
         next_x, next_tokens = module(x, tokens)
         assert next_x.shape == (1, block.channels, *((3, 3) if block.halves else (6, 6)))
         assert next_tokens.shape == tokens.shape
-        assert seen(lambda x, m=module: m(x, tokens)[1][..., :5], x, (0, 1)).all()
-        assert seen(lambda tokens, m=module: m(x, tokens)[0], tokens, (0, 2)).all()
-        # The map reaches the tokens before the block changes it, the tokens the map after.
+        assert receptive_field(lambda x, m=module: m(x, tokens)[1][..., :5], x, (0, 1)).all()
+        assert receptive_field(lambda tokens, m=module: m(x, tokens)[0], tokens, (0, 2)).all()
+        # The tokens depend on the input map, the output map on the output tokens.
         mobile = list(module.mobile.parameters())
         gradients = torch.autograd.grad(next_tokens[..., :5].sum(), mobile, allow_unused=True, retain_graph=True)
         assert all(gradient is None for gradient in gradients)
@@ -303,7 +307,7 @@ def test_mobile_former_bridges_both_ways() -> None:
         assert all(gradient.any() for gradient in gradients)
 
 
-def test_mobile_former_bridge_by_definition() -> None:
+def test_mobile_former_cross_attention_by_definition() -> None:
     bridge = randomize(ToTokens(8, 4)).double()
     x, tokens = torch.randn(1, 4, 3, 3, dtype=torch.float64), torch.randn(1, 2, 8, dtype=torch.float64)
     pixels, query = x[0].reshape(4, 9).T, bridge.query(tokens)[0]
@@ -315,10 +319,10 @@ def test_mobile_former_bridge_by_definition() -> None:
     torch.testing.assert_close(bridge(tokens, x)[0], bridge.norm(tokens[0] + bridge.out(gate * gathered)))
 
 
-def test_mobile_former_slopes_come_from_the_first_token() -> None:
+def test_mobile_former_dynamic_relu() -> None:
     activation = DynamicReLU(6, 16)
     x, tokens = torch.randn(2, 6, 5, 5), torch.randn(2, 3, 16)
-    assert seen(lambda tokens: activation(x, tokens), tokens, (0, 2)).tolist() == [True, False, False]
+    assert receptive_field(lambda tokens: activation(x, tokens), tokens, (0, 2)).tolist() == [True, False, False]
     last = activation.slopes[2]
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)

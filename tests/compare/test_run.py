@@ -17,13 +17,14 @@ import torch
 from matplotlib.collections import PathCollection
 from rich.console import Console
 
+from mobilevit.benchmark import models
 from mobilevit.benchmark.cost import Cost
 from mobilevit.benchmark.timing import Machine, Spread
 from mobilevit.compare import run, tables
 from mobilevit.compare.claims import check_claims, speed_ratios
-from mobilevit.compare.figures import published_against_latency, published_against_parameters
+from mobilevit.compare.figures import accuracy_against_latency, accuracy_against_parameters
 from mobilevit.compare.models import MOBILEVITS, MODELS, OWN_PAPER
-from mobilevit.compare.reports import PublishedReport, PublishedRow, Timing
+from mobilevit.compare.reports import PublishedReport, PublishedRow, Setting, Timing
 from mobilevit.compare.run import TimingOptions
 
 NOT_TIMED = TimingOptions(runtimes=())
@@ -45,31 +46,17 @@ def test_choose() -> None:
 def synthetic_rows() -> list[PublishedRow]:
     """All models, with their published number of parameters, and times that rise from row to row."""
     return [
-        PublishedRow(
-            name=name,
-            family=model.family,
-            paper=model.paper,
-            library=model.library,
-            size_px=model.size_px,
-            cost=Cost(model.published_parameters, 0, 0, 0),
-            published_parameters=model.published_parameters,
-            published_top1=model.published_top1,
-            augmentation=model.augmentation,
-            source=model.source,
-            library_weights=model.library_weights,
+        replace(
+            PublishedRow.of(model, model.size_px, Cost(model.published_parameters, 0, 0, 0)),
             timings=(Timing("torch", 4, None, None, Spread(20.0 + i, 18.0 + i, 25.0 + i), 1.0, {}),),
         )
-        for i, (name, model) in enumerate(MODELS.items())
+        for i, model in enumerate(MODELS.values())
     ]
 
 
 def synthetic_report() -> PublishedReport:
     return PublishedReport(
-        machine=MACHINE,
-        device="cpu",
-        num_rounds=1,
-        num_timing_threads=1,
-        baseline="nearest",
+        setting=Setting(MACHINE, device="cpu", num_rounds=1, num_timing_threads=1, baseline="nearest"),
         rows=synthetic_rows(),
         notes=[],
         claims=[],
@@ -150,6 +137,7 @@ def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
         return (torch.arange(1, len(runs) + 1)[:, None] * slow).numpy()
 
     monkeypatch.setattr(run.timing, "measure", measure)
+    monkeypatch.setattr(models, "measure", measure)
     monkeypatch.setattr(run, "GROUP_SIZE", 2)
     options = TimingOptions(("torch",), num_rounds=4, num_threads=1, baseline="mobilevit-xs")
     names = ["mobilenetv3-small", "mobilenetv2-0.75", "shufflenetv2"]
@@ -174,8 +162,8 @@ def test_onnx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
 
     monkeypatch.setattr(run, "write_model", write)
     options = TimingOptions(("onnx",), num_rounds=2, num_threads=1)
-    models = [MODELS[name] for name in ("mobilenetv3-small", "shufflenetv2", "mobilevit-xxs")]  # exports take seconds
-    found = run.compare(models, size_px=32, options=options)
+    chosen = [MODELS[name] for name in ("mobilenetv3-small", "shufflenetv2", "mobilevit-xxs")]  # exports take seconds
+    found = run.compare(chosen, size_px=32, options=options)
     assert warnings(caplog) == found.notes
     (problem,) = found.notes[1:]
     assert problem.startswith("onnx: left out shufflenetv2")
@@ -186,7 +174,7 @@ def test_onnx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
         assert all(error is not None and error < 1e-3 for error in errors)
     assert "| shufflenetv2 | 32 | 2.28 |" in tables.markdown(found, [])
     with pytest.raises(ValueError, match=r"cuda.*--runtime torch"):
-        run.compare(models, options=replace(options, device="cuda"))
+        run.compare(chosen, options=replace(options, device="cuda"))
 
 
 def test_written_files_agree(report: PublishedReport, tmp_path: Path) -> None:
@@ -267,11 +255,11 @@ def test_figures(kind: Any) -> None:
     report = synthetic_report()
     if kind == "latency":
         rows = list(report.rows)
-        figure = published_against_latency(report, "torch", 4)
+        figure = accuracy_against_latency(report, "torch", 4)
         expected = [(row.timings[0].latency_ms.median, row.published_top1) for row in rows]
     else:
         rows = [row for row in report.rows if row.family in (kind, "mobilevit")]
-        figure = published_against_parameters(report, kind)
+        figure = accuracy_against_parameters(report, kind)
         expected = [(row.cost.num_parameters / 1e6, row.published_top1) for row in rows]
     (axes,) = figure.axes
     points = [c for c in axes.collections if isinstance(c, PathCollection)]

@@ -1,4 +1,4 @@
-"""Tables of the library `datasets`: which columns are taken, which splits, and what is said where that fails."""
+"""Tables of the library `datasets`: columns, splits and errors."""
 
 import io
 import pickle
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """The library's cache in a folder of the test, and no way out of the machine."""
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("a test reaches for the network")
+        raise AssertionError("a test accesses the network")
 
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def png(number: int) -> bytes:
-    """An image of one grey, which is its number."""
+    """An image of one gray, which is its number."""
     file = io.BytesIO()
     PillowImage.new("L", (8, 8), number).save(file, "png")
     return file.getvalue()
@@ -71,7 +71,7 @@ def table(labels: list, feature: Any = CLASSES, first: int = 0, label: str = "la
     return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": image, label: feature}))
 
 
-def greys(source: Source) -> list[tuple[int, int]]:
+def grays(source: Source) -> list[tuple[int, int]]:
     """Number and label of every image."""
     samples = [source[i] for i in range(len(source))]
     assert all(isinstance(sample.image, str | bytes) for sample in samples)  # nothing is decoded before
@@ -87,25 +87,25 @@ def files_in(folder: Path) -> set[str]:
 # --- Where tables lie -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held_out", ["validation", "test", "val"])
-def test_saved_splits(tmp_path: Path, held_out: str):
-    splits = {held_out: table([1, 0], first=5), "train": table([0, 1, 1])}
+@pytest.mark.parametrize("val_name", ["validation", "test", "val"])
+def test_saved_splits(tmp_path: Path, val_name: str):
+    splits = {val_name: table([1, 0], first=5), "train": table([0, 1, 1])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     before = files_in(tmp_path)
     train, val = find_splits("classify", tmp_path / "saved", 0.5)
     assert train.class_names == val.class_names == ("dog", "cat")
-    assert greys(train) == [(0, 0), (1, 1), (2, 1)]
-    assert greys(val) == [(5, 1), (6, 0)]
-    assert val[1].name == f"{tmp_path}/saved ({held_out})[1]"
-    assert greys(find_evaluation(tmp_path / "saved", ("cat", "dog"))) == [(5, 0), (6, 1)]
-    assert default_split("classify", tmp_path / "saved") == ("test" if held_out == "test" else "val")
+    assert grays(train) == [(0, 0), (1, 1), (2, 1)]
+    assert grays(val) == [(5, 1), (6, 0)]
+    assert val[1].name == f"{tmp_path}/saved ({val_name})[1]"
+    assert grays(find_evaluation(tmp_path / "saved", ("cat", "dog"))) == [(5, 0), (6, 1)]
+    assert default_split("classify", tmp_path / "saved") == ("test" if val_name == "test" else "val")
     assert files_in(tmp_path) == before
 
 
 def test_saved_without_splits_is_divided(tmp_path: Path):
     table([0, 1] * 20).shuffle(seed=0).save_to_disk(tmp_path / "saved")  # rows by way of an index
     train, val = find_splits("classify", tmp_path / "saved", 0.3)
-    assert sorted(greys(train) + greys(val)) == [(i, i % 2) for i in range(40)]
+    assert sorted(grays(train) + grays(val)) == [(i, i % 2) for i in range(40)]
     assert set(train.labels) == set(val.labels) == {0, 1}
     assert default_split("classify", tmp_path / "saved") == "all"
     datasets.DatasetDict(train=table([0, 1] * 20)).save_to_disk(tmp_path / "only_train")
@@ -138,8 +138,8 @@ def test_shards(tmp_path: Path, cache: Path, train: str, val: str, ending: str):
     before = files_in(tmp_path)
     train_set, val_set = find_splits("classify", str(tmp_path), 0.5)
     assert train_set.class_names == val_set.class_names == ("dog", "cat")
-    assert greys(train_set) == [(0, 0), (1, 1), (2, 1), (3, 1)]
-    assert greys(val_set) == [(5, 1), (6, 0)]
+    assert grays(train_set) == [(0, 0), (1, 1), (2, 1), (3, 1)]
+    assert grays(val_set) == [(5, 1), (6, 0)]
     assert files_in(tmp_path) == before  # the library's copy is elsewhere
     assert files_in(cache)
 
@@ -151,7 +151,7 @@ def test_single_file_is_divided_and_read_again_when_it_changes(tmp_path: Path, e
         write(table(labels), file)
         for data in (file, tmp_path):
             train, val = find_splits("classify", data, 0.3)
-            assert sorted(greys(train) + greys(val)) == list(enumerate(labels))
+            assert sorted(grays(train) + grays(val)) == list(enumerate(labels))
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch):
@@ -165,7 +165,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "unreachable", lambda: "")
     for data in ("hf:owner/name", Path("hf:owner/name"), "hf:name"):
         train, val = find_splits("classify", data, 0.5)
-        assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
+        assert (grays(train), grays(val)) == ([(0, 0), (1, 1)], [(5, 1)])
     assert val[0].name == "hf:name (test)[0]"
     assert default_split("classify", "hf:owner/name/plain_text") == "test"
     assert asked == [("owner/name", None), ("owner/name", None), ("name", None), ("owner/name", "plain_text")]
@@ -183,7 +183,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str):
+def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str):
     def load_dataset(*_: Any) -> None:
         raise error
 
@@ -199,7 +199,7 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, rea
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
@@ -212,7 +212,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.MonkeyPatch):
+def test_cache_is_used_without_a_connection(monkeypatch: pytest.MonkeyPatch):
     seen = []
 
     def load_dataset(*_: Any) -> Any:
@@ -222,11 +222,11 @@ def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "unreachable", lambda: "no connection")
     train, val = find_splits("classify", "hf:owner/name", 0.5)
-    assert (greys(train), greys(val)) == ([(0, 0), (1, 1)], [(5, 1)])
+    assert (grays(train), grays(val)) == ([(0, 0), (1, 1)], [(5, 1)])
     assert seen == [True]
 
 
-def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_library_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(table([0, 1]), tmp_path / "x.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for data in (tmp_path, tmp_path / "x.parquet", "hf:owner/name"):
@@ -293,15 +293,15 @@ def test_columns(labels: list, feature: Any, label: str, class_names: tuple, num
         assert split.training_class_names() == class_names
         source = split.source(class_names)
         assert source.labels == numbers
-        assert greys(source) == list(enumerate(numbers))
+        assert grays(source) == list(enumerate(numbers))
 
 
-def test_fine_labels_before_coarse_ones():
+def test_fine_labels_are_preferred():
     rows = table([0, 1], label="coarse_label").add_column("fine_label", [1, 0]).cast_column("fine_label", CLASSES)
     assert read_table(rows, "here").labels == [1, 0]
 
 
-def test_classes_beside_numbers(tmp_path: Path):
+def test_classes_txt_names_class_indices(tmp_path: Path):
     write(table([0, 1], INT), tmp_path / "train.parquet")
     write(table([1], INT), tmp_path / "test.parquet")
     assert find_splits("classify", tmp_path, 0.5)[0].class_names == ("0", "1")
@@ -319,10 +319,10 @@ def test_images_by_path(tmp_path: Path):
     rows = datasets.Dataset.from_dict(columns, features=features)
     source = read_table(rows, "here").source(("dog", "cat"))
     assert source[0].image == str(tmp_path / "0.png")
-    assert greys(source) == [(0, 0), (1, 1), (2, 1), (3, 0)]
+    assert grays(source) == [(0, 0), (1, 1), (2, 1), (3, 0)]
 
 
-def test_numbered_class_labels_are_no_names():
+def test_class_labels_without_names():
     split = read_table(table([2, 0, 1], datasets.ClassLabel(num_classes=3)), "here")
     assert split.source(("a", "b", "c")).labels == (2, 0, 1)
 
@@ -369,7 +369,7 @@ def test_labels_that_cannot_be_trained_on(labels: list, feature: Any, message: s
         read_table(table(labels, feature), "here").training_class_names()
 
 
-def test_val_class_that_train_lacks(tmp_path: Path):
+def test_class_missing_in_the_training_split(tmp_path: Path):
     datasets.DatasetDict(train=table(["a", "b"], STRING), test=table(["c"], STRING)).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=r"\(test\): class 'c' not among the 2 known classes \(a, b\)"):
         find_splits("classify", tmp_path, 0.5)
@@ -388,13 +388,13 @@ def test_tables_in_worker_processes(tmp_path: Path, on_disk: bool):
         source = find_evaluation(tmp_path, ("dog", "cat"))
     else:
         source = read_table(rows, "here").source(("dog", "cat"))
-    assert greys(pickle.loads(pickle.dumps(source))) == greys(source)
+    assert grays(pickle.loads(pickle.dumps(source))) == grays(source)
     dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
     batches = list(load(dataset, eval_batches(20, batch_size=3, size_px=8), num_workers=2, device="cpu"))
     assert torch.cat([batch.pixels[:, 0, 0, 0] for batch in batches]).tolist() == list(range(20))
 
 
-def test_images_that_are_missing_or_none():
+def test_missing_or_invalid_images():
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": png(0), "path": "x.png"}, None, {"bytes": b"none", "path": None}], "label": [0, 1, 1]},
         features=datasets.Features({"image": datasets.Image(), "label": CLASSES}),
@@ -414,10 +414,10 @@ def test_fingerprint_of_tables(tmp_path: Path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_parquet_of_other_makers(tmp_path: Path):
+def test_parquet_without_metadata(tmp_path: Path):
     """Without the library's notes in the file: images as bytes, labels as they come."""
     images = pa.array([png(i) for i in range(6)])
     pq.write_table(pa.table({"image": images, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")
     source = find_evaluation(tmp_path, ("a", "b"))
     assert isinstance(source, Source)
-    assert greys(source) == [(i, i % 2) for i in range(6)]
+    assert grays(source) == [(i, i % 2) for i in range(6)]

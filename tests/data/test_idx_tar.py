@@ -1,4 +1,4 @@
-"""idx files and tar shards: what is read is what was packed, and what is damaged is named."""
+"""idx files and tar shards: contents and errors."""
 
 import gzip
 import io
@@ -74,7 +74,7 @@ def test_idx_splits(tmp_path: Path, shape: tuple[int, ...], ending: str, test: s
     assert check_images(train, val).unreadable == []
 
 
-def test_idx_dotted_names_and_gzip_without_its_ending(tmp_path: Path):
+def test_idx_dotted_names_and_gzip_without_extension(tmp_path: Path):
     pixels = write_idx(tmp_path, "train", [0, 1, 0, 1])
     for file in sorted(tmp_path.iterdir()):
         file.with_name(file.name.replace("-idx", ".idx")).write_bytes(gzip.compress(file.read_bytes()))
@@ -142,7 +142,7 @@ def test_idx_labels_out_of_range(tmp_path: Path, train: list[int], test: list[in
     assert "\n" not in str(caught.value)
 
 
-def test_class_names_that_are_no_text(tmp_path: Path):
+def test_classes_txt_that_is_not_text(tmp_path: Path):
     assert read_class_names(tmp_path) is None
     (tmp_path / "classes.txt").write_bytes(b"a\n\xff\xfe")
     with pytest.raises(ValueError, match=f"^{tmp_path}/classes.txt: not UTF-8"):
@@ -203,7 +203,7 @@ def test_damaged_idx_labels(tmp_path: Path, content: bytes, message: str):
 
 
 @pytest.mark.parametrize(("gone", "left"), [("images-idx3", "labels-idx1"), ("labels-idx1", "images-idx3")])
-def test_an_idx_file_that_stands_alone(tmp_path: Path, gone: str, left: str):
+def test_idx_images_or_labels_missing(tmp_path: Path, gone: str, left: str):
     write_idx(tmp_path, "train", [0, 1])
     (tmp_path / f"train-{gone}-ubyte").unlink()
     with pytest.raises(ValueError, match=f"^{tmp_path}/train-{left}-ubyte: train-{gone}-ubyte or .* missing"):
@@ -214,7 +214,7 @@ def test_an_idx_file_that_stands_alone(tmp_path: Path, gone: str, left: str):
 
 
 def png(number: int, side: int = 8) -> bytes:
-    """An image of one grey, which is its number."""
+    """An image of one gray, which is its number."""
     file = io.BytesIO()
     Image.new("L", (side, side), number).save(file, "png")
     return file.getvalue()
@@ -238,7 +238,7 @@ def pairs(labels: Sequence[int | str], first: int = 0) -> dict[str, bytes | str]
     return members
 
 
-def greys(source: Source) -> list[tuple[int, int]]:
+def grays(source: Source) -> list[tuple[int, int]]:
     """Number and label of every image."""
     samples = [source[i] for i in range(len(source))]
     pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
@@ -262,11 +262,11 @@ def test_tar_splits(tmp_path: Path, train: str, val: str, format: int):
     write_tar(tmp_path / train.format("001"), pairs([2, 1], first=3), format=format)
     write_tar(tmp_path / val.format("000"), pairs([1, 0], first=5), format=format)
     train_set, val_set = find_splits("classify", tmp_path, 0.5)
-    assert greys(train_set) == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 1)]
-    assert greys(val_set) == [(5, 1), (6, 0)]
+    assert grays(train_set) == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 1)]
+    assert grays(val_set) == [(5, 1), (6, 0)]
     assert train_set.class_names == val_set.class_names == ("0", "1", "2")
     assert train_set[4].name == f"{tmp_path / train.format('001')}/0004"
-    assert greys(find_evaluation(tmp_path, ("a", "b", "c"))) == greys(val_set)
+    assert grays(find_evaluation(tmp_path, ("a", "b", "c"))) == grays(val_set)
     assert default_split("classify", tmp_path) == ("test" if "test" in val else "val")
 
 
@@ -277,11 +277,11 @@ def test_tar_without_splits_is_divided(tmp_path: Path, alone: bool):
         write_tar(tmp_path / "x-001.tar", pairs([1] * 30, first=60))
     data = tmp_path / "x-000.tar" if alone else tmp_path
     train, val = find_splits("classify", data, 0.3)
-    assert sorted(greys(train) + greys(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
+    assert sorted(grays(train) + grays(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
     assert set(train.labels) == set(val.labels) == {0, 1}
     write_tar(tmp_path / ("x-000.tar" if alone else "x-002.tar"), pairs([0] * 30 + [1] * 30 + [0] * 9))
     more_train, more_val = find_splits("classify", data, 0.3)  # each image that is added moves at most one other
-    moved = set(greys(train)) & set(greys(more_val)) | set(greys(val)) & set(greys(more_train))
+    moved = set(grays(train)) & set(grays(more_val)) | set(grays(val)) & set(grays(more_train))
     assert len(moved) <= len(more_train) + len(more_val) - len(train) - len(val)
 
 
@@ -309,17 +309,17 @@ def test_tar_members(tmp_path: Path):
     with tarfile.open(file, "a") as tar:
         tar.add(tmp_path, "empty.png", recursive=False)  # a folder
     source = find_evaluation(file, ("a", "b"))
-    assert greys(source) == [(200, 1), (2, 0), (200, 1), (3, 0)]
+    assert grays(source) == [(200, 1), (2, 0), (200, 1), (3, 0)]
     assert [source[i].name.removeprefix(f"{file}/") for i in range(4)] == ["dir.with.dots/1", "2", "3", long]
 
 
-def test_tar_labels_that_are_names(tmp_path: Path):
+def test_tar_class_names_as_labels(tmp_path: Path):
     write_tar(tmp_path / "train.tar", pairs(["dog", "cat", "cat", "émeu"]))
     write_tar(tmp_path / "val.tar", {"1.png": png(7), "1.json": json.dumps({"label": "dog"})})
     train, val = find_splits("classify", tmp_path, 0.5)
     assert train.class_names == ("cat", "dog", "émeu")
-    assert (greys(train), greys(val)) == ([(0, 1), (1, 0), (2, 0), (3, 2)], [(7, 1)])
-    assert greys(find_evaluation(tmp_path, ("emu", "dog"))) == [(7, 1)]
+    assert (grays(train), grays(val)) == ([(0, 1), (1, 0), (2, 0), (3, 2)], [(7, 1)])
+    assert grays(find_evaluation(tmp_path, ("emu", "dog"))) == [(7, 1)]
     (tmp_path / "val.tar").unlink()
     with pytest.raises(ValueError, match=r"^.*: class 'émeu' not among the 2 known classes \(cat, dog\)"):
         find_evaluation(tmp_path, ("cat", "dog"))
@@ -334,7 +334,7 @@ def test_tar_with_class_names(tmp_path: Path, place: str):
     assert train.class_names == val.class_names == ("shirt", "boot")
 
 
-def test_tar_val_class_that_train_lacks(tmp_path: Path):
+def test_tar_class_missing_in_the_training_split(tmp_path: Path):
     write_tar(tmp_path / "train.tar", pairs(["a", "b"]))
     write_tar(tmp_path / "val.tar", pairs(["a", "c"]))
     with pytest.raises(ValueError, match=rf"^{tmp_path} \(val\): class 'c' not among the 2 known classes \(a, b\)"):
@@ -372,7 +372,7 @@ def test_tars_that_cannot_be_trained_on(tmp_path: Path, members: dict[str, bytes
     assert "\n" not in str(caught.value)
 
 
-def test_tar_cut_short_anywhere(tmp_path: Path):
+def test_truncated_tar(tmp_path: Path):
     file = write_tar(tmp_path / "x.tar", pairs([0, 1, 0, 1]))
     whole = file.read_bytes()
     with tarfile.open(file) as tar:
@@ -386,7 +386,7 @@ def test_tar_cut_short_anywhere(tmp_path: Path):
     assert len(find_evaluation(file, ("a", "b"))) == 4
 
 
-def test_what_is_no_tar(tmp_path: Path):
+def test_damaged_tar(tmp_path: Path):
     file = tmp_path / "x.tar"
     whole = write_tar(file, pairs([0, 1, 0, 1])).read_bytes()
     for content in (b"text" * 999, whole[:3072] + b"garbage!" * 64 + whole[3584:]):
@@ -411,7 +411,7 @@ def test_tars_in_worker_processes(tmp_path: Path):
     write_tar(tmp_path / "0.tar", pairs([0, 1] * 5))
     write_tar(tmp_path / "1.tar", pairs([0, 1] * 5, first=10))
     source = find_evaluation(tmp_path, ("0", "1"))
-    assert greys(pickle.loads(pickle.dumps(source))) == greys(source) == [(i, i % 2) for i in range(20)]
+    assert grays(pickle.loads(pickle.dumps(source))) == grays(source) == [(i, i % 2) for i in range(20)]
     dataset = ImageDataset(source, Evaluation(Preprocessing(resize_px=8, crop_px=8)))
     batches = eval_batches(20, batch_size=3, size_px=8)
     alone, helped = (list(load(dataset, batches, num_workers=n, device="cpu")) for n in (0, 3))
@@ -423,7 +423,7 @@ def test_tars_in_worker_processes(tmp_path: Path):
             source[10]
 
 
-def test_headers_of_tars(tmp_path: Path):
+def test_check_of_tars(tmp_path: Path):
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(noise, "tiff")
     members = {

@@ -1,8 +1,9 @@
-"""Batches are arithmetic: complete, equal for all processes, the same at any time, and as often as published."""
+"""Batches of an epoch: complete, equal for all processes, reproducible, of the published sizes."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,16 +12,20 @@ from torch.utils.data import DataLoader, Dataset
 from mobilevit.data.sampler import (
     PAPER_SIZES_PX,
     VARIANTS,
+    BatchShapes,
     EpochBatches,
     Pick,
     Variant,
-    batch_size_at,
     count_micro_batches,
     eval_batches,
     micro_batches,
 )
 
 LISTING_SIZES_PX = (128, 192, 256, 320, 384)
+
+
+def shapes(variant: Variant, batch_size: int) -> BatchShapes:
+    return BatchShapes((256,) if variant == "standard" else PAPER_SIZES_PX, batch_size, 256, variant)
 
 
 def batches(
@@ -36,10 +41,7 @@ def batches(
     return [
         EpochBatches(
             num_images,
-            sizes_px=(256,) if variant == "standard" else PAPER_SIZES_PX,
-            batch_size=batch_size,
-            base_px=256,
-            variant=variant,
+            shapes(variant, batch_size),
             seed=seed,
             epoch=epoch,
             rank=rank,
@@ -60,11 +62,8 @@ def batches(
     ],
 )
 def test_batch_sizes_as_published(variant: Variant, sizes_px: tuple[int, ...], world_size: int, expected: list[int]):
-    found = [
-        batch_size_at(size, variant=variant, batch_size=128, base_px=256, largest_px=320, world_size=world_size)
-        for size in sizes_px
-    ]
-    assert found == expected
+    rule = BatchShapes(sizes_px, 128, 256, variant)
+    assert [rule.batch_size_at(size, world_size) for size in sizes_px] == expected
 
 
 @pytest.mark.parametrize(
@@ -78,15 +77,9 @@ def test_batch_sizes_as_published(variant: Variant, sizes_px: tuple[int, ...], w
     ],
 )
 def test_updates_on_imagenet(variant: Variant, sizes_px: tuple[int, ...], updates: int):
-    counts = [
-        len(
-            EpochBatches(
-                1_281_167, sizes_px=sizes_px, batch_size=128, base_px=256, variant=variant, epoch=epoch, world_size=8
-            )
-        )
-        for epoch in range(10)
-    ]
-    assert 30 * sum(counts) == pytest.approx(updates, rel=0.015)  # ten epochs of the 300
+    rule = BatchShapes(sizes_px, 128, 256, variant)
+    num_steps = sum(len(EpochBatches(1_281_167, rule, epoch=epoch, world_size=8)) for epoch in range(10))
+    assert 30 * num_steps == pytest.approx(updates, rel=0.015)  # 10 of 300 epochs
 
 
 @pytest.mark.parametrize("num_images", [8, 9, 31, 32, 33, 100, 1198])
@@ -99,40 +92,29 @@ def test_every_image_once_and_ranks_agree(variant: Variant, world_size: int, num
         )
         assert len({len(rank) for rank in ranks}) == 1
         seen: list[int] = []
-        for step, shares in enumerate(zip(*ranks, strict=True)):
-            sizes = [len(share) for share in shares]
+        for step, of_ranks in enumerate(zip(*ranks, strict=True)):
+            sizes = [len(picks) for picks in of_ranks]
             assert max(sizes) - min(sizes) <= (step == len(ranks[0]) - 1)
-            share = batch_size_at(
-                ranks[0].size_px(step),
-                variant=variant,
-                batch_size=batch_size,
-                base_px=256,
-                largest_px=320,
-                world_size=world_size,
-            )
-            assert min(sizes) >= min(2, share, num_images // world_size)
-            assert len({(pick.size_px, pick.epoch) for share in shares for pick in share}) == 1
+            expected = shapes(variant, batch_size).batch_size_at(ranks[0].size_px(step), world_size)
+            assert min(sizes) >= min(2, expected, num_images // world_size)
+            assert len({(pick.size_px, pick.epoch) for picks in of_ranks for pick in picks}) == 1
             assert sum(sizes) == ranks[0].global_batch_size(step)
-            seen.extend(pick.image_index for share in shares for pick in share)
+            seen.extend(pick.image_index for picks in of_ranks for pick in picks)
         assert sorted(seen) == list(range(num_images))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_batches_have_the_size_that_their_resolution_asks_for(variant: Variant):
+def test_size_of_each_batch(variant: Variant):
+    rule = shapes(variant, 10)
     (epoch,) = batches(2000, variant=variant, batch_size=10)
     for step in range(len(epoch) - 2):
-        expected = batch_size_at(
-            epoch.size_px(step), variant=variant, batch_size=10, base_px=256, largest_px=320, world_size=1
-        )
-        assert len(epoch[step]) == expected
+        assert len(epoch[step]) == rule.batch_size_at(epoch.size_px(step))
         assert {pick.size_px for pick in epoch[step]} == {epoch.size_px(step)}
-    # The last is what is left, or that and the one before it.
-    assert len(epoch[-1]) <= 1 + max(
-        batch_size_at(size, variant=variant, batch_size=10, base_px=256, largest_px=320) for size in PAPER_SIZES_PX
-    )
+    # The last batch contains the remaining images, and possibly those of the previous one.
+    assert len(epoch[-1]) <= 1 + max(map(rule.batch_size_at, rule.sizes_px))
 
 
-def test_more_processes_deal_the_same_images_at_the_same_steps():
+def test_steps_do_not_depend_on_the_number_of_processes():
     (alone,) = batches(1005, variant="standard", batch_size=12)
     ranks = batches(1005, variant="standard", batch_size=3, world_size=4)
     assert len(alone) == len(ranks[0])
@@ -140,14 +122,14 @@ def test_more_processes_deal_the_same_images_at_the_same_steps():
         assert sorted(alone[step]) == sorted(pick for rank in ranks for pick in rank[step])
 
 
-def test_sizes_are_drawn_evenly():
+def test_sizes_are_uniformly_distributed():
     (epoch,) = batches(200_000, batch_size=8)
     counts = np.array([sum(epoch.size_px(step) == size for step in range(len(epoch))) for size in PAPER_SIZES_PX])
     expected = len(epoch) / 5
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square of 4 degrees, one in a thousand
 
 
-def test_any_step_is_there_at_once_and_always_the_same():
+def test_steps_can_be_computed_in_any_order():
     (epoch,) = batches(500, epoch=4)
     in_order = list(epoch)
     (again,) = batches(500, epoch=4)
@@ -158,7 +140,7 @@ def test_any_step_is_there_at_once_and_always_the_same():
         again[len(again)]
 
 
-def test_the_order_is_another_each_epoch_and_seed():
+def test_order_depends_on_epoch_and_seed():
     orders = {
         tuple(pick.image_index for batch in batches(50, seed=seed, epoch=epoch)[0] for pick in batch)
         for seed in range(4)
@@ -167,14 +149,14 @@ def test_the_order_is_another_each_epoch_and_seed():
     assert len({*orders, tuple(range(50))}) == 17
 
 
-def test_images_meet_any_other_images():
+def test_pairs_of_images_are_independent():
     firsts = [batches(20, variant="standard", batch_size=10, epoch=epoch)[0][0] for epoch in range(1000)]
     together = sum({0, 1} <= {pick.image_index for pick in batch} for batch in firsts)
     assert together == pytest.approx(1000 * 10 / 20 * 9 / 19, abs=55)  # four standard deviations
 
 
 class Sizes(Dataset):
-    """Somebody else's dataset: gives what it is asked for."""
+    """A dataset that returns the pick."""
 
     def __getitem__(self, pick: Pick) -> tuple[int, int]:
         return pick.image_index, pick.size_px
@@ -183,7 +165,7 @@ class Sizes(Dataset):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 @pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_in_any_data_loader(num_workers: int):
+def test_batch_sampler_of_a_data_loader(num_workers: int):
     (epoch,) = batches(100)
     loader = DataLoader(Sizes(), batch_sampler=epoch, num_workers=num_workers)
     assert len(loader) == len(epoch)
@@ -204,31 +186,33 @@ def test_in_any_data_loader(num_workers: int):
     ],
 )
 def test_wrong_arguments(wrong: dict, message: str):
-    right = {"num_images": 10, "sizes_px": (32,), "batch_size": 4, "base_px": 32}
+    rule = BatchShapes((32,), 4, 32)
+    of_shapes = {name: wrong[name] for name in wrong.keys() & vars(rule).keys()}
+    others = {"num_images": 10} | {name: value for name, value in wrong.items() if name not in of_shapes}
     with pytest.raises(ValueError, match=message):
-        EpochBatches(**(right | wrong))
+        EpochBatches(shapes=replace(rule, **of_shapes), **others)
 
 
 @pytest.mark.parametrize(
     ("num_images", "min_last", "sizes"),
     [
         (24, None, [8, 8, 8]),
-        (25, None, [8, 8, 9]),  # one alone is too few
+        (25, None, [8, 8, 9]),  # one image is too few
         (26, None, [8, 8, 8, 2]),
         (26, 1, [8, 8, 8, 2]),
         (25, 1, [8, 8, 8, 1]),
         (28, 4, [8, 8, 8, 4]),
         (27, 4, [8, 8, 11]),
-        (3, 4, [3]),  # there is none before it
+        (3, 4, [3]),  # the only batch
     ],
 )
-def test_fewest_images_of_a_last_batch(num_images: int, min_last: int | None, sizes: list[int]):
-    epoch = EpochBatches(num_images, sizes_px=(32,), batch_size=8, base_px=32, min_last=min_last)
+def test_size_of_the_last_batch(num_images: int, min_last: int | None, sizes: list[int]):
+    epoch = EpochBatches(num_images, BatchShapes((32,), 8, 32), min_last=min_last)
     assert [len(batch) for batch in epoch] == sizes
     assert [epoch.global_batch_size(step) for step in range(len(epoch))] == sizes
 
 
-def test_sizes_of_whole_steps():
+def test_batch_sizes_over_all_processes():
     sizes: dict[Variant, dict[int, int]] = {
         "standard": {256: 24},
         "main": {160: 60, 192: 42, 256: 24, 288: 18, 320: 15},
@@ -238,7 +222,7 @@ def test_sizes_of_whole_steps():
         assert first.batch_sizes == expected
 
 
-def test_to_count_the_steps_draws_no_order(monkeypatch: pytest.MonkeyPatch):
+def test_counting_steps_does_not_shuffle(monkeypatch: pytest.MonkeyPatch):
     drawn, generator = [], np.random.default_rng
 
     class Generator:
@@ -262,19 +246,16 @@ def test_to_count_the_steps_draws_no_order(monkeypatch: pytest.MonkeyPatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts of steps
+# Micro-batches
 
 
 @pytest.mark.parametrize("num_images", [7, 37, 100, 333])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [0.5, 1, 2, 2.5, 3, 4.75, 7, 16, 1000])
-def test_parts_of_a_step_are_its_images_once(num_images: int, world_size: int, micro_batch_size: float):
+def test_micro_batches_contain_each_image_once(num_images: int, world_size: int, micro_batch_size: float):
     max_pixels = int(micro_batch_size * 256**2)
     for variant, batch_size, first_step in itertools.product(("standard", "main", "v0.1"), (6, 13, 32), (0, 1, 4)):
-        sizes_px = (256,) if variant == "standard" else PAPER_SIZES_PX
-        epoch = EpochBatches(
-            num_images, sizes_px=sizes_px, batch_size=batch_size, base_px=256, variant=variant, min_last=2 * world_size
-        )
+        epoch = EpochBatches(num_images, shapes(variant, batch_size), min_last=2 * world_size)
         ranks = [
             list(
                 micro_batches(
@@ -284,56 +265,56 @@ def test_parts_of_a_step_are_its_images_once(num_images: int, world_size: int, m
             for r in range(world_size)
         ]
         for step in range(first_step, len(epoch)):
-            of_ranks = [[part for part in rank if part.step == step] for rank in ranks]
-            assert len({len(rank) for rank in of_ranks}) == 1  # or some would wait for others for ever
-            found = [part for rank in of_ranks for part in rank]
-            (num_parts,) = {part.num_micro_batches for part in found}
-            assert num_parts == len(found)
-            assert num_parts % world_size == 0
-            assert sorted(part.index for part in found) == list(range(num_parts))
+            of_ranks = [[one for one in rank if one.step == step] for rank in ranks]
+            assert len({len(rank) for rank in of_ranks}) == 1  # else processes would wait for each other
+            found = [one for rank in of_ranks for one in rank]
+            (num_micro,) = {one.num_micro_batches for one in found}
+            assert num_micro == len(found)
+            assert num_micro % world_size == 0
+            assert sorted(one.index for one in found) == list(range(num_micro))
             for rank, mine in enumerate(of_ranks):
-                assert [part.index for part in mine] == list(range(rank, num_parts, world_size))
-            assert sorted(pick for part in found for pick in part.picks) == sorted(epoch[step])
-            lengths = [len(part.picks) for part in found]
+                assert [one.index for one in mine] == list(range(rank, num_micro, world_size))
+            assert sorted(pick for one in found for pick in one.picks) == sorted(epoch[step])
+            lengths = [len(one.picks) for one in found]
             assert max(lengths) - min(lengths) <= 1
             assert min(lengths) >= min(2, len(epoch[step]) // world_size)
-            assert {part.size_px for part in found} == {epoch.size_px(step)}
-            assert [part.weight for part in found] == [length / len(epoch[step]) for length in lengths]
-            # Too many for the memory only where more parts would leave one with a single image.
+            assert {one.size_px for one in found} == {epoch.size_px(step)}
+            assert [one.weight for one in found] == [length / len(epoch[step]) for length in lengths]
+            # Above the limit only if more micro-batches would leave one with a single image.
             fits = max(lengths) * epoch.size_px(step) ** 2 <= max_pixels
-            assert fits or len(epoch[step]) < 2 * (num_parts + world_size)
-            # And no more parts than it takes.
-            if num_parts > world_size:
-                assert -(-len(epoch[step]) // (num_parts - world_size)) * epoch.size_px(step) ** 2 > max_pixels
-        assert all(part.step >= first_step for rank in ranks for part in rank)
-        assert [part.step for part in ranks[0]] == sorted(part.step for part in ranks[0])
+            assert fits or len(epoch[step]) < 2 * (num_micro + world_size)
+            # No more micro-batches than necessary.
+            if num_micro > world_size:
+                assert -(-len(epoch[step]) // (num_micro - world_size)) * epoch.size_px(step) ** 2 > max_pixels
+        assert all(one.step >= first_step for rank in ranks for one in rank)
+        assert [one.step for one in ranks[0]] == sorted(one.step for one in ranks[0])
 
 
-def test_the_same_parts_in_one_process_and_in_several():
+def test_micro_batches_do_not_depend_on_the_number_of_processes():
     (epoch,) = batches(200, variant="standard", batch_size=48)
 
-    def cut(world_size: int, micro_batch_size: int) -> list:
+    def divide(world_size: int, micro_batch_size: int) -> list:
         found = [
-            part
+            one
             for rank in range(world_size)
-            for part in micro_batches(epoch, max_pixels=micro_batch_size * 256**2, rank=rank, world_size=world_size)
+            for one in micro_batches(epoch, max_pixels=micro_batch_size * 256**2, rank=rank, world_size=world_size)
         ]
-        return sorted(found, key=lambda part: (part.step, part.index))
+        return sorted(found, key=lambda one: (one.step, one.index))
 
-    whole_steps = slice(0, 4 * 6)  # the last step may be cut otherwise: each process has a part of it
-    in_one = cut(1, 8)[whole_steps]
+    whole_steps = slice(0, 4 * 6)  # the last step is divided by the number of processes
+    in_one = divide(1, 8)[whole_steps]
     assert len(in_one) == 24
-    assert {part.num_micro_batches for part in in_one} == {6}
-    for world_size, at_once in ((2, 8), (3, 8), (6, 8), (6, 1000)):
-        assert cut(world_size, at_once)[whole_steps] == in_one
+    assert {one.num_micro_batches for one in in_one} == {6}
+    for world_size, micro_batch_size in ((2, 8), (3, 8), (6, 8), (6, 1000)):
+        assert divide(world_size, micro_batch_size)[whole_steps] == in_one
 
 
-def test_parts_go_on_from_any_step():
+def test_micro_batches_from_any_step_on():
     (epoch,) = batches(300)
     division = {"max_pixels": 3 * 256**2, "rank": 1, "world_size": 2}
     everything = list(micro_batches(epoch, **division))
     for first_step in range(len(epoch) + 1):
-        rest = [part for part in everything if part.step >= first_step]
+        rest = [one for one in everything if one.step >= first_step]
         assert list(micro_batches(epoch, first_step=first_step, **division)) == rest
 
 
@@ -346,19 +327,19 @@ def test_parts_go_on_from_any_step():
         (1025, 256, 128 * 256**2, 1, 9),
         (1025, 256, 128 * 256**2, 2, 10),
         (655, 320, 128 * 256**2, 1, 9),  # 81.92 images fit, that is 81
-        (12, 32, int(2.5 * 32**2), 1, 6),  # in five parts one would have three images
+        (12, 32, int(2.5 * 32**2), 1, 6),  # of five micro-batches, some would have three images
         (12, 32, 1, 1, 6),
         (13, 32, 1, 1, 6),
         (13, 32, 1, 3, 6),
-        (3, 32, 1, 2, 2),  # one process gets a single image, but it does get one
+        (3, 32, 1, 2, 2),  # one process gets a single image
     ],
 )
-def test_how_many_parts(num_images: int, size_px: int, max_pixels: int, world_size: int, expected: int):
+def test_number_of_micro_batches(num_images: int, size_px: int, max_pixels: int, world_size: int, expected: int):
     assert count_micro_batches(num_images, size_px, max_pixels=max_pixels, world_size=world_size) == expected
 
 
 @pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (4, [4]), (9, [4, 4, 1])])
-def test_evaluation_goes_in_order(num_images: int, sizes: list[int]):
+def test_evaluation_batches_are_in_order(num_images: int, sizes: list[int]):
     found = eval_batches(num_images, batch_size=4, size_px=32)
     assert [len(batch) for batch in found] == sizes
     assert [pick for batch in found for pick in batch] == [Pick(i, 0, 32) for i in range(num_images)]

@@ -1,4 +1,4 @@
-"""The augmentations against torchvision's, by distribution or pixel by pixel, and what they may depend on."""
+"""Augmentation of images and batches, compared with torchvision by pixels or by distribution."""
 
 import math
 from dataclasses import replace
@@ -45,17 +45,25 @@ def sizes(boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
     return np.stack([left, top, right - left, bottom - top])
 
 
-def furthest_apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's distance of two samples: 0 to 1."""
+def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Kolmogorov-Smirnov distance of two samples."""
     at = np.concatenate([a, b])
     return np.abs(
         np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
     ).max()
 
 
+BOX_FEATURES = {
+    "area": lambda b: b[2] * b[3],
+    "aspect ratio": lambda b: b[2] / b[3],
+    "left": lambda b: b[0],
+    "top": lambda b: b[1],
+}
+
+
 @pytest.mark.parametrize("size", [(640, 480), (333, 501), (1500, 500), (17, 16)])
 @pytest.mark.parametrize("min_scale", [0.08, 0.6])
-def test_the_parts_are_distributed_as_torchvisions(size: tuple[int, int], min_scale: float):
+def test_random_crop_has_the_distribution_of_torchvision(size: tuple[int, int], min_scale: float):
     num = 2000
     random = np.random.default_rng(1)
     ours = sizes([random_crop(*size, min_scale, random) for _ in range(num)])
@@ -64,26 +72,20 @@ def test_the_parts_are_distributed_as_torchvisions(size: tuple[int, int], min_sc
         RandomResizedCrop.get_params(torch.empty(3, *size[::-1]), [min_scale, 1], [3 / 4, 4 / 3]) for _ in range(num)
     ]
     theirs = np.array(theirs, dtype=float).T[[1, 0, 3, 2]]
-    looks = {
-        "area": lambda b: b[2] * b[3],
-        "ratio": lambda b: b[2] / b[3],
-        "left": lambda b: b[0] / np.maximum(1, size[0] - b[2]),
-        "top": lambda b: b[1] / np.maximum(1, size[1] - b[3]),
-    }
-    for name, look in looks.items():  # 1.95 is what one pair of equal distributions in a thousand goes beyond
-        assert furthest_apart(look(ours), look(theirs)) < 1.95 * math.sqrt(2 / num), name
+    for name, feature in BOX_FEATURES.items():  # equal distributions exceed the limit with probability 0.001
+        assert ks_distance(feature(ours), feature(theirs)) < 1.95 * math.sqrt(2 / num), name
 
 
-def test_the_promised_bounds():
+def test_bounds_of_random_crops():
     width, height, min_scale = 1201, 1000, 0.25
     random = np.random.default_rng(0)
     left, top, w, h = sizes([random_crop(width, height, min_scale, random) for _ in range(2000)])
     assert min(left.min(), top.min()) == 0
     assert (left + w).max() == width
     assert (top + h).max() == height
-    share, ratio, rounding = w * h / (width * height), w / h, 0.003
-    assert min_scale - rounding < share.min() < min_scale + 0.01
-    assert 0.95 < share.max() <= 1
+    area, ratio, rounding = w * h / (width * height), w / h, 0.003
+    assert min_scale - rounding < area.min() < min_scale + 0.01
+    assert 0.95 < area.max() <= 1
     assert 3 / 4 - rounding < ratio.min() < 0.76
     assert 1.32 < ratio.max() < 4 / 3 + rounding
 
@@ -98,10 +100,10 @@ def test_the_promised_bounds():
         ((1, 1), 1, (0, 0, 1, 1)),
         ((8, 8), 1, (0, 0, 8, 8)),
         ((321, 321), 1, (0, 0, 321, 321)),
-        ((600, 300), 1, (100, 0, 400, 300)),  # beyond 4:3 the whole is not allowed
+        ((600, 300), 1, (100, 0, 400, 300)),  # the whole image would exceed 4:3
     ],
 )
-def test_images_that_leave_no_choice(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
+def test_images_with_a_single_possible_crop(size: tuple[int, int], min_scale: float, box: tuple[int, ...]):
     random = np.random.default_rng(0)
     assert {tuple(sizes([random_crop(*size, min_scale, random)])[:, 0]) for _ in range(50)} == {box}
     pixels = Augmentation(min_scale, flip=True, seed=0)(sample(noise(*size)), Pick(0, 0, 33))[0]
@@ -110,29 +112,29 @@ def test_images_that_leave_no_choice(size: tuple[int, int], min_scale: float, bo
 
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS)
 @pytest.mark.parametrize("size_px", [31, 160, 500])
-def test_resized_as_by_pillow(photograph: Image.Image, size_px: int):
+def test_resize_is_that_of_pillow(photograph: Image.Image, size_px: int):
     theirs = np.asarray(photograph.resize((size_px, size_px), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(resize(np.array(photograph), size_px).numpy() - theirs).max() <= 1
-    part = np.array(photograph)[20:-31, 11:-40]
-    theirs = np.asarray(Image.fromarray(part).resize((size_px, size_px), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(resize(part, size_px).numpy() - theirs).max() <= 1
+    crop = np.array(photograph)[20:-31, 11:-40]
+    theirs = np.asarray(Image.fromarray(crop).resize((size_px, size_px), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(resize(crop, size_px).numpy() - theirs).max() <= 1
 
 
-def test_the_part_fills_the_square():
+def test_crop_fills_the_square():
     pixels = noise(51, 51)
-    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))[0]  # at 1: all of it
+    out = Augmentation(min_scale=1, flip=False, seed=0)(sample(pixels), Pick(0, 0, 40))[0]  # 1: the whole image
     assert np.array_equal(out, resize(pixels, 40))
 
 
 def coordinates(width: int, height: int) -> np.ndarray:
-    """Pixels that say where they were: red from left to right, green from top to bottom."""
+    """Pixels that encode their position: red increases from left to right, green from top to bottom."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
     return pixels
 
 
 @pytest.mark.parametrize("policy", ["basic", "advanced"])
-def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
+def test_random_numbers_depend_on_seed_epoch_and_index_only(policy: Policy):
     image = sample(noise(100, 90))
 
     def augment(seed: int = 3, epoch: int = 4, number: int = 5) -> bytes:
@@ -150,7 +152,7 @@ def test_chance_comes_from_seed_epoch_and_number_alone(policy: Policy):
     assert torch.equal(before[1], after[1])
 
 
-def test_the_part_does_not_depend_on_the_size():
+def test_crop_does_not_depend_on_the_output_size():
     augment = Augmentation(min_scale=0.08, flip=True, seed=0)
     for number in range(20):
         a, b = (augment(sample(coordinates(200, 180)), Pick(number, 0, size))[0].astype(int) for size in (32, 64))
@@ -158,7 +160,7 @@ def test_the_part_does_not_depend_on_the_size():
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_mirror_images(flip: bool):
+def test_horizontal_flip(flip: bool):
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:8, 16:] = 255  # top right
     augment = Augmentation(min_scale=1, flip=flip, seed=0)
@@ -168,7 +170,7 @@ def test_mirror_images(flip: bool):
     assert 160 < num_flipped < 240 if flip else num_flipped == 0
 
 
-def test_a_file_and_its_bytes_give_the_same(tmp_path: Path):
+def test_file_and_its_bytes_give_equal_pixels(tmp_path: Path):
     PHOTOGRAPHS[0].save(tmp_path / "photograph.jpg", quality=90)
     augment = Augmentation(min_scale=0.08, flip=True, seed=0)
     for size_px in (32, 256):
@@ -177,7 +179,7 @@ def test_a_file_and_its_bytes_give_the_same(tmp_path: Path):
         assert np.array_equal(augment(Sample(file, 0, "a"), pick)[0], augment(Sample(content, 0, "b"), pick)[0])
 
 
-def test_evaluation_sees_what_the_network_will_see():
+def test_evaluation_is_the_preprocessing_of_prediction():
     pixels = noise(71, 50)
     preprocessing = Preprocessing(resize_px=40, crop_px=32)
     out = torch.tensor(Evaluation(preprocessing)(sample(pixels), Pick(0, 0, 99))[0])
@@ -190,7 +192,7 @@ def test_evaluation_sees_what_the_network_will_see():
 
 @pytest.mark.parametrize("size_px", [64, 97])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_operations_against_torchvisions(size_px: int, sign: int):
+def test_operations_are_those_of_torchvision(size_px: int, sign: int):
     image = PHOTOGRAPHS[1].resize((size_px, size_px))
     ours = operations(size_px, sign)
     theirs = RandAugment()._augmentation_space(31, (size_px, size_px))
@@ -202,7 +204,7 @@ def test_operations_against_torchvisions(size_px: int, sign: int):
         assert operation(image).tobytes() == expected.tobytes(), name
 
 
-def test_two_operations_in_either_direction_each_as_likely():
+def test_pairs_of_operations_are_uniformly_distributed():
     image = Image.fromarray(coordinates(24, 24))
     pairs: dict[bytes, float] = {}
     for sign_1 in (1, -1):
@@ -223,56 +225,39 @@ def test_two_operations_in_either_direction_each_as_likely():
 
 
 def erased(pixels: np.ndarray) -> tuple[float, float, float, float] | None:
-    """left, top, width, height of what is not 7 in `pixels`."""
-    rows, columns = (np.flatnonzero((pixels != 7).all(2).any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
-    return columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+    """(left, top, width, height) of the black pixels."""
+    rows, columns = (np.flatnonzero((pixels == 0).all(2).any(axis)) for axis in (1, 0))
+    return (columns[0], rows[0], len(columns), len(rows)) if len(rows) else None
 
 
-def test_erased_boxes_are_distributed_as_torchvisions():
+def test_random_erasing_has_the_distribution_of_torchvision():
     num, (width, height) = 6000, (90, 70)
     random = np.random.default_rng(0)
     found = [erased(random_erasing(np.full((height, width, 3), 7, np.uint8), random)) for _ in range(num)]
     ours = np.array([box for box in found if box], dtype=float).T
     assert abs(ours.shape[1] / num - 0.25) < 4 * math.sqrt(0.25 * 0.75 / num)
     torch.manual_seed(0)
-    theirs = [
-        RandomErasing.get_params(torch.zeros(3, height, width), (0.02, 0.33), (0.3, 3.3), [0.0]) for _ in range(2000)
-    ]
-    theirs = np.array([(j, i, w, h) for i, j, h, w, _ in theirs], dtype=float).T
-    looks = {
-        "area": lambda b: b[2] * b[3],
-        "ratio": lambda b: b[2] / b[3],
-        "left": lambda b: b[0],
-        "top": lambda b: b[1],
-    }
-    for name, look in looks.items():
-        # The noise has a 7 at an edge of the box now and then, which moves one pixel.
-        limit = 1.95 * math.sqrt(1 / ours.shape[1] + 1 / theirs.shape[1]) + 0.01
-        assert furthest_apart(look(ours), look(theirs)) < limit, name
+    image = torch.zeros(3, height, width)
+    params = [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0]) for _ in range(2000)]
+    theirs = np.array([(j, i, w, h) for i, j, h, w, _ in params], dtype=float).T
+    for name, feature in BOX_FEATURES.items():
+        limit = 1.95 * math.sqrt(1 / ours.shape[1] + 1 / theirs.shape[1]) + 0.01  # two boxes of 10,000 fill a side
+        assert ks_distance(feature(ours), feature(theirs)) < limit, name
 
 
-def test_erased_is_noise():
-    random = np.random.default_rng(0)
-    values = np.concatenate([random_erasing(np.zeros((99, 99, 3), np.uint8), random).ravel() for _ in range(200)])
-    counts = np.bincount(values, minlength=256)[1:]  # 0 is mostly what was there
-    assert abs(((counts - counts.mean()) ** 2 / counts.mean()).sum() - 254) < 4 * math.sqrt(2 * 254)
-
-
-def test_advanced_is_basic_and_more():
+def test_advanced_adds_to_basic():
     basic = Augmentation(min_scale=0.3, flip=True, seed=0)
     advanced = replace(basic, policy="advanced")
     images = [sample(np.asarray(photograph)) for photograph in PHOTOGRAPHS]
-    num_same = 0
+    num_equal = 0
     for i in range(300):
         pick = Pick(i, 0, 32)
         a, b = (augment(images[i % 2], pick)[0] for augment in (basic, advanced))
         assert a.shape == b.shape == (32, 32, 3)
         assert a.dtype == b.dtype == np.uint8
-        num_same += np.array_equal(a, b)
-    # Nothing happens where both operations are the identity, or do nothing to the image at hand, and none is erased.
-    assert 0 < num_same < 30
+        num_equal += np.array_equal(a, b)
+    # Equal if both operations are the identity or change nothing in this image, and nothing is erased.
+    assert 0 < num_equal < 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,79 +265,53 @@ def test_advanced_is_basic_and_more():
 
 
 def batch(num: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Images whose every pixel is a different number, and one-hot targets."""
+    """Images in which all pixels are different integers, and one-hot targets."""
     return torch.arange(num * 3.0 * height * width).reshape(num, 3, height, width), torch.eye(num)
 
 
-def kind(mixed: Tensor, pixels: Tensor) -> str:
-    return "cutmix" if torch.isin(mixed, pixels).all() else "mixup"
-
-
-@pytest.mark.parametrize(("num", "height", "width"), [(2, 16, 16), (5, 33, 20)])
-def test_targets_tell_what_the_images_are_made_of(num: int, height: int, width: int):
+@pytest.mark.parametrize(("num", "height", "width"), [(1, 8, 8), (2, 16, 16), (5, 33, 20)])
+def test_mixed_targets_are_the_fractions_of_the_images(num: int, height: int, width: int):
     pixels, targets = batch(num, height, width)
-    kinds = []
+    pixels = pixels.to(memory_format=torch.channels_last)
+    before = pixels.clone(), targets.clone()
+    num_cutmix = 0
     for seed in range(200):
-        mixed, shares = mix(pixels, targets, np.random.default_rng(seed))
-        torch.testing.assert_close(shares.sum(1), torch.ones(num))
-        kinds.append(kind(mixed, pixels))
-        if kinds[-1] == "mixup":
-            torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", shares, pixels))
+        torch.manual_seed(seed)
+        mixed, weights = mix(pixels, targets)
+        torch.manual_seed(seed)
+        assert all(map(torch.equal, mix(pixels, targets), (mixed, weights)))
+        assert num == 1 or mixed.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(weights.sum(1), torch.ones(num))
+        if not torch.isin(mixed, pixels).all():  # Mixup
+            torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", weights, pixels))
             continue
-        source = mixed.long() // (3 * height * width)  # the image that a pixel is of
-        assert torch.equal(mixed.long() % (3 * height * width), pixels[0].long().expand_as(mixed))  # in its place
+        num_cutmix += 1
+        source = mixed.long() // (3 * height * width)  # index of the image that a pixel comes from
+        assert torch.equal(mixed.long() % (3 * height * width), pixels[0].long().expand_as(mixed))  # same position
         for i in range(num):
-            counted = torch.bincount(source[i].flatten(), minlength=num) / (3 * height * width)
-            torch.testing.assert_close(shares[i], counted)
+            counts = torch.bincount(source[i].flatten(), minlength=num) / (3 * height * width)
+            torch.testing.assert_close(weights[i], counts)
             foreign = (source[i, 0] != i).nonzero()
             if len(foreign):
-                box = foreign.amax(0) - foreign.amin(0) + 1
-                assert len(foreign) == box.prod()  # one whole box
-    assert set(kinds) == {"cutmix", "mixup"}
+                assert len(foreign) == (foreign.amax(0) - foreign.amin(0) + 1).prod()  # a single box
+    assert torch.equal(pixels, before[0])
+    assert torch.equal(targets, before[1])
+    assert num == 1 or 70 < num_cutmix < 130
 
 
-def test_shares_are_distributed_as_published():
-    pixels, targets = batch(20, 64, 64)
-    pixels = pixels[:, :1, :1, :1].expand(-1, -1, 64, 64)
-    shares: dict[bool, list[float]] = {True: [], False: []}
+def test_mixing_proportions_have_the_published_distributions():
+    pixels, targets = torch.arange(3.0)[:, None, None, None].expand(3, 3, 64, 64), torch.eye(3)
+    fractions: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(1500):
-        mixed, mixed_targets = mix(pixels, targets, np.random.default_rng(seed))
-        is_cutmix = bool(torch.isin(mixed[:2], pixels[:, 0, 0, 0]).all())
-        own = mixed_targets.diagonal().min()  # an image may be its own partner; not all are
-        shares[is_cutmix].append(float(own))
-    assert 650 < len(shares[True]) < 850  # some of Mixup's shares are so near to 0 or 1 that nothing is seen of it
+        torch.manual_seed(seed)
+        mixed, weights = mix(pixels, targets)
+        fractions[bool(torch.isin(mixed, pixels).all())].append(float(weights[0, 0]))
+    # A lambda of Mixup next to 0 or 1 changes nothing in float32 and is counted as CutMix.
+    assert 650 < len(fractions[True]) < 850
     random = np.random.default_rng(1)
-    assert furthest_apart(np.array(shares[False]), random.beta(0.2, 0.2, 5000)) < 0.1
-    # CutMix as published: a box of share 1 - lambda around a point, cut off at the border, and lambda set right.
+    assert ks_distance(np.array(fractions[False]), random.beta(0.2, 0.2, 5000)) < 0.1
+    # CutMix: a box with a fraction 1 - lambda of the area around a random point, clipped at the border.
     lam, x, y = random.random((3, 5000))
     half = np.sqrt(1 - lam) / 2
     w, h = (np.minimum(at + half, 1) - np.maximum(at - half, 0) for at in (x, y))
-    assert furthest_apart(np.array(shares[True]), 1 - w * h) < 0.1
-
-
-def test_mixing_needs_two_and_changes_nothing_handed_in():
-    random = np.random.default_rng(0)
-    one = batch(1, 8, 8)
-    for _ in range(10):
-        assert all(map(torch.equal, mix(*one, random), one))
-    pixels, targets = batch(3, 8, 8)
-    before = pixels.clone(), targets.clone()
-    outs = [mix(pixels, targets, random) for _ in range(20)]
-    assert torch.equal(pixels, before[0])
-    assert torch.equal(targets, before[1])
-    assert any(not torch.equal(mixed, pixels) for mixed, _ in outs)
-
-
-def test_mixing_is_decided_by_the_generator_alone_and_keeps_the_layout():
-    pixels, targets = batch(4, 9, 8)
-    pixels = pixels.to(memory_format=torch.channels_last)
-    kinds = set()
-    for seed in range(12):
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        first, second = (mix(pixels, targets, np.random.default_rng(seed)) for _ in range(2))
-        assert torch.equal(torch.get_rng_state(), state)
-        assert all(map(torch.equal, first, second))
-        assert first[0].is_contiguous(memory_format=torch.channels_last)
-        kinds.add(kind(first[0], pixels))
-    assert kinds == {"cutmix", "mixup"}
+    assert ks_distance(np.array(fractions[True]), 1 - w * h) < 0.1

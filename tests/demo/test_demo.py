@@ -36,7 +36,7 @@ from mobilevit.draw import MASK_OPACITY, class_color
 from mobilevit.images import FILTERS, Preprocessing
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabV3
 from mobilevit.models.ssdlite import SSDLite
-from mobilevit.predict import Classifier, detector, segmenter
+from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 from mobilevit.weights import Weights, read
@@ -101,7 +101,7 @@ def running(server: ThreadingHTTPServer) -> Iterator[str]:
         server.server_close()
 
 
-opened = partial(ready_page, patience_ms=TIMEOUT_MS)  # waits until the network is loaded
+opened = partial(ready_page, timeout_ms=TIMEOUT_MS)  # waits until the network is loaded
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +201,8 @@ def test_image_files_match_pillow(page: Page, folder: Path):
         with Image.open(file) as again:
             expected = model.predict(again)
         assert shown[0][0] == expected[0].class_name, name
-        probabilities = [probability for _, probability in shown]
         # Decoders and blending may round differently by one gray level.
-        np.testing.assert_allclose(probabilities, [p.probability for p in expected], atol=1e-2, err_msg=name)
+        np.testing.assert_allclose([p for _, p in shown], [p.probability for p in expected], atol=1e-2, err_msg=name)
 
 
 def test_digits_drawn_with_the_mouse(page: Page):
@@ -242,15 +241,10 @@ def test_keyboard_operation(page: Page):
 
 
 def assert_controls_have_names(page: Page) -> None:
-    for control in page.locator(
-        "button, input, select, canvas:not(.overlay), video, ol, [role=tablist], section"
-    ).all():
+    controls = "button, input, select, canvas:not(.overlay), video, ol, [role=tablist], section"
+    for control in page.locator(controls).all():
         script = "e => e.ariaLabel || e.labels?.[0]?.textContent || e.textContent || e.getAttribute('aria-label')"
         assert control.evaluate(script).strip()
-
-
-def test_controls_have_names(page: Page):
-    assert_controls_have_names(page)
 
 
 def test_the_camera_stops_with_its_tab(page: Page):
@@ -278,7 +272,8 @@ def test_files_that_are_not_images(page: Page, folder: Path):
     assert_same(predictions(page), mobilevit.load(folder / "model.safetensors"), image)
 
 
-def test_facts(page: Page):
+def test_facts_and_names_of_controls(page: Page):
+    assert_controls_have_names(page)
     facts = page.locator("#facts").inner_text()
     for part in ("MobileViT-XXS", "0.95 M", "10", "32 \u00d7 32 px", "threads"):
         assert part in facts
@@ -413,7 +408,7 @@ def fraction_drawn(page: Page, points: np.ndarray, colors: np.ndarray) -> float:
 
 
 def test_boxes_match_torch(boxes_page: Page, boxes_weights: Weights, photo: Image.Image):
-    page, model = boxes_page, detector(boxes_weights)
+    page, model = boxes_page, Detector.from_weights(boxes_weights)
     open_file(page, as_file(photo))
     assert move_slider(page) == "30 %"
     numbers = []
@@ -437,7 +432,7 @@ def test_boxes_are_drawn_at_their_positions(boxes_page: Page, boxes_weights: Wei
     page = boxes_page
     open_file(page, as_file(photo))
     move_slider(page, "Home", *("ArrowRight",) * 29)
-    best = detector(boxes_weights).predict(photo)[0]
+    best = Detector.from_weights(boxes_weights).predict(photo)[0]
     x1, y1, x2, y2 = best.box
     drawn = overlay(page)
     scale = drawn.shape[1] / photo.width
@@ -468,7 +463,7 @@ def test_long_lists_scroll_by_keyboard(boxes_page: Page, photo: Image.Image):
 
 
 def test_masks_match_torch(mask_page: Page, mask_weights: Weights, photo: Image.Image):
-    page, model = mask_page, segmenter(mask_weights)
+    page, model = mask_page, Segmenter.from_weights(mask_weights)
     square = photo.crop((100, 100, 196, 196))
     for image, tolerance in ((square, 3 / 96**2), (photo, 0.01)):  # the first one is not resized
         open_file(page, as_file(image))
@@ -629,7 +624,8 @@ def test_the_folder_is_complete_and_contains_no_local_paths(page_folder: Path, f
         assert str(folder).encode() not in (page_folder / name).read_bytes()
 
 
-def test_files_of_others_are_kept(weights: Weights, page_folder: Path, tmp_path: Path):
+def test_only_own_pages_are_replaced(weights: Weights, page_folder: Path, ort: Path, tmp_path: Path):
+    write_page(weights, page_folder, source="model.safetensors", runtime_folder=ort)
     for name in ("index.html", "style.css"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -637,10 +633,6 @@ def test_files_of_others_are_kept(weights: Weights, page_folder: Path, tmp_path:
         with pytest.raises(ValueError, match=rf"{name}.*--overwrite"):
             write_page(weights, folder)
         assert [file.read_text() for file in folder.iterdir()] == ["precious"]
-
-
-def test_own_pages_are_replaced(weights: Weights, page_folder: Path, ort: Path):
-    write_page(weights, page_folder, source="model.safetensors", runtime_folder=ort)
 
 
 def test_opened_from_disk_the_page_shows_the_serve_command(browser: Browser, tmp_path: Path):

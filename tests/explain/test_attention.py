@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from mobilevit import MobileViT
 from mobilevit.explain.attention import BlockAttention, capture_outputs, compute_attention, find_blocks
-from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Attention, TransformerLayer, fold, unfold
-from mobilevit.models.ssdlite import SSDLite
 from small_networks import randomize
 
 SIZES = [(64, 64), (70, 97)]  # the second has feature maps with odd sides, which are resized to whole patches
@@ -47,15 +45,6 @@ def test_attention_reproduces_the_output_of_the_attention_layers(size: tuple[int
                 mixed = torch.einsum("hnm,mhd->nhd", matrices, v_PNhd[position]).flatten(1)
                 expected = outputs[f"{block.stage} {i}"][position]
                 torch.testing.assert_close(attention.out(mixed), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_detection_and_segmentation_networks():
-    pixels = torch.rand(1, 3, 64, 96)
-    networks = (SSDLite("xxs", num_classes=2), DeepLabV3("xxs", 2, head=DeepLabHead(channels=8)))
-    for model in networks:
-        blocks = compute_attention(randomize(model).backbone, pixels)
-        assert [block.stage for block in blocks] == ["stage3", "stage4", "stage5"]
-        assert (blocks[0].rows, blocks[0].columns) == (4, 6)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -64,44 +64,45 @@ def test_images_of_extreme_aspect_ratio(weights: Weights, size: tuple[int, int],
     assert figure.height >= MARGIN_PX + 3 * (HEADING_PX + MIN_ROW_PX + CAPTION_PX)
 
 
-def test_the_attended_patch_is_bright(explanation: Explanation):
-    """A block of 4 x 4 patches with all attention on row 3, column 0."""
+def attention_panel(explanation: Explanation, column: int, keys: torch.Tensor) -> np.ndarray:
+    """A panel of the attention row on a gray image, RGB, where block 0 has constant queries and these keys."""
     block = explanation.attention[0]
     assert (block.rows, block.columns) == (4, 4)
-    keys = torch.zeros_like(block.keys)
-    keys[:, :, 12] = 1000
     gray = Image.new("RGB", explanation.image.size, (90, 90, 90))
     blocks = (replace(block, queries=torch.ones_like(block.queries), keys=keys), *explanation.attention[1:])
     figure = draw_figure(replace(explanation, image=gray, attention=blocks))
-    top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
-    for column, fraction in ((0, 1 / 16), (3, 1 / 64)):
-        left = MARGIN_PX + column * (PANEL_PX + GAP_PX)
-        panel = np.asarray(figure.crop((left, top, left + PANEL_PX, top + PANEL_PX)), float)
-        is_bright = (panel[..., 0] > 200) & (panel[..., 2] < 200)
-        rows, columns = is_bright.nonzero()
-        assert rows.min() > PANEL_PX * 0.7
-        assert columns.max() < PANEL_PX * 0.3
-        # The smooth panel is bright only in the middle of the patch. The white marker is elsewhere.
-        assert is_bright.mean() == pytest.approx(fraction, rel=0.6)
+    left, top = MARGIN_PX + column * (PANEL_PX + GAP_PX), MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
+    return np.asarray(figure.crop((left, top, left + PANEL_PX, top + PANEL_PX)), float)
 
 
-def test_uniform_attention_is_uniform_and_dim(explanation: Explanation):
-    block = explanation.attention[0]
-    gray = Image.new("RGB", explanation.image.size, (90, 90, 90))
-    keys = torch.zeros_like(block.keys)
+@pytest.fixture
+def keys_of_patch_12(explanation: Explanation) -> torch.Tensor:
+    """Keys of 4 x 4 patches that direct all attention to row 3, column 0."""
+    keys = torch.zeros_like(explanation.attention[0].keys)
     keys[:, :, 12] = 1000
-    lightness = {}
-    for name, to in (("uniform", torch.zeros_like(keys)), ("one", keys)):
-        blocks = (replace(block, queries=torch.ones_like(block.queries), keys=to), *explanation.attention[1:])
-        figure = draw_figure(replace(explanation, image=gray, attention=blocks)).convert("L")
-        top = MARGIN_PX // 2 + 2 * HEADING_PX + PANEL_PX + CAPTION_PX
-        # Patch 12 of 4 x 4 is in the lower left corner, far from the marker.
-        panel = np.asarray(figure.crop((MARGIN_PX, top, MARGIN_PX + PANEL_PX, top + PANEL_PX)), float)
-        lightness[name] = panel[-PANEL_PX // 4 :, : PANEL_PX // 4]
-    assert lightness["uniform"].std() == 0
-    assert lightness["uniform"].max() < 0.5 * lightness["one"].max()
-    assert scale_attention(torch.full((3, 5), 1 / 15)).tolist() == [[pytest.approx(1 / 3)] * 5] * 3
-    assert scale_attention(torch.tensor([[0.75, 0.25, 0, 0, 0]])).tolist() == [pytest.approx([1, 1 / 3, 0, 0, 0])]
+    return keys
+
+
+# The smooth panel is bright only in the middle of the patch. The white marker is elsewhere.
+@pytest.mark.parametrize(("column", "fraction"), [(0, 1 / 16), (3, 1 / 64)])
+def test_the_attended_patch_is_bright(
+    explanation: Explanation, keys_of_patch_12: torch.Tensor, column: int, fraction: float
+):
+    panel = attention_panel(explanation, column, keys_of_patch_12)
+    is_bright = (panel[..., 0] > 200) & (panel[..., 2] < 200)
+    rows, columns = is_bright.nonzero()
+    assert rows.min() > PANEL_PX * 0.7
+    assert columns.max() < PANEL_PX * 0.3
+    assert is_bright.mean() == pytest.approx(fraction, rel=0.6)
+
+
+def test_uniform_attention_is_uniform_and_dim(explanation: Explanation, keys_of_patch_12: torch.Tensor):
+    uniform, attended = (
+        attention_panel(explanation, 0, keys)[-PANEL_PX // 4 :, : PANEL_PX // 4].mean(axis=-1)  # patch 12
+        for keys in (torch.zeros_like(keys_of_patch_12), keys_of_patch_12)
+    )
+    assert uniform.std() == 0
+    assert uniform.max() < 0.5 * attended.max()
 
 
 def test_every_row_has_a_legend(explanation: Explanation):
@@ -124,6 +125,8 @@ def test_every_row_has_a_legend(explanation: Explanation):
 
 
 def test_scaling():
+    assert scale_attention(torch.full((3, 5), 1 / 15)).tolist() == [[pytest.approx(1 / 3)] * 5] * 3
+    assert scale_attention(torch.tensor([[0.75, 0.25, 0, 0, 0]])).tolist() == [pytest.approx([1, 1 / 3, 0, 0, 0])]
     assert scale(torch.tensor([-1.0, 0.0, 1.0, 4.0])).tolist() == [0, 0, 0.25, 1]
     assert scale(torch.tensor([-1.0, 0.0, 1.0, 4.0]), brightest=8).tolist() == [0, 0, 0.125, 0.5]
     assert scale(torch.zeros(2)).tolist() == [0, 0]

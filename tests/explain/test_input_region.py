@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.explain.input_region import find_input_region
+from mobilevit.explain.input_region import InputRegion
 from mobilevit.images import Preprocessing
 
 CASES = [
@@ -30,7 +30,7 @@ def test_points_are_where_preprocessing_puts_them(size: tuple[int, int], preproc
     for name, ramp in ramps.items():
         image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
         preprocessed[name] = np.asarray(preprocessing.resize_and_crop(image))[..., 0].astype(float)
-    region = find_input_region(preprocessing, width, height)
+    region = InputRegion(width, height, preprocessing.input_box(width, height))
     left, top, right, bottom = region.box
     side = preprocessing.crop_px
     for u, v in ((0.3, 0.4), (0.5, 0.5), (0.62, 0.77)):
@@ -47,7 +47,8 @@ def test_points_are_where_preprocessing_puts_them(size: tuple[int, int], preproc
 
 
 def test_points_outside_the_region():
-    region = find_input_region(Preprocessing(100, 80), 300, 200)  # resized to 150 x 100, the middle 80 x 80 of it
+    # Resized to 150 x 100 px, of which the central 80 x 80 px remain.
+    region = InputRegion(300, 200, Preprocessing(100, 80).input_box(300, 200))
     assert region.box == (70, 20, 230, 180)
     assert region.to_relative(70, 20) == pytest.approx((0.5 / 160, 0.5 / 160))
     assert region.to_relative(229, 179) == pytest.approx((159.5 / 160, 159.5 / 160))
@@ -59,7 +60,7 @@ def test_points_outside_the_region():
 def test_crop():
     image = Image.new("RGB", (300, 200), "black")
     image.paste("white", (70, 20, 230, 180))
-    crop = find_input_region(Preprocessing(100, 80), 300, 200).crop(image, 64)
+    crop = InputRegion(300, 200, Preprocessing(100, 80).input_box(300, 200)).crop(image, 64)
     assert crop.size == (64, 64)
     assert np.asarray(crop).min() > 200  # white, except for ringing at the edge
-    assert find_input_region(Preprocessing((64, 64), 64), 300, 200).crop(image, 60).size == (60, 40)
+    assert InputRegion(300, 200, Preprocessing((64, 64), 64).input_box(300, 200)).crop(image, 60).size == (60, 40)

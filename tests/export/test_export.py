@@ -139,7 +139,7 @@ def test_earlier_artifacts_stay(weights: Weights, fake: FakeBackend, tmp_path: P
     wrong.change = lambda x: -x  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "mobilevit.export.wrong", wrong)
     monkeypatch.setitem(ARTIFACT_SUFFIXES, "wrong", ".wrong")
-    artifacts = export_each(weights, ["fake", "wrong"], tmp_path)
+    artifacts = export_each(weights, ["fake", "wrong"], tmp_path, ExportOptions(), images=(), source="", prefix="")
     first = next(artifacts)
     with pytest.raises(ValueError, match="wrong fp32"):
         next(artifacts)
@@ -171,6 +171,7 @@ def test_calibration_images_are_evenly_spaced(weights: Weights, fake: FakeBacken
         (None, {}, "no backend is given.* onnx"),
         ("fake", {"precision": "bf16"}, "fake .*bf16.* fp32, fp16, int8"),
         ("fake", {"dynamic_size": True, "size": (96, 96)}, "leave out --dynamic-size"),
+        ("executorch", {"dynamic_batch": True}, "leave out --dynamic-batch"),
         ("onnx", {"dynamic_size": True}, "64 x 64 px.* 65 px"),
         ("fake", {"size": (16, 64)}, "16 x 64 px.* 32 px"),
         ("fake", {"size": (64, 64, 64)}, r"size is \(64, 64, 64\)"),

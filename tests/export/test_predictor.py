@@ -1,4 +1,4 @@
-"""Artifacts predict what the network that they were made from predicts, in every runtime that is installed."""
+"""Predictions of artifacts in each installed runtime, compared with those of the network in torch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,15 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from dense_networks import dense_weights
 from mobilevit.export import ExportOptions, export, installed
 from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, ArtifactSegmenter, load_predictor
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
-from mobilevit.models.mobilevit import MobileViT
-from mobilevit.predict import classifier, detector, segmenter
+from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.weights import Weights
-from small_networks import SMALL, randomize
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    model = randomize(MobileViT(SMALL, num_classes=7))
-    preprocessing = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    return Weights(model.architecture, model.state_dict(), preprocessing, tuple("abcdefg"))
 
 
 def exported(weights: Weights, backend: str, out: Path, **options) -> Path:
@@ -43,11 +33,11 @@ def exported(weights: Weights, backend: str, out: Path, **options) -> Path:
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "litert", slow("executorch")])
 def test_classes(weights: Weights, backend: str, tmp_path: Path):
-    """A batch of two for three images, and pixels in 8 bits where the runtime scales them as fast."""
+    """Three images in batches of two, for ONNX as uint8 pixels."""
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")
     model = load_predictor(path)
     assert isinstance(model, ArtifactClassifier)
-    expected = classifier(weights).predict(IMAGES, top_k=7)
+    expected = Classifier.from_weights(weights).predict(IMAGES, top_k=7)
     for found, wanted in zip(model.predict(IMAGES, top_k=7), expected, strict=True):
         assert found[0].class_name == wanted[0].class_name
         by_class = {p.class_name: p.probability for p in found}
@@ -65,12 +55,12 @@ def test_classes(weights: Weights, backend: str, tmp_path: Path):
         slow("executorch", False),
     ],
 )
-def test_boxes(backend: str, postprocess: bool, tmp_path: Path):
-    weights = replace(dense_weights("detect"), category_ids=(1, 2, 3, 5, 8, 13, 21))
+def test_boxes(all_weights: dict[str, Weights], backend: str, postprocess: bool, tmp_path: Path):
+    weights = all_weights["detect"]
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactDetector)
     assert (model.category_ids, model.num_classes) == (weights.category_ids, 7)
-    expected = detector(weights).predict(IMAGES, score_threshold=0.35)
+    expected = Detector.from_weights(weights).predict(IMAGES, score_threshold=0.35)
     assert any(expected)
     num_same = 0
     for found, wanted in zip(model.predict(IMAGES, score_threshold=0.35), expected, strict=True):
@@ -92,11 +82,11 @@ def test_boxes(backend: str, postprocess: bool, tmp_path: Path):
     ("backend", "postprocess"),
     [("onnx", False), slow("onnx", True), slow("openvino", False), slow("executorch", False)],
 )
-def test_masks(backend: str, postprocess: bool, tmp_path: Path):
-    weights = dense_weights("segment")
+def test_masks(all_weights: dict[str, Weights], backend: str, postprocess: bool, tmp_path: Path):
+    weights = all_weights["segment"]
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactSegmenter)
-    for found, wanted in zip(model.predict(IMAGES), segmenter(weights).predict(IMAGES), strict=True):
+    for found, wanted in zip(model.predict(IMAGES), Segmenter.from_weights(weights).predict(IMAGES), strict=True):
         assert found.shape == wanted.shape == (90, 75)
         assert (found == wanted).mean() > (0.97 if postprocess else 0.999)  # a class map is coarser between two classes
 
@@ -105,7 +95,7 @@ def test_another_size(weights: Weights, tmp_path: Path):
     model = load_predictor(exported(weights, "onnx", tmp_path, size=(96, 96)))
     larger = replace(weights, preprocessing=weights.preprocessing.at_size(96))
     assert isinstance(model, ArtifactClassifier)
-    found, expected = model.predict(IMAGES), classifier(larger).predict(IMAGES)
+    found, expected = model.predict(IMAGES), Classifier.from_weights(larger).predict(IMAGES)
     assert [p[0].probability for p in found] == pytest.approx([p[0].probability for p in expected], abs=1e-4)
 
 

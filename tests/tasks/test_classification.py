@@ -17,11 +17,11 @@ from mobilevit.data.loader import Batch
 from mobilevit.data.samples import fingerprint
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
-from mobilevit.predict import classifier
+from mobilevit.predict import Classifier
 from mobilevit.recipes import Data, Recipe, to_dict
 from mobilevit.tasks import classification
 from mobilevit.tasks.classification import Classification, ClassificationResults
-from mobilevit.tasks.evaluation import default_split, evaluate_weights
+from mobilevit.tasks.evaluation import default_split, evaluate
 from mobilevit.weights import Weights
 
 TASK = Classification()
@@ -41,10 +41,10 @@ class Prepared(nn.Module):
 
 
 def batches(labels: Tensor, *sizes: int) -> list[Batch]:
-    numbers = torch.arange(len(labels))
-    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 2, 2)
-    parts = zip(pixels.split(sizes), labels.split(sizes), numbers.split(sizes), strict=True)
-    return [Batch(pixels, labels, tuple(numbers.tolist())) for pixels, labels, numbers in parts]
+    indices = torch.arange(len(labels))
+    pixels = (indices / 255)[:, None, None, None].expand(-1, 3, 2, 2)
+    parts = zip(pixels.split(sizes), labels.split(sizes), indices.split(sizes), strict=True)
+    return [Batch(pixels, labels, tuple(indices.tolist())) for pixels, labels, indices in parts]
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 13])
@@ -133,14 +133,14 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
     mean, std = mean_std
     w = weights(("c", "unseen", "a", "b"))
     w = replace(w, preprocessing=replace(w.preprocessing, mean=mean, std=std))
-    model = classifier(w)
+    model = Classifier.from_weights(w)
     log_p, right = [], []
     for file in sorted(folder.rglob("*.png")):
         predictions = model.predict(file)
         right.append(predictions[0].class_name == file.parent.name)
         log_p.append(next(np.log(p.probability) for p in predictions if p.class_name == file.parent.name))
     assert 0 < sum(right) < 12
-    metrics = evaluate_weights(w, folder, batch_size=5).metrics()
+    metrics = evaluate(w, folder, batch_size=5).metrics
     assert metrics["top1"] == pytest.approx(100 * np.mean(right))
     assert metrics["loss"] == pytest.approx(-np.mean(log_p), rel=1e-4)
     assert metrics["num_images"] == 12
@@ -148,11 +148,11 @@ def test_evaluation_agrees_with_prediction(folder: Path, mean_std: tuple):
 
 def test_invalid_arguments_of_evaluation(folder: Path):
     with pytest.raises(ValueError, match="class"):
-        evaluate_weights(weights(()), folder)
+        evaluate(weights(()), folder)
     with pytest.raises(ValueError, match="batch size is 0"):
-        evaluate_weights(weights(), folder, batch_size=0)
+        evaluate(weights(), folder, batch_size=0)
     with pytest.raises(ValueError, match="size is 31"):
-        evaluate_weights(weights(), folder, size_px=31)
+        evaluate(weights(), folder, size_px=31)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
@@ -161,7 +161,7 @@ def test_workers_end_after_an_unreadable_image(folder: Path):
     file.write_bytes(file.read_bytes()[:-30])
     before = set(multiprocessing.active_children())
     with pytest.raises(ImageError, match=f"^{file}: damaged") as caught:
-        evaluate_weights(weights(), folder, batch_size=2, num_workers=2)
+        evaluate(weights(), folder, batch_size=2, num_workers=2)
     assert caught.value.__traceback__ is not None
     assert set(multiprocessing.active_children()) <= before
 
@@ -174,9 +174,9 @@ def test_evaluation_uses_the_validation_split_of_training(
     trained = weights(training=training)
     assert default_split(trained, folder) == "val"
     for split, expected in ((None, val), ("val", val), ("train", train)):
-        results = cast(ClassificationResults, evaluate_weights(trained, folder, split=split))
+        results = cast(ClassificationResults, evaluate(trained, folder, split=split).results)
         assert results.labels.tolist() == list(expected.source.labels)
-    assert evaluate_weights(trained, folder, split="all").metrics()["num_images"] == 12
+    assert evaluate(trained, folder, split="all").metrics["num_images"] == 12
     assert not caplog.messages
     # Other data and weights without a record of their training: all images are evaluated.
     assert default_split(weights(), folder) == "all"
@@ -186,13 +186,13 @@ def test_evaluation_uses_the_validation_split_of_training(
         Image.new("RGB", (32, 32)).save(other / class_name / "1.png")
     assert default_split(trained, other) == "all"  # and not an error: one image of a class cannot be divided
     with pytest.raises(ValueError, match=f"^{folder}: has no split 'val'.*--split all"):
-        evaluate_weights(weights(), folder, split="val")
+        evaluate(weights(), folder, split="val")
     # Added images may have changed the split.
     (folder / "a" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
     (folder / "c" / "4.png").write_bytes((folder / "a" / "0.png").read_bytes())
     (folder / "c" / "5.png").write_bytes((folder / "a" / "0.png").read_bytes())
-    evaluate_weights(trained, folder, split="val")
-    evaluate_weights(trained, folder, split="val")  # the same warning is logged once
+    evaluate(trained, folder, split="val")
+    evaluate(trained, folder, split="val")  # the same warning is logged once
     [message] = caplog.messages
     assert str(folder) in message
     assert "not the validation split of the training run" in message
@@ -202,25 +202,25 @@ def test_evaluation_skips_up_to_max_unreadable_images(folder: Path, caplog: pyte
     for name in ("a/0", "b/1"):
         file = folder / f"{name}.png"
         file.write_bytes(file.read_bytes()[:-30])
-    metrics = evaluate_weights(weights(), folder, batch_size=5, max_unreadable=2).metrics()
+    metrics = evaluate(weights(), folder, batch_size=5, max_unreadable=2).metrics
     assert metrics["num_images"] == 10
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert all(str(folder / name) in record.message for name in ("a/0.png", "b/1.png"))
     with pytest.raises(ImageError, match=r"a/0.png, .*b/1.png.*--max-unreadable 2"):
-        evaluate_weights(weights(), folder, batch_size=5, max_unreadable=1)
+        evaluate(weights(), folder, batch_size=5, max_unreadable=1)
     with pytest.raises(ImageError, match=r"a/0.png.*--max-unreadable"):
-        evaluate_weights(weights(), folder)
+        evaluate(weights(), folder)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
 def test_evaluation_at_another_size(folder: Path):
     w = weights()  # for 32 px, cut from 36
-    at_64_px = classifier(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
+    at_64_px = Classifier.from_weights(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
     expected = [at_64_px.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
     options: list[dict[str, Any]] = [{"size_px": 64}, {}, {"size_px": 64, "num_workers": 2}]
     larger, default, with_workers = (
-        cast(ClassificationResults, evaluate_weights(w, folder, **some)) for some in options
+        cast(ClassificationResults, evaluate(w, folder, **some).results) for some in options
     )
     assert ["abc"[i] for i in larger.predictions[:, 0]] == expected
     assert not np.array_equal(larger.losses, default.losses)
@@ -296,7 +296,7 @@ def test_loss_of_mixed_images(monkeypatch: pytest.MonkeyPatch):
     network = nn.Sequential(nn.Flatten(), linear)
     pixels = torch.rand(5, 3, 2, 2).double()
 
-    def mix(pixels: Tensor, targets: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def mix(pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(0.75 * x + 0.25 * x.roll(-2, 0) for x in (pixels, targets))  # pyright: ignore[reportReturnType]
 
     monkeypatch.setattr(classification, "mix", mix)

@@ -39,8 +39,8 @@ RECIPE = Recipe(
 
 
 def random_boxes(num: int, generator: torch.Generator) -> Tensor:
-    centres, sides = torch.rand(num, 2, generator=generator), 0.05 + 0.6 * torch.rand(num, 2, generator=generator)
-    return torch.cat((centres - sides / 2, centres + sides / 2), 1).clamp(0, 1)
+    centers, sides = torch.rand(num, 2, generator=generator), 0.05 + 0.6 * torch.rand(num, 2, generator=generator)
+    return torch.cat((centers - sides / 2, centers + sides / 2), 1).clamp(0, 1)
 
 
 def random_batch(nums: Sequence[int], num_classes: int = 3, seed: int = 0) -> BoxBatch:
@@ -188,7 +188,7 @@ def random_detections(num_images: int, num_classes: int, seed: int, shift: float
 
 def by_pycocotools(found: Sequence[ImageDetections], num_classes: int, folder: Path) -> np.ndarray:
     """COCO's twelve metrics, computed by pycocotools from files in another process."""
-    boxes, answers = [], []
+    boxes, predictions = [], []
     for one in found:
         of = one.truth.boxes
         for corners, label, area, crowd in zip(of.corners, of.labels, of.areas, of.crowd, strict=True):
@@ -197,13 +197,13 @@ def by_pycocotools(found: Sequence[ImageDetections], num_classes: int, folder: P
             boxes.append({"id": len(boxes) + 1, "image_id": 7 + one.index, "category_id": 3 + int(label), **where})
         for corners, label, score in zip(one.boxes, one.labels, one.scores, strict=True):
             left, top, right, bottom = map(float, corners)
-            answer = {"image_id": 7 + one.index, "category_id": 3 + int(label), "score": float(score)}
-            answers.append({**answer, "bbox": [left, top, right - left, bottom - top]})
+            prediction = {"image_id": 7 + one.index, "category_id": 3 + int(label), "score": float(score)}
+            predictions.append({**prediction, "bbox": [left, top, right - left, bottom - top]})
     images = [{"id": 7 + one.index} for one in found]
     classes = [{"id": 3 + i, "name": str(i)} for i in range(num_classes)]
     content = {"info": {}, "images": images, "annotations": boxes, "categories": classes}
     (folder / "truth.json").write_text(json.dumps(content))
-    (folder / "found.json").write_text(json.dumps(answers))
+    (folder / "found.json").write_text(json.dumps(predictions))
     program = (
         "from pycocotools.coco import COCO\nfrom pycocotools.cocoeval import COCOeval\n"
         "truth = COCO('truth.json')\ne = COCOeval(truth, truth.loadRes('found.json'), 'bbox')\n"
@@ -299,9 +299,9 @@ class Prepared(SSDLite):
         logits = torch.zeros(len(images), len(anchors), self.num_classes + 1)
         logits[..., 0] = 30
         locations = torch.zeros(len(images), len(anchors), 4)
-        numbers = (255 * images[:, 0, 0, 0]).round().long().tolist()
-        for i, number in enumerate(numbers):
-            one = self.found[number]
+        indices = (255 * images[:, 0, 0, 0]).round().long().tolist()
+        for i, index in enumerate(indices):
+            one = self.found[index]
             size = torch.tensor((one.truth.width, one.truth.height) * 2)
             boxes = torch.from_numpy(one.boxes) / size
             of = torch.arange(len(boxes)) * 3  # any anchors will do
@@ -313,11 +313,11 @@ class Prepared(SSDLite):
 
 
 def prepared_batches(found: Sequence[ImageDetections], *sizes: int) -> list[Batch]:
-    numbers = torch.arange(len(found))
-    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 64, 64)
+    indices = torch.arange(len(found))
+    pixels = (indices / 255)[:, None, None, None].expand(-1, 3, 64, 64)
     return [
         Batch(part, [found[i].truth for i in these], tuple(these))
-        for part, these in zip(pixels.split(sizes), (n.tolist() for n in numbers.split(sizes)), strict=True)
+        for part, these in zip(pixels.split(sizes), (n.tolist() for n in indices.split(sizes)), strict=True)
     ]
 
 

@@ -45,7 +45,7 @@ def test_same_as_the_command(here: Path, capsys: pytest.CaptureFixture[str], siz
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ({"weights": nn.Linear(2, 2)}, TypeError, "Linear.*mobilevit.save"),
         ({"weights": "missing.pt"}, ValueError, "missing.pt: no such file"),
@@ -54,6 +54,6 @@ def test_same_as_the_command(here: Path, capsys: pytest.CaptureFixture[str], siz
         ({"size_px": 8}, ValueError, "size is 8; it must be 32 px or more"),
     ],
 )
-def test_mistakes(here: Path, change: dict[str, Any], error: type[Exception], said: str):
-    with pytest.raises(error, match=said):
+def test_invalid_arguments(here: Path, change: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
         mobilevit.evaluate(**{"weights": here / "xy.safetensors", "data": here / "data", **change})

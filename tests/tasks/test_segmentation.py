@@ -129,11 +129,11 @@ def random_logits_and_masks(num: int, num_classes: int, seed: int = 0) -> tuple[
 
 
 def batches(masks: Sequence[np.ndarray], *sizes: int) -> list[Batch]:
-    numbers = torch.arange(len(masks))
-    pixels = (numbers / 255)[:, None, None, None].expand(-1, 3, 16, 16)
+    indices = torch.arange(len(masks))
+    pixels = (indices / 255)[:, None, None, None].expand(-1, 3, 16, 16)
     return [
         Batch(part, [masks[i] for i in these], tuple(these))
-        for part, these in zip(pixels.split(sizes), (n.tolist() for n in numbers.split(sizes)), strict=True)
+        for part, these in zip(pixels.split(sizes), (n.tolist() for n in indices.split(sizes)), strict=True)
     ]
 
 

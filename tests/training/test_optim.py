@@ -146,10 +146,6 @@ def test_learning_rate_scale_of_the_groups():
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 
 
-def test_names_of_the_stages():
-    assert list(get_args(Freeze)) == ["nothing", *STAGES]
-
-
 @pytest.mark.parametrize("up_to", get_args(Freeze))
 def test_frozen_stages_do_not_change(up_to: Freeze):
     model = MobileViT("xxs", num_classes=2).train()
@@ -273,31 +269,6 @@ def test_one_micro_batch_per_step_matches_pytorch():
         statistics.update(1, ONE_PROCESS)
     for name, x in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], x, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_running_statistics_of_two_processes(monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(1)
-    parts = [torch.randn(3, 3, 4, 4) for _ in range(4)]
-    single, first, second = norms_only(), norms_only(), norms_only()
-    statistics = {model: BatchNormStatistics(model) for model in (single, first, second)}
-    for i, pixels in enumerate(parts):
-        for model in (single, first if i % 2 == 0 else second):
-            model(pixels)
-            statistics[model].add_micro_batch()
-    statistics[single].update(4, ONE_PROCESS)
-    # Emulates `sum` over two processes.
-    together = [x + y for x, y in zip(statistics[first]._sums, statistics[second]._sums, strict=True)]
-
-    def emulated_sum(_: Processes, tensors: list[Tensor]) -> None:
-        for tensor, total in zip(tensors, together, strict=True):
-            tensor.copy_(total)
-
-    monkeypatch.setattr(Processes, "sum", emulated_sum)
-    for model in (first, second):
-        statistics[model].update(4, ONE_PROCESS)
-        for name, x in single.state_dict().items():
-            if not name.endswith("num_batches_tracked"):
-                torch.testing.assert_close(model.state_dict()[name], x, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_running_statistics_of_frozen_layers_do_not_change():

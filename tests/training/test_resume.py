@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler, to_dict
-from mobilevit.tasks.classification import Classification
 from mobilevit.training.loop import TIMES, Stopped, train
 from mobilevit.weights import read
 
@@ -191,28 +190,6 @@ def test_killed_while_a_checkpoint_is_written(
     assert results_of(out) == uninterrupted
     assert weight_files(out) == weight_files(uninterrupted_out)
     assert len(list((out / "checkpoints").iterdir())) == 2
-
-
-def test_a_damaged_checkpoint_is_skipped(
-    uninterrupted: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def stop_in_the_third_epoch() -> None:
-        evaluate, calls = Classification.evaluate, []
-
-        def evaluate_until(*arguments: Any) -> Any:
-            calls.append(1)
-            if len(calls) == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return evaluate(*arguments)
-
-        monkeypatch.setattr(Classification, "evaluate", evaluate_until)
-        train(RECIPE, data, tmp_path)
-
-    assert end(start(stop_in_the_third_epoch)) == -signal.SIGKILL
-    last = max((tmp_path / "checkpoints").iterdir())
-    last.write_bytes(last.read_bytes()[:-1000])
-    assert end(start(lambda: train(RECIPE, data, tmp_path))) == 0
-    assert results_of(tmp_path) == uninterrupted
 
 
 def test_a_run_of_an_earlier_version_resumes(uninterrupted: dict[str, Any], data: Path, tmp_path: Path):

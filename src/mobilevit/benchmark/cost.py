@@ -147,7 +147,7 @@ def table(profile: Profile) -> Table:
     p = profile
     totals = (
         f"{p.num_parameters:,} parameters",
-        f"{_gmacs(p, 3)} GMACs with / without the attention products",
+        f"{format_gmacs(p, 3)} GMACs with / without the attention products",
         f"{p.inference_bytes / MIB:.1f} MiB peak activation memory in inference",
         f"{p.training_bytes / MIB:.1f} MiB of activations saved for the backward pass in training",
         "Activations are per image, in float32, with fused attention.",
@@ -163,13 +163,13 @@ def table(profile: Profile) -> Table:
     for header in ("channels", "height x width", "parameters", "GMACs with / without attention products"):
         grid.add_column(header, justify="right")
     for row in p.rows:
-        grid.add_row(
-            row.name, str(row.channels), f"{row.height} x {row.width}", f"{row.num_parameters:,}", _gmacs(row, 4)
-        )
+        numbers = (f"{row.height} x {row.width}", f"{row.num_parameters:,}", format_gmacs(row, 4))
+        grid.add_row(row.name, str(row.channels), *numbers)
     return grid
 
 
-def _gmacs(cost: Row | Profile, digits: int) -> str:
+def format_gmacs(cost: Cost | Row | Profile, digits: int) -> str:
+    """GMACs with / without the attention products."""
     return f"{(cost.num_macs + cost.num_attention_macs) / 1e9:.{digits}f} / {cost.num_macs / 1e9:.{digits}f}"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +25,9 @@ from mobilevit.export.rewrite import optimize_for_inference
 from mobilevit.export.verify import synthetic_images
 from mobilevit.export_options import ARTIFACT_SUFFIXES, PRECISIONS, Precision, backend_of_file
 from mobilevit.messages import first_line
-from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead
-from mobilevit.models.mobilevit import ARCHITECTURES
+from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabHead, DeepLabV3
+from mobilevit.models.mobilevit import ARCHITECTURES, MobileViT
+from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import TaskName, Weights
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ TORCH = ("torch", "compiled")  # eager, and torch.compile with frozen weights
 RUNTIMES = (*TORCH, *ARTIFACT_SUFFIXES)
 CALIBRATION_IMAGES = 16  # few, because the calibration does not affect the speed
 LAYOUT_ROUNDS = 3
+Rival = tuple[str, bool]  # name of a model for `rivals.build`, and whether it is built for export
 # The file names that `mobilevit export` gives to artifacts.
 _ARTIFACT = re.compile(
     rf"(?P<network>mobilevit_(?P<architecture>{'|'.join(ARCHITECTURES)})(?:_(?P<task>detect|segment))?_\d+x\d+)"
@@ -88,6 +91,13 @@ class BenchmarkModel:
             return random.integers(0, 256, self.shape, dtype=np.uint8)
         return random.random(self.shape, dtype=np.float32)
 
+    def error(self, outputs: Sequence[np.ndarray]) -> float | None:
+        """The largest difference of `outputs` from `expected`, in standard deviations of the expected output."""
+        if self.expected is None:
+            return None
+        pairs = zip(outputs, self.expected, strict=True)
+        return float(np.max([np.abs(x.astype(np.float32) - expected).max() / expected.std() for x, expected in pairs]))
+
     def load(self, num_threads: int) -> InferenceFn:
         """Load the model into its runtime: input batch -> outputs."""
         if self.runtime not in TORCH:
@@ -132,14 +142,13 @@ def models_from_weights(
     combinations = [(runtime, spec) for runtime in runtimes for spec in specs]
     for runtime, spec in combinations:  # all before the first export, which takes long
         _check_runtime(runtime, spec)
-    builder = _RivalBuilder(weights, against)
-    cost = profile(model, (height, width))
+    networks = _build_rivals(against, weights, exportable={runtime not in TORCH for runtime in runtimes})
+    num_macs = _num_macs(model, (height, width))
     models = []
     for runtime, spec in combinations:
         _log_writing(name, runtime, spec)
-        ours = write_model(name, model, runtime, spec, folder)
-        ours = replace(ours, num_macs=cost.num_macs + cost.num_attention_macs)
-        models += [ours, *builder.write_models(ours, spec, folder)]
+        ours = replace(write_model(name, model, runtime, spec, folder), num_macs=num_macs)
+        models += [ours, *_write_rivals(against, networks, ours, spec, folder)]
     return models
 
 
@@ -171,7 +180,7 @@ def models_from_artifact(
             "export does, or give the weights instead"
         )
     weights = _weights_like(path, match, found) if match else None
-    builder = _RivalBuilder(cast(Weights, weights), against)
+    networks = _build_rivals(against, weights, exportable=[True]) if weights else {}
     models = []
     for batch_size in batch_sizes or (found.shape[0] or 1,):
         ours = BenchmarkModel(
@@ -183,12 +192,12 @@ def models_from_artifact(
             shape=input_shape(path, found, batch_size, size),
             uint8=found.uint8,
         )
-        if weights:
-            cost = profile(weights.build(), ours.size)
-            ours = replace(ours, num_macs=cost.num_macs + cost.num_attention_macs)
-        task = weights.task if weights else "classify"
-        spec = ArtifactSpec(cast(Precision, ours.precision), *ours.size, batch_size, task=task)
-        models += [ours, *builder.write_models(ours, spec, folder)]
+        if not weights:
+            models.append(ours)
+            continue
+        ours = replace(ours, num_macs=_num_macs(weights.build(), ours.size))
+        spec = ArtifactSpec(cast(Precision, ours.precision), *ours.size, batch_size, task=weights.task)
+        models += [ours, *_write_rivals(against, networks, ours, spec, folder)]
     return models
 
 
@@ -202,7 +211,7 @@ def write_model(name: str, network: nn.Module, runtime: str, spec: ArtifactSpec,
     with torch.inference_mode():
         expected = as_arrays(network(images))
     if runtime in TORCH:
-        torch.save(_faster_layout(optimize_for_inference(network), images), path)
+        torch.save(faster_layout(optimize_for_inference(network), images)[0], path)
     else:
         synthetic = synthetic_images(CALIBRATION_IMAGES if spec.precision == "int8" else 0, model.size)
         calibration = [torch.from_numpy(p).permute(2, 0, 1)[None].contiguous() / 255 for p in synthetic]
@@ -210,48 +219,42 @@ def write_model(name: str, network: nn.Module, runtime: str, spec: ArtifactSpec,
     return replace(model, expected=expected)
 
 
-class _RivalBuilder:
-    """Builds models of other libraries; all once on construction, so that a wrong name fails before any export."""
+def _build_rivals(names: Sequence[str], weights: Weights, *, exportable: Collection[bool]) -> dict[Rival, nn.Module]:
+    """Build models of other libraries, all at once, so that a wrong name fails before any export."""
+    names = [name for name in names if name != "self"]
+    return {(name, e): rivals.build(name, weights, exportable=e) for name in names for e in sorted(exportable)}
 
-    def __init__(self, weights: Weights, names: Sequence[str]):
-        self.names = list(dict.fromkeys(names))
-        self.weights = weights
-        self.built: dict[tuple[str, bool], nn.Module] = {}
-        for name in self.names:
-            if name != "self":
-                self.build(name, exportable=False)
 
-    def build(self, name: str, exportable: bool) -> nn.Module:
-        if (name, exportable) not in self.built:
-            self.built[name, exportable] = rivals.build(name, self.weights, exportable=exportable)
-        return self.built[name, exportable]
-
-    def write_models(self, ours: BenchmarkModel, spec: ArtifactSpec, folder: Path) -> list[BenchmarkModel]:
-        """Write every model to `folder`, with `ours` as its baseline."""
-        models = []
-        for name in self.names:
-            if name == "self":
-                models.append(replace(ours, name="self", baseline=ours.label))
-                continue
-            network = self.build(name, exportable=ours.runtime not in TORCH)
-            _check_runtime(ours.runtime, spec)
-            _log_writing(name, ours.runtime, spec)
-            try:
-                model = write_model(name, network, ours.runtime, spec, folder)
-            except Exception as error:  # a converter may raise anything
-                logger.warning(
-                    "%s %s: %s is left out, its conversion failed (%s)",
-                    *(ours.runtime, spec.precision, name, first_line(error)),
-                )
-                continue
-            if name in rivals.SAME_MODEL:
-                expected = model.expected if ours.expected is None else ours.expected
-                model = replace(model, network=ours.network, num_macs=ours.num_macs, expected=expected)
-            else:
-                for output in model.expected or ():
-                    rivals.check_scale(name, torch.from_numpy(output))
-            models.append(replace(model, baseline=ours.label))
-        return models
+def _write_rivals(
+    names: Sequence[str],
+    networks: Mapping[Rival, nn.Module],
+    ours: BenchmarkModel,
+    spec: ArtifactSpec,
+    folder: Path,
+) -> list[BenchmarkModel]:
+    """Write the models `names` to `folder`, with `ours` as their baseline."""
+    models = []
+    for name in dict.fromkeys(names):
+        if name == "self":
+            models.append(replace(ours, name="self", baseline=ours.label))
+            continue
+        _log_writing(name, ours.runtime, spec)
+        try:
+            model = write_model(name, networks[name, ours.runtime not in TORCH], ours.runtime, spec, folder)
+        except Exception as error:  # a converter may raise anything
+            logger.warning(
+                "%s %s: %s is left out, its conversion failed (%s)",
+                *(ours.runtime, spec.precision, name, first_line(error)),
+            )
+            continue
+        if name in rivals.SAME_MODEL:
+            expected = model.expected if ours.expected is None else ours.expected
+            model = replace(model, network=ours.network, num_macs=ours.num_macs, expected=expected)
+        else:
+            for output in model.expected or ():
+                rivals.check_scale(name, torch.from_numpy(output))
+        models.append(replace(model, baseline=ours.label))
+    return models
 
 
 def input_shape(path: Path, found: Signature, batch_size: int, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -293,12 +296,30 @@ def _check_runtime(runtime: str, spec: ArtifactSpec | None) -> None:
         raise ValueError(f"{runtime} is timed in fp32 only; leave out {spec.precision} or {runtime}")
 
 
-def _faster_layout(network: nn.Module, images: Tensor) -> nn.Module:
-    """`network` with its weights in the memory layout that is faster on this machine."""
-    layouts = [network, optimize_for_inference(network).to(memory_format=torch.channels_last)]
-    with torch.inference_mode():
-        times = measure([lambda x=x: x(images) for x in layouts], LAYOUT_ROUNDS)
-    return layouts[int(times.min(axis=1).argmin())]
+def runner(network: nn.Module, images: Tensor) -> Callable[[], None]:
+    """A function that runs `network` on `images` and waits for the result."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            network(images)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
+
+    return run
+
+
+def faster_layout(network: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
+    """`network` with its weights in the memory layout that is faster on this machine, and the name of that layout."""
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    layouts = {"channels first": network, "channels last": channels_last}
+    times_ms = measure([runner(x, images) for x in layouts.values()], LAYOUT_ROUNDS)
+    layout = list(layouts)[int(times_ms.min(axis=1).argmin())]
+    return layouts[layout], layout
+
+
+def _num_macs(model: MobileViT | SSDLite | DeepLabV3, size: tuple[int, int]) -> int:
+    cost = profile(model, size)
+    return cost.num_macs + cost.num_attention_macs
 
 
 def _log_writing(name: str, runtime: str, spec: ArtifactSpec) -> None:

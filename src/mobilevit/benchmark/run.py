@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ class Startup:
 
 
 @dataclass(frozen=True)
+class Percentiles:
+    """Percentiles of the times of a model."""
+
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The measurement of one model.
 
@@ -56,7 +66,7 @@ class Result:
     precision: str
     batch_size: int
     size_px: tuple[int, int]
-    latency_ms: dict[str, float]
+    latency_ms: Percentiles
     images_per_second: float
     load_ms: float
     num_bytes: int
@@ -131,7 +141,7 @@ def _measure_group(
     fp32_times = {_without_precision(model): times_of[model.label] for model in models if model.precision == "fp32"}
     rows = []
     for model, startup, error, times in zip(models, startups, errors, times_ms[:-1], strict=True):
-        latency_ms = {f"p{q}": float(np.percentile(times, q)) for q in (10, 50, 90, 99)}
+        latency_ms = Percentiles(*np.percentile(times, (10, 50, 90, 99)).tolist())
         gflops = None if model.num_macs is None else 2 * model.num_macs * model.batch_size / 1e6 / times
         fp32 = fp32_times.get(_without_precision(model)) if model.precision == "int8" else None
         rows.append(
@@ -143,7 +153,7 @@ def _measure_group(
                 batch_size=model.batch_size,
                 size_px=model.size,
                 latency_ms=latency_ms,
-                images_per_second=1e3 * model.batch_size / latency_ms["p50"],
+                images_per_second=1e3 * model.batch_size / latency_ms.p50,
                 load_ms=startup.load_ms,
                 num_bytes=model.num_bytes,
                 memory_bytes=startup.memory_bytes,
@@ -164,13 +174,10 @@ def _without_precision(model: BenchmarkModel) -> tuple[str | None, ...]:
 
 
 def _check_outputs(model: BenchmarkModel, outputs: Sequence[np.ndarray]) -> float | None:
-    """The largest difference of an output from torch's, in standard deviations of torch's; see `Result`."""
-    if model.expected is None:
-        return None
-    pairs = zip(outputs, model.expected, strict=True)
-    error = float(np.max([np.abs(x.astype(np.float32) - expected).max() / expected.std() for x, expected in pairs]))
+    """Check that the fp32 outputs equal torch's; returns the error, see `Result`."""
+    error = model.error(outputs)
     # With random weights, the error of lower precisions means nothing.
-    if model.precision == "fp32" and not error <= TOLERANCE["fp32"]:
+    if error is not None and model.precision == "fp32" and not error <= TOLERANCE["fp32"]:
         raise ValueError(
             f"{model.label}: its outputs differ from torch's by {error:.2g} of their standard deviation, the tolerance "
             f"is {TOLERANCE['fp32']:g}; it is not timed"
@@ -190,7 +197,7 @@ def measure_in_subprocess(model: BenchmarkModel, num_threads: int) -> Startup:
     else:
         modules = [f"mobilevit.export.{model.runtime}"]
     arguments = {
-        "model": [model.name, model.network, model.runtime, model.precision, str(model.path), model.shape, model.uint8],
+        "model": {"runtime": model.runtime, "path": str(model.path), "shape": model.shape, "uint8": model.uint8},
         "modules": modules,
         "num_threads": num_threads,
     }
@@ -209,8 +216,9 @@ def _subprocess_main() -> None:
     arguments = json.load(sys.stdin)
     for module in arguments["modules"]:
         importlib.import_module(module)
-    name, network, runtime, precision, path, shape, uint8 = arguments["model"]
-    model = BenchmarkModel(name, network, runtime, precision, Path(path), tuple(shape), uint8)
+    fields = arguments["model"]
+    fields |= {"path": Path(fields["path"]), "shape": tuple(fields["shape"])}
+    model = BenchmarkModel(name="", network="", precision="", **fields)
     images = model.example_input()
     torch.set_num_threads(arguments["num_threads"])
     torch.ones(64, 64).mm(torch.ones(64, 64))  # allocates the buffers and threads of torch itself
@@ -219,7 +227,7 @@ def _subprocess_main() -> None:
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
     run = model.load(arguments["num_threads"])
-    if runtime == "compiled":  # the first call compiles
+    if model.runtime == "compiled":  # the first call compiles
         run(images)
     load_ms = 1e3 * (time.perf_counter() - started)
     for _ in range(WARM_UP_CALLS):
@@ -266,7 +274,7 @@ def table(report: Report) -> Table:
             f"  {row.name}" if ratio else row.name,
             f"{row.runtime} {row.precision}",
             str(row.batch_size),
-            *(f"{row.latency_ms[key]:.2f}" for key in ("p10", "p50", "p90", "p99")),
+            *(f"{percentile:.2f}" for percentile in astuple(row.latency_ms)),
             f"{row.images_per_second:.1f}",
             f"{row.load_ms:.0f}",
             f"{row.num_bytes / 1e6:.2f}",
@@ -289,7 +297,7 @@ def save_figure(report: Report, path: Path) -> None:
     check_figure_path(path)
     rows = report.rows
     labels = [f"{row.name}, {row.runtime} {row.precision}, batch {row.batch_size}" for row in rows]
-    p10, p50, p90 = (np.array([row.latency_ms[key] / row.batch_size for row in rows]) for key in ("p10", "p50", "p90"))
+    p10, p50, p90, _ = np.array([astuple(row.latency_ms) for row in rows]).T / [row.batch_size for row in rows]
     figure = Figure(figsize=(9, 1.2 + 0.35 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colors = ["#8a8a8a" if row.baseline else "#1f77b4" for row in rows]

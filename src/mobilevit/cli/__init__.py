@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import Any
 
+import tyro
+
 import mobilevit
 from mobilevit.cli import parser
 from mobilevit.cli.benchmark import Benchmark
@@ -54,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
         warn(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        warn(parser.with_option_name(str(error)))
+        warn(str(error))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
@@ -83,13 +85,20 @@ def parse(args: list[str]) -> Any:
     """Return the command that `args` describe, an instance of one of `COMMANDS`.
 
     Raises:
-        ValueError: an unknown command, recipe or option; a value that is missing or invalid.
+        SystemExit: with code 0 after the help, with code 2 after the message about an invalid command or option.
+        ValueError: a recipe after an option.
     """
-    # The recipe decides the defaults that the help of `train` shows; the parser then checks its name and position.
+    # The recipe determines the defaults in the help of `train`.
     recipe = args[1] if args[0] == "train" and args[1:] and args[1] in RECIPES else "plain"
-    train = Train(data="", recipe=RECIPES[recipe], recipe_name=recipe, command=shlex.join(["mobilevit", *args]))
-    descriptions = {name: parser.wrapped(inspect.getdoc(command) or "") for name, command in COMMANDS.items()}
-    descriptions["train"] += f"\n{parser.wrapped(f'RECIPE {recipe}: {describe(recipe)}')}\n{recipe_list()}"
+    train = Train(
+        data=tyro.MISSING, recipe=RECIPES[recipe], recipe_name=recipe, command=shlex.join(["mobilevit", *args])
+    )
+    descriptions = {name: inspect.getdoc(command) or "" for name, command in COMMANDS.items()}
+    if args[0] in COMMANDS:
+        descriptions = {name: parser.wrapped(text) for name, text in descriptions.items()}
+        descriptions["train"] += f"\n{parser.wrapped(f'Recipe {recipe}: {describe(recipe)}')}\n{recipe_list()}"
+    else:  # the list of commands shows the first line of each
+        descriptions = {name: text.partition("\n")[0] for name, text in descriptions.items()}
     command = parser.parse(COMMANDS, args, descriptions, {"train": train})
     if isinstance(command, Train) and command.recipe_name != recipe:
         raise ValueError(f"RECIPE is {command.recipe_name!r}; name it before the options: mobilevit train RECIPE ...")

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mobilevit.cli.console import stdout
-from mobilevit.cli.options import WEIGHTS, Download, expand, read_weights
-from mobilevit.defaults import MIN_SIZE_PX, NUM_ROUNDS, NUM_THREADS
+from mobilevit.cli.options import (
+    FLAT,
+    WEIGHTS,
+    WeightsOptions,
+    choices,
+    expand,
+    height_width,
+    require_positive,
+)
+from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
+from mobilevit.export_options import Precision
+
+if TYPE_CHECKING:
+    from mobilevit.weights import Weights
+
+Runtime = Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert"]
 
 
 @dataclass(frozen=True)
@@ -27,29 +41,30 @@ class Benchmark:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="TARGET...",
-            help=f"Artifacts (.onnx, .pte, .xml, .tflite), xxs, xs, s, xxs:detect, xxs:segment ..., or {WEIGHTS}.",
+            help="Artifacts (.onnx, .pte, .xml, .tflite), untrained networks (xxs, xs, s, xxs:detect, xxs:segment ...) "
+            f"or weights: {WEIGHTS}.",
         ),
     ]
-    runtime: tuple[Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert"], ...] = ()
-    """Runtimes to export weights to (default: torch). An artifact has its own."""
-    precision: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ()
-    """Numeric precisions of exported weights (default: fp32). An artifact has its own."""
+    runtime: Annotated[tuple[Runtime, ...], tyro.conf.arg(metavar=f"{choices(Runtime)}...")] = ()
+    """Runtimes for networks and weights. Default: torch. An artifact has its own."""
+    precision: Annotated[tuple[Precision, ...], tyro.conf.arg(metavar=f"{choices(Precision)}...")] = ()
+    """Precisions for networks and weights. Default: fp32. An artifact has its own."""
     against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
     """Models to compare with: timm or transformers (the same network in that library); torchvision:NAME, timm:NAME or
-    NAME (another model); self (a control, whose ratio differs from 1 by noise alone)."""
+    NAME (another model); self (the same model again, as a control)."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
-    """Batch sizes (default: 1, or that of an artifact)."""
+    """Batch sizes. Default: 1, or that of the artifact."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")] = ()
-    """Image size in pixels, or height and width (default: that of the weights)."""
+    """Input size in pixels, or height and width. Default: that of the weights."""
     rounds: int = NUM_ROUNDS
     """Number of rounds. Each round times every model once."""
     num_threads: int = NUM_THREADS
-    """CPU threads of every runtime."""
-    json: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FILE")] = None
+    """Number of CPU threads of each runtime."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", name="out")] = None
     """Also write the JSON to this file."""
     figure: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write a bar chart of the times to this file: .png, .svg or .pdf."""
-    download: Download = False
+    """Write a bar chart of the latencies to this file: .png, .svg or .pdf."""
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         import tempfile
@@ -63,16 +78,15 @@ class Benchmark:
             raise ValueError("an artifact has its own runtime and precision; leave out --runtime and --precision")
         # Read all weights first, so that a wrong name fails before minutes of exports.
         weights = {name: self._weights(name) for name in dict.fromkeys(self.targets) if name not in artifacts}
-        shared: dict[str, Any] = {
-            "size": (self.size[0], self.size[-1]) if self.size else None,
-            "against": self.against,
-        }
+        size = height_width(self.size)
         timed = []
         with tempfile.TemporaryDirectory() as folder:
             for name in dict.fromkeys(self.targets):
                 if name in artifacts:
                     path = expand(Path(name))
-                    timed += models.models_from_artifact(path, Path(folder), batch_sizes=self.batch_size, **shared)
+                    timed += models.models_from_artifact(
+                        path, Path(folder), batch_sizes=self.batch_size, size=size, against=self.against
+                    )
                 else:
                     timed += models.models_from_weights(
                         name,
@@ -81,7 +95,8 @@ class Benchmark:
                         runtimes=tuple(dict.fromkeys(self.runtime)) or ("torch",),
                         precisions=tuple(dict.fromkeys(self.precision)) or ("fp32",),
                         batch_sizes=tuple(dict.fromkeys(self.batch_size)) or (1,),
-                        **shared,
+                        size=size,
+                        against=self.against,
                     )
             report = run.benchmark(timed, num_rounds=self.rounds, num_threads=self.num_threads)
         stdout().print(run.table(report))
@@ -100,19 +115,16 @@ class Benchmark:
 
         if not self.targets:
             raise ValueError("no target is given; give artifacts, weights, or xxs, xs, s")
-        if len(self.size) > 2 or any(side < MIN_SIZE_PX for side in self.size):
-            raise ValueError(f"size is {self.size}; give one side or height and width, {MIN_SIZE_PX} px or more")
-        counts = [("batch size", size) for size in self.batch_size]
-        for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        require_positive("rounds", self.rounds)
+        require_positive("num threads", self.num_threads)
+        require_positive("batch size", *self.batch_size)
         if self.figure:
             check_figure_path(self.figure)
         for file in (self.json, self.figure):
             if file and not expand(file).parent.is_dir():
                 raise ValueError(f"{file}: the folder does not exist")
 
-    def _weights(self, name: str) -> Any:
+    def _weights(self, name: str) -> Weights:
         from mobilevit.benchmark.rivals import random_weights
         from mobilevit.models.mobilevit import ARCHITECTURES
         from mobilevit.weights import NETWORKS
@@ -121,4 +133,4 @@ class Benchmark:
         task: Any = suffix or "classify"
         if architecture in ARCHITECTURES and task in NETWORKS:
             return random_weights(architecture, task=task)
-        return read_weights(name, self.download)
+        return self.weights_options.read(name)

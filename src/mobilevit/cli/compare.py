@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mobilevit.cli.console import stdout
-from mobilevit.cli.options import choose_device, expand, expand_data, use_threads
+from mobilevit.cli.options import DeviceOptions, Flag, choices, expand, expand_data, require_positive
 from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
 from mobilevit.recipes import RECIPES
 
@@ -18,64 +18,67 @@ if TYPE_CHECKING:
     from mobilevit.compare.reports import Report
     from mobilevit.compare.run import TimingOptions
 
+RecipeName = Literal["small", "plain", "tiny"]
+Runtime = Literal["torch", "onnx"]
+
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare MobileViT with other models: size, accuracy, latency.
+    """Compare MobileViT with other models: parameters, accuracy, latency.
 
-    With --data, train all models on your images with one recipe. The same command resumes an interrupted comparison.
-    The last line of the output is JSON.
+    With --data, the models are trained on your images with one recipe; the same command resumes an interrupted
+    comparison. The last line of the output is JSON.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Models to compare with the three sizes of MobileViT (default: all, which takes minutes). With --data: models to
-    train besides one MobileViT (default: four of the size of MobileViT-XXS)."""
-    data: str | None = None
-    """Train on these images (as for train), report the measured accuracy, and time the trained models."""
-    recipe: Literal["small", "plain", "tiny"] | None = None
-    """With --data: recipe for all models (default: small). `mobilevit train NAME --help` describes it."""
-    epochs: int | None = None
-    """With --data: number of epochs (default: that of the recipe)."""
+    """Models to compare with MobileViT. Default: all, which takes minutes; with --data: four models of the size of
+    MobileViT-XXS."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Data set, as for train: train the models on it, report their accuracy and time the trained models."""
+    recipe: Annotated[RecipeName | None, tyro.conf.arg(metavar=choices(RecipeName))] = None
+    """With --data: training recipe of all models; `mobilevit train RECIPE --help` shows it. Default: small."""
+    epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --data: number of epochs. Default: that of the recipe."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
-    """With --data: seeds; every model is trained once with each (default: 0 1 2)."""
-    lr: float | None = None
-    """With --data: peak learning rate for all models (default: that of the recipe)."""
-    clip_norm: float | None = None
-    """With --data: gradient norm limit for all models; 0 disables clipping (default: that of the recipe)."""
-    flip: bool = True
-    """With --data: do not flip images horizontally, for digits, letters and other images with a direction."""
-    num_workers: int | None = None
-    """With --data: number of processes that load images (default: that of the recipe)."""
-    time: bool = True
-    """Do not measure latency. The table then takes a minute or two."""
-    runtime: tuple[Literal["torch", "onnx"], ...] = ()
-    """Runtimes to time in, float32 (default: both; torch on an accelerator)."""
+    """With --data: random seeds; each model is trained once per seed. Default: 0 1 2."""
+    lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """With --data: peak learning rate of all models. Default: that of the recipe."""
+    clip_norm: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """With --data: maximum norm of the gradient; 0: no clipping. Default: that of the recipe."""
+    flip: Flag = True
+    """With --data: do not flip images horizontally in training. For digits, letters and other images whose orientation
+    matters."""
+    num_workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --data: number of processes that read images. Default: that of the recipe."""
+    time: Flag = True
+    """Do not measure latency. The comparison then takes a minute or two."""
+    runtime: Annotated[tuple[Runtime, ...], tyro.conf.arg(metavar=f"{choices(Runtime)}...")] = ()
+    """Runtimes to time fp32 models in. Default: both; torch on an accelerator."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
-    """MobileViT to compare the others with; nearest is the one with the most similar number of parameters."""
+    """MobileViT that the others are compared with; nearest: the one with the nearest number of parameters."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", aliases=["--batch"])] = ()
-    """Batch sizes to time (default: 1). With --data: training batch size (default: that of the recipe); the trained
-    models are timed with a batch size of 1."""
+    """Batch sizes to time. Default: 1. With --data: training batch size. Default: that of the recipe."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Image size in pixels (default: that of each model's published figures; with --data that of the recipe). Models
-    that do not support it are left out, or rejected if they are named."""
-    rounds: int | None = None
-    """Number of rounds; each round times every model once (default: 40)."""
-    num_threads: int | None = None
-    """CPU threads of the timed runtimes (default: 2), and of training (default: that of PyTorch)."""
-    device: Annotated[str, tyro.conf.arg(help="Device of torch: cpu, cuda, cuda:1.")] = "cpu"
+    """Input size in pixels. Default: that of each model's published accuracy; with --data: that of the recipe. Models
+    that do not support the size are left out."""
+    rounds: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Number of rounds; each round times every model once. Default: 40."""
+    num_threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Number of CPU threads. Default: 2 for latency, that of PyTorch for training."""
+    device: str = "cpu"
+    """Device of torch: cpu, cuda, cuda:1."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder for table.md, table.csv, table.json and figures; with --data also for the runs (default with --data:
-    runs/compare/ and the name of the data)."""
+    """Folder for the table (.md, .csv, .json) and figures; with --data also for the runs. Default with --data:
+    runs/compare/ and the name of the data."""
 
     def run(self) -> int:
         self._check()
         return self._published() if self.data is None else self._trained(self.data)
 
     def _check(self) -> None:
-        counts = [("batch size", size) for size in self.batch_size]
-        for name, value in (*counts, ("rounds", self.rounds), ("num threads", self.num_threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        require_positive("rounds", self.rounds)
+        require_positive("num threads", self.num_threads)
+        require_positive("batch size", *self.batch_size)
         training_options = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds or None, "--lr": self.lr},
             **{"--no-flip": None if self.flip else True, "--num-workers": self.num_workers},
@@ -123,8 +126,7 @@ class Compare:
         models = choose(self.only, recipe, self.baseline)
         data = expand_data(data)
         out = expand(self.out or Path("runs/compare") / Path(data).resolve().name)
-        if self.num_threads:
-            use_threads(self.num_threads)
+        DeviceOptions(num_threads=self.num_threads).set_threads()
         options = self._timing_options((1,))
         report = compare_trained(models, data, out, recipe, seeds=self.seeds or SEEDS, options=options)
         self._show(report, out)
@@ -133,7 +135,7 @@ class Compare:
     def _timing_options(self, batch_sizes: tuple[int, ...]) -> TimingOptions:
         from mobilevit.compare.run import RUNTIMES, TimingOptions
 
-        device = choose_device(self.device)
+        device = DeviceOptions(self.device).apply()
         runtimes = tuple(dict.fromkeys(self.runtime)) or (RUNTIMES if device == "cpu" else ("torch",))
         return TimingOptions(
             runtimes=runtimes if self.time else (),

@@ -8,21 +8,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mobilevit.cli.options import Download, SomeWeights, expand, read_weights, warn_of_transparency
+from mobilevit.cli.options import FLAT, Flag, WeightsArgument, WeightsOptions, expand, warn_of_transparency
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert weights to another format."""
+    """Convert weights to the format of another library."""
 
-    source: SomeWeights
+    source: WeightsArgument
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """A .safetensors file (mobilevit, timm), a .pt file (apple) or a folder (transformers)."""
+    """Output: a .safetensors file (mobilevit, timm), a .pt file (apple) or a folder (transformers)."""
     to: Literal["mobilevit", "apple", "timm", "transformers"] = "mobilevit"
-    """Format to write."""
-    overwrite: bool = False
+    """Output format."""
+    overwrite: Flag = False
     """Replace TARGET if it exists."""
-    download: Download = False
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         from mobilevit.weights import write
@@ -30,10 +30,10 @@ class Convert:
         target = expand(self.target)
         if target.exists() and not self.overwrite:
             raise ValueError(f"{target}: already exists; choose another name or add --overwrite")
-        weights = read_weights(self.source, self.download)
+        weights = self.weights_options.read(self.source)
         write(weights, target, self.to)
         print(f"{target}: {weights.name}, {weights.num_classes} classes, {self.to} format")
         warn_of_transparency(weights)
         if self.to == "apple":
-            print("Apple's format does not contain class names and preprocessing; readers assume the paper's")
+            print("Apple's format does not contain class names and preprocessing; readers assume those of the paper")
         return 0

@@ -9,35 +9,44 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mobilevit.cli.options import Download, SomeWeights, expand, read_weights, some_images, warn_of_assumptions
+from mobilevit.cli.options import (
+    FLAT,
+    Flag,
+    SampleImages,
+    WeightsArgument,
+    WeightsOptions,
+    choices,
+    expand,
+)
+
+Drawing = Literal["optdigits", "mnist"]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Run a network in the browser, or write the page for a website.
+    """Run a network in the browser, or write a page that does.
 
-    Inputs are image files, the camera or drawings. Nothing is uploaded.
+    Inputs are image files, the camera or drawings. They stay in the browser.
     """
 
-    weights: SomeWeights
+    weights: WeightsArgument
     port: int = 0
     """Port of the local server, which only this machine can reach. 0 selects a free port."""
-    open: bool = True
+    open: Flag = True
     """Do not open the page in the browser. The URL is always printed."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write the page into this folder, for any host of static files, instead of serving it."""
-    overwrite: bool = False
+    """Write the page to this folder, for any host of static files, instead of serving it."""
+    overwrite: Flag = False
     """With --out: replace files that mobilevit demo did not write."""
-    drawing: Literal["optdigits", "mnist"] | None = None
-    """Add a pad to draw digits and letters, rendered like scikit-learn's digits (8 px) or like MNIST and EMNIST (28
-    px). Default: for classifiers of single characters, optdigits up to 32 px input and mnist above; otherwise none."""
-    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
-    """Real images to verify the exported network on: files, folders, patterns, or data as for train. Default: synthetic
-    images."""
+    drawing: Annotated[Drawing | None, tyro.conf.arg(metavar=choices(Drawing))] = None
+    """Add a canvas to draw digits and letters, rendered like scikit-learn's digits (optdigits, 8 px) or like MNIST and
+    EMNIST (mnist, 28 px). Default: for classifiers of single characters, optdigits up to 32 px input and mnist above;
+    otherwise none."""
     runtime_folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder with ONNX Runtime Web (package/dist of npm's onnxruntime-web). Default: the cache, into which npm
     downloads it on first use."""
-    download: Download = False
+    sample_images: Annotated[SampleImages, FLAT] = SampleImages()
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         import tempfile
@@ -45,8 +54,7 @@ class Demo:
 
         from mobilevit.demo import Server, write_page
 
-        weights = read_weights(self.weights, self.download)
-        warn_of_assumptions(self.weights, weights)
+        weights = self.weights_options.read_for_inference(self.weights)
         file = expand(Path(self.weights))
         with tempfile.TemporaryDirectory() as temporary:
             out = expand(self.out) if self.out else Path(temporary)
@@ -56,7 +64,7 @@ class Demo:
                     out,
                     source=file.name if file.exists() else self.weights,  # a public page must not contain local paths
                     drawing=self.drawing,
-                    images=some_images(self.images),
+                    images=self.sample_images.read(),
                     runtime_folder=expand(self.runtime_folder) if self.runtime_folder else None,
                     overwrite=self.overwrite,
                 )

@@ -10,24 +10,25 @@ import tyro
 
 from mobilevit.cli.console import stdout
 from mobilevit.cli.options import (
+    FLAT,
     WEIGHTS,
-    Device,
-    Download,
-    MaxMegapixels,
-    NumThreads,
-    choose_device,
+    DeviceOptions,
+    Flag,
+    ImageOptions,
+    WeightsOptions,
+    choices,
     expand_data,
-    limit_megapixels,
-    use_threads,
+    require,
     warn_of_assumptions,
     weights_of_run,
 )
-from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
+from mobilevit.defaults import MIN_SIZE_PX
 
 if TYPE_CHECKING:
     from mobilevit.tasks.task import ClassMetrics
     from mobilevit.weights import Weights
 
+Split = Literal["train", "val", "test", "all"]
 # Headings and decimals of metrics. Others are counts.
 HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU %", "iou": "IoU %"} | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
@@ -47,27 +48,26 @@ class Evaluate:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or a run folder, for all weights in it."),
     ]
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="DATA")]
     """Data set, as for train."""
-    split: Literal["train", "val", "test", "all"] | None = None
-    """Split to evaluate; default: val, or test if there is no val. Data without splits are split as in training if the
+    split: Annotated[Split | None, tyro.conf.arg(metavar=choices(Split))] = None
+    """Split to evaluate. Default: val, or test if there is no val. Data without splits are split as in training if the
     weights were trained on them; otherwise all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
-    """Input sizes in pixels; default: the size that the weights were trained at."""
-    per_class: bool = False
-    """Print the metrics of every class, too."""
-    json: bool = False
+    """Input sizes in pixels. Default: the input size in training."""
+    per_class: Flag = False
+    """Also print the metrics of each class."""
+    json: Flag = False
     """Print one JSON object per line instead of a table."""
     batch_size: int = 32
-    """Images per batch."""
+    """Batch size in images."""
     num_workers: int = 2
-    """Processes that read images; 0 reads them in the main process."""
+    """Number of processes that read images; 0 reads them in the main process."""
     max_unreadable: int = 0
-    """Number of unreadable images to skip; more are an error."""
-    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
-    device: Device = "auto"
-    num_threads: NumThreads = None
-    download: Download = False
+    """Maximum number of unreadable images to skip."""
+    image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
+    device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         """Evaluate, and print the metrics."""
@@ -75,10 +75,11 @@ class Evaluate:
         from mobilevit.weights import read
 
         self._check()
-        use_threads(self.num_threads)
-        limit_megapixels(self.max_megapixels)
+        device = self.device_options.apply()
+        self.image_options.apply()
         # Read all weights before the first evaluation, so that a wrong name fails at once.
-        named = {name: read(name, download=self.download) for given in self.weights for name in weights_of_run(given)}
+        names = [name for given in self.weights for name in weights_of_run(given)]
+        named = {name: read(name, download=self.weights_options.download) for name in names}
         data = expand_data(self.data)
         tasks = {weights.task for weights in named.values()}
         if len(tasks) > 1:
@@ -100,7 +101,7 @@ class Evaluate:
                     batch_size=self.batch_size,
                     num_workers=self.num_workers,
                     max_unreadable=self.max_unreadable,
-                    device=choose_device(self.device),
+                    device=device,
                 )
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}
@@ -125,12 +126,9 @@ class Evaluate:
     def _check(self) -> None:
         if not self.weights:
             raise ValueError("no weights are given; give files, hub ids or the folder of a run")
-        if any(size < MIN_SIZE_PX for size in self.size):
-            raise ValueError(f"--size is {self.size}; sizes must be {MIN_SIZE_PX} px or more")
-        if self.max_unreadable < 0:
-            raise ValueError(f"--max-unreadable is {self.max_unreadable}; it must be 0 or more")
-        if self.num_workers < 0:
-            raise ValueError(f"--num-workers is {self.num_workers}; it must be 0 or more")
+        require(min(self.size, default=MIN_SIZE_PX) >= MIN_SIZE_PX, "size", self.size, f"{MIN_SIZE_PX} px or more")
+        require(self.max_unreadable >= 0, "max unreadable", self.max_unreadable, "0 or more")
+        require(self.num_workers >= 0, "num workers", self.num_workers, "0 or more")
 
 
 def _split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:

@@ -9,36 +9,28 @@ from typing import Annotated
 import tyro
 
 from mobilevit.cli.console import stdout
-from mobilevit.cli.options import (
-    Device,
-    Download,
-    SomeWeights,
-    choose_device,
-    expand,
-    limit_megapixels,
-    read_weights,
-    warn_of_assumptions,
-)
+from mobilevit.cli.options import FLAT, DeviceOptions, ImageOptions, WeightsArgument, WeightsOptions, expand
 
 
 @dataclass(frozen=True)
 class Explain:
     """Show attention, receptive fields and class evidence (Grad-CAM) for an image."""
 
-    weights: SomeWeights
+    weights: WeightsArgument
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
-    """An image file."""
+    """Image file."""
     at: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="X Y")] = None
     """Query point of attention and receptive fields, in pixels of the upright image. Default: the center."""
-    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    class_name: Annotated[str | None, tyro.conf.arg(metavar="NAME", name="class")] = None
     """Class to show the evidence for (classifiers only). Default: the most likely class."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Side of the network's input in pixels. Default: the size that the weights were trained for. A larger input gives
-    finer maps, but its activations differ from those in training."""
+    """Input height and width in pixels. Default: the input size in training. Larger inputs give finer maps, but their
+    activations differ from those in training."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("explanation.html")
     """Output file: an interactive page (.html) or a figure (.png). An existing file is overwritten."""
-    device: Device = "auto"
-    download: Download = False
+    image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
+    device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         from rich.box import SIMPLE
@@ -46,10 +38,9 @@ class Explain:
 
         from mobilevit.explain import explain_image
 
-        weights = read_weights(self.weights, self.download)
-        warn_of_assumptions(self.weights, weights)
+        weights = self.weights_options.read_for_inference(self.weights)
         out = expand(self.out)
-        limit_megapixels()
+        self.image_options.apply()
         explanation = explain_image(
             weights,
             expand(self.image),
@@ -57,7 +48,7 @@ class Explain:
             class_name=self.class_name,
             size_px=self.size,
             out=out,
-            device=choose_device(self.device),
+            device=self.device_options.apply(),
         )
         if explanation.class_evidence:
             table = Table("class", Column("probability", justify="right"), box=SIMPLE)

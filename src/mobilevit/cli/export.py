@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,16 +11,18 @@ import tyro
 
 from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.options import (
-    Download,
-    SomeWeights,
-    artifact_name,
+    FLAT,
+    Flag,
+    SampleImages,
+    WeightsArgument,
+    WeightsOptions,
+    choices,
     expand,
-    read_weights,
-    some_images,
-    warn_of_assumptions,
     warn_of_transparency,
 )
 from mobilevit.export_options import ARTIFACT_SUFFIXES, BackendName, ExportOptions
+
+BackendChoice = Literal[BackendName, "all"]
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,27 +38,24 @@ class Export:
     Each artifact is run in its runtime and compared with torch before it is written.
     """
 
-    weights: SomeWeights
-    to: tuple[Literal[BackendName, "all"], ...] = ("onnx",)
-    """Runtimes to export for; "all" selects those that are installed."""
-    out: Path = Path("exports")
-    """Folder to write to. Files are named after the run folder or the weights file, or after the architecture if that
-    name is generic (model.safetensors)."""
-    options: Annotated[ExportOptions, tyro.conf.arg(name="")] = field(default_factory=ExportOptions)
-    images: Annotated[tuple[str, ...], tyro.conf.arg(name="images", metavar="IMAGE...")] = ()
-    """Real images for the comparison and for int8 calibration: files, folders, patterns, or data as for train. Default:
-    synthetic images."""
-    sensitivity: bool = False
-    """Write nothing; instead show the effect of int8 on each group of layers, measured on --images."""
-    json: bool = False
+    weights: WeightsArgument
+    to: Annotated[tuple[BackendChoice, ...], tyro.conf.arg(metavar=f"{choices(BackendChoice)}...")] = ("onnx",)
+    """Runtimes to export for; all: those that are installed."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("exports")
+    """Output folder. Files are named after the run folder or the weights file, or after the architecture if that name
+    is generic (model.safetensors)."""
+    options: Annotated[ExportOptions, FLAT, tyro.conf.FlagCreatePairsOff] = ExportOptions()
+    sample_images: Annotated[SampleImages, FLAT] = SampleImages()
+    sensitivity: Flag = False
+    """Print the error that int8 causes in each group of layers, measured on --images. No file is written."""
+    json: Flag = False
     """Print one JSON object per line instead of a table."""
-    download: Download = False
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         """Export, and print a table."""
-        weights = read_weights(self.weights, self.download)
-        warn_of_assumptions(self.weights, weights)
-        images = some_images(self.images)
+        weights = self.weights_options.read_for_inference(self.weights)
+        images = self.sample_images.read()
         if self.sensitivity:
             from mobilevit.export import sensitivity
 
@@ -79,7 +78,7 @@ class Export:
             self.options,
             images=images,
             source=self.weights,
-            prefix=artifact_name(self.weights),
+            prefix=_file_prefix(self.weights),
         ):
             if self.json:  # at once, so that an interruption does not lose it
                 print(json.dumps(artifact.to_dict(), ensure_ascii=False), flush=True)
@@ -104,13 +103,27 @@ class Export:
         return names
 
     def _print_notes(self, artifacts: list[Artifact]) -> None:
-        origin = "real images" if self.images else "synthetic images; give real ones with --images"
+        origin = "real images" if self.sample_images.images else "synthetic images; give real ones with --images"
         num_images = max((a.agreement.num_images for a in artifacts if a.agreement), default=0)
         print(f"compared with torch on {num_images} {origin}" if num_images else "no artifact could be run")
         for a in artifacts:
             if a.speedup_over_fp32 is not None:
                 verdict = "faster" if a.speedup_over_fp32 > 1.02 else "NOT faster"
                 print(f"{a.backend}: int8 is {verdict} than fp32 here ({a.speedup_over_fp32:.2f} times its speed)")
+
+
+def _file_prefix(source: str) -> str:
+    """Start of the artifacts' names: the name of the run folder or the weights file; "" if that name is generic."""
+    path = expand(Path(source))
+    if (path / "run.json").is_file():
+        return path.resolve().name
+    if not path.is_file():
+        return ""
+    if path.stem not in ("model", "raw", "best", "pytorch_model"):
+        return path.stem
+    if not path.with_name("run.json").is_file():
+        return ""
+    return path.resolve().parent.name + ("" if path.stem == "model" else f"_{path.stem}")
 
 
 def _table(*names: str) -> Table:

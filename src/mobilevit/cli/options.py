@@ -1,130 +1,176 @@
-"""Options that several commands share, and what resolves their values."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import gc
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
-from mobilevit.defaults import MAX_MEGAPIXELS
-from mobilevit.export_options import ARTIFACT_SUFFIXES
+from mobilevit.cli.console import warn
+from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 
 if TYPE_CHECKING:
     from mobilevit.images import Preprocessing
     from mobilevit.weights import Weights
-from mobilevit.cli.console import warn
 
-WEIGHTS = "a file (ours, Apple's, timm's), a folder in transformers' layout, or a hub id such as apple/mobilevit-small"
+WEIGHTS = (
+    "a file (of mobilevit, Apple or timm), a folder (of transformers), or a Hugging Face hub id such as "
+    "apple/mobilevit-small"
+)
+RUN_FOLDER = "or a run folder, for its model.safetensors (EMA weights of the last epoch)"
+
+FLAT: Any = tyro.conf.arg(name="")
+"""On a nested dataclass: the names of its options have no prefix."""
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A switch: only the name that changes the default exists, --json or --no-open."""
 
 
-ARTIFACTS = tuple(ARTIFACT_SUFFIXES.values())
+def choices(literal: Any) -> str:
+    """The metavar of an option with the values of a `Literal`."""
+    return "{" + ",".join(get_args(literal)) + "}"
 
 
-OR_RUN = "or a run folder, of which model.safetensors is read: the averaged weights of the last epoch"
-
-
-SomeWeights = Annotated[
-    str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}; {OR_RUN}.")
+WeightsArgument = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS", help=f"Weights: {WEIGHTS}; {RUN_FOLDER}.")
 ]
 
 
-Download = Annotated[bool, tyro.conf.arg(help="Fetch a hub id that is not in the local cache.")]
+@dataclass(frozen=True)
+class WeightsOptions:
+    """How weights are read."""
+
+    download: Flag = False
+    """Download weights from the Hugging Face hub if they are not in the local cache."""
+
+    def read(self, name: str) -> Weights:
+        """Weights of a file, a folder, a hub id, or a run folder."""
+        import_torch()
+        from mobilevit.weights import read
+
+        return read(weights_of_run(name)[0], download=self.download)
+
+    def read_for_inference(self, name: str) -> Weights:
+        """As `read`, with a warning if the preprocessing is assumed."""
+        weights = self.read(name)
+        warn_of_assumptions(name, weights)
+        return weights
 
 
-Device = Annotated[str, tyro.conf.arg(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where the network runs."""
+
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1, mps, or auto for the first available of cuda, mps and cpu."""
+    num_threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Number of CPU threads. Default: that of PyTorch."""
+
+    def set_threads(self) -> None:
+        import_torch()
+        from mobilevit.device import use_threads
+
+        use_threads(self.num_threads)
+
+    def apply(self) -> str:
+        """Set the number of threads; the name of the device, which is available."""
+        self.set_threads()
+        from mobilevit.device import choose_device
+
+        return choose_device(self.device)
 
 
-MaxMegapixels = Annotated[
-    float, tyro.conf.arg(help="Largest image file to read, width times height in millions of pixels.")
-]
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read."""
+
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Largest image to read, in megapixels (width x height / 1,000,000)."""
+
+    def apply(self) -> None:
+        """Set the limit."""
+        from mobilevit.images import limit_megapixels
+
+        require(self.max_megapixels > 0, "max megapixels", self.max_megapixels, "above 0")
+        limit_megapixels(self.max_megapixels)
 
 
-NumThreads = Annotated[int | None, tyro.conf.arg(help="CPU threads to compute with; unless given, PyTorch's default.")]
+@dataclass(frozen=True)
+class SampleImages:
+    """Images that an exported network is verified on."""
 
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
+    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or data as for
+    train. Default: synthetic images."""
+    image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
 
-def some_images(names: tuple[str, ...], number: int = 256) -> list[Any]:
-    """The images that `names` stand for: files, folders and patterns, or, evenly over it, a data set for training."""
-    from mobilevit.data.sources import find_splits
-    from mobilevit.images import find_images, read_image
+    def read(self) -> list[Any]:
+        """At most 256 images of a data set; all images of files, folders and patterns."""
+        from mobilevit.data.sources import find_splits
+        from mobilevit.images import find_images, read_image
 
-    limit_megapixels()
-    if len(names) == 1:
-        data = expand_data(names[0])
+        self.image_options.apply()
+        if len(self.images) != 1:
+            return list(find_images(self.images))
+        data = expand_data(self.images[0])
         try:
             return list(find_images([data]))
         except ValueError:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise
-        try:
-            source = find_splits("classify", data, val_fraction=0.1)[0]
-        except ValueError as error:
-            if Path(data).is_dir() and not any(Path(data).iterdir()):
-                raise ValueError(f"{names[0]}: no images in this folder") from None
-            raise error
-        number = min(number, len(source))
+        if Path(data).is_dir() and not any(Path(data).iterdir()):
+            raise ValueError(f"{data}: no images in this folder")
+        source = find_splits("classify", data, val_fraction=0.1)[0]
+        number = min(256, len(source))
         samples = [source[i * len(source) // number] for i in range(number)]
         return [read_image(sample.image, sample.name) for sample in samples]
-    return list(find_images(names))
+
+
+def require_positive(name: str, *values: int | None) -> None:
+    for value in values:
+        require(value is None or value >= 1, name, value, "1 or more")
+
+
+def require(holds: bool, name: str, value: object, range_: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {range_}")
+
+
+def height_width(size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Input height and width in pixels of an option with one or two values, or None without values."""
+    if len(size) > 2 or any(side < MIN_SIZE_PX for side in size):
+        raise ValueError(f"size is {size}; give one side or height and width, at least {MIN_SIZE_PX} px")
+    return (size[0], size[-1]) if size else None
 
 
 def weights_of_run(name: str) -> list[str]:
-    """What a run left, if `name` is its folder: the averaged weights of the last epoch and the raw ones."""
+    """If `name` is a run folder, its weights of the last epoch: the EMA weights and the raw weights."""
     folder = expand(Path(name))
     if not (folder / "run.json").is_file():
         return [name]
     found = [str(folder / file) for file in ("model.safetensors", "raw.safetensors") if (folder / file).is_file()]
     if not found:
-        raise ValueError(f"{name}: this run has no weights yet; the first are there after its first epoch")
+        raise ValueError(f"{name}: this run has no weights yet; its first epoch has not finished")
     return found
 
 
-def read_weights(source: str, download: bool) -> Weights:
-    """Weights of a file, a folder or a hub id; of a run folder, its model.safetensors."""
-    import_torch()
-    from mobilevit.weights import read
-
-    return read(weights_of_run(source)[0], download=download)
-
-
-def artifact_name(source: str) -> str:
-    """Name for artifacts: of the run folder or the weights file; "" where that does not tell weights apart."""
-    path = expand(Path(source))
-    if (path / "run.json").is_file():
-        return path.resolve().name
-    if not path.is_file():
-        return ""
-    if path.stem not in ("model", "raw", "best", "pytorch_model"):
-        return path.stem
-    if not path.with_name("run.json").is_file():
-        return ""
-    return path.resolve().parent.name + ("" if path.stem == "model" else f"_{path.stem}")
-
-
 def expand(path: Path) -> Path:
-    """With the home folder for a leading ~, which no shell sees to in --data=~/photos."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own stops at a folder called ~photos
+    """Expand a leading ~, which shells leave in --data=~/photos."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser fails on a folder called ~photos
 
 
 def expand_data(data: str) -> str:
     return data if data.startswith("hf:") or "://" in data else str(expand(Path(data)))
 
 
-def limit_megapixels(max_megapixels: float = MAX_MEGAPIXELS) -> None:
-    from mobilevit.images import limit_megapixels
-
-    if not max_megapixels > 0:
-        raise ValueError(f"max megapixels is {max_megapixels}; it must be above 0")
-    limit_megapixels(max_megapixels)
-
-
 def import_torch() -> None:
-    """Import torch with the garbage collector off, which takes a third less time.
+    """Import torch without garbage collection, which takes a third less time.
 
-    It creates a million objects that live as long as the process. Frozen, they are not collected at exit either.
+    The import creates a million objects that live as long as the process. Frozen, they are not collected at exit.
     """
     if "torch" not in sys.modules:
         gc.disable()
@@ -134,31 +180,19 @@ def import_torch() -> None:
         gc.enable()
 
 
-def use_threads(num_threads: int | None) -> None:
-    import_torch()
-    from mobilevit.device import use_threads
-
-    use_threads(num_threads)
-
-
-def choose_device(name: str) -> str:
-    from mobilevit.device import choose_device
-
-    return choose_device(name)
-
-
 def warn_of_assumptions(source: str, weights: Weights) -> None:
+    """Warn if the file does not contain the preprocessing and the class names."""
     if not weights.has_description:
-        p = weights.preprocessing
         names = {"classify": "ImageNet", "detect": "COCO", "segment": "PASCAL VOC"}[weights.task]
         warn(
-            f"{source}: says nothing of its input; assumed is what was published: {_resized(p)}"
-            + (f", {names}'s class names" if weights.class_names else ", and no class names")
+            f"{source}: does not contain the preprocessing; the published one is assumed: "
+            + format_resize(weights.preprocessing)
+            + (f", class names of {names}" if weights.class_names else ", no class names")
         )
 
 
 def warn_of_transparency(weights: Weights) -> None:
-    """Tell whoever writes the preprocessing on a device what happens to transparency, if training met any."""
+    """Warn that preprocessing outside this package must composite transparent images, if training did."""
     if num := weights.training.get("num_transparent"):
         warn(
             f"{num:,} of the training images have an alpha channel or a transparent color; training composited them on "
@@ -167,10 +201,10 @@ def warn_of_transparency(weights: Weights) -> None:
         )
 
 
-def _resized(p: Preprocessing) -> str:
-    """How an image becomes a square."""
+def format_resize(p: Preprocessing) -> str:
+    """The resizing and cropping of a preprocessing, in words."""
     if isinstance(p.resize_px, int):
-        return f"short side to {p.resize_px} px {p.interpolation}, middle {p.crop_px} px"
+        return f"short side to {p.resize_px} px {p.interpolation}, center crop {p.crop_px} px"
     height, width = p.resize_px
-    warped = f"the whole image to {width} x {height} px {p.interpolation}"
-    return warped if height == width == p.crop_px else f"{warped}, middle {p.crop_px} px"
+    resized = f"the whole image to {height} x {width} px {p.interpolation}"
+    return resized if height == width == p.crop_px else f"{resized}, center crop {p.crop_px} px"

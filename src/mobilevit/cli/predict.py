@@ -13,21 +13,17 @@ import tyro
 
 from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.options import (
-    ARTIFACTS,
-    OR_RUN,
+    FLAT,
+    RUN_FOLDER,
     WEIGHTS,
-    Device,
-    Download,
-    MaxMegapixels,
-    NumThreads,
-    choose_device,
+    DeviceOptions,
+    Flag,
+    ImageOptions,
+    WeightsOptions,
     expand,
-    limit_megapixels,
-    read_weights,
-    use_threads,
-    warn_of_assumptions,
 )
-from mobilevit.defaults import MAX_MEGAPIXELS, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
+from mobilevit.export_options import ARTIFACT_SUFFIXES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,13 +33,14 @@ if TYPE_CHECKING:
 Rows = list[tuple[str, ...]]  # of the table, without the column of the image
 Predictions = Callable[[Any, Any], list[Any]]  # (pixels, sizes) of a batch -> a result per image
 MIN_IMAGES_FOR_PROGRESS = 32
+ARTIFACTS = tuple(ARTIFACT_SUFFIXES.values())
 
 
 @dataclass(frozen=True)
 class Predict:
     """Predict the classes, boxes or masks of images.
 
-    The task is that of the weights. The exit code is 1 if some images cannot be read.
+    The weights determine the task. The exit code is 1 if some images cannot be read.
     """
 
     weights: Annotated[
@@ -51,39 +48,38 @@ class Predict:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="WEIGHTS",
-            help=f"Weights: {WEIGHTS}; {OR_RUN}; or an exported artifact ({', '.join(ARTIFACTS)}), run on the CPU.",
+            help=f"Weights: {WEIGHTS}; {RUN_FOLDER}; or an exported artifact ({', '.join(ARTIFACTS)}), run on the CPU.",
         ),
     ]
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"."""
+    """Image files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"."""
     top_k: Annotated[
-        int | None, tyro.conf.arg(help=f"Classification: number of classes per image; default {TOP_K}.")
+        int | None, tyro.conf.arg(metavar="INT", help=f"Classification: number of classes per image. Default: {TOP_K}.")
     ] = None
     score_threshold: Annotated[
-        float | None, tyro.conf.arg(help=f"Detection: lower bound of the score, 0 to 1; default {SCORE_THRESHOLD}.")
+        float | None,
+        tyro.conf.arg(metavar="FLOAT", help=f"Detection: minimum score, from 0 to 1. Default: {SCORE_THRESHOLD}."),
     ] = None
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder for the files of detection and segmentation; default predictions. Files of the same names are replaced.
-    Detection: STEM_boxes.jpg per image, and detections.json in COCO's results format. Its category_id is that of the
-    data, or class index + 1 if the weights have none; its image_id is the image's stem, as a number if it is one.
-    Segmentation: STEM.png, class indices in VOC's colors, and STEM_overlay.jpg."""
-    json: bool = False
+    """Output folder of detection and segmentation; existing files are replaced. Default: predictions. Detection writes
+    STEM_boxes.jpg for each image and detections.json in the format of COCO results: image_id is the file stem, as a
+    number if it is one; category_id is that of the training data, or class index + 1 if unknown. Segmentation writes
+    STEM.png (class indices) and STEM_overlay.jpg."""
+    json: Flag = False
     """Print one JSON object per line instead of a table."""
-    batch_size: int = 16
-    """Images per batch."""
-    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS
-    device: Device = "auto"
-    num_threads: NumThreads = None
-    download: Download = False
+    batch_size: int = PREDICT_BATCH_SIZE
+    """Batch size in images."""
+    image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
+    device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
         from mobilevit.images import find_images
 
         if not self.images:
             raise ValueError("no images; give files, folders or quoted patterns")
-        limit_megapixels(self.max_megapixels)
-        paths = find_images(self.images)
-        use_threads(self.num_threads)  # imports torch: errors in the paths are reported before
+        self.image_options.apply()
+        paths = find_images(self.images)  # before the import of torch, so that a wrong path is reported at once
         model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
         self._check_options(model.task)
         output = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
@@ -147,18 +143,18 @@ class Predict:
 
     def _network(self) -> Any:
         from mobilevit.models.fuse import fold_batch_norm
-        from mobilevit.predict import classifier, detector, segmenter
+        from mobilevit.predict import PREDICTORS
 
-        weights = read_weights(self.weights, self.download)
-        warn_of_assumptions(self.weights, weights)
-        build = {"classify": classifier, "detect": detector, "segment": segmenter}[weights.task]
-        return fold_batch_norm(build(weights).to(choose_device(self.device)), inplace=True)
+        device = self.device_options.apply()
+        weights = self.weights_options.read_for_inference(self.weights)
+        return fold_batch_norm(PREDICTORS[weights.task].from_weights(weights).to(device), inplace=True)
 
     def _artifact(self) -> Any:
         from mobilevit.export.predictor import load_predictor
 
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(f"device is {self.device!r}, but an artifact runs on the CPU; omit --device")
+        device = self.device_options.device
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"device is {device!r}, but an artifact runs on the CPU; omit --device")
         return load_predictor(expand(Path(self.weights)))
 
     def _check_options(self, task: str) -> None:

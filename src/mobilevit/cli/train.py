@@ -13,7 +13,16 @@ import tyro
 from mobilevit.cli import parser
 from mobilevit.cli.console import warn
 from mobilevit.cli.evaluate import format_metric
-from mobilevit.cli.options import WEIGHTS, Device, Download, NumThreads, expand, expand_data, read_weights, use_threads
+from mobilevit.cli.options import (
+    FLAT,
+    WEIGHTS,
+    DeviceOptions,
+    Flag,
+    WeightsOptions,
+    expand,
+    expand_data,
+    require,
+)
 from mobilevit.recipes import RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
@@ -26,12 +35,12 @@ else:
 class Train:
     """Train a network on your images, or resume an interrupted run.
 
-    mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
+    Usage: mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
     """
 
     recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
-    """Recipe: the defaults of the options."""
-    data: str = field(kw_only=True)
+    """Recipe, which determines the defaults of the options."""
+    data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
     """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
     or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
     and masks/."""
@@ -40,18 +49,18 @@ class Train:
     weights: Annotated[
         str | None,
         tyro.conf.arg(
+            metavar="WEIGHTS",
             aliases=["--backbone"],
             help=f"Pretrained weights: {WEIGHTS}. From weights of another task, only the backbone is used.",
         ),
     ] = None
-    download: Download = False
-    device: Device = "auto"
-    num_threads: NumThreads = None
+    weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
+    device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints. Every epoch ends with a checkpoint, too."""
-    tensorboard: bool = False
+    """Minutes between checkpoints. Every epoch also ends with a checkpoint."""
+    tensorboard: Flag = False
     """Log to TensorBoard as well."""
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, FLAT] = Recipe()
     command: tyro.conf.Suppress[str] = ""
 
     def run(self) -> int:
@@ -60,12 +69,11 @@ class Train:
         from mobilevit.training.loop import train
         from mobilevit.training.run import FinishedError
 
-        use_threads(self.num_threads)
-        if not self.checkpoint_minutes > 0:
-            raise ValueError(f"checkpoint minutes are {self.checkpoint_minutes}; they must be above 0")
+        self.device_options.set_threads()
+        require(self.checkpoint_minutes > 0, "checkpoint minutes", self.checkpoint_minutes, "above 0")
         data = expand_data(self.data)
         out = expand(self.out or Path("runs") / Path(data).resolve().name)
-        pretrained = read_weights(self.weights, self.download) if self.weights else None
+        pretrained = self.weights_options.read(self.weights) if self.weights else None
         architecture = self.recipe.architecture
         # The weights override the default of the recipe, but not an option of the command.
         is_given = any(arg.partition("=")[0] == "--architecture" for arg in shlex.split(self.command))
@@ -80,7 +88,7 @@ class Train:
                 data,
                 out,
                 pretrained=pretrained,
-                device=self.device,
+                device=self.device_options.device,
                 checkpoint_minutes=self.checkpoint_minutes,
                 tensorboard=self.tensorboard,
                 extend=True,

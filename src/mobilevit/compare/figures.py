@@ -15,7 +15,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from mobilevit.compare.models import OWN_PAPER, Augmentation, Family
-from mobilevit.compare.reports import RUNTIME_TITLES, PublishedReport, Report, Runtime, TrainedReport, TrainedRow
+from mobilevit.compare.reports import (
+    RUNTIME_TITLES,
+    PublishedReport,
+    PublishedRow,
+    Report,
+    Row,
+    Runtime,
+    TrainedReport,
+    TrainedRow,
+)
 
 # The palette of Okabe and Ito, which is distinguishable with every kind of color vision.
 INK, GREY, GRID = "#22262b", "#6b7178", "#e4e7ea"
@@ -32,8 +41,6 @@ LEADER_PT = 13  # labels at a larger distance get a line to their point
 # Lines of learning curves, without the red of MobileViT.
 LINE_COLORS = ("#0a6eb0", "#d98200", "#00845c", "#a0569b", "#3aa6dd", "#6b7178")
 DASHES = ("-", "--", ":")
-PUBLISHED_LABEL = "ImageNet top-1 in percent, published"
-PARAMETERS_LABEL = "parameters in millions"
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,10 @@ class Point:
 
     name: str
     family: Family
+    augmentation: Augmentation | None
+    own_paper: bool
     x: float
     y: float
-    augmentation: Augmentation | None
-    own_paper: bool = False
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
 
@@ -62,75 +69,38 @@ def draw(report: Report) -> dict[str, Figure]:
     if isinstance(report, PublishedReport):
         for family in ("cnn", "vit"):
             if any(row.family == family for row in report.rows):
-                figures[f"accuracy_parameters_{family}.png"] = published_against_parameters(report, family)
-        for runtime, batch_size in report.timed:
-            name = f"accuracy_latency_{runtime}_b{batch_size}.png"
-            figures[name] = published_against_latency(report, runtime, batch_size)
-    elif isinstance(report, TrainedReport):
-        if any(row.runs for row in report.rows):
-            figures["accuracy_parameters.png"] = trained_against_parameters(report)
-            figures["learning_curves.png"] = learning_curves(report)
-        for runtime, batch_size in report.timed:
-            name = f"accuracy_latency_{runtime}.png"
-            figures[name] = trained_against_latency(report, runtime, batch_size)
+                figures[f"accuracy_parameters_{family}.png"] = accuracy_against_parameters(report, family)
+    elif isinstance(report, TrainedReport) and any(row.runs for row in report.rows):
+        figures["accuracy_parameters.png"] = accuracy_against_parameters(report)
+        figures["learning_curves.png"] = learning_curves(report)
+    for runtime, batch_size in report.timed:
+        suffix = f"_b{batch_size}" if isinstance(report, PublishedReport) else ""
+        name = f"accuracy_latency_{runtime}{suffix}.png"
+        figures[name] = accuracy_against_latency(report, runtime, batch_size)
     return figures
 
 
-def published_against_parameters(report: PublishedReport, family: Family) -> Figure:
-    """The models of `family` and MobileViT."""
+def accuracy_against_parameters(report: Report, family: Family | None = None) -> Figure:
+    """Top-1 against parameters, of the models of `family` and MobileViT, by default of all."""
     points = [
-        Point(
-            name=row.name,
-            family=row.family,
-            x=row.cost.num_parameters / 1e6,
-            y=row.published_top1,
-            augmentation=row.augmentation,
-            own_paper=row.source == OWN_PAPER,
-        )
+        _point(report, row, row.cost.num_parameters / 1e6)
         for row in report.rows
-        if row.family in (family, "mobilevit")
+        if row.cost and _has_top1(row) and (family is None or row.family in (family, "mobilevit"))
     ]
-    title = f"MobileViT and {FAMILIES[family]}s: ImageNet top-1 against parameters"
-    return _scatter(points, PARAMETERS_LABEL, PUBLISHED_LABEL, title)
+    title = f"ImageNet top-1 against parameters: MobileViT and {FAMILIES[family]}s" if family else ""
+    return _scatter(report, points, "parameters in millions", title)
 
 
-def published_against_latency(report: PublishedReport, runtime: Runtime, batch_size: int) -> Figure:
-    """All models that were timed in `runtime`; error bars from the 10th to the 90th percentile."""
+def accuracy_against_latency(report: Report, runtime: Runtime, batch_size: int) -> Figure:
+    """Top-1 against the time in a runtime; error bars from the 10th to the 90th percentile."""
     timed = [(row, timing.latency_ms) for row in report.rows if (timing := row.timing(runtime, batch_size))]
-    points = [
-        Point(
-            name=row.name,
-            family=row.family,
-            x=latency_ms.median,
-            y=row.published_top1,
-            augmentation=row.augmentation,
-            own_paper=row.source == OWN_PAPER,
-            x_range=(latency_ms.p10, latency_ms.p90),
-        )
-        for row, latency_ms in timed
-    ]
+    points = [_point(report, row, x.median, (x.p10, x.p90)) for row, x in timed]
+    images = "image" if batch_size == 1 else f"{batch_size} images"
     sizes = {row.size_px for row, _ in timed}
-    x_label = _latency_label(runtime, batch_size) + (f", {sizes.pop()} px" if len(sizes) == 1 else "")
-    title = f"ImageNet top-1 against time ({report.where}, {report.machine.date})"
-    return _scatter(points, x_label, PUBLISHED_LABEL, title)
-
-
-def trained_against_parameters(report: TrainedReport) -> Figure:
-    """The trained models; error bars of one standard deviation over the seeds."""
-    points = [
-        _trained_point(row, row.cost.num_parameters / 1e6, report) for row in report.rows if row.runs and row.cost
-    ]
-    return _scatter_trained(points, PARAMETERS_LABEL, report)
-
-
-def trained_against_latency(report: TrainedReport, runtime: Runtime, batch_size: int) -> Figure:
-    """The trained models that were timed in `runtime`; error bars also from the 10th to the 90th percentile."""
-    points = []
-    for row in report.rows:
-        if timing := row.timing(runtime, batch_size):
-            x = timing.latency_ms
-            points.append(_trained_point(row, x.median, report, (x.p10, x.p90)))
-    return _scatter_trained(points, _latency_label(runtime, batch_size), report)
+    size = f", {sizes.pop()} px" if len(sizes) == 1 else ""
+    x_label = f"ms per {images}, {RUNTIME_TITLES[runtime]}, float32{size}"
+    setting = report.setting
+    return _scatter(report, points, x_label, f"ImageNet top-1 against time ({setting.where}, {setting.machine.date})")
 
 
 def learning_curves(report: TrainedReport) -> Figure:
@@ -153,24 +123,18 @@ def learning_curves(report: TrainedReport) -> Figure:
     return figure
 
 
-def _trained_point(
-    row: TrainedRow, x: float, report: TrainedReport, x_range: tuple[float, float] | None = None
-) -> Point:
-    top1, std = row.top1 or 0.0, row.top1_std or 0.0
-    policy = report.recipe["data"]["policy"]
-    return Point(row.name, row.family, x, top1, policy, x_range=x_range, y_range=(top1 - std, top1 + std))
+def _has_top1(row: Row) -> bool:
+    return isinstance(row, PublishedRow) or (isinstance(row, TrainedRow) and row.top1 is not None)
 
 
-def _scatter_trained(points: Sequence[Point], x_label: str, report: TrainedReport) -> Figure:
-    num_seeds, recipe = len(report.seeds), report.recipe
-    y_label = f"top-1 in percent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}"
-    size = f"{recipe['epochs']} epochs at {recipe['data']['size_px']} px"
-    return _scatter(points, x_label, y_label, f"Trained on {Path(report.data).name}: {size} ({report.machine.date})")
-
-
-def _latency_label(runtime: Runtime, batch_size: int) -> str:
-    images = "image" if batch_size == 1 else f"{batch_size} images"
-    return f"ms per {images}, {RUNTIME_TITLES[runtime]}, float32"
+def _point(report: Report, row: Row, x: float, x_range: tuple[float, float] | None = None) -> Point:
+    if isinstance(row, PublishedRow):
+        own_paper = row.source == OWN_PAPER
+        return Point(row.name, row.family, row.augmentation, own_paper, x, row.published_top1, x_range)
+    assert isinstance(row, TrainedRow)
+    assert isinstance(report, TrainedReport)
+    y, std = row.top1 or 0.0, row.top1_std or 0.0
+    return Point(row.name, row.family, report.recipe["data"]["policy"], False, x, y, x_range, (y - std, y + std))
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
@@ -186,8 +150,17 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _scatter(points: Sequence[Point], x_label: str, y_label: str, title: str) -> Figure:
-    """A labelled scatter plot with a logarithmic x axis; a line connects the MobileViTs."""
+def _scatter(report: Report, points: Sequence[Point], x_label: str, title: str) -> Figure:
+    """A labeled scatter plot with a logarithmic x axis; a line connects the MobileViTs.
+
+    `title` is that of published figures. The title of trained models names their data and recipe.
+    """
+    y_label = "ImageNet top-1 in percent, published"
+    if isinstance(report, TrainedReport):
+        num_seeds, recipe = len(report.seeds), report.recipe
+        y_label = f"top-1 in percent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}"
+        title = f"Trained on {Path(report.data).name}: {recipe['epochs']} epochs at {recipe['data']['size_px']} px"
+        title += f" ({report.setting.machine.date})"
     figure, axes = _axes(title)
     axes.set_xscale("log")
     axes.set_xlabel(x_label, color=INK)
@@ -230,24 +203,18 @@ def _draw_marker(axes: Axes, point: Point) -> None:
 
 
 def _legend(points: Sequence[Point]) -> list[Line2D]:
-    def handle(label: str, color: str, marker: str, face: str) -> Line2D:
-        size = 12 if marker == "*" else 7
-        style = {"markerfacecolor": face, "markeredgecolor": color, "markersize": size}
-        return Line2D([], [], linestyle="none", label=label, marker=marker, **style)
-
+    """A marker for every combination of family and augmentation, MobileViT first."""
     kinds = dict.fromkeys((point.family, point.augmentation) for point in points if not point.own_paper)
-    handles = [
-        handle(
-            f"{FAMILIES[family]}, {AUGMENTATIONS[augmentation]}",
-            COLORS[family],
-            "*" if family == "mobilevit" else MARKERS[augmentation],
-            COLORS[family],
-        )
-        for family, augmentation in sorted(kinds, key=lambda kind: kind[0] != "mobilevit")
-    ]
+    entries = []  # label, color, marker, fill color
+    for family, augmentation in sorted(kinds, key=lambda kind: kind[0] != "mobilevit"):
+        color, marker = COLORS[family], "*" if family == "mobilevit" else MARKERS[augmentation]
+        entries.append((f"{FAMILIES[family]}, {AUGMENTATIONS[augmentation]}", color, marker, color))
     if any(point.own_paper for point in points):
-        handles.append(handle("top-1 from the model's own paper", GREY, MARKERS[None], "white"))
-    return handles
+        entries.append(("top-1 from the model's own paper", GREY, MARKERS[None], "white"))
+    return [
+        Line2D([], [], ls="none", label=label, marker=marker, mec=color, mfc=fill, ms=12 if marker == "*" else 7)
+        for label, color, marker, fill in entries
+    ]
 
 
 def _draw_labels(axes: Axes, points: Sequence[Point]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from mobilevit.benchmark.cost import Cost
 from mobilevit.benchmark.timing import Machine, Spread
-from mobilevit.compare.models import Augmentation, Family, LibraryWeights
+from mobilevit.compare.models import Augmentation, Family, LibraryWeights, PublishedModel
 from mobilevit.compare.statistics import Comparison
 
 Runtime = Literal["torch", "onnx"]
@@ -63,6 +63,22 @@ class PublishedRow(Row):
     augmentation: Augmentation | None
     source: str
     library_weights: tuple[LibraryWeights, ...]
+
+    @classmethod
+    def of(cls, model: PublishedModel, size_px: int, cost: Cost) -> PublishedRow:
+        return cls(
+            name=model.name,
+            family=model.family,
+            paper=model.paper,
+            library=model.library,
+            size_px=size_px,
+            cost=cost,
+            published_parameters=model.published_parameters,
+            published_top1=model.published_top1,
+            augmentation=model.augmentation,
+            source=model.source,
+            library_weights=model.library_weights,
+        )
 
     @property
     def best_weights(self) -> LibraryWeights | None:
@@ -157,22 +173,15 @@ class DenseRow:
     num_parameters: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What both kinds of comparison report. `num_rounds` is 0 if nothing was timed."""
+@dataclass(frozen=True)
+class Setting:
+    """Where and how models were timed; `device` is that of torch. `num_rounds` is 0 if nothing was timed."""
 
     machine: Machine
     device: str
     num_rounds: int
     num_timing_threads: int
     baseline: Baseline
-    rows: Sequence[Row]
-    notes: Sequence[str]
-
-    @property
-    def timed(self) -> list[tuple[Runtime, int]]:
-        """The runtimes and batch sizes that were timed."""
-        return list(dict.fromkeys((t.runtime, t.batch_size) for row in self.rows for t in row.timings))
 
     @property
     def where(self) -> str:
@@ -181,10 +190,25 @@ class Report:
         threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
         return self.device if self.device != "cpu" else f"{self.machine.processor}, {threads}"
 
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of a comparison."""
+
+    setting: Setting
+    rows: Sequence[Row]
+    notes: Sequence[str]
+
+    @property
+    def timed(self) -> list[tuple[Runtime, int]]:
+        """The runtimes and batch sizes that were timed."""
+        return list(dict.fromkeys((t.runtime, t.batch_size) for row in self.rows for t in row.timings))
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         values = asdict(self)
-        return {**values.pop("machine"), **values}
+        setting = values.pop("setting")
+        return {**setting.pop("machine"), **setting, **values}
 
 
 @dataclass(frozen=True, kw_only=True)

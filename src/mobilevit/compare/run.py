@@ -6,7 +6,6 @@ every group together with the three sizes of MobileViT, and results are ratios o
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,12 @@ from torch import nn
 
 from mobilevit.benchmark import timing
 from mobilevit.benchmark.cost import count
-from mobilevit.benchmark.models import LAYOUT_ROUNDS, write_model
+from mobilevit.benchmark.models import faster_layout, runner, write_model
 from mobilevit.benchmark.rivals import protect_silu, randomize
 from mobilevit.benchmark.timing import Spread
 from mobilevit.compare.claims import check_claims, dense_tables, speed_ratios
 from mobilevit.compare.models import MOBILEVITS, MODELS, Model, PublishedModel, check_names, network_key
-from mobilevit.compare.reports import RUNTIMES, Baseline, PublishedReport, PublishedRow, Runtime, Timing
+from mobilevit.compare.reports import RUNTIMES, Baseline, PublishedReport, PublishedRow, Runtime, Setting, Timing
 from mobilevit.defaults import NUM_ROUNDS, NUM_THREADS
 from mobilevit.export import TOLERANCE, find_backend
 from mobilevit.export.artifact import ArtifactSpec
@@ -60,9 +59,11 @@ class TimingOptions:
                     f"ONNX Runtime is timed on the CPU only; with --device {self.device} give --runtime torch"
                 )
 
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
+    def setting(self, num_threads: int) -> Setting:
+        """The setting of a report; `num_threads` are those of torch outside of the timing."""
+        device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
+        num_rounds = self.num_rounds if self.runtimes else 0
+        return Setting(timing.machine(num_threads), device, num_rounds, self.num_threads, self.baseline)
 
 
 def choose(names: Sequence[str]) -> list[PublishedModel]:
@@ -91,7 +92,7 @@ def compare(
     """
     options = options or TimingOptions()
     options.check()
-    machine = timing.machine(options.num_threads)
+    setting = options.setting(options.num_threads)
     notes, rows = [], []
     for model in models:
         size = size_px or model.size_px
@@ -101,7 +102,9 @@ def compare(
             notes.append(f"left out {model.name}: {error}")
             continue
         logger.info("%s: counting ...", model.name)
-        rows.append(_count(model, size))
+        with torch.device("meta"):
+            network = model.build(size_px=size)
+        rows.append(PublishedRow.of(model, size, count(network, (size, size))))
     if any(row.size_px != MODELS[row.name].size_px for row in rows):
         notes.append(f"published top-1 and claims are for the image sizes of the papers, not for {size_px} px")
     for note in notes:
@@ -111,34 +114,12 @@ def compare(
     rows = [replace(row, timings=timings_of(row.name, timings, num_parameters, options)) for row in rows]
     at_published_size = [row for row in rows if row.size_px == MODELS[row.name].size_px]
     return PublishedReport(
-        machine=machine,
-        device=options.device_name,
-        num_rounds=options.num_rounds if options.runtimes else 0,
-        num_timing_threads=options.num_threads,
-        baseline=options.baseline,
+        setting=setting,
         rows=rows,
         notes=notes + problems,
         claims=check_claims(at_published_size),
         speeds=speed_ratios(at_published_size),
         dense=dense_tables(),
-    )
-
-
-def _count(model: PublishedModel, size_px: int) -> PublishedRow:
-    with torch.device("meta"):
-        network = model.build(size_px=size_px)
-    return PublishedRow(
-        name=model.name,
-        family=model.family,
-        paper=model.paper,
-        library=model.library,
-        size_px=size_px,
-        cost=count(network, (size_px, size_px)),
-        published_parameters=model.published_parameters,
-        published_top1=model.published_top1,
-        augmentation=model.augmentation,
-        source=model.source,
-        library_weights=model.library_weights,
     )
 
 
@@ -254,26 +235,9 @@ class _Timer:
 
     def _prepare_torch(self, name: str, network: nn.Module, size_px: int) -> _Prepared:
         """The model as it is defined, without rewrites, in the memory layout that is faster on this machine."""
-        device = self.options.device
-        images = torch.rand(self.batch_size, 3, size_px, size_px).to(device)
-
-        def runner(network: nn.Module) -> Callable[[], Any]:
-            def run() -> None:
-                with torch.inference_mode():
-                    network(images)
-                if device != "cpu":
-                    torch.accelerator.synchronize(device)
-
-            return run
-
-        network = network.to(device)
-        runs = {
-            "channels first": runner(network),
-            "channels last": runner(copy.deepcopy(network).to(memory_format=torch.channels_last)),
-        }
-        times_ms = timing.measure(list(runs.values()), LAYOUT_ROUNDS)
-        layout = list(runs)[int(times_ms.min(axis=1).argmin())]
-        return _Prepared(runs[layout], layout=layout)
+        images = torch.rand(self.batch_size, 3, size_px, size_px).to(self.options.device)
+        network, layout = faster_layout(network.to(self.options.device), images)
+        return _Prepared(runner(network, images), layout=layout)
 
     def _prepare_onnx(self, name: str, network: nn.Module, size_px: int) -> _Prepared:
         """The model as `mobilevit export` converts it; the rewrites apply to MobileViT only."""
@@ -282,9 +246,8 @@ class _Timer:
         spec = ArtifactSpec("fp32", size_px, size_px, self.batch_size)
         model = write_model(name, network, "onnx", spec, self.folder)
         run, images = model.load(self.options.num_threads), model.example_input()
-        assert model.expected is not None
-        (expected,), (found,) = model.expected, run(images)
-        error = float(np.abs(found - expected).max() / expected.std())
+        error = model.error(run(images))
+        assert error is not None
         if not error <= TOLERANCE["fp32"]:
             self._report(
                 f"onnx: the logits of {name} differ from torch's by {error:.1g} of their standard deviation, the "

@@ -15,24 +15,11 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The mean of one sample minus that of another, by Welch's t-test.
-
-    `low` and `high` are the limits of the 95 % confidence interval, `p` is the p-value. All three are None if there is
-    no test: a sample has fewer than two values, or both are constant.
-    """
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """The top-1 of a model minus that of `baseline`, in percentage points, over `num_seeds` seeds each.
+    """The mean top-1 of a model minus that of `baseline`, in percentage points, over `num_seeds` seeds each.
 
-    `low`, `high` and `p` are those of `Difference`, `p_holm` is corrected for all `num_tests` tests of the report.
+    `low` and `high` are the limits of the 95 % confidence interval, `p` is the p-value of Welch's t-test; None without
+    a test, see `welch`. `p_holm` is corrected for all `num_tests` tests of the report.
     """
 
     name: str
@@ -68,22 +55,25 @@ def require_scipy() -> Any:
     return require("scipy.stats", "compare", "a significance test over several seeds")
 
 
-def welch(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """The mean of `values` minus that of `others`, two samples whose variances may differ."""
-    mean = float(np.mean(values) - np.mean(others))
+def welch(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float] | None:
+    """Welch's t-test of the mean of `values` minus that of `others`; the variances may differ.
+
+    Returns the limits of the 95 % confidence interval and the p-value. None if a sample has fewer than two values, or
+    if both are constant.
+    """
     if min(len(values), len(others)) < 2 or np.ptp(values) == np.ptp(others) == 0:
-        return Difference(mean)
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # one of the samples may be constant
         result = require_scipy().ttest_ind(values, others, equal_var=False)
     interval = result.confidence_interval(0.95)
-    return Difference(mean, float(interval.low), float(interval.high), float(result.pvalue))
+    return float(interval.low), float(interval.high), float(result.pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's correction of the p-values of several tests."""
-    corrected, largest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(np.argsort(ps, kind="stable")):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(ps, kind="stable")
+    scaled = np.arange(len(ps), 0, -1) * np.array(ps)[order]
+    corrected = np.empty(len(ps))
+    corrected[order] = np.maximum.accumulate(scaled).clip(max=1)
+    return corrected.tolist()

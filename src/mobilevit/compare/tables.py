@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from mobilevit.benchmark.cost import MIB, Cost
+from mobilevit.benchmark.cost import MIB, Cost, format_gmacs
 from mobilevit.benchmark.timing import Spread
 from mobilevit.compare import figures
 from mobilevit.compare.reports import (
@@ -51,21 +51,20 @@ TRAINED_NOTES = (
 
 def header(report: Report) -> str:
     """Data, date, processor and settings, in one line."""
-    m = report.machine
-    threads = f"{report.num_timing_threads} thread{'s' if report.num_timing_threads > 1 else ''}"
+    setting = report.setting
+    machine, num_threads = setting.machine, setting.num_timing_threads
+    timed = f"{num_threads} thread{'s' if num_threads > 1 else ''}, {setting.num_rounds} rounds"
     if not isinstance(report, TrainedReport):
-        text = ", ".join([m.date, m.processor, *([report.device] if report.device != "cpu" else [])])
-        if report.num_rounds:
-            text += f", {threads}, {report.num_rounds} rounds, load average {m.load_average}"
-        return text
+        text = f"{machine.date}, {machine.processor}" + (f", {setting.device}" if setting.device != "cpu" else "")
+        return text + (f", {timed}, load average {machine.load_average}" if setting.num_rounds else "")
     data = report.recipe["data"]
     split = f"its {report.val_split}/" if report.val_split else "a validation split of its images"
     text = (
         f"{report.data}: trained on {report.num_train:,} images of {report.num_classes} classes at {data['size_px']} "
         f"px, evaluated on {report.num_val:,} images of {split}; {report.recipe['epochs']} epochs, {data['policy']} "
-        f"augmentation, seeds {', '.join(map(str, report.seeds))}; {m.date}, {report.where}"
+        f"augmentation, seeds {', '.join(map(str, report.seeds))}; {machine.date}, {setting.where}"
     )
-    return text + (f"; times per image with {threads}, {report.num_rounds} rounds" if report.num_rounds else "")
+    return text + (f"; times per image with {timed}" if setting.num_rounds else "")
 
 
 def notes(report: Report) -> list[str]:
@@ -155,16 +154,11 @@ def columns(report: Report) -> Columns:
     rows = report.rows
     specific = _trained_columns(report) if isinstance(report, TrainedReport) else _published_columns(report)
     digits = 4 if isinstance(report, TrainedReport) else 3
-
-    def macs(cost: Cost) -> str:
-        total = cost.num_macs + cost.num_attention_macs
-        return f"{total / 1e9:.{digits}f} / {cost.num_macs / 1e9:.{digits}f}"
-
     return [
         ("model", [row.name for row in rows]),
         ("px", [str(row.size_px) for row in rows]),
         ("M parameters", [_or_dash(row.cost, lambda cost: f"{cost.num_parameters / 1e6:.2f}") for row in rows]),
-        ("GMACs", [_or_dash(row.cost, macs) for row in rows]),
+        ("GMACs", [_or_dash(row.cost, lambda cost: format_gmacs(cost, digits)) for row in rows]),
         ("activations MiB", [_or_dash(row.cost, lambda cost: f"{cost.inference_bytes / MIB:.2f}") for row in rows]),
         *specific,
         *_timing_columns(report),
@@ -252,7 +246,7 @@ def markdown(report: Report, figure_names: Sequence[str]) -> str:
         text += [_list(findings(report))]
         text += ["## Recipe", f"```json\n{json.dumps(report.recipe, indent=2)}\n```"]
     text += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figure_names]
-    versions = ", ".join(f"{library} {version}" for library, version in report.machine.versions.items())
+    versions = ", ".join(f"{library} {version}" for library, version in report.setting.machine.versions.items())
     return "\n\n".join([*text, f"Versions: {versions}."]) + "\n"
 
 
@@ -290,9 +284,10 @@ def _dense_columns(rows: Sequence[DenseRow], metric: str) -> Columns:
 
 
 def _speed_lines(report: PublishedReport) -> list[str]:
+    processor = report.setting.machine.processor
     return [
         f"{one.other} takes {one.published_ratio:.2f} times as long as {one.ours} on the CPU of an iPhone 12 "
-        f"(published), {one.ratio:.2f} times here ({report.machine.processor}, {one.runtime}, batch {one.batch_size})"
+        f"(published), {one.ratio:.2f} times here ({processor}, {one.runtime}, batch {one.batch_size})"
         for one in report.speeds
     ]
 

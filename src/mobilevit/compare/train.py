@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from mobilevit import recipes
-from mobilevit.benchmark import timing
 from mobilevit.benchmark.cost import Cost, count
 from mobilevit.compare.models import (
     MOBILEVITS,
@@ -110,7 +109,7 @@ def compare_trained(
     """
     options = options or TimingOptions(runtimes=())
     _check(models, recipe, seeds, options)
-    machine = timing.machine(torch.get_num_threads())
+    setting = options.setting(torch.get_num_threads())
     recipe_of = {seed: replace(recipe, seed=seed) for seed in seeds}  # checks every seed before the first training
     train_set, val_set = TASKS["classify"].datasets(recipe, data)  # an error in the data is not a model's failure
     num_classes, size_px = len(train_set.source.class_names), recipe.data.size_px
@@ -134,11 +133,7 @@ def compare_trained(
     ]
     shared = {name: value for name, value in recipes.to_dict(recipe).items() if name not in ("architecture", "seed")}
     return TrainedReport(
-        machine=machine,
-        device=options.device_name,
-        num_rounds=options.num_rounds if options.runtimes else 0,
-        num_timing_threads=options.num_threads,
-        baseline=options.baseline,
+        setting=setting,
         rows=rows,
         notes=notes,
         data=str(data),
@@ -231,8 +226,9 @@ def compare_rows(rows: Sequence[TrainedRow], num_seeds: int, baseline: Baseline)
         other = baseline_of(name, num_parameters, baseline)
         if other is not None:
             values, others = ([run.top1 for run in one.runs] for one in (row, complete[other]))
-            d = welch(values, others)
-            comparisons.append(Comparison(name, other, num_seeds, d.mean, d.low, d.high, d.p))
+            low, high, p = welch(values, others) or (None, None, None)
+            difference = float(np.mean(values) - np.mean(others))
+            comparisons.append(Comparison(name, other, num_seeds, difference, low, high, p))
     tested = [one for one in comparisons if one.p is not None]
     p_holm = dict(zip([one.name for one in tested], holm([one.p for one in tested if one.p is not None]), strict=True))
     return [replace(one, p_holm=p_holm.get(one.name), num_tests=len(tested)) for one in comparisons]

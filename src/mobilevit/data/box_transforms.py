@@ -56,7 +56,7 @@ class BoxTruth(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxAugmentation:
-    """The published augmentation of SSDLite: SSD's random crop, colour distortion, horizontal flip.
+    """The published augmentation of SSDLite: SSD's random crop, color distortion, horizontal flip.
 
     The sides of the crop are at least the root of `min_scale` of the image's (SSD's 0.3 is a `min_scale` of 0.09); see
     `random_iou_crop`. SSD's zoom out, which helps with small objects, is neither in the released recipe nor in
@@ -70,7 +70,7 @@ class BoxAugmentation:
     def __call__(self, sample: Sample[Boxes], pick: Pick) -> tuple[np.ndarray, BoxTarget]:
         """An image of any size -> uint8 (size_px, size_px, 3), and its boxes.
 
-        Crowd boxes are left out, and boxes whose centre is not in the crop. Raises ImageError.
+        Crowd boxes are left out, and boxes whose center is not in the crop. Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
         boxes = sample.label
@@ -82,7 +82,7 @@ class BoxAugmentation:
             has_area = (corners[:, 2:] > corners[:, :2]).all(1)
             corners, labels = corners[has_area], labels[has_area]
             left, top, right, bottom = crop = random_iou_crop(width, height, corners, self.min_scale, random)
-            is_inside = _centres_inside(corners, np.array(crop)[None])[0]
+            is_inside = _centers_inside(corners, np.array(crop)[None])[0]
             origin, size = np.array((left, top, left, top)), np.array((right - left, bottom - top) * 2)
             corners = ((corners[is_inside] - origin) / size).clip(0, 1).astype(np.float32)
             labels = labels[is_inside]
@@ -115,7 +115,7 @@ def random_iou_crop(
     """SSD's random crop (arXiv 1512.02325, section 2.2).
 
     `corners` (N, 4) are boxes in pixels. The sides of the crop are the root of `min_scale` to 1 of the image's, its
-    aspect ratio is 1:2 to 2:1, it contains the centre of a box, and its IoU with a box is at least a minimum that is
+    aspect ratio is 1:2 to 2:1, it contains the center of a box, and its IoU with a box is at least a minimum that is
     sampled from `MIN_IOUS`. The whole image is one of the samples, and the fallback after `NUM_TRIES` tries. Without
     boxes, only size and aspect ratio count.
     """
@@ -133,7 +133,7 @@ def random_iou_crop(
     is_valid = (ratio >= 0.5) & (ratio <= 2)
     if len(corners):
         ious = box_iou(torch.from_numpy(crops), torch.from_numpy(corners.astype(np.float64))).numpy()
-        is_valid &= _centres_inside(corners, crops).any(1) & (ious.max(1) >= min_iou)
+        is_valid &= _centers_inside(corners, crops).any(1) & (ious.max(1) >= min_iou)
     if not is_valid.any():
         return whole
     left, top, right, bottom = (int(x) for x in crops[is_valid.argmax()])
@@ -145,7 +145,7 @@ def distort(image: Image.Image, random: np.random.Generator) -> np.ndarray:
 
     The ranges are torchvision's, which are SSD's: brightness 7/8 to 9/8, contrast and saturation 1/2 to 3/2, hue up to
     18 degrees. Contrast comes before or after saturation and hue. Channels are not permuted: the released code does
-    that to half of the images, SSD does not, and it removes the information in colours.
+    that to half of the images, SSD does not, and it removes the information in colors.
     """
     contrast_first = random.random() < 0.5
     is_on = random.random(4) < 0.5
@@ -174,7 +174,7 @@ def stack_boxes(targets: list[BoxTarget]) -> BoxBatch:
     return BoxBatch(corners, labels)
 
 
-def _centres_inside(corners: np.ndarray, crops: np.ndarray) -> np.ndarray:
-    """Whether crops (P, 4) contain the centres of boxes (N, 4): (P, N)."""
-    centres = (corners[:, :2] + corners[:, 2:]) / 2
-    return np.all((centres > crops[:, None, :2]) & (centres < crops[:, None, 2:]), axis=2)
+def _centers_inside(corners: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    """Whether crops (P, 4) contain the centers of boxes (N, 4): (P, N)."""
+    centers = (corners[:, :2] + corners[:, 2:]) / 2
+    return np.all((centers > crops[:, None, :2]) & (centers < crops[:, None, 2:]), axis=2)

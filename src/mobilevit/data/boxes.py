@@ -18,7 +18,7 @@ from mobilevit.images import ImageError, read_header
 class Boxes:
     """The N boxes of an image, which have an area and lie within the image.
 
-    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are not learnt, and missing them is no error. `areas` are
+    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are not learned, and missing them is no error. `areas` are
     those of the objects if annotated, else those of the boxes. `size` is the (width, height) of the image in the
     annotation, None if it has none.
     """

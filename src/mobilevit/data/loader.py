@@ -229,7 +229,5 @@ def _collate(
 
 def _empty(*shape: int) -> Tensor:
     """An uninitialized uint8 tensor; in a worker in shared memory, to which its queue would copy it otherwise."""
-    if get_worker_info() is None or 0 in shape:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (math.prod(shape),), (1,)).view(shape)
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    return pixels if get_worker_info() is None else pixels.share_memory_()

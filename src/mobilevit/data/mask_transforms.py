@@ -32,7 +32,7 @@ class MaskAugmentation:
 
     Resize, crop and flip are those of the paper's released recipe (short side 1/2 to 2 of the crop's side), except that
     a small image is padded with black pixels that the loss ignores, where that recipe enlarges the image. The rotation
-    by up to 10 degrees is from a later release, which also distorts colours; this class does not. `min_scale` limits
+    by up to 10 degrees is from a later release, which also distorts colors; this class does not. `min_scale` limits
     the crop: the smallest fraction of the area of a square image. 1 never cuts anything off.
     """
 

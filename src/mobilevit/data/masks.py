@@ -22,7 +22,7 @@ IGNORE = 255  # the class index of pixels that are excluded from loss and metric
 
 @dataclass(frozen=True)
 class MaskCoding:
-    """The class index of each value of a mask, or IGNORE; and for coloured masks the RGB colour of each value."""
+    """The class index of each value of a mask, or IGNORE; and for colored masks the RGB color of each value."""
 
     indices: tuple[int, ...]
     colors: tuple[tuple[int, int, int], ...] | None = None
@@ -39,7 +39,7 @@ class MaskFile:
         """(H, W) uint8, class indices and IGNORE. `width` and `height` are those of the upright image.
 
         Raises:
-            ImageError: a missing or damaged file, a mask of another size, a value or colour without a class.
+            ImageError: a missing or damaged file, a mask of another size, a value or color without a class.
         """
         try:
             with Image.open(self.file) as image:
@@ -77,8 +77,8 @@ class MaskFile:
             return f"{self.file}: {mask.width} x {mask.height} px, but its image has {size[0]} x {size[1]} px"
         if self.coding.colors is None and not (mask.mode in ("1", "L", "P", "I") or mask.mode.startswith("I;16")):
             return (
-                f"{self.file}: a mask of mode {mask.mode}, but the classes have no colours; save class indices as "
-                "palette or grey values, or write #rrggbb after each name in classes.txt"
+                f"{self.file}: a mask of mode {mask.mode}, but the classes have no colors; save class indices as "
+                "palette or gray values, or write #rrggbb after each name in classes.txt"
             )
         return None
 
@@ -96,7 +96,7 @@ class MaskFile:
         codes = values.astype(np.int64) @ (1 << 16, 1 << 8, 1)
         at = order[np.searchsorted(table[order], codes).clip(max=len(table) - 1)]
         known = table[at] == codes
-        self._check(known, lambda y, x: f"colour #{codes[y, x]:06x}", f"those of the {len(table)} classes")
+        self._check(known, lambda y, x: f"color #{codes[y, x]:06x}", f"those of the {len(table)} classes")
         return np.array(self.coding.indices, np.uint8)[at]
 
     def _check(self, known: np.ndarray, describe: Callable[[int, int], str], expected: str) -> None:
@@ -127,11 +127,11 @@ def split_of_masks(
 def read_coding(*folders: Path) -> tuple[tuple[str, ...], MaskCoding] | None:
     """Class names and mask values from classes.txt in the first folder that has one, else None.
 
-    The line number, from 0, is the value of the class. Lines like "road #804080" define colours instead; then the
+    The line number, from 0, is the value of the class. Lines like "road #804080" define colors instead; then the
     class "ignore" is IGNORE.
 
     Raises:
-        ValueError: duplicate names or colours, colours for some classes only, fewer than 2 or more than 254 classes.
+        ValueError: duplicate names or colors, colors for some classes only, fewer than 2 or more than 254 classes.
     """
     lines = read_class_names(*folders)
     if lines is None:
@@ -143,10 +143,10 @@ def read_coding(*folders: Path) -> tuple[tuple[str, ...], MaskCoding] | None:
     else:
         uncolored = [line for line, match in zip(lines, matches, strict=True) if match is None]
         if uncolored:
-            raise ValueError(f"{file}: no colour for {join_names(uncolored)}; write #rrggbb after every name, or none")
+            raise ValueError(f"{file}: no color for {join_names(uncolored)}; write #rrggbb after every name, or none")
         pairs = [(match[1], bytes.fromhex(match[2])) for match in matches if match]
         names = tuple(name for name, _ in pairs if name != "ignore")
-        for what, values in (("name", names), ("colour", [color for _, color in pairs])):
+        for what, values in (("name", names), ("color", [color for _, color in pairs])):
             if len(set(values)) < len(values):
                 raise ValueError(f"{file}: duplicate {what}; give every class its own")
         indices = tuple(IGNORE if name == "ignore" else names.index(name) for name, _ in pairs)

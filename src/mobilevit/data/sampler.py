@@ -2,8 +2,8 @@
 
 `EpochBatches` is a sequence of batches. Processes of distributed training compute their batches independently and
 agree without communication. A resumed run starts at any step. Nothing depends on the number of workers, on what they
-have prefetched, or on other users of random numbers. The module does not depend on the models of this package: any
-`torch.utils.data.DataLoader` takes `EpochBatches` as `batch_sampler`, and the dataset gets lists of `Pick`.
+have prefetched, or on other users of random numbers. The module works with any model: `EpochBatches` is a
+`batch_sampler` of `torch.utils.data.DataLoader`, which requests items of the dataset by `Pick`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
 
-# How the batch size depends on the image size; see `batch_size_at`.
+# How the batch size depends on the image size; see `BatchShapes`.
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # Multiples of 32 nearest to five steps from 160 to 320, and the base size (paper, section 3.3).
@@ -31,46 +31,73 @@ class Pick(NamedTuple):
     size_px: int
 
 
-def batch_size_at(
-    size_px: int, *, variant: Variant, batch_size: int, base_px: int, largest_px: int, world_size: int = 1
-) -> int:
-    """Images of `size_px` x `size_px` in the batch of one process.
+@dataclass(frozen=True)
+class BatchShapes:
+    """The image sizes to sample from, and the batch size at each.
 
-    | variant | rule | published in |
+    | variant | number of images | published in |
     |---|---|---|
     | standard | `batch_size` at every size | |
-    | equation | as many pixels as `batch_size` images of the largest size | the paper's equation |
-    | listing, main | as many pixels as `batch_size` images of the base size | its listing; the later released code |
-    | v0.1 | the same, but at least `batch_size`, and a multiple of `world_size` | the released code of the paper |
+    | equation | as many pixels as `batch_size` images of the largest size | the equation of the paper |
+    | listing, main | as many pixels as `batch_size` images of the base size | the listing of the paper; later code |
+    | v0.1 | the same, but at least `batch_size`, and a multiple of the number of processes | the paper's code |
+
+    Args:
+        sizes_px: image sizes; a single one for training at one size.
+        batch_size: images per step and process at `base_px` (for "equation": at the largest size).
+        base_px: the image size that `batch_size` refers to.
+        variant: how the batch size depends on the image size.
+
+    Raises:
+        ValueError: arguments out of range.
     """
-    if variant == "standard":
-        return batch_size
-    if variant == "equation":
-        return max(1, largest_px**2 * batch_size // size_px**2)
-    same_cost = base_px**2 * batch_size / size_px**2
-    if variant == "v0.1":
-        return max(world_size, int(max(batch_size, same_cost) + world_size / 2) // world_size * world_size)
-    return max(1, int(same_cost))
+
+    sizes_px: tuple[int, ...]
+    batch_size: int
+    base_px: int
+    variant: Variant = "standard"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
+        for name, value in (("batch_size", self.batch_size), ("base_px", self.base_px)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if not self.sizes_px or min(self.sizes_px) < 1:
+            raise ValueError(f"sizes_px is {self.sizes_px}; give at least one size, in pixels")
+
+    def batch_size_at(self, size_px: int, world_size: int = 1) -> int:
+        """Images of `size_px` x `size_px` in the batch of one of `world_size` processes."""
+        if self.variant == "standard":
+            return self.batch_size
+        if self.variant == "equation":
+            return max(1, max(self.sizes_px) ** 2 * self.batch_size // size_px**2)
+        equal_cost = self.base_px**2 * self.batch_size / size_px**2
+        if self.variant == "v0.1":
+            return max(world_size, int(max(self.batch_size, equal_cost) + world_size / 2) // world_size * world_size)
+        return max(1, int(equal_cost))
 
 
 class EpochBatches(Sequence[list[Pick]]):
     """The batches of an epoch for one process.
 
-    Each step samples one of `sizes_px` uniformly, the same for all processes. The images of an epoch are shuffled and
-    distributed until none is left: every image occurs once, in one process.
+    Each step samples one of the image sizes uniformly, the same for all processes. The images of an epoch are shuffled
+    and distributed until none is left: every image occurs once, in one process.
 
     The last batch contains the remaining images. If these are fewer than `min_last`, they are added to the previous
     batch. The processes get equal numbers of images in each step; in the last step, these differ by at most one.
 
     Args:
         num_images: number of images in the source.
-        sizes_px: image sizes to sample from; a single size for "standard" training at one size.
-        batch_size: images per step and process, at `base_px` (at the largest size for "equation").
-        base_px: the image size that `batch_size` refers to.
-        variant: how the batch size depends on the image size; see `batch_size_at`.
-        seed, epoch: seed of the order and the sizes.
-        rank, world_size: index of this process, and number of processes.
+        shapes: image sizes and batch sizes.
+        seed: with `epoch`, the seed of the order and the sizes.
+        epoch: index of the epoch.
+        rank: index of this process.
+        world_size: number of processes.
         min_last: minimum size of the last batch over all processes; the default is two images per process.
+
+    Attributes:
+        batch_sizes: images per step over all processes, by image size.
 
     Raises:
         ValueError: arguments out of range, or fewer images than processes.
@@ -79,24 +106,16 @@ class EpochBatches(Sequence[list[Pick]]):
     def __init__(
         self,
         num_images: int,
+        shapes: BatchShapes,
         *,
-        sizes_px: Sequence[int],
-        batch_size: int,
-        base_px: int,
-        variant: Variant = "standard",
         seed: int = 0,
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
         min_last: int | None = None,
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-        for name, value in (("num_images", num_images), ("batch_size", batch_size), ("base_px", base_px)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        if not sizes_px or min(sizes_px) < 1:
-            raise ValueError(f"sizes_px is {tuple(sizes_px)}; give at least one size, in pixels")
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}; it must be 1 or more")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
         if num_images < world_size:
@@ -104,33 +123,20 @@ class EpochBatches(Sequence[list[Pick]]):
         self.epoch = epoch
         self.rank = rank
         self.world_size = world_size
-        sizes = np.array(sorted(sizes_px))
-        batch_sizes = world_size * np.array(
-            [
-                batch_size_at(
-                    size,
-                    variant=variant,
-                    batch_size=batch_size,
-                    base_px=base_px,
-                    largest_px=int(sizes[-1]),
-                    world_size=world_size,
-                )
-                for size in sizes.tolist()
-            ]
-        )
+        self._seed = seed
+        self._num_images = num_images
+        sizes = sorted(shapes.sizes_px)
+        self.batch_sizes = {size: world_size * shapes.batch_size_at(size, world_size) for size in sizes}
+        batch_sizes = np.array([self.batch_sizes[size] for size in sizes])
         # Two generators: the number of sampled sizes must not change the order of the images, and vice versa.
-        draw = np.random.default_rng((seed, epoch, 1)).integers(len(sizes), size=-(-num_images // batch_sizes.min()))
-        stops = np.cumsum(batch_sizes[draw])
+        sampled = np.random.default_rng((seed, epoch, 1)).integers(len(sizes), size=-(-num_images // batch_sizes.min()))
+        stops = np.cumsum(batch_sizes[sampled])
         num_steps = int(np.searchsorted(stops, num_images)) + 1
         stops = np.minimum(stops[:num_steps], num_images)
         if num_steps > 1 and stops[-1] - stops[-2] < (MIN_IMAGES * world_size if min_last is None else min_last):
             stops = np.append(stops[:-2], num_images)
         self._stops = stops
-        self._sizes_px = sizes[draw[: len(stops)]]
-        self.batch_sizes = dict(zip(sizes.tolist(), batch_sizes.tolist(), strict=True))
-        """Images per step over all processes, by image size."""
-        self._seed = seed
-        self._num_images = num_images
+        self._sizes_px = np.array(sizes)[sampled[: len(stops)]]
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -146,7 +152,7 @@ class EpochBatches(Sequence[list[Pick]]):
     def __getitem__(self, step: int | slice) -> list[Pick] | list[list[Pick]]:
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
-        step = range(len(self))[step]  # negative steps, and IndexError beyond the end
+        step = range(len(self))[step]  # resolves negative steps, raises IndexError
         start = self._stops[step - 1] if step else 0
         indices = self._order[start + self.rank : self._stops[step] : self.world_size]
         return [Pick(index, self.epoch, int(self._sizes_px[step])) for index in indices.tolist()]
@@ -197,8 +203,8 @@ def micro_batches(
         picks = batches[step]
         num = count_micro_batches(len(picks), batches.size_px(step), max_pixels=max_pixels, world_size=world_size)
         for index in range(rank, num, world_size):
-            of_this = picks[index::num]
-            yield MicroBatch(step, index, num, of_this, len(of_this) / len(picks))
+            chosen = picks[index::num]
+            yield MicroBatch(step, index, num, chosen, len(chosen) / len(picks))
 
 
 def eval_batches(num_images: int, *, batch_size: int, size_px: int) -> list[list[Pick]]:

@@ -86,7 +86,7 @@ class Annotation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source(Generic[Label]):
-    """Labelled images by index, not decoded.
+    """Labeled images by index, not decoded.
 
     `indices` selects some of `images`; `labels` has one entry for each of those. `category_ids` are COCO's ids of the
     classes. `notes` are lines for the log: files that were ignored, assumptions.
@@ -211,10 +211,10 @@ class Split:
             raise ValueError(f"{self.location}: contains no images")
         if len(self.labels) != len(self.images):
             raise ValueError(f"{self.location}: {len(self.images)} images, but {len(self.labels)} labels")
-        unlabelled = [i for i, label in enumerate(self.labels) if label is None]
-        if unlabelled:
+        unlabeled = [i for i, label in enumerate(self.labels) if label is None]
+        if unlabeled:
             raise ValueError(
-                f"{self.images.name(unlabelled[0])}: {len(unlabelled)} of {len(self.labels)} images have no label, "
+                f"{self.images.name(unlabeled[0])}: {len(unlabeled)} of {len(self.labels)} images have no label, "
                 "this one first; label or remove them"
             )
         kinds = {type(label) for label in self.labels}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+from torchvision.transforms import v2
 
 from mobilevit.data.sampler import Pick
 from mobilevit.data.samples import Sample
@@ -29,8 +30,8 @@ Policy = Literal["basic", "advanced"]
 class Augmentation:
     """Random resized crop and horizontal flip: the paper's "basic" augmentation.
 
-    "advanced" adds RandAugment (two operations of magnitude 9 of 30) and random erasing (of a quarter of the images).
-    Mixup and CutMix mix the images of a batch; see `mix`.
+    "advanced" adds RandAugment (two operations of magnitude 9 of 30) and random erasing (probability 1/4). `mix` adds
+    Mixup and CutMix of batches.
     """
 
     min_scale: float
@@ -71,17 +72,30 @@ class Evaluation:
 
 def random_crop(width: int, height: int, min_scale: float, random: np.random.Generator) -> Crop:
     """A crop with `min_scale` to 1 of the area of the image and an aspect ratio of 3:4 to 4:3."""
+    if crop := _random_box(width, height, (min_scale, 1), (3 / 4, 4 / 3), random):
+        return crop
+    # No such crop fits into a very long image: use its center, as square as allowed.
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _random_box(
+    width: int,
+    height: int,
+    areas: tuple[float, float],
+    ratios: tuple[float, float],
+    random: np.random.Generator,
+) -> Crop | None:
+    """A box with a relative area and an aspect ratio in these ranges; None if none of ten samples fits the image."""
     for _ in range(10):
-        area = random.uniform(min_scale, 1) * width * height
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = random.uniform(*areas) * width * height
+        ratio = math.exp(random.uniform(math.log(ratios[0]), math.log(ratios[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
             return left, top, left + w, top + h
-    # No such crop fits into a very long image: use its centre, as square as allowed.
-    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    return None
 
 
 def resize(pixels: np.ndarray, size_px: int) -> Tensor:
@@ -109,43 +123,43 @@ def grid_px(width: int, height: int) -> int:
     return GRID_PX if min(width, height) >= LARGE_PX else 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# RandAugment (Cubuk et al. 2019) at the strength and with the ranges of torchvision: 14 operations on uint8 images,
-# black where nothing is left.
+# ---------------------------------------------------------------------------------------------------------------------
+# RandAugment (Cubuk et al. 2019): the 14 operations of torchvision on uint8 images, pixel for pixel, in half the time
+# at 64 px (docs/log.md). Pixels from outside the image are black.
 
 NUM_OPERATIONS = 2
-STRENGTH = 9 / 30  # of the largest
+MAGNITUDE = 9 / 30  # relative to the largest
 
 
 def _affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Callable[[Image.Image], Image.Image]:
-    # What is at (x, y) afterwards was at (a x + b y + c, d x + e y + f).
+    """A transform whose output pixel (x, y) is the input pixel (a x + b y + c, d x + e y + f)."""
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
 
 
 def operations(size_px: int, sign: int) -> dict[str, Callable[[Image.Image], Image.Image]]:
-    """The operations on a square image; `sign`, 1 or -1, is their direction where they have one."""
-    shear, shift = sign * 0.3 * STRENGTH, int(sign * 150 / 331 * size_px * STRENGTH)
-    factor = 1 + sign * 0.9 * STRENGTH
+    """The operations on a square image; `sign`, 1 or -1, is the direction of those that have one."""
+    shear, shift = sign * 0.3 * MAGNITUDE, int(sign * 150 / 331 * size_px * MAGNITUDE)
+    factor = 1 + sign * 0.9 * MAGNITUDE
     return {
         "identity": lambda image: image,
         "shear x": _affine(1, shear, 0, 0, 1, 0),
         "shear y": _affine(1, 0, 0, shear, 1, 0),
         "translate x": _affine(1, 0, -shift, 0, 1, 0),
         "translate y": _affine(1, 0, 0, 0, 1, -shift),
-        "rotate": lambda image: image.rotate(sign * 30 * STRENGTH),
+        "rotate": lambda image: image.rotate(sign * 30 * MAGNITUDE),
         "brightness": lambda image: ImageEnhance.Brightness(image).enhance(factor),
         "color": lambda image: ImageEnhance.Color(image).enhance(factor),
         "contrast": lambda image: ImageEnhance.Contrast(image).enhance(factor),
         "sharpness": lambda image: ImageEnhance.Sharpness(image).enhance(factor),
-        "posterize": lambda image: ImageOps.posterize(image, 8 - round(4 * STRENGTH)),
-        "solarize": lambda image: ImageOps.solarize(image, math.ceil(255 * (1 - STRENGTH))),
+        "posterize": lambda image: ImageOps.posterize(image, 8 - round(4 * MAGNITUDE)),
+        "solarize": lambda image: ImageOps.solarize(image, math.ceil(255 * (1 - MAGNITUDE))),
         "autocontrast": ImageOps.autocontrast,
         "equalize": ImageOps.equalize,
     }
 
 
 def rand_augment(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A square image after two of the operations, drawn one by one."""
+    """Apply two operations to a square image; each is sampled from all of them."""
     for _ in range(NUM_OPERATIONS):
         by_name = operations(image.width, 1 if random.random() < 0.5 else -1)
         image = list(by_name.values())[random.integers(len(by_name))](image)
@@ -153,50 +167,29 @@ def rand_augment(image: Image.Image, random: np.random.Generator) -> Image.Image
 
 
 def random_erasing(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Noise, each value 0 to 255 alike, in a box of `pixels` (H, W, 3), a quarter of the time; written in place.
+    """Make a box of `pixels` (H, W, 3) black with probability 1/4, in place (Zhong et al. 2017).
 
-    The box has 0.02 to 0.33 of the area and a shape of 0.3 to 3.3, by Zhong et al. 2017.
+    The box has 0.02 to 0.33 of the area and an aspect ratio of 0.3 to 3.3.
     """
-    if random.random() >= 0.25:
-        return pixels
-    height, width = pixels.shape[:2]
-    for _ in range(10):
-        area = random.uniform(0.02, 0.33) * width * height
-        ratio = math.exp(random.uniform(math.log(0.3), math.log(3.3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w < width and 0 < h < height:
-            left, top = random.integers(width - w + 1), random.integers(height - h + 1)
-            pixels[top : top + h, left : left + w] = random.integers(0, 256, (h, w, 3), dtype=np.uint8)
-            break
+    if random.random() < 0.25:
+        height, width = pixels.shape[:2]
+        if box := _random_box(width, height, (0.02, 0.33), (0.3, 3.3), random):
+            left, top, right, bottom = box
+            pixels[top:bottom, left:right] = 0
     return pixels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-MIXUP_ALPHA = 0.2
-CUTMIX_ALPHA = 1.0
+_MIXUP_OR_CUTMIX = v2.RandomChoice([v2.MixUp(alpha=0.2), v2.CutMix(alpha=1.0)])
 
 
-def mix(pixels: Tensor, targets: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019), one as likely as the other, on any device.
+def mix(pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019) of each image with the previous one of the batch.
 
-    Pixels (B, 3, H, W) and targets (B, num_classes), both of floats, each image with one partner of the same batch
-    and all in the same proportions. What is handed in stays as it is; a single image comes back unchanged.
+    Pixels (B, 3, H, W) and targets (B, num_classes) are floats, on any device, and are not changed. Both methods are
+    equally likely; all images of the batch are mixed in the same proportions. Random numbers come from torch's default
+    generator, which training seeds for each micro-batch.
     """
-    batch_size, _, height, width = pixels.shape
-    if batch_size == 1:
-        return pixels, targets
-    partners = torch.from_numpy(random.permutation(batch_size)).to(pixels.device)
-    if random.random() < 0.5:
-        share = random.beta(MIXUP_ALPHA, MIXUP_ALPHA)
-        mixed = pixels.lerp(pixels[partners], 1 - share)
-    else:
-        side = math.sqrt(1 - random.beta(CUTMIX_ALPHA, CUTMIX_ALPHA))
-        x, y = random.random(2)
-        left, right = (round(width * min(max(edge, 0), 1)) for edge in (x - side / 2, x + side / 2))
-        top, bottom = (round(height * min(max(edge, 0), 1)) for edge in (y - side / 2, y + side / 2))
-        mixed = pixels.clone()
-        mixed[:, :, top:bottom, left:right] = pixels[partners, :, top:bottom, left:right]
-        share = 1 - (right - left) * (bottom - top) / (width * height)  # what the border left of the box
-    return mixed, targets.lerp(targets[partners], 1 - share)
+    return _MIXUP_OR_CUTMIX(pixels, targets)

@@ -11,7 +11,7 @@ from mobilevit.explain.attention import compute_attention
 from mobilevit.explain.explanation import Explanation
 from mobilevit.explain.figure import draw_figure
 from mobilevit.explain.grad_cam import compute_class_evidence, find_class
-from mobilevit.explain.input_region import find_input_region
+from mobilevit.explain.input_region import InputRegion
 from mobilevit.explain.page import render_page
 from mobilevit.explain.receptive_field import compute_receptive_fields
 from mobilevit.files import write_atomic
@@ -52,31 +52,25 @@ def explain_image(
         ValueError: `at` is outside the network's input, the class is unknown or the network has none, the size is
             below 32 px, `out` has another suffix, or `out` is the image itself.
 
-    >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
+    Examples:
+        >>> mobilevit.explain_image("runs/pets/model.safetensors", "cat.jpg", at=(320, 200), out="cat.html")
     """
-    path = None if out is None else Path(out)
-    if path and path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; use {' or '.join(SUFFIXES)}")
-    if path and isinstance(image, str | os.PathLike) and path.resolve() == Path(image).resolve():
-        raise ValueError(f"{path}: is the input image; choose another output file")
+    path = None if out is None else _output_path(Path(out), image)
     if not isinstance(weights, Weights):
         weights = read(weights)
-    preprocessing = weights.preprocessing
-    if size_px is not None:
-        if size_px < MIN_SIZE_PX:
-            raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
-        preprocessing = preprocessing.at_size(size_px)
+    if size_px is not None and size_px < MIN_SIZE_PX:
+        raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
+    preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
     has_classes = weights.task == "classify" and weights.num_classes > 0
     if class_name is not None and not has_classes:
         reason = "these weights have no classifier" if weights.task == "classify" else f"the task is {weights.task!r}"
         raise ValueError(f"class is {class_name!r}, but {reason}; class evidence requires a classifier")
     class_index = None if class_name is None else find_class(class_name, weights.class_names, weights.num_classes)
     upright = read_image(image)
-    region = find_input_region(preprocessing, *upright.size)
+    region = InputRegion(*upright.size, preprocessing.input_box(*upright.size))
     at = at or (upright.width // 2, upright.height // 2)
     point = region.to_relative(*at)
-    model = weights.build().to(device)
-    model.requires_grad_(False)
+    model = weights.build().to(device).requires_grad_(False)
     tensor = preprocessing(upright)[None].to(device)
     explanation = Explanation(
         network=weights.name,
@@ -103,3 +97,11 @@ def explain_image(
     elif path:
         write_atomic(path, render_page(explanation))
     return explanation
+
+
+def _output_path(path: Path, image: ImageInput) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; use {' or '.join(SUFFIXES)}")
+    if isinstance(image, str | os.PathLike) and path.resolve() == Path(image).resolve():
+        raise ValueError(f"{path}: is the input image; choose another output file")
+    return path

@@ -105,10 +105,6 @@ def draw_figure(explanation: Explanation) -> Image.Image:
     return figure
 
 
-def strength_text(max_over_mean: float) -> str:
-    return "nearly uniform" if max_over_mean < UNIFORM_BELOW else f"up to {max_over_mean:.1f} times the mean"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
@@ -142,15 +138,14 @@ def _attention_panels(e: Explanation) -> list[Panel]:
     panels = []
     for block in e.attention:
         patches = block.from_point(*e.point)
-        strength = strength_text(patches.max().item() * patches.numel())
+        max_over_mean = patches.max().item() * patches.numel()
+        strength = "nearly uniform" if max_over_mean < UNIFORM_BELOW else f"up to {max_over_mean:.1f} times the mean"
         size = f"{block.columns} x {block.rows} patches" if patches.numel() > 1 else "a single patch"
         note = f"{size}, {block.num_layers} layers, {block.num_heads} heads, mean"
         panels.append(Panel(f"{block.title}: {strength}", note, scale_attention(patches)))
     block = e.attention[0]
     on_map = block.to_map(block.from_point(*e.point), *e.point)
-    values = scale(
-        on_map, MIN_BRIGHTEST / (block.rows * block.columns)
-    )  # the mean over patches, as in the other panels
+    values = scale(on_map, MIN_BRIGHTEST / (block.rows * block.columns))  # relative to the mean over patches
     title, note = f"{block.title}, on the feature map", "one pixel of every patch, no attention to the others"
     panels.append(Panel(title, note, values, is_smooth=False))
     return panels
@@ -204,11 +199,10 @@ def _draw_whole_image(figure: Image.Image, left: int, top: int, height: int, e: 
     size = (max(1, round(e.image.width * factor)), max(1, round(e.image.height * factor)))
     image = e.image.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
+    x1, y1, x2, y2 = (value * factor for value in e.region.box)
     for inset, color, width in ((0, INK, 4), (1, WHITE, 2)):
-        left_px, top_px, right_px, bottom_px = (value * factor for value in e.region.box)
-        corner = (left_px + inset, top_px + inset)
-        end = (max(corner[0], right_px - 1 - inset), max(corner[1], bottom_px - 1 - inset))
-        draw.rectangle((corner, end), outline=color, width=width)
+        x, y = x1 + inset, y1 + inset
+        draw.rectangle((x, y, max(x, x2 - 1 - inset), max(y, y2 - 1 - inset)), outline=color, width=width)
     _draw_marker(draw, (e.at[0] + 0.5) * factor, (e.at[1] + 0.5) * factor)
     figure.paste(image, (left, top + (height - size[1]) // 2))
     title = f"Image, {e.image.width} x {e.image.height} px"

@@ -40,13 +40,7 @@ class ClassEvidence:
 def compute_class_evidence(
     model: MobileViT, image: Tensor, class_names: Sequence[str], class_index: int | None = None
 ) -> tuple[ClassEvidence, ...]:
-    """Evidence for `class_index`, if given, then for the most likely classes, in one preprocessed image (1, 3, H, W).
-
-    Raises:
-        ValueError: the model has no classifier.
-    """
-    if not model.num_classes:
-        raise ValueError("this network has no classifier, so there is no class evidence; train one")
+    """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W)."""
     with torch.enable_grad():
         modules = {"last": model.head, "fine": model.backbone.get_submodule(LAYER_CAM_STAGE)}
         logits, maps = capture_outputs(model, image.detach().clone().requires_grad_(), modules)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mobilevit.images import Preprocessing
-
 
 @dataclass(frozen=True)
 class InputRegion:
     """The region of an image of `width` x `height` px that the network receives.
 
-    `box` is (left, top, right, bottom) in pixels of the upright image, with (0, 0) at its upper left corner. Every
-    feature map is spread evenly over the box, so points in it are given relative to its size: (x, y) in [0, 1).
+    `box` is (left, top, right, bottom) in pixels of the upright image; see `Preprocessing.input_box`. Points in it are
+    given relative to its size, (x, y) in [0, 1), because every feature map is spread evenly over the box.
     """
 
     width: int
@@ -45,17 +43,3 @@ class InputRegion:
         size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
         resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
         return image.resize(size, resample, box=self.box)
-
-
-def find_input_region(preprocessing: Preprocessing, width: int, height: int) -> InputRegion:
-    """The region of a `width` x `height` px image that `Preprocessing.resize_and_crop` returns."""
-    p = preprocessing
-    if isinstance(p.resize_px, int):
-        short = min(width, height)
-        new_width, new_height = (int(p.resize_px * side / short) for side in (width, height))
-    else:
-        new_height, new_width = p.resize_px
-    left, top = (new_width - p.crop_px) // 2, (new_height - p.crop_px) // 2
-    x, y = width / new_width, height / new_height
-    box = (left * x, top * y, min((left + p.crop_px) * x, width), min((top + p.crop_px) * y, height))
-    return InputRegion(width, height, box)

@@ -1,4 +1,4 @@
-"""Export of weights to artifacts of five runtimes. Each artifact is compared with torch before it is kept."""
+"""Export weights to artifacts for five runtimes, and compare each artifact with torch before it is saved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from torch import Tensor
 
 from mobilevit.benchmark.timing import measure
 from mobilevit.defaults import MIN_SIZE_PX
-from mobilevit.export.artifact import ArtifactSpec, ExportModel, artifact_input, build_export_model, evenly_spaced
-from mobilevit.export.artifact import metadata_of as _metadata_of
+from mobilevit.export.artifact import (
+    ArtifactSpec,
+    ExportModel,
+    artifact_input,
+    build_export_model,
+    evenly_spaced,
+    metadata_of,
+)
 from mobilevit.export.backend import (
     Backend,
     InferenceFn,
@@ -64,10 +70,10 @@ NUM_TIMED_ROUNDS = 15
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact that was written.
+    """A written artifact.
 
     `agreement` and `latency_ms` (median of a batch) are None if the runtime does not exist on this system.
-    `speedup_over_fp32` is given for int8 artifacts: the median ratio of interleaved times.
+    `speedup_over_fp32` is the median ratio of interleaved times, for int8 artifacts only.
     """
 
     backend: str
@@ -86,14 +92,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all backends of an export share."""
+    """Inputs of the backends, prepared once per export."""
 
     network: ExportModel
     spec: ArtifactSpec
     stem: str
     metadata: Mapping[str, str]
     inputs: list[Tensor]
-    other_inputs: list[tuple[ArtifactSpec, list[Tensor]]]  # of other sizes, for dynamic axes
+    other_inputs: list[tuple[ArtifactSpec, list[Tensor]]]  # of other sizes, if there are dynamic axes
     num_threads: int
 
 
@@ -120,7 +126,7 @@ def export(
 
     Raises:
         ValueError: an unknown or missing backend, an unsupported option, an existing file without `overwrite`, an
-            artifact that disagrees with torch. That artifact is not written; those of earlier backends are.
+            artifact that disagrees with torch. That artifact is not written; those of earlier backends stay.
         ImageError: an unreadable image.
     """
     return list(export_each(weights, backends, out, options, images=images, source=source, prefix=prefix))
@@ -130,13 +136,13 @@ def export_each(
     weights: Weights,
     backends: Sequence[str],
     out: str | Path,
-    options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    options: ExportOptions,
     *,
-    images: Sequence[ImageInput] = (),
-    source: str = "",
-    prefix: str = "",
+    images: Sequence[ImageInput],
+    source: str,
+    prefix: str,
 ) -> Iterator[Artifact]:
-    """Yield each artifact of `export` as soon as it is written. Everything is checked before the first one."""
+    """As `export`, but yield each artifact as soon as it is written. All arguments are checked before the first one."""
     spec = _spec_of(weights, options)
     if not backends:
         raise ValueError(f"no backend is given; the backends are {', '.join(ARTIFACT_SUFFIXES)}")
@@ -162,7 +168,7 @@ def export_each(
         build_export_model(weights, spec),
         spec,
         stem,
-        _metadata_of(weights, spec, source),
+        metadata_of(weights, spec, source),
         inputs_for(spec, selected),
         [(other, inputs_for(other, selected[:4])) for other in _other_specs(spec)],
         options.num_threads,
@@ -239,7 +245,7 @@ def _export_to(name: str, backend: Backend, job: _Job, out: Path) -> Artifact:
 
 
 def _time(backend: Backend, job: _Job, infer: InferenceFn, file_name: str) -> tuple[float, float | None]:
-    """Median latency of a batch, and for int8 the speed-up over fp32, which not every runtime has."""
+    """Median latency of a batch, and for int8 the speedup over fp32. Some runtimes are slower in int8."""
     example = torch.cat([job.inputs[0]] * job.spec.batch_size).numpy()
     if job.spec.precision != "int8":
         return float(np.median(measure([partial(infer, example)], NUM_TIMED_ROUNDS))), None
@@ -253,13 +259,10 @@ def _time(backend: Backend, job: _Job, infer: InferenceFn, file_name: str) -> tu
 
 
 def _other_specs(spec: ArtifactSpec) -> list[ArtifactSpec]:
-    """Other values of the dynamic axes, at which an artifact is compared as well."""
-    specs = []
-    if spec.dynamic_batch:
-        specs.append(replace(spec, batch_size=spec.batch_size + 2))
-    if spec.dynamic_size:
-        specs.append(replace(spec, height=spec.height + 37, width=spec.width + 64))
-    return specs
+    """Other values of the dynamic axes. An artifact is compared at these, too."""
+    batches = [replace(spec, batch_size=spec.batch_size + 2)] if spec.dynamic_batch else []
+    sizes = [replace(spec, height=spec.height + 37, width=spec.width + 64)] if spec.dynamic_size else []
+    return batches + sizes
 
 
 def _check(name: str, spec: ArtifactSpec, agreement: Agreement) -> None:

@@ -1,4 +1,4 @@
-"""The model inside an artifact: the network with normalization before it and decoding after it, and its inputs."""
+"""The exported model, its inputs and its metadata: a network with normalization before and postprocessing after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,9 +30,13 @@ DECODED_OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
     "detect": ("boxes", "scores", "labels"),
     "segment": ("classes",),
 }
-# NMS in an artifact keeps what average precision is computed from (`SCORE_THRESHOLD`, `MAX_PER_IMAGE`); applications
-# raise the score threshold.
+# Limits of NMS in an artifact. They are those of an evaluation; applications raise the score threshold.
 IOU_THRESHOLD = 0.5
+NMS_LIMITS: dict[str, Any] = {
+    "score_threshold": SCORE_THRESHOLD,
+    "iou_threshold": IOU_THRESHOLD,
+    "max_per_image": MAX_PER_IMAGE,
+}
 NO_LABEL = -1  # label of padding rows
 
 
@@ -139,7 +143,7 @@ def to_half(model: nn.Module) -> nn.Module:
 
 
 def remove_postprocess(model: nn.Module) -> nn.Module:
-    """Remove the postprocessing from `model`, in place, and return it; `nn.Identity` if there is none."""
+    """Remove the postprocessing of `model`, in place, and return it; `nn.Identity` if there is none."""
     if not isinstance(model, ExportModel):
         return nn.Identity()
     removed, model.postprocess = model.postprocess, nn.Identity()
@@ -147,7 +151,7 @@ def remove_postprocess(model: nn.Module) -> nn.Module:
 
 
 def remove_nms(model: nn.Module) -> bool:
-    """Remove NMS from the end of `model`, in place; whether there was any."""
+    """Remove NMS from the end of `model`, in place. Returns whether `model` had NMS."""
     if isinstance(model, ExportModel) and isinstance(model.postprocess, DetectBoxes):
         model.postprocess = model.postprocess.decode_boxes
         return True
@@ -157,33 +161,33 @@ def remove_nms(model: nn.Module) -> bool:
 class DecodeBoxes(nn.Module):
     """Outputs of an `SSDLite` -> boxes (B, A, 4) and scores (B, A, classes) without the background class.
 
-    Computes `ssdlite.decode` with everything precomputed that depends on the anchors only. Boxes are x1 y1 x2 y2 in
-    fractions of the image, not clipped.
+    The same as `ssdlite.decode`, with the terms precomputed that depend on the anchors only. Boxes are x1 y1 x2 y2 in
+    relative coordinates, not clipped.
     """
 
     centers: Tensor
-    moves: Tensor
-    halves: Tensor
+    center_scales: Tensor
+    half_sides: Tensor
 
     def __init__(self, anchors: Tensor):
         super().__init__()
         self.register_buffer("anchors", anchors, persistent=False)
         self.register_buffer("centers", anchors[:, :2].contiguous())
-        self.register_buffer("moves", CENTER_VARIANCE * anchors[:, 2:])
-        self.register_buffer("halves", anchors[:, 2:] / 2)
+        self.register_buffer("center_scales", CENTER_VARIANCE * anchors[:, 2:])
+        self.register_buffer("half_sides", anchors[:, 2:] / 2)
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         class_logits, locations = outputs
-        centers = self.centers + locations[..., :2] * self.moves
-        halves = self.halves * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
-        return torch.cat((centers - halves, centers + halves), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
+        centers = self.centers + locations[..., :2] * self.center_scales
+        half_sides = self.half_sides * (locations[..., 2:] * SIZE_VARIANCE).clamp(max=MAX_GROWTH).exp()
+        return torch.cat((centers - half_sides, centers + half_sides), dim=-1), class_logits.softmax(dim=-1)[..., 1:]
 
 
 class DetectBoxes(nn.Module):
     """Outputs of an `SSDLite` -> boxes (B, M, 4), scores (B, M), labels (B, M) int32 after NMS, by decreasing score.
 
-    M is `MAX_PER_IMAGE`; padding has score 0 and label `NO_LABEL`. Reference only: backends with NMS remove this module
-    and append their own operator to `decode_boxes`.
+    M is `MAX_PER_IMAGE`; padding has score 0 and label `NO_LABEL`. This module is only a reference: backends with NMS
+    remove it and append their own operators to `decode_boxes`.
     """
 
     def __init__(self, decode_boxes: DecodeBoxes):
@@ -191,13 +195,7 @@ class DetectBoxes(nn.Module):
         self.decode_boxes = decode_boxes
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        detections = detect(
-            *outputs,
-            self.decode_boxes.get_buffer("anchors"),
-            score_threshold=SCORE_THRESHOLD,
-            iou_threshold=IOU_THRESHOLD,
-            max_per_image=MAX_PER_IMAGE,
-        )
+        detections = detect(*outputs, self.decode_boxes.get_buffer("anchors"), **NMS_LIMITS)
         boxes = torch.zeros(len(detections), MAX_PER_IMAGE, 4)
         scores = torch.zeros(len(detections), MAX_PER_IMAGE)
         labels = torch.full((len(detections), MAX_PER_IMAGE), NO_LABEL, dtype=torch.int32)
@@ -231,7 +229,7 @@ def artifact_input(source: ImageInput, preprocessing: Preprocessing, spec: Artif
 
 
 def fill_batches(inputs: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Yield `inputs`, (1, ...) each, in batches of one size; inputs from the start fill up the last batch."""
+    """Yield `inputs`, (1, ...) each, in batches of `batch_size`; the last batch is filled up with the first inputs."""
     for start in range(0, len(inputs), batch_size):
         yield torch.cat([inputs[(start + i) % len(inputs)] for i in range(batch_size)])
 
@@ -242,7 +240,7 @@ def as_arrays(outputs: Tensor | tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
 
 
 def evenly_spaced(items: Sequence[T], num: int) -> list[T]:
-    """At most `num` of `items`, at even distances, starting with the first."""
+    """At most `num` of `items`, evenly spaced, starting with the first."""
     num = min(num, len(items))
     return [items[i * len(items) // num] for i in range(num)]
 
@@ -250,7 +248,6 @@ def evenly_spaced(items: Sequence[T], num: int) -> list[T]:
 def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, str]:
     """The metadata that an artifact stores; values are strings or JSON."""
     layout = "uint8 (batch, height, width, 3), RGB" if spec.uint8 else "float32 (batch, 3, height, width), RGB"
-    nms = {"score_threshold": SCORE_THRESHOLD, "iou_threshold": IOU_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
     return {
         "mobilevit": version("mobilevit"),
         "architecture": weights.architecture.name,
@@ -259,7 +256,7 @@ def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, 
         "output_stride": str(weights.output_stride),
         **({"head": json.dumps(asdict(weights.head))} if weights.head else {}),
         "outputs": " ".join(spec.outputs),
-        **({"nms": json.dumps(nms)} if weights.task == "detect" and spec.postprocess else {}),
+        **({"nms": json.dumps(NMS_LIMITS)} if weights.task == "detect" and spec.postprocess else {}),
         "precision": spec.precision,
         "size": f"{spec.height} {spec.width}",
         "batch_size": str(spec.batch_size),

@@ -30,8 +30,8 @@ FORMULATION = Formulation(attention="rank4", norm="layer")
 MAX_RANK = 5
 TYPES = {"classes": np.int32}  # of outputs other than float32
 AXES = {"logits": (2, 4), "boxes": (3,), "scores": (3,), "classes": (3,)}  # allowed ranks of the outputs
-# Operators of a converted network. Another one indicates an inefficient conversion, which would go unnoticed on
-# systems that cannot run the program.
+# Operators of a converted network. Any other operator indicates an inefficient conversion, which would otherwise go
+# unnoticed on systems that cannot run the program.
 EXPECTED_OPERATORS = {
     *("const", "constexpr_affine_dequantize", "cast"),
     *("conv", "linear", "matmul", "add", "sub", "mul", "silu", "relu", "exp", "clip", "softmax", "layer_norm"),
@@ -60,7 +60,7 @@ def write(
         raise ValueError(f"batch size is {spec.batch_size}; coreml supports 1 only with uint8 input")
     else:
         assert isinstance(network, ExportModel)
-        # An image type has one scale for all channels: the remaining factors go into the network.
+        # An image type has one scale for all channels, so the network multiplies by the remaining factors.
         scale = network.scale
         rest = scale / scale[0]
         bias = [0.0] * 3 if network.shift is None else (-network.shift / rest).flatten().tolist()
@@ -82,7 +82,7 @@ def write(
         )
         if spec.precision == "int8":
             config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")
-            # Not the decoding of boxes: 8 bits would move them by a hundredth of the image.
+            # These decode boxes: in 8 bits, boxes would be off by a hundredth of the image.
             excluded: Any = {"add": None, "mul": None}
             converted = cto.linear_quantize_weights(converted, cto.OptimizationConfig(config, op_type_configs=excluded))
         converted.short_description = f"MobileViT: RGB images to {', '.join(spec.outputs)}"

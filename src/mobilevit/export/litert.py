@@ -33,7 +33,7 @@ POSTPROCESS_TASKS = ("segment",)
 FORMULATION = Formulation(attention="rank3", norm="linear", silu="sigmoid")
 FIRST_TORCH_TOO_NEW = "2.15"
 METADATA = "mobilevit"  # name of the buffer
-# More barely change the ranges, and calibration holds every tensor of every image in memory.
+# More images hardly change the ranges, and calibration keeps every tensor of every image in memory.
 CALIBRATION_IMAGES = 128
 
 

@@ -112,7 +112,7 @@ def load(path: Path, num_threads: int) -> InferenceFn:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
-    # Idle threads would spin and slow down whatever runs next in this process.
+    # Otherwise idle threads spin and slow down the code that runs next in this process.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

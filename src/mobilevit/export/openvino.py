@@ -37,7 +37,7 @@ FORMULATION = Formulation(attention="rank4", norm="mean")
 # Inference precision. By default OpenVINO computes in bf16 if the processor supports it.
 INFERENCE_PRECISION = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
 METADATA = "mobilevit"  # section of the rt_info
-# Operators that move data: their reference implementation is as fast as any.
+# Operators that only move data. Their reference implementation is not slower, so they do not count as fallback.
 DATA_MOVEMENT = (
     *("Concatenation", "Split", "StridedSlice", "Reshape", "Transpose", "Broadcast", "Gather", "GatherND", "Pad"),
     *("ShapeOf", "Reorder"),
@@ -125,7 +125,7 @@ def _quantized(model: openvino.Model, batch_size: int, calibration: Sequence[Ten
 
 
 def _concatenated(first: openvino.Model, second: openvino.Model) -> openvino.Model:
-    """One model whose outputs are `second` of `first`."""
+    """One model that feeds the outputs of `first` to `second`."""
     for result, parameter in zip(first.get_results(), second.get_parameters(), strict=True):
         parameter.output(0).replace(result.input_value(0))
     return _model(second.get_results(), first.get_parameters())

@@ -1,4 +1,4 @@
-"""Exported artifacts as a `Classifier`, `Detector` or `Segmenter`, computed by the runtime of the artifact."""
+"""`Classifier`, `Detector` and `Segmenter` whose network is an exported artifact, run by its runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
 class Artifact(Predictor):
     """Base class of exported predictors: preprocessing and class names from the metadata of the artifact.
 
-    The runtime replaces the network, so that the model cannot be trained or saved.
+    The runtime replaces the network, so the model can be neither trained nor saved.
 
     Raises:
         ValueError: not an artifact, one without this package's metadata, or the runtime is not installed.
@@ -59,7 +59,7 @@ class Artifact(Predictor):
         return self._num_classes
 
     def outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the artifact, from as many runs as its batch size requires."""
+        """The outputs of the artifact, computed in batches of its batch size."""
         batches = [self._run(batch.numpy()) for batch in fill_batches(pixels.split(1), self.spec.batch_size)]
         return tuple(torch.from_numpy(np.concatenate(parts)[: len(pixels)]) for parts in zip(*batches, strict=True))
 

@@ -40,9 +40,13 @@ class Sensitivity:
 def int8_sensitivity(
     network: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[str] = ("logits",), batch_size: int = 16
 ) -> list[Sensitivity]:
-    """Measure every group of layers of `network`, and all layers, on `inputs` (1, ...), which also calibrate.
+    """Measure each group of layers of `network`, and all layers together.
 
-    `outputs` are names as in `ArtifactSpec.outputs`.
+    Args:
+        network: in eval mode; it is not modified.
+        inputs: (1, ...) each; they also calibrate the ranges.
+        outputs: names, see `ArtifactSpec.outputs`.
+        batch_size: inputs per forward pass.
     """
     model = optimize_for_inference(network)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Conv2d | nn.Linear)}

@@ -1,27 +1,27 @@
-"""Exact rewrites: module to module, the same function in eval mode at a lower cost.
+"""Exact rewrites: modules are replaced by others that compute the same function in eval mode at a lower cost.
 
-A rewritten network is for inference only. Every function here returns a changed copy of a network.
-`optimize_for_inference` applies all of them and selects the formulation that a runtime executes fastest.
+Every function returns a rewritten copy of a network, for inference only. `optimize_for_inference` applies all rewrites
+in the formulation that a runtime executes fastest.
 
-The rewrites rest on these identities:
+The rewrites use these identities:
 
 - A batch norm folds into the convolution before it.
 - The affine part of a layer norm folds into the linear layer after it.
 - The softmax scale folds into the query weights.
 - The key bias adds one constant to a query's row of scores, and softmax is invariant to it.
 - The rows of attention sum to 1, so the value bias passes through to the bias of the output projection.
-- Only norms read the residual stream. If every layer that writes to it is centered over the channels, in its weights,
-  the mean that a layer norm subtracts is 0 and the layer norm is an RMSNorm.
-- Unfold and fold move pixels and leave channels alone, so they commute with 1x1 convolutions.
-- In the segmentation head, the pooled branch is constant over the map, so the 1x1 convolution after it applies before
-  it is broadcast.
+- Only norms read the residual stream. If the weights of every layer that writes to it are centered over the output
+  channels, the mean that a layer norm subtracts is 0, and the layer norm is an RMSNorm.
+- Unfold and fold move pixels and do not mix channels, so they commute with 1x1 convolutions.
+- In the segmentation head, the pooled branch is constant over the map, so the 1x1 convolution after it can be applied
+  before the branch is broadcast.
 - In the detection heads, the last convolution splits into one for classes and one for locations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +29,25 @@ from torch import Tensor, nn
 from torch.onnx.ops import attention
 
 from mobilevit.models.deeplabv3 import DeepLabV3, Pyramid
-from mobilevit.models.fuse import Network, fold_batch_norm, frozen_copy
+from mobilevit.models.fuse import Network, fold_batch_norm, frozen_copy, replace_modules
 from mobilevit.models.mobilevit import Attention, MobileViTBlock, TransformerLayer, always, resize_map
 from mobilevit.models.ssdlite import MapHead, SSDLite
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class Formulation:
-    """How a function is expressed. Which formulation is fastest depends on the runtime.
+    """The operators that express a function. Which formulation is fastest depends on the runtime.
 
-    `attention`: torch's fused operator; ONNX's operator, which splits the heads itself; or matrix products of rank 4
-    (batch, heads) or rank 3.
-    `norm`: torch's RMSNorm; a layer norm, which is one operator where RMSNorm is six (the mean that it subtracts is 0);
-    a mean; or the mean as a product with a row of 1/D, for runtimes with slow means.
-    `joint_qkv`: one linear layer for queries, keys and values, or three.
-    `silu`: torch's operator, or x * sigmoid(x).
+    Attributes:
+        attention: torch's fused operator; ONNX's operator, which splits the heads itself; or matrix products of rank 4
+            (batch, heads) or rank 3.
+        norm: torch's RMSNorm; a layer norm (the mean that it subtracts is 0), for runtimes that have this operator but
+            would need six for RMSNorm; an explicit mean; or the mean as a linear layer with weights 1/D, for runtimes
+            with slow means.
+        joint_qkv: one linear layer for queries, keys and values instead of three.
+        silu: torch's operator, or x * sigmoid(x).
     """
 
     attention: Literal["fused", "onnx", "rank4", "rank3"] = "fused"
@@ -103,14 +107,13 @@ def center_residuals(model: Network) -> Network:
 
 def flatten_tokens(model: Network, formulation: Formulation = EAGER) -> Network:
     """Replace MobileViT blocks by `FlatBlock`. Requires all the rewrites above."""
-    model = frozen_copy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, MobileViTBlock):
-                setattr(parent, name, FlatBlock(child, formulation))
-            elif isinstance(child, nn.SiLU) and formulation.silu == "sigmoid":
-                setattr(parent, name, SigmoidSiLU())
-    return model
+
+    def flat(module: nn.Module) -> nn.Module:
+        if isinstance(module, MobileViTBlock):
+            return FlatBlock(module, formulation)
+        return _silu(formulation) if isinstance(module, nn.SiLU) else module
+
+    return replace_modules(frozen_copy(model), flat)
 
 
 def fold_pooled_branch(model: Network) -> Network:
@@ -128,14 +131,11 @@ def fold_pooled_branch(model: Network) -> Network:
 
 def split_heads(model: Network) -> Network:
     """Replace a detector, `model` itself or inside it, by `SplitDetector`."""
-    model = frozen_copy(model)
-    if isinstance(model, SSDLite):
-        return cast(Network, SplitDetector(model).eval())
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, SSDLite):
-                setattr(parent, name, SplitDetector(child).eval())
-    return model
+
+    def split(module: nn.Module) -> nn.Module:
+        return SplitDetector(module).eval() if isinstance(module, SSDLite) else module
+
+    return replace_modules(cast(Network, split(frozen_copy(model))), split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,22 +175,17 @@ class FlatAttention(nn.Module):
         self.num_heads = attention.num_heads
         self.formulation = formulation.attention
         self.out = attention.out
-        self.num_linears = 1 if formulation.joint_qkv else 3
+        self.joint_qkv = formulation.joint_qkv
         parts = (attention.q, attention.k, attention.v)
-        if formulation.joint_qkv:
-            assert attention.q.bias is not None
-            zero = torch.zeros_like(attention.q.bias)
-            bias = torch.cat([attention.q.bias, zero, zero])
+        if self.joint_qkv:
+            bias = torch.cat([attention.q.bias, attention.q.bias.new_zeros(2 * attention.q.out_features)])
             self.qkv = _linear(torch.cat([part.weight for part in parts]), bias)
         else:
             self.q, self.k, self.v = parts
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
         D = x.shape[-1]
-        if self.num_linears == 1:
-            parts = self.qkv(x).chunk(3, dim=-1)
-        else:
-            parts = [linear(x) for linear in (self.q, self.k, self.v)]
+        parts = self.qkv(x).chunk(3, dim=-1) if self.joint_qkv else (self.q(x), self.k(x), self.v(x))
         if self.formulation == "onnx":
             q, k, v = (part.reshape(-1, num_tokens, D) for part in parts)
             y, *_ = attention(q, k, v, q_num_heads=self.num_heads, kv_num_heads=self.num_heads, scale=1.0)
@@ -223,7 +218,7 @@ class FlatLayer(nn.Module):
         self.ffn_norm = _formulated_norm(layer.ffn_norm, formulation)
         self.ffn_in = layer.ffn_in
         self.ffn_out = layer.ffn_out
-        self.activation = SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True)
+        self.activation = _silu(formulation)
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), num_tokens)
@@ -240,14 +235,14 @@ class FlatBlock(nn.Module):
     def __init__(self, block: MobileViTBlock, formulation: Formulation):
         super().__init__()
         self.patch_px = block.patch_px
-        self.local = _with_silu(block.local, formulation)
+        self.local = nn.Sequential(_conv_of(block.local), _silu(formulation))
         to_tokens, from_tokens = block.to_tokens, _conv_of(block.from_tokens)
         self.to_tokens = _linear(to_tokens.weight.flatten(1), to_tokens.bias)
         self.layers = nn.ModuleList(FlatLayer(cast(TransformerLayer, x), formulation) for x in block.layers)
         self.norm = _formulated_norm(block.norm, formulation)
         self.from_tokens = _linear(from_tokens.weight.flatten(1), from_tokens.bias)
-        self.activation = SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True)
-        self.fuse = _with_silu(block.fuse, formulation)
+        self.activation = _silu(formulation)
+        self.fuse = nn.Sequential(_conv_of(block.fuse), _silu(formulation))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -295,8 +290,8 @@ class SplitHead(nn.Module):
         super().__init__()
         self.project, self.depthwise = head.project, head.depthwise
         rows = torch.arange(head.out.out_channels).unflatten(0, (head.num_anchors, -1))
-        assert head.out.bias is not None
         weight, bias = head.out.weight, head.out.bias
+        assert bias is not None
         self.classes, self.locations = (
             _conv(weight[channels.flatten()], bias[channels.flatten()]) for channels in (rows[:, 4:], rows[:, :4])
         )
@@ -382,19 +377,20 @@ class SigmoidSiLU(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return linear.eval()
+    return _with_weights(linear, weight.contiguous(), bias)
 
 
 def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1x1 convolution."""
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return _with_weights(conv, weight, bias)
+
+
+def _with_weights(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
-        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return conv.eval()
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer.eval()
 
 
 def _conv_of(module: nn.Module) -> nn.Conv2d:
@@ -403,9 +399,8 @@ def _conv_of(module: nn.Module) -> nn.Conv2d:
     return conv
 
 
-def _with_silu(module: nn.Module, formulation: Formulation) -> nn.Module:
-    conv = _conv_of(module)
-    return nn.Sequential(conv, SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True))
+def _silu(formulation: Formulation) -> nn.Module:
+    return SigmoidSiLU() if formulation.silu == "sigmoid" else nn.SiLU(inplace=True)
 
 
 def _fold_affine(norm: nn.LayerNorm, next_layer: nn.Linear | nn.Conv2d) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from mobilevit.defaults import SCORE_THRESHOLD as SHOWN_SCORE
-from mobilevit.export.artifact import IOU_THRESHOLD, MAX_PER_IMAGE, NO_LABEL, ArtifactSpec, as_arrays, fill_batches
-from mobilevit.export.artifact import SCORE_THRESHOLD as NMS_SCORE
+from mobilevit.export.artifact import NMS_LIMITS, NO_LABEL, ArtifactSpec, as_arrays, fill_batches
 from mobilevit.export.backend import InferenceFn
 from mobilevit.models.ssdlite import suppress
 
@@ -107,7 +106,7 @@ class OutputComparison:
         self.names = tuple(names)
         self.statistics = {name: ErrorStatistics() for name in self.names}
         self.unit: Literal["images", "pixels", "boxes"] = "boxes" if "boxes" in names else "pixels"
-        # Equal and all predictions; of boxes those above `SHOWN_SCORE`, and all.
+        # (equal, all) predictions; of boxes only those above `SHOWN_SCORE`.
         self._counts = np.zeros(2, int)
         self._counts_of_all_boxes = np.zeros(2, int)
 
@@ -172,7 +171,7 @@ class OutputComparison:
         self.statistics[name].update(actual.astype(np.float32) - expected, expected)
 
     def _add_scores(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        # Most scores are almost 0, so their standard deviation is meaningless. Logarithms are spread like logits.
+        # Most scores are almost 0, so their standard deviation is meaningless. Logarithms are distributed like logits.
         errors = np.log(actual.astype(np.float32) + LOG_EPSILON) - np.log(expected + LOG_EPSILON)
         self.statistics["scores"].update(errors, np.log(np.maximum(expected, np.finfo(np.float32).tiny)))
 
@@ -199,10 +198,9 @@ class OutputComparison:
 
 
 def _apply_nms(boxes: np.ndarray, scores: np.ndarray) -> list[Boxes]:
-    """NMS of the outputs of a batch. Comparing single anchors would be noisy: an object has many similar ones."""
+    """Apply NMS to the outputs of a batch. Single anchors are not compared, because an object has many similar ones."""
     tensors = (torch.from_numpy(x.astype(np.float32)) for x in (boxes, scores))
-    limits = {"score_threshold": NMS_SCORE, "iou_threshold": IOU_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
-    return [Boxes(*(x.numpy() for x in detections)) for detections in suppress(*tensors, **limits)]
+    return [Boxes(*(x.numpy() for x in detections)) for detections in suppress(*tensors, **NMS_LIMITS)]
 
 
 def _box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -26,8 +26,8 @@ class DeepLabHead:
     Attributes:
         channels: width of the pyramid.
         rates: dilations of its 3x3 convolutions.
-        auxiliary_channels: width of a second classifier on stage 4 for training; 0 for none.
-        dropout: probability, of whole channels.
+        auxiliary_channels: width of the auxiliary head, a second classifier on stage 4 for training; 0 for none.
+        dropout: probability of dropping a channel.
         align_corners: of `torch.nn.functional.interpolate`, which resizes the logits to the image.
 
     Raises:
@@ -50,7 +50,7 @@ class DeepLabHead:
             )
 
 
-# Apple published weights for both: with the paper at output stride 16, and later, for S only, at 8.
+# Apple published weights with both heads: first this one at output stride 16, later, for S only, the other one at 8.
 PAPER_HEAD = DeepLabHead()
 LATER_HEAD = DeepLabHead(channels=512, rates=(12, 24, 36), auxiliary_channels=128, align_corners=True)
 
@@ -58,8 +58,8 @@ LATER_HEAD = DeepLabHead(channels=512, rates=(12, 24, 36), auxiliary_channels=12
 class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling; (B, C, H, W) -> (B, out, H, W).
 
-    A 1x1 convolution, three dilated ones and global average pooling, then a 1x1 projection. In training mode, the batch
-    norm after the pooling needs at least two images.
+    A 1x1 convolution, three dilated 3x3 convolutions and global average pooling, in parallel; then a 1x1 projection. In
+    training mode, the batch norm after the pooling requires at least two images.
     """
 
     def __init__(self, in_channels: int, head: DeepLabHead):
@@ -73,14 +73,14 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x.mean(dim=(-2, -1), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
-        # For inputs in two memory formats, cat would choose the other one, and the next convolution convert it back.
+        # If its inputs differ in memory format, cat returns the default one, and the next convolution converts it back.
         pooled = pooled.contiguous(memory_format=torch.channels_last)
         maps = [conv(x) for conv in self.convs]
         return self.dropout(F.relu(self.project(F.relu(torch.cat((*maps, pooled), dim=1)))))
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier on an earlier map, for deep supervision; (B, C, H, W) -> (B, num_classes, H, W)."""
+    """Auxiliary classifier on stage 4, for training only; (B, C, H, W) -> (B, num_classes, H, W)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float):
         super().__init__()
@@ -139,7 +139,7 @@ class DeepLabV3(nn.Module):
         return self.classifier.out_channels
 
     def reset_classes(self, num_classes: int) -> None:
-        """Replace the classifier, and the auxiliary one, by newly initialized ones."""
+        """Replace the classifiers by newly initialized ones."""
         _check_count(num_classes)
         for module in (self, self.auxiliary):
             if module is not None:
@@ -150,7 +150,7 @@ class DeepLabV3(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, num_classes, H, W) of RGB `images` (B, 3, H, W) in [0, 1] with H, W >= 32.
 
-        In training mode, a network with an auxiliary head returns a tuple: the logits and those of the auxiliary head.
+        In training mode, a network with an auxiliary head returns a tuple: its logits and those of the auxiliary head.
         """
         return self.from_maps(self.backbone(images), images)
 
@@ -162,7 +162,7 @@ class DeepLabV3(nn.Module):
         return logits, self._resize(self.auxiliary(backbone_maps["stage4"]), images)
 
     def coarse(self, images: Tensor) -> Tensor:
-        """Logits before the resize, (B, num_classes, H / output_stride, W / output_stride), rounded up."""
+        """Logits before they are resized: (B, num_classes, H / output_stride, W / output_stride), rounded up."""
         return self._classify(self.backbone(images)["stage5"])
 
     def _classify(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -21,12 +22,22 @@ def fold_batch_norm(model: Network, *, inplace: bool = False) -> Network:
     Raises:
         ValueError: `model` is in training mode, where batch norm depends on the batch.
     """
+
+    def folded(module: nn.Module) -> nn.Module:
+        if not isinstance(module, ConvNorm):
+            return module
+        conv = fuse_conv_bn_eval(module.conv, module.norm)
+        return nn.Sequential(conv, nn.SiLU(inplace=True)) if module.activation else conv
+
     model = _check_eval(model).requires_grad_(False) if inplace else frozen_copy(model)
+    return replace_modules(model, folded)
+
+
+def replace_modules(model: Network, replacement: Callable[[nn.Module], nn.Module]) -> Network:
+    """Replace each module inside `model` by `replacement(module)`, in place; returns `model`."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, ConvNorm):
-                conv = fuse_conv_bn_eval(child.conv, child.norm)
-                setattr(parent, name, nn.Sequential(conv, nn.SiLU(inplace=True)) if child.activation else conv)
+            setattr(parent, name, replacement(child))
     return model
 
 

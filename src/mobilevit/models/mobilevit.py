@@ -55,7 +55,7 @@ class Architecture:
     classifier_dropout: float = 0.1
 
 
-# The three published sizes (paper, table 4 and appendix A; the released code for the widths of the ffn).
+# Sources: table 4 and appendix A of the paper; the released code for `ffn_dim`.
 XXS = Architecture(
     name="xxs",
     stages=(
@@ -69,6 +69,7 @@ XXS = Architecture(
     expansion=2,
     transformer_dropout=0.05,
 )
+"""MobileViT-XXS: 1.3 million parameters."""
 XS = Architecture(
     name="xs",
     stages=(
@@ -82,6 +83,7 @@ XS = Architecture(
     expansion=4,
     transformer_dropout=0.1,
 )
+"""MobileViT-XS: 2.3 million parameters."""
 S = Architecture(
     name="s",
     stages=(
@@ -95,7 +97,9 @@ S = Architecture(
     expansion=4,
     transformer_dropout=0.1,
 )
+"""MobileViT-S: 5.6 million parameters."""
 ARCHITECTURES = {architecture.name: architecture for architecture in (XXS, XS, S)}
+"""The published architectures by name: "xxs", "xs", "s"."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,7 +449,7 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
 def initialize(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # nothing to fill, and PyTorch would import its compiler
+        return  # nothing to initialize, and PyTorch would import its compiler
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):

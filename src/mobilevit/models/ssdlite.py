@@ -56,7 +56,7 @@ class SeparableConv(nn.Module):
 class MapHead(nn.Module):
     """Predictions for the anchors of one map; (B, C, H, W) -> (B, H * W * anchors, 4 + K), the location first.
 
-    Anchors are ordered by row, column and shape. `channels` is the hidden width; with 0 there is only the last 1x1
+    Anchors are ordered by row, column and shape. `channels` is the hidden width; 0 leaves only the last 1x1
     convolution, for a map of one pixel.
     """
 
@@ -152,7 +152,7 @@ class SSDLite(nn.Module):
         strides = list(self.backbone.strides.values())
         for _ in self.extra_layers:
             strides.append(2 * strides[-1])
-        # With this padding, a convolution of stride 2 rounds up, and so does a sequence of them.
+        # With this padding, a convolution of stride 2 rounds up, and so does a sequence of such convolutions.
         sizes = [(-(-height_px // stride), -(-width_px // stride)) for stride in strides]
         sizes.append((1, 1))
         return anchors_of_maps(sizes).to(self.pooled.weight.device)
@@ -181,8 +181,8 @@ def anchors_of_maps(sizes: list[tuple[int, int]]) -> Tensor:
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     """The regression target of a network: the locations (..., 4) of `boxes` (..., 4; x1 y1 x2 y2) for `anchors`.
 
-    The distance of the centers in sides of the anchor and the logarithms of the ratios of the sides, divided by the
-    variances (SSD, equation 2). Boxes must have width and height above 0.
+    A location is the distance of the centers in units of the anchor's sides, and the logarithms of the ratios of the
+    sides, both divided by their variances (SSD, equation 2). Boxes must have width and height above 0.
     """
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     centers, sides = anchors[..., :2], anchors[..., 2:]
@@ -259,8 +259,8 @@ def suppress(
         sorted_scores, order = scores_AK[of_anchor, labels].sort(descending=True, stable=True)
         sorted_boxes, labels = boxes_A4[of_anchor[order]], labels[order]
         # Only boxes with higher scores suppress a box, so NMS of the top candidates gives the first survivors of NMS of
-        # all of them. Start with few and widen until `max_per_image` boxes survive: an untrained network has nearly all
-        # anchors of every class as candidates, which would take a second.
+        # all candidates. Start with few and widen until `max_per_image` boxes survive: in an untrained network nearly
+        # all anchors of every class are candidates, and NMS of all takes a second.
         num = max(MIN_CANDIDATES, 4 * max_per_image)
         while True:
             survivors = _batched_nms(sorted_boxes[:num], sorted_scores[:num], labels[:num], iou_threshold)
@@ -304,9 +304,9 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 
 def initialize(module: nn.Module) -> None:
-    """As in the released code: everything but the backbone Xavier uniform (Glorot), biases 0.
+    """As in the released code, for all layers but the backbone: weights Xavier uniform (Glorot), biases 0.
 
-    No prior bias for the background: the loss uses three negatives per positive.
+    The background has no prior bias, because the loss uses three negatives per positive.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
+from mobilevit.data.masks import IGNORE
 from mobilevit.data.sources import Source
 from mobilevit.draw import class_color, draw_boxes
 from mobilevit.images import ImageError, read_image, to_rgb
@@ -28,7 +30,6 @@ MAX_EXAMPLES = 8  # best and worst images, each
 MAX_LABELS = 5  # boxes that a caption lists
 THUMBNAIL_PX = 160
 FIGURE_PX = 360  # longer side of an image with boxes or masks
-IGNORE = 255
 DASH = "\N{EN DASH}"  # an undefined value
 
 
@@ -126,9 +127,7 @@ def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
     headings = {"num_boxes": "boxes", "ap50": "AP at IoU 0.5, %", "ap": "AP, %"}
     note = "White frames: annotated boxes. Colored frames with labels: predicted boxes."
 
-    def example(image: ImageDetections) -> Example:
-        return _boxes_example(image, source)
-
+    example = partial(_boxes_example, source=source)
     none = "No more images with boxes."
     return [
         Section("Average precision", table(("Boxes", "AP, %"), cells)),
@@ -144,9 +143,7 @@ def _segmentation(results: SegmentationResults, source: Source[Any]) -> list[Sec
     headings = {"num_pixels": "pixels", "iou": "IoU, %"}
     note = "From left to right: annotated classes, predicted classes, and errors in white."
 
-    def example(one: SegmentationExample) -> Example:
-        return _masks_example(one, source)
-
+    example = partial(_masks_example, source=source)
     none = "No images."
     return [
         Section("Classes", class_table(results.per_class(names), headings, by=("iou",))),
@@ -332,8 +329,8 @@ def _masks_example(example: SegmentationExample, source: Source[Any]) -> Example
     lines = [Markup("<b>{:.1f}\N{NO-BREAK SPACE}%</b> mean IoU").format(100 * example.iou)]
     for i in np.union1d(truth[is_counted], prediction[is_counted]).tolist():
         swatch = Markup('<i class="swatch" style="background:rgb{}"></i>').format(class_color(i))
-        shares = [100 * ((mask == i) & is_counted).mean() for mask in (truth, prediction)]
-        lines.append(swatch + f"{names[i]}: {shares[0]:.1f} % annotated, {shares[1]:.1f} % predicted")
+        percents = [100 * ((mask == i) & is_counted).mean() for mask in (truth, prediction)]
+        lines.append(swatch + f"{names[i]}: {percents[0]:.1f} % annotated, {percents[1]:.1f} % predicted")
     urls = [(jpeg_url(panel, quality=85), f"{sample.name}, {title}") for title, panel in panels.items()]
     return Example(sample.name, urls, lines)
 

@@ -85,7 +85,7 @@ def write_report(path: Path, report: Report) -> None:
     """Write the report of a run to the HTML file `path`, atomically."""
     epochs, facts = report.epochs, report.facts
     records = _read_steps(report.steps)
-    settings, original = _settings(report.recipe, report.origin)
+    settings, original = _settings(report.recipe, report.origin.recipe_name)
     page = render(
         "training.html",
         title=report.title,
@@ -339,14 +339,10 @@ def _best_note(epochs: Epochs, field: str) -> str:
 # Recipe
 
 
-def _settings(recipe: Recipe, origin: Origin) -> tuple[list[Setting], str]:
+def _settings(recipe: Recipe, name: str) -> tuple[list[Setting], str]:
     """All fields of the recipe, and a description of the original recipe that they are compared with."""
-    if origin.recipe_name:
-        base, description = RECIPES[origin.recipe_name], f"the recipe {origin.recipe_name}"
-    elif recipe.task == "classify":
-        base, description = Recipe(), "the defaults"
-    else:
-        base, description = RECIPES[recipe.task], f"the recipe {recipe.task}"
+    name = name or ("" if recipe.task == "classify" else recipe.task)
+    base, description = (RECIPES[name], f"the recipe {name}") if name else (Recipe(), "the defaults")
     original = dict(_fields(asdict(base)))
     settings = [
         Setting(name, _setting(name, value), "" if value == original[name] else _setting(name, original[name]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.data.checks import check_images
-from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.sources import find_evaluation_split, find_splits
+from mobilevit.data.loader import Batch, ImageDataset, stack_indices
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.weights import Weights
 
@@ -76,33 +75,25 @@ class Classification:
     """The `mobilevit.tasks.Task` of classification."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
-        limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_splits("classify", data, recipe.data.val_fraction)
-        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
+        options = recipe.data
         augmentation = Augmentation(
-            recipe.data.min_scale, recipe.data.flip, recipe.seed, recipe.data.policy, recipe.distill.size_px
+            options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
         )
-        notes = (*train.notes, *scan.notes())
-        return (
-            ImageDataset(train, augmentation, notes=notes, num_transparent=scan.num_transparent),
-            ImageDataset(val, Evaluation(preprocessing_of(recipe)), notes=val.notes),
-        )
+        evaluation = Evaluation(preprocessing_of(recipe))
+        return training_sets(recipe, data, (augmentation, stack_indices), (evaluation, stack_indices))
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
-        preprocessing = preprocessing_of(recipe)
         if pretrained is None:
             model = MobileViT(recipe.architecture, num_classes=len(class_names))
         else:
             model = pretrained.build()
             if pretrained.class_names != class_names:
                 model.reset_classifier(len(class_names))
-            # The pretrained first convolution expects inputs normalized in this way.
-            preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
         return Weights(
             architecture=model.architecture,
             tensors=model.state_dict(),
-            preprocessing=preprocessing,
+            preprocessing=normalized_as(pretrained, preprocessing_of(recipe)),
             class_names=class_names,
             output_stride=model.backbone.output_stride,
         )
@@ -110,10 +101,7 @@ class Classification:
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
-        if not weights.class_names:
-            raise ValueError("these weights have no class names, which are required to match the classes of the data")
-        source = find_evaluation_split("classify", data, weights.class_names, split, weights.val_fraction)
-        return ImageDataset(source, Evaluation(preprocessing), notes=source.notes)
+        return evaluation_set(weights, data, split, Evaluation(preprocessing), stack_indices)
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:
         return torch.zeros(batch_size, dtype=torch.long)
@@ -122,8 +110,7 @@ class Classification:
         if recipe.data.policy == "basic":
             return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
         # Mix one-hot rows of image indices: row i has the weights of the original images in mixed image i.
-        random = np.random.default_rng(int(torch.randint(2**62, ())))
-        pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device), random)
+        pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device))
         logits = model(pixels)
         targets = weights @ F.one_hot(batch.labels, logits.shape[1]).float()
         return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
 from mobilevit.data.box_transforms import BoxAugmentation, BoxBatch, BoxEvaluation, BoxTruth, stack_boxes
-from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.data.transforms import warp
 from mobilevit.files import require
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.ssdlite import SSDLite, detect, encode
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets, whole_image
 from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.weights import Weights, backbone_tensors
 
@@ -166,48 +165,33 @@ class Detection:
     """The `mobilevit.tasks.Task` of detection."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
-        _pycocotools()  # that it is missing is to be said before the first epoch, not after it
-        limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_splits("detect", data, recipe.data.val_fraction)
-        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
+        _pycocotools()  # report a missing library before the first epoch
         augmentation = BoxAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
-        return (
-            ImageDataset(train, augmentation, stack_boxes, (*train.notes, *scan.notes()), scan.num_transparent),
-            ImageDataset(val, evaluation, list, val.notes),
-        )
+        return training_sets(recipe, data, (augmentation, stack_boxes), (evaluation, list))
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
         _pycocotools()
-        if not weights.class_names:
-            raise ValueError("these weights have no class names, which are required to match the classes of the data")
-        source = find_evaluation_split("detect", data, weights.class_names, split, weights.val_fraction)
-        # Always the whole image, whatever the preprocessing of the weights: boxes may be at its edge.
-        whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
-        return ImageDataset(source, BoxEvaluation(whole), list, source.notes)
+        return evaluation_set(weights, data, split, BoxEvaluation(whole_image(preprocessing)), list)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         source = train_set.source
         class_names = source.class_names
-        preprocessing = warp(recipe.data.size_px)
         if pretrained is None:
             model = SSDLite(recipe.architecture, len(class_names))
+        elif pretrained.task == "detect":
+            model = pretrained.build(SSDLite)
+            if pretrained.class_names != class_names:
+                model.reset_classes(len(class_names))
         else:
-            if pretrained.task == "detect":
-                model = pretrained.build(SSDLite)
-                if pretrained.class_names != class_names:
-                    model.reset_classes(len(class_names))
-            else:
-                model = SSDLite(pretrained.architecture, len(class_names))
-                model.backbone.load_state_dict(backbone_tensors(pretrained))
-            # The pretrained first convolution expects inputs normalized in this way.
-            preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
+            model = SSDLite(pretrained.architecture, len(class_names))
+            model.backbone.load_state_dict(backbone_tensors(pretrained))
         return Weights(
             architecture=model.architecture,
             tensors=model.state_dict(),
-            preprocessing=preprocessing,
+            preprocessing=normalized_as(pretrained, warp(recipe.data.size_px)),
             class_names=class_names,
             task="detect",
             category_ids=source.category_ids,
@@ -254,7 +238,7 @@ class Detection:
 def match(targets: BoxBatch, anchors: Tensor) -> Tensor:
     """Match anchors to boxes (SSD, section 2.2): (B, A) indices into the boxes of the image, -1 for the background.
 
-    `anchors` (A, 4) are in centre form. An anchor matches the box with the highest IoU if that is 0.5 or more. In
+    `anchors` (A, 4) are in center form. An anchor matches the box with the highest IoU if that is 0.5 or more. In
     addition, each box matches its anchor with the highest IoU; if several boxes have the same such anchor, the last one
     gets it.
     """

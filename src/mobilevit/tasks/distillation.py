@@ -119,8 +119,7 @@ class Distillation:
         """0: without labels, the whole loss is that of `mobilevit.training.distillation`."""
         pixels = batch.pixels
         if recipe.data.policy == "advanced":
-            random = np.random.default_rng(int(torch.randint(2**62, ())))
-            pixels, _ = mix(pixels, torch.eye(len(pixels), device=pixels.device), random)
+            pixels, _ = mix(pixels, torch.eye(len(pixels), device=pixels.device))
         return model(pixels).new_zeros(())
 
     @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -29,13 +29,14 @@ class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
     `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
-    a segmentation network, all in per cent except the loss; and "num_images".
+    a segmentation network, all in per cent except the loss; and "num_images". `results` has the predictions.
     """
 
     split: str
     size_px: int
     metrics: dict[str, float]
     per_class: list[ClassMetrics]
+    results: Results = field(repr=False)
 
 
 def evaluate(
@@ -50,15 +51,22 @@ def evaluate(
     device: str = "auto",
     download: bool = False,
 ) -> EvaluationResult:
-    """Evaluate `weights` (a path, a hub id or `Weights`) on a split of `data`: "train", "val", "test" or "all".
+    """Evaluate trained weights on a split of the data.
 
-    The default split is val, or test if there is no val. Data without splits are split as in training if the weights
-    were trained on them; otherwise all images are evaluated. `size_px` is the input size; the default is the size that
-    the weights were trained at. `num_workers` processes read images; 0 reads them in this process. Up to
-    `max_unreadable` unreadable images are skipped, and their names are logged. A hub id is downloaded only with
-    `download=True`.
+    Examples:
+        >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
 
-    >>> mobilevit.evaluate("runs/pets/model.safetensors", "pets/").metrics["top1"]
+    Args:
+        weights: a path, a hub id or `Weights`.
+        data: a folder or data set, as for `train`.
+        split: "train", "val", "test" or "all". None: val, or test if there is no val. Data without splits are split as
+            in training if the weights were trained on them; otherwise all images are evaluated.
+        size_px: input size; None: the size that the weights were trained at.
+        batch_size: images per batch.
+        num_workers: processes that read images; 0 reads them in this process.
+        max_unreadable: number of unreadable images to skip. Their names are logged.
+        device: "auto" is the first available one of cuda, mps and cpu.
+        download: fetch a hub id that is not in the local cache.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
@@ -66,70 +74,16 @@ def evaluate(
         TypeError: `weights` has another type.
     """
     weights = to_weights(weights, download=download)
-    split = split or default_split(weights, data)
-    results = evaluate_weights(
-        weights,
-        data,
-        split=split,
-        size_px=size_px,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=choose_device(device),
-        max_unreadable=max_unreadable,
-    )
-    size_px = size_px or weights.preprocessing.crop_px
-    return EvaluationResult(split, size_px, results.metrics(), results.per_class(weights.class_names))
-
-
-def default_split(weights: Weights, data: str | Path) -> str:
-    """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
-
-    Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
-    same way; otherwise all.
-    """
-    split = sources.default_split(weights.task, data)
-    if split == "all" and "val_data" in weights.training:
-        with contextlib.suppress(ValueError):  # other data may have too few images to split
-            val = TASKS[weights.task].evaluation_set(weights, data, weights.preprocessing, "val")
-            if _is_val_of_training(weights, val):
-                return "val"
-    return split
-
-
-def evaluate_weights(
-    weights: Weights,
-    data: str | Path,
-    *,
-    split: str | None = None,
-    size_px: int | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    device: str = "cpu",
-    max_unreadable: int = 0,
-) -> Results:
-    """As `evaluate`, but returns the complete results.
-
-    Raises:
-        ValueError: as `evaluate`.
-    """
+    device = choose_device(device)
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
-    preprocessing = weights.preprocessing
-    if size_px is not None:
-        if size_px < MIN_SIZE_PX:
-            raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
-        preprocessing = preprocessing.at_size(size_px)
+    if size_px is not None and size_px < MIN_SIZE_PX:
+        raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
+    preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
     task = TASKS[weights.task]
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
-    for note in dataset.notes:
-        _warn_once(note)
-    was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"
-    if was_split_by_us and not _is_val_of_training(weights, dataset):
-        _warn_once(
-            f"{data}: this is not the validation split of the training run: image names or labels have changed since, "
-            "or another version split the data; the split may contain training images"
-        )
+    _warn_of_data(weights, dataset, data, split)
     loaded = load(
         dataset,
         eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
@@ -148,7 +102,35 @@ def evaluate_weights(
         )
     if loaded.unreadable:
         _warn_once(f"skipped images that cannot be read: {', '.join(loaded.unreadable)}")
-    return results
+    return EvaluationResult(
+        split, preprocessing.crop_px, results.metrics(), results.per_class(weights.class_names), results
+    )
+
+
+def default_split(weights: Weights, data: str | Path) -> str:
+    """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
+
+    Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
+    same way; otherwise all.
+    """
+    split = sources.default_split(weights.task, data)
+    if split == "all" and "val_data" in weights.training:
+        with contextlib.suppress(ValueError):  # other data may have too few images to split
+            val = TASKS[weights.task].evaluation_set(weights, data, weights.preprocessing, "val")
+            if _is_val_of_training(weights, val):
+                return "val"
+    return split
+
+
+def _warn_of_data(weights: Weights, dataset: ImageDataset, data: str | Path, split: str) -> None:
+    for note in dataset.notes:
+        _warn_once(note)
+    was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"
+    if was_split_by_us and not _is_val_of_training(weights, dataset):
+        _warn_once(
+            f"{data}: this is not the validation split of the training run: image names or labels have changed since, "
+            "or another version split the data; the split may contain training images"
+        )
 
 
 @cache

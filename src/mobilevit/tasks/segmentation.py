@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.mask_transforms import MaskAugmentation, MaskEvaluation, stack_masks
 from mobilevit.data.masks import IGNORE
-from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.data.transforms import warp
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets, whole_image
 from mobilevit.tasks.task import ClassMetrics, Gather, single_process
 from mobilevit.weights import Weights, backbone_tensors
 
@@ -83,48 +82,33 @@ class Segmentation:
     """The `mobilevit.tasks.Task` of segmentation."""
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
-        limit_megapixels(recipe.data.max_megapixels)
-        train, val = find_splits("segment", data, recipe.data.val_fraction)
-        scan = check_images(train, val, max_unreadable=recipe.data.max_unreadable)
         augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
-        return (
-            ImageDataset(train, augmentation, stack_masks, (*train.notes, *scan.notes()), scan.num_transparent),
-            ImageDataset(val, evaluation, list, val.notes),
-        )
+        return training_sets(recipe, data, (augmentation, stack_masks), (evaluation, list))
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
     ) -> ImageDataset:
-        if not weights.class_names:
-            raise ValueError("these weights have no class names, which are required to match the classes of the data")
-        source = find_evaluation_split("segment", data, weights.class_names, split, weights.val_fraction)
-        # Always the whole image, whatever the preprocessing of the weights: every pixel counts.
-        whole = replace(preprocessing, resize_px=(preprocessing.crop_px, preprocessing.crop_px))
-        return ImageDataset(source, MaskEvaluation(whole), list, source.notes)
+        return evaluation_set(weights, data, split, MaskEvaluation(whole_image(preprocessing)), list)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         class_names = train_set.source.class_names
-        preprocessing = warp(recipe.data.size_px)
         output_stride, head = OUTPUT_STRIDE, DeepLabHead()
         if pretrained is None:
             model = DeepLabV3(recipe.architecture, len(class_names), output_stride, head)
+        elif pretrained.task == "segment":
+            assert pretrained.head is not None
+            output_stride, head = pretrained.output_stride, pretrained.head
+            model = pretrained.build(DeepLabV3)
+            if pretrained.class_names != class_names:
+                model.reset_classes(len(class_names))
         else:
-            if pretrained.task == "segment":
-                assert pretrained.head is not None
-                output_stride, head = pretrained.output_stride, pretrained.head
-                model = pretrained.build(DeepLabV3)
-                if pretrained.class_names != class_names:
-                    model.reset_classes(len(class_names))
-            else:
-                model = DeepLabV3(pretrained.architecture, len(class_names), output_stride, head)
-                model.backbone.load_state_dict(backbone_tensors(pretrained))
-            # The pretrained first convolution expects inputs normalized in this way.
-            preprocessing = replace(preprocessing, mean=pretrained.preprocessing.mean, std=pretrained.preprocessing.std)
+            model = DeepLabV3(pretrained.architecture, len(class_names), output_stride, head)
+            model.backbone.load_state_dict(backbone_tensors(pretrained))
         return Weights(
             architecture=model.architecture,
             tensors=model.state_dict(),
-            preprocessing=preprocessing,
+            preprocessing=normalized_as(pretrained, warp(recipe.data.size_px)),
             class_names=class_names,
             output_stride=output_stride,
             task="segment",
@@ -192,7 +176,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
 def predict_mask(logits: Tensor, height: int, width: int) -> Tensor:
     """Logits (C, H, W) of a warped image -> predicted classes (height, width) int64 of the original image."""
     best = classes = None
-    # Inverts the warp, which aligns pixel centres; the head's own `align_corners` does not matter here. Some classes at
+    # Inverts the warp, which aligns pixel centers; the head's own `align_corners` does not matter here. Some classes at
     # a time: all logits at the size of a large photograph take gigabytes.
     step = max(1, MAX_RESIZED // (height * width))
     for start in range(0, len(logits), step):

@@ -91,8 +91,9 @@ def train(
     those of an uninterrupted run with the same recipe, data, device and number of threads. Processes started by
     torchrun divide each step among them. Messages are logged; see `mobilevit.logs`.
 
-    >>> run = mobilevit.train("finetune", "pets/", "runs/pets", pretrained="apple/mobilevit-x-small", download=True)
-    >>> model = mobilevit.load(run.weights)
+    Examples:
+        >>> run = mobilevit.train("finetune", "pets/", "runs/pets", pretrained="apple/mobilevit-x-small", download=True)
+        >>> model = mobilevit.load(run.weights)
 
     Args:
         recipe: a `Recipe`, or the name of one such as "small".

@@ -24,7 +24,8 @@ def max_micro_batch_pixels(
     """Number of image pixels (height times width) that one process can compute forward and backward on `device`.
 
     Measures the bytes that autograd saves for `batch`, and the largest layer of the `teacher`, if there is one. The
-    result depends on the installed memory and not on the free memory, so that a resumed run is divided into the same micro-batches. Changes the running statistics of `model`.
+    result depends on the installed memory and not on the free memory, so that a resumed run is divided into the
+    same micro-batches. Changes the running statistics of `model`.
     """
     if recipe.compute.micro_batch_size:
         return recipe.compute.micro_batch_size * recipe.data.size_px**2

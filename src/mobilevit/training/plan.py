@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mobilevit.data.sampler import EpochBatches, MicroBatch, batch_size_at, count_micro_batches, micro_batches
+from mobilevit.data.sampler import BatchShapes, EpochBatches, MicroBatch, count_micro_batches, micro_batches
 from mobilevit.recipes import Recipe
 
 
@@ -28,26 +28,15 @@ class Plan:
         """The batches of an epoch, of all processes together."""
         recipe, sampler, size_px = self.recipe, self.recipe.sampler, self.recipe.data.size_px
         sizes_px = (size_px,) if sampler.variant == "standard" else sampler.sizes_px
-        smallest = min(
-            batch_size_at(
-                size,
-                variant=sampler.variant,
-                batch_size=recipe.batch_size,
-                base_px=size_px,
-                largest_px=max(sizes_px),
-            )
-            for size in sizes_px
-        )
+        shapes = BatchShapes(sizes_px, recipe.batch_size, size_px, sampler.variant)
+        smallest = min(shapes.batch_size_at(size) for size in sizes_px)
         if self.world_size > 1 and smallest < 4 * self.world_size:
             raise ValueError(
                 f"batch_size is {recipe.batch_size}, too few for {self.world_size} processes; use 4 or more per process"
             )
         return EpochBatches(
             self.num_images,
-            sizes_px=sizes_px,
-            batch_size=recipe.batch_size,
-            base_px=size_px,
-            variant=sampler.variant,
+            shapes,
             seed=recipe.seed,
             epoch=epoch,
             # Half a batch has two images per process, so the division does not depend on the number of processes.

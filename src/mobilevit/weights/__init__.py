@@ -7,9 +7,9 @@
 | timm | one .safetensors file, or a hub folder with config.json | RGB | in config.json or our metadata |
 | transformers | a folder: config.json, preprocessor_config.json, weights | BGR | yes |
 
-`read` converts each of them to `Weights`: names of this package, RGB. `write` converts back. `keys.py` has the table of
-names, `configs.py` the descriptions. No other module depends on a format. `TASK_FORMATS` lists which formats have
-networks for which task.
+`read` converts each of them to `Weights`: tensors with the names of this package, for RGB. `write` converts back.
+`keys.py` has the table of tensor names, `configs.py` the metadata, `class_names.py` the names of published classes. No
+other module depends on a format. `TASK_FORMATS` lists the formats that have a network for a task.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ from torch import Tensor
 from mobilevit import hub
 from mobilevit.files import write_atomic
 from mobilevit.messages import first_line, nearest
+from mobilevit.weights.class_names import (
+    coco_category_ids,
+    coco_class_names,
+    imagenet_class_names,
+    voc_class_names,
+    with_published_names,
+)
 from mobilevit.weights.configs import (
     METADATA,
     OTHER,
     PUBLISHED_STRIDES,
     check_published,
-    coco_category_ids,
-    coco_class_names,
     describe,
-    imagenet_class_names,
     metadata_of,
     parse_json,
     transformers_config,
     transformers_processor,
-    voc_class_names,
-    with_published_names,
 )
 from mobilevit.weights.keys import (
     FORMAT_NAMES,
@@ -103,7 +105,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def read(source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None) -> Weights:
-    """Weights from a file, a folder in transformers' or timm's layout, or a hub id such as "apple/mobilevit-small".
+    """Read weights from a file, a folder in transformers' or timm's layout, or a hub id: "apple/mobilevit-small".
 
     The format is detected from the keys. A hub id ("owner/name" or "owner/name@revision") is looked up in the local
     cache of huggingface_hub, and downloaded only with `download=True`.
@@ -203,12 +205,12 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         path = path / "model.safetensors"
     else:
         metadata[METADATA] = json.dumps(metadata_of(weights))
-    # Python writes the file: its errors name the cause, for example a full disk. Those of safetensors do not.
+    # Not written by safetensors: Python's errors name the cause, for example a full disk.
     write_atomic(path, to_safetensors(tensors, metadata))
 
 
 def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a .safetensors file, which depend on the content only; the library orders metadata randomly."""
+    """Serialize to the .safetensors format, deterministically. The library writes the metadata in random order."""
     content = safetensors.torch.save(tensors)
     end = 8 + int.from_bytes(content[:8], "little")
     header = {"__metadata__": metadata, **json.loads(content[8:end])}
@@ -245,7 +247,7 @@ def _locate(source: str, download: bool) -> Path:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, and the metadata of a .safetensors file. The first bytes determine the kind of file."""
+    """All tensors of a file, and the metadata of a .safetensors file. The format is detected from the first bytes."""
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:

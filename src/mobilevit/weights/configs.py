@@ -1,7 +1,4 @@
-"""Descriptions that accompany the tensors: the metadata of this package, and the JSON of timm and transformers.
-
-Also the class names of published weights, whose files do not contain them.
-"""
+"""Metadata of weights files: our own in .safetensors files, and the JSON files of timm and transformers."""
 
 from __future__ import annotations
 
@@ -37,11 +34,11 @@ PUBLISHED_STRIDES = {PAPER_HEAD: 16, LATER_HEAD: 8}  # output strides of Apple's
 
 @dataclass(frozen=True)
 class Description:
-    """What a file, or the JSON beside it, states about its tensors."""
+    """The metadata of a weights file, from the file itself or from the JSON files next to it."""
 
     preprocessing: Preprocessing
     bgr: bool
-    source: str | None  # the name of the description; None if there is none and all values are assumed
+    source: str | None  # where the metadata is from; None if there is none and published values are assumed
     architecture: Architecture | None = None
     class_names: tuple[str, ...] | None = None  # None: the format has no place for them
     output_stride: int = 32
@@ -53,7 +50,7 @@ class Description:
 def describe(
     path: Path, format: Format, task: TaskName, stored: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Description:
-    """The description of the file at `path`; published values are assumed if there is none.
+    """The description of the file at `path`. If it has no metadata, the published values are assumed.
 
     Raises:
         WeightsError: a description that is damaged, or of something that this package does not implement.
@@ -65,7 +62,7 @@ def describe(
     if in_hub_layout and format == "transformers":
         return _describe_transformers(config_path, task)
     if in_hub_layout and format == "timm":
-        config = parse_json(config_path, config_path.read_text(encoding="utf-8"))
+        config = _read_json(config_path)
         with _reported(config_path, "config"):
             names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
             return Description(
@@ -77,7 +74,7 @@ def describe(
     assumed = TIMM_PREPROCESSING if format == "timm" else PREPROCESSING[task]
     if task != "segment":
         return Description(assumed, bgr=is_bgr(format, None), source=None)
-    # The tensors do not show dilations and output stride, but only two kinds of these networks were published.
+    # Tensors do not contain the dilations and the output stride. Assume those of the two published networks.
     is_later = any(key.startswith(("auxiliary.", "seg_head.aux_head.", "seg_head.classifier.block.")) for key in stored)
     head = LATER_HEAD if is_later else PAPER_HEAD
     return Description(assumed, bgr=is_bgr(format, head), source=None, head=head, output_stride=PUBLISHED_STRIDES[head])
@@ -132,7 +129,7 @@ def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[st
 
 
 def _describe_transformers(config_path: Path, task: TaskName) -> Description:
-    config = parse_json(config_path, config_path.read_text(encoding="utf-8"))
+    config = _read_json(config_path)
     head = None
     with _reported(config_path, "config"):
         architecture = _architecture_from_transformers(config)
@@ -152,7 +149,7 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
     preprocessing, bgr = PREPROCESSING[task], True
     processor_path = config_path.with_name("preprocessor_config.json")
     if processor_path.is_file():
-        values = parse_json(processor_path, processor_path.read_text(encoding="utf-8"))
+        values = _read_json(processor_path)
         with _reported(processor_path, "preprocessing"):
             preprocessing = _preprocessing_from_transformers(values)
             if task == "segment" and isinstance(preprocessing.resize_px, int):
@@ -219,10 +216,10 @@ def _architecture_from_transformers(config: Mapping[str, Any]) -> Architecture:
 
 
 def transformers_config(weights: Weights) -> dict[str, Any]:
-    """config.json.
+    """The content of config.json.
 
     Raises:
-        WeightsError: an architecture or head that it cannot express.
+        WeightsError: the format cannot express the architecture or the head.
     """
     a = weights.architecture
     transformers = [stage.transformer for stage in a.stages if stage.transformer]
@@ -259,7 +256,7 @@ def transformers_config(weights: Weights) -> dict[str, Any]:
             "aspp_dropout_prob": head.dropout,
             "semantic_loss_ignore_index": 255,
         }
-    # It has one patch size, one number of heads and one ffn ratio for all stages.
+    # The format has one patch size, one number of heads and one ffn ratio for all stages.
     if replace(_architecture_from_transformers(config), name=a.name) != a:
         raise WeightsError(f"transformers' format cannot express the architecture {a.name!r}; write mobilevit's")
     return config
@@ -281,10 +278,10 @@ def _preprocessing_from_transformers(values: Mapping[str, Any]) -> Preprocessing
 
 
 def transformers_processor(weights: Weights) -> dict[str, Any]:
-    """preprocessor_config.json.
+    """The content of preprocessor_config.json.
 
     Raises:
-        WeightsError: pixels are normalized, which transformers' MobileViT cannot express.
+        WeightsError: the format cannot express the normalization of pixels.
     """
     p = weights.preprocessing
     if p.mean != (0.0, 0.0, 0.0) or p.std != (1.0, 1.0, 1.0):
@@ -329,10 +326,10 @@ def _preprocessing_from_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def check_published(weights: Weights, format: Format) -> None:
-    """Check that the structure is a published one: readers of Apple's and timm's files see nothing but tensors.
+    """Check that the network is a published one. Files of Apple and timm contain only tensors, so readers assume that.
 
     Raises:
-        WeightsError: another structure.
+        WeightsError: another network.
     """
     other = "mobilevit's or transformers'" if "transformers" in TASK_FORMATS[weights.task] else "mobilevit's"
     published = ARCHITECTURES.get(weights.architecture.name)
@@ -349,57 +346,8 @@ def check_published(weights: Weights, format: Format) -> None:
 
 
 def _without_dropout(architecture: Architecture) -> Architecture:
-    """For comparisons: without the name and the fields that only training uses."""
+    """For comparisons: without the name and the dropout rates."""
     return replace(architecture, name="", transformer_dropout=0.0, classifier_dropout=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Class names
-
-
-def imagenet_class_names() -> tuple[str, ...]:
-    """The 1,000 class names of ImageNet-1k, from torchvision."""
-    from torchvision.models import ResNet18_Weights
-
-    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
-
-
-def coco_class_names() -> tuple[str, ...]:
-    """The 80 class names of COCO's boxes, without background, from torchvision.
-
-    torchvision keeps the ids of COCO's annotations, which go up to 90 with gaps; published networks close the gaps.
-    """
-    return tuple(_coco_categories().values())
-
-
-def coco_category_ids() -> tuple[int, ...]:
-    """The ids in COCO's annotations, 1 to 90 with gaps, of the classes of `coco_class_names`."""
-    return tuple(_coco_categories())
-
-
-def _coco_categories() -> dict[int, str]:
-    from torchvision.models.detection import SSD300_VGG16_Weights
-
-    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
-    return {number: name for number, name in enumerate(names) if name not in ("__background__", "N/A")}
-
-
-def voc_class_names() -> tuple[str, ...]:
-    """ "background" and the 20 class names of PASCAL VOC, from torchvision."""
-    from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
-
-    return "background", *DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:]
-
-
-def with_published_names(weights: Weights) -> Weights:
-    """With the class names of ImageNet, COCO or VOC, if the number of classes is that of the published weights."""
-    if (weights.task, weights.num_classes) == ("classify", 1000):
-        return replace(weights, class_names=imagenet_class_names())
-    if (weights.task, weights.num_classes) == ("detect", 80):
-        return replace(weights, class_names=coco_class_names(), category_ids=coco_category_ids())
-    if (weights.task, weights.num_classes) == ("segment", 21):
-        return replace(weights, class_names=voc_class_names())
-    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +355,7 @@ def with_published_names(weights: Weights) -> Weights:
 
 
 def _check_fixed(values: Mapping[str, Any], **fixed: Any) -> None:
-    """Check options of another library that this package implements for one value only."""
+    """Check options of another library for which this package supports only one value."""
     for key, expected in fixed.items():
         if values.get(key, expected) != expected:
             raise ValueError(f"{key} is {values[key]!r}; expected {expected!r}")
@@ -415,7 +363,7 @@ def _check_fixed(values: Mapping[str, Any], **fixed: Any) -> None:
 
 @contextlib.contextmanager
 def _reported(path: Path, part: str) -> Iterator[None]:
-    """Raise errors of the block as WeightsError with the name of the file."""
+    """Convert errors of the block to a WeightsError that names the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -423,11 +371,15 @@ def _reported(path: Path, part: str) -> Iterator[None]:
         raise WeightsError(f"{path}: its {part} cannot be used: {reason}") from None
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(path, path.read_text(encoding="utf-8"))
+
+
 def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object, from the file `path`.
 
     Raises:
-        WeightsError: `text` is not one; the message names `path`.
+        WeightsError: not a JSON object.
     """
     try:
         values = json.loads(text)

@@ -1,7 +1,7 @@
-"""Names of tensors: one row per module, one column per format. Detection of a format, and conversion to and from it.
+"""Tensor names of the four formats: a table, detection of a format from its names, and conversion.
 
-`to_standard` checks every key, shape and dtype and renames; `from_standard` renames back. "Standard" names are those of
-this package. No other module depends on the names of other libraries.
+`to_standard` checks every key, shape and dtype, and renames to the standard names, which are those of this package.
+`from_standard` renames back. No other module depends on the names of other libraries.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that determines the keys and, with the number of classes, the shapes of a file."""
+    """Determines the keys of a file and, with the number of classes, their shapes."""
 
     format: Format
     architecture: Architecture
@@ -62,9 +62,9 @@ class Layout:
 
 
 def _modules(a: Architecture, task: TaskName, head: DeepLabHead | None) -> Iterator[Row]:
-    """(kind, mobilevit, apple, timm, transformers): the prefixes of every module with parameters.
+    """Every module with parameters: (kind, mobilevit's prefix, Apple's, timm's, transformers').
 
-    A name is "" if the format has no network for the task.
+    A prefix is "" if the format has no network for the task.
     """
     encoder = "" if task == "classify" else "encoder."
     yield "conv_norm", "backbone.stem", f"{encoder}conv_1.block", "stem", "mobilevit.conv_stem"

@@ -49,14 +49,14 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under the names of this package, with an RGB stem, and everything that is needed to use them.
+    """Tensors with the names of this package, for RGB images, and the metadata that is required to use them.
 
     Attributes:
         class_names: empty if unknown. Background is a class of a segmentation network, but not of a detector.
-        training: free JSON: the recipe, the number of epochs and so on.
+        training: any JSON: the recipe, the number of epochs and so on.
         has_description: False if the file has no description and the published preprocessing is assumed.
         head: of a segmentation network, else None.
-        category_ids: the ids of a detector's classes in COCO annotations, which may have gaps; empty if unknown.
+        category_ids: ids of a detector's classes in COCO annotations, which may have gaps; empty if unknown.
 
     Raises:
         ValueError: an unknown task; `head` without segmentation or segmentation without `head`; a detector with an
@@ -93,7 +93,7 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """For people, for example "MobileViT-XXS"."""
+        """Display name, for example "MobileViT-XXS"."""
         return f"MobileViT-{self.architecture.name.upper()}"
 
     @property

@@ -1,1 +1,1 @@
-"""Networks that no library has as published, one file each; dropout and stochastic depth belong to the recipes."""
+"""Networks that no library has as published, one file each. Dropout and stochastic depth are part of the recipes."""

@@ -1,9 +1,9 @@
 """BoTNet: Srinivas et al., "Bottleneck Transformers for Visual Recognition", arXiv 2101.11605.
 
-Characteristic: ResNet-50 with the 3x3 convolutions of its last stage, three of them, replaced by self-attention over
-the whole map, which knows where pixels stand to each other: to the product of query and key comes that of the query
-with a learned vector for their distance in rows and another for that in columns. The block that halves the map attends
-before and pools after. (B, 3, S, S) -> ResNet-50 -> (B, 2048, S/32, S/32) -> (B, classes).
+ResNet-50 with the three 3x3 convolutions of its last stage replaced by self-attention over the whole map, with relative
+positions: the product of the query with a learned vector for the distance in rows, and with one for the distance in
+columns, is added to that of query and key. The block that halves the map applies attention first, then average pooling.
+(B, 3, S, S) -> ResNet-50 -> (B, 2048, S/32, S/32) -> (B, classes).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet, resnet50
 
-from mobilevit.compare.networks.vit import initialise
+from mobilevit.compare.networks.layers import initialize
 
 NUM_HEADS = 4
 
@@ -27,7 +27,7 @@ class RelativeAttention(nn.Module):
         head_dim = channels // NUM_HEADS
         self.scale = head_dim**-0.5
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        initialise(self.qkv)
+        initialize(self.qkv)
         # By distance from query to key, -(side - 1) to side - 1, the same for all heads.
         self.rows = nn.Parameter(self.scale * torch.randn(2 * side - 1, head_dim))
         self.columns = nn.Parameter(self.scale * torch.randn(2 * side - 1, head_dim))
@@ -35,7 +35,6 @@ class RelativeAttention(nn.Module):
         self.register_buffer("distances", line[None, :] - line[:, None] + side - 1, persistent=False)  # (query, key)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Every pixel attends to all."""
         B, C, H, W = x_BCHW.shape
         q, k, v = self.qkv(x_BCHW).reshape(B, 3, NUM_HEADS, C // NUM_HEADS, H * W).transpose(-2, -1).unbind(1)
         q = q * self.scale  # (B, heads, H * W, C / heads)
@@ -48,7 +47,7 @@ class RelativeAttention(nn.Module):
 
 
 def botnet50(num_classes: int, size_px: int) -> ResNet:
-    """BoTNet-50, the classifier for images (B, 3, size, size), the size a multiple of 32, -> logits (B, classes)."""
+    """BoTNet-50: images (B, 3, size, size), the size a multiple of 32 -> logits (B, classes)."""
     network = resnet50(num_classes=num_classes)
     side = size_px // 16
     for block in network.layer4:

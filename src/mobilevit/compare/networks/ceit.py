@@ -1,12 +1,12 @@
 """CeiT: Yuan et al., "Incorporating Convolution Designs into Visual Transformers", arXiv 2103.11816.
 
-Characteristic: a vision transformer with three convolutional ideas. Image-to-tokens: a stem of 7x7 convolution and max
-pool at stride 4 before patches of 4x4. Locally-enhanced feed-forward (LeFF): the patch tokens become a map again, and a
-3x3 depthwise convolution stands between the two linear layers; the class token goes around it. Layer-wise class token
-attention (LCA): the class tokens of all layers are gathered, and the last one attends to them.
+A vision transformer with three changes. Image-to-tokens: a stem of 7x7 convolution and max pooling at stride 4 precedes
+the patch embedding with 4x4 patches. Locally-enhanced feed-forward (LeFF): the patch tokens form a map, and a 3x3
+depthwise convolution is inserted between the two linear layers; the class token bypasses it. Layer-wise class token
+attention (LCA): the class token of the last layer attends to the class tokens of all layers.
 (B, 3, S, S) -> (B, 64, S/4, S/4) -> (B, 1 + S*S/256, 192) -> 12 class tokens (B, 12, 192) -> (B, classes).
 
-Only the class token of the last layer is read, so that as published its LeFF has no part in the answer.
+Only the class token of the last layer is used. Its LeFF therefore does not affect the logits, as published.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.compare.networks.vit import (
+from mobilevit.compare.networks.layers import (
     Attention,
     FeedForward,
-    initialise,
+    initialize,
     join_heads,
+    prepend,
     split_heads,
     to_map,
     to_tokens,
@@ -47,13 +48,12 @@ class LeFF(nn.Module):
         )
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """The tokens after the first are a square map, row by row."""
         class_token, patches = x_BND[:, :1], x_BND[:, 1:]
         return torch.cat((class_token, to_tokens(self.convs(to_map(patches)))), dim=1)
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and LeFF; (B, 1 + N, D) -> same."""
+    """Pre-norm attention and LeFF, both with shortcuts; (B, 1 + N, D) -> same."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,6 @@ class Layer(nn.Module):
         self.leff = LeFF()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both with shortcuts."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.leff(self.leff_norm(x))
 
@@ -82,7 +81,6 @@ class LayerwiseClassAttention(nn.Module):
         self.ffn = FeedForward(DIM, FFN_DIM)
 
     def forward(self, class_tokens_BLD: Tensor) -> Tensor:
-        """One query, as many keys as layers."""
         x = class_tokens_BLD + self.positions
         y = self.attention_norm(x)
         (q,) = split_heads(self.query(y[:, -1:]), 1, NUM_HEADS)
@@ -92,7 +90,7 @@ class LayerwiseClassAttention(nn.Module):
 
 
 class CeiT(nn.Module):
-    """CeiT-T, the classifier for images of `size_px` squared, a multiple of 16."""
+    """CeiT-T: images (B, 3, size, size), the size a multiple of 16 -> logits (B, classes)."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -109,12 +107,11 @@ class CeiT(nn.Module):
         self.class_attention = LayerwiseClassAttention()
         self.norm = nn.LayerNorm(DIM, eps=NORM_EPSILON)
         self.classifier = nn.Linear(DIM, num_classes)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, size, size)."""
         x = to_tokens(self.patches(self.stem(images)))
-        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = prepend(self.class_token, x) + self.positions
         class_tokens = []
         for layer in self.layers:
             x = layer(x)

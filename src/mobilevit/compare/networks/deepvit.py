@@ -1,8 +1,8 @@
 """DeepViT: Zhou et al., "DeepViT: Towards Deeper Vision Transformer", arXiv 2103.11886.
 
-Characteristic: re-attention. In deep transformers the attention maps of one layer come to equal those of the next; here
-the maps of the heads are mixed by a learned matrix (heads x heads) after the softmax, and normalised, which keeps them
-apart. Otherwise a plain vision transformer. DeepViT-16 has 16 layers.
+A vision transformer with re-attention. In deep transformers the attention maps of successive layers become similar.
+Re-attention mixes the maps of the heads by a learned matrix (heads x heads) after the softmax, and normalizes them.
+DeepViT-16 has 16 layers.
 (B, 3, S, S) -> (B, 1 + S*S/256, 384) -> (B, classes).
 """
 
@@ -11,7 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mobilevit.compare.networks.vit import FeedForward, initialise, join_heads, split_heads, to_tokens
+from mobilevit.compare.networks.layers import (
+    FeedForward,
+    TransformerLayer,
+    initialize,
+    join_heads,
+    prepend,
+    split_heads,
+    to_tokens,
+)
 
 PATCH_PX = 16
 DIM, NUM_HEADS, FFN_DIM, NUM_LAYERS = 384, 12, 1152, 16
@@ -30,31 +38,14 @@ class ReAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """After the mixing, weights may be negative and need not sum to 1."""
         q, k, v = split_heads(self.qkv(x_BND), 3, self.num_heads)
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        weights = self.mix_norm(self.mix(scores.softmax(dim=-1)))  # (B, heads, N, N)
+        weights = self.mix_norm(self.mix(scores.softmax(dim=-1)))  # (B, heads, N, N); may be negative
         return self.out(join_heads(weights @ v))
 
 
-class Layer(nn.Module):
-    """Pre-norm re-attention and feed-forward; (B, N, D) -> (B, N, D)."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(DIM, eps=NORM_EPSILON)
-        self.attention = ReAttention(DIM, NUM_HEADS)
-        self.ffn_norm = nn.LayerNorm(DIM, eps=NORM_EPSILON)
-        self.ffn = FeedForward(DIM, FFN_DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Both with shortcuts."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.ffn(self.ffn_norm(x))
-
-
 class DeepViT(nn.Module):
-    """DeepViT-16, the classifier for images of `size_px` squared, a multiple of 16."""
+    """DeepViT-16: images (B, 3, size, size), the size a multiple of 16 -> logits (B, classes)."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -62,13 +53,17 @@ class DeepViT(nn.Module):
         self.patches = nn.Conv2d(3, DIM, PATCH_PX, stride=PATCH_PX)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, DIM))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + side * side, DIM))
-        self.layers = nn.Sequential(*(Layer() for _ in range(NUM_LAYERS)))
+        self.layers = nn.Sequential(
+            *(
+                TransformerLayer(DIM, ReAttention(DIM, NUM_HEADS), FeedForward(DIM, FFN_DIM), NORM_EPSILON)
+                for _ in range(NUM_LAYERS)
+            )
+        )
         self.norm = nn.LayerNorm(DIM, eps=NORM_EPSILON)
         self.classifier = nn.Linear(DIM, num_classes)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, size, size)."""
         x = to_tokens(self.patches(images))
-        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = prepend(self.class_token, x) + self.positions
         return self.classifier(self.norm(self.layers(x))[:, 0])

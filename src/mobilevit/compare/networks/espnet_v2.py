@@ -1,13 +1,13 @@
 """ESPNetv2: Mehta et al., "ESPNetv2: A Light-weight, Power Efficient, and General Purpose Convolutional Neural
 Network", arXiv 1811.11431.
 
-Characteristic: the EESP unit narrows its input by a grouped 1x1 convolution, looks at it through four depthwise 3x3
-convolutions of growing dilation at once, adds each branch to the one of the next larger dilation, so that the holes of
-a dilated kernel are filled by its smaller neighbour, and mixes the branches by a grouped 1x1 convolution. Where the map
-is halved, an average pool keeps the input and the image itself, pooled to the same size, is added again.
+The EESP unit reduces the channels by a grouped 1x1 convolution and applies four parallel depthwise 3x3 convolutions of
+increasing dilation. Each branch is added to the branch with the next larger dilation, which fills the gaps of the
+dilated kernel. A grouped 1x1 convolution mixes the branches. Where the map is halved, the average-pooled input is
+concatenated, and the image, pooled to the same size, is added after two convolutions.
 (B, 3, H, W) -> maps at strides 2, 4, 8, 16, 32 -> mean -> (B, classes).
 
-The released code also builds, and never uses, a shortcut from the image to the last stage; it is left out here.
+The released code also builds a shortcut from the image to the last stage, which it never uses. It is left out here.
 """
 
 from __future__ import annotations
@@ -16,37 +16,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.compare.networks.vit import initialise
+from mobilevit.compare.networks.layers import conv_norm, initialize
 
 NUM_BRANCHES = 4
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1024
-BASE_CHANNELS = 32  # of a width of 1; each stage has twice those of the one before
-# For each stage at strides 4, 8, 16, 32: units after the one that halves the map, and the largest receptive field in
-# pixels that a branch may have in that one and in the others.
+BASE_CHANNELS = 32  # for a width of 1; each stage doubles the channels
+# For each stage, at strides 4, 8, 16, 32: the number of units after the one that halves the map, and the largest
+# receptive field of a branch in pixels, in the first unit and in the others.
 STAGES = ((0, 13, 11), (3, 11, 9), (7, 9, 7), (3, 7, 5))
 
 
 def dilations(max_field_px: int) -> tuple[int, ...]:
-    """Of the branches: 1, 2, 3, 4, but 1 for each whose receptive field (3, 5, 7, 9 px) would be too large; sorted."""
+    """Sorted dilations of the branches: 1, 2, 3, 4, but 1 if the receptive field (3, 5, 7, 9 px) would be too large."""
     return tuple(sorted(d if 2 * d + 1 <= max_field_px else 1 for d in range(1, NUM_BRANCHES + 1)))
 
 
 class EESP(nn.Module):
-    """Narrow, filter at four dilations, fuse, widen; (B, C, H, W) -> (B, out, H / stride, W / stride)."""
+    """Reduce, filter at four dilations, add up, expand; (B, C, H, W) -> (B, out, H / stride, W / stride)."""
 
     def __init__(self, in_channels: int, out_channels: int, max_field_px: int, stride: int = 1):
         super().__init__()
         branch_channels = out_channels // NUM_BRANCHES
-        self.narrow = _conv_norm(in_channels, branch_channels, 1, groups=NUM_BRANCHES, activation=True)
+        self.narrow = conv_norm(in_channels, branch_channels, 1, nn.PReLU(branch_channels), groups=NUM_BRANCHES)
         self.branches = nn.ModuleList(
             nn.Conv2d(branch_channels, branch_channels, 3, stride, d, dilation=d, groups=branch_channels, bias=False)
             for d in dilations(max_field_px)
         )
         self.norm = nn.Sequential(nn.BatchNorm2d(out_channels), nn.PReLU(out_channels))
-        self.widen = _conv_norm(out_channels, out_channels, 1, groups=NUM_BRANCHES)
+        self.widen = conv_norm(out_channels, out_channels, 1, groups=NUM_BRANCHES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Branch i of the concatenation is the sum of the branches up to i; no activation at the end."""
         x = self.narrow(x)
         maps = [self.branches[0](x)]
         for branch in list(self.branches)[1:]:
@@ -55,7 +54,7 @@ class EESP(nn.Module):
 
 
 class Residual(nn.Module):
-    """An EESP unit that keeps the size, with a shortcut; (B, C, H, W) -> same."""
+    """An EESP unit with a shortcut; (B, C, H, W) -> same."""
 
     def __init__(self, channels: int, max_field_px: int):
         super().__init__()
@@ -63,23 +62,22 @@ class Residual(nn.Module):
         self.activation = nn.PReLU(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum, then the activation."""
         return self.activation(self.unit(x) + x)
 
 
 class Downsample(nn.Module):
-    """Halve a map and look at the image again; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
+    """Halve a map and add the image again; (B, C, H, W) -> (B, out, H / 2, W / 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, max_field_px: int, *, image: bool):
         super().__init__()
         self.unit = EESP(in_channels, out_channels - in_channels, max_field_px, stride=2)
         self.image = None
         if image:
-            self.image = nn.Sequential(_conv_norm(3, 3, 3, activation=True), _conv_norm(3, out_channels, 1))
+            self.image = nn.Sequential(conv_norm(3, 3, 3, nn.PReLU(3)), conv_norm(3, out_channels, 1))
         self.activation = nn.PReLU(out_channels)
 
     def forward(self, x: Tensor, images: Tensor) -> Tensor:
-        """`images` (B, 3, ...) may have any size that is `x`'s halved backwards by pools of stride 2."""
+        """`images` (B, 3, H * n, W * n) are halved until they have the size of the output; n is a power of two."""
         x = torch.cat((_halve(x), self.unit(x)), dim=1)
         if self.image is not None:
             while images.shape[-1] > x.shape[-1]:
@@ -89,11 +87,11 @@ class Downsample(nn.Module):
 
 
 class ESPNetV2(nn.Module):
-    """The classifier; `width` multiplies the channels of all stages but not of stem and head."""
+    """Images (B, 3, H, W) -> logits (B, classes); `width` multiplies the channels of the stages only."""
 
     def __init__(self, num_classes: int, width: float):
         super().__init__()
-        self.stem = _conv_norm(3, STEM_CHANNELS, 3, stride=2, activation=True)
+        self.stem = conv_norm(3, STEM_CHANNELS, 3, nn.PReLU(STEM_CHANNELS), stride=2)
         channels = STEM_CHANNELS
         self.downsamples, self.stages = nn.ModuleList(), nn.ModuleList()
         for i, (num_units, first_field_px, field_px) in enumerate(STAGES):
@@ -102,15 +100,14 @@ class ESPNetV2(nn.Module):
             self.stages.append(nn.Sequential(*(Residual(out_channels, field_px) for _ in range(num_units))))
             channels = out_channels
         self.head = nn.Sequential(
-            _conv_norm(channels, channels, 3, groups=channels, activation=True),
-            _conv_norm(channels, HEAD_CHANNELS, 1, groups=NUM_BRANCHES, activation=True),
+            conv_norm(channels, channels, 3, nn.PReLU(channels), groups=channels),
+            conv_norm(channels, HEAD_CHANNELS, 1, nn.PReLU(HEAD_CHANNELS), groups=NUM_BRANCHES),
         )
         self.dropout = nn.Dropout(0.2)
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, H, W)."""
         x = self.stem(images)
         for downsample, stage in zip(self.downsamples, self.stages, strict=True):
             x = stage(downsample(x, images))
@@ -119,13 +116,3 @@ class ESPNetV2(nn.Module):
 
 def _halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1)
-
-
-def _conv_norm(
-    in_channels: int, out_channels: int, kernel_px: int, *, stride: int = 1, groups: int = 1, activation: bool = False
-) -> nn.Module:
-    layers: list[nn.Module] = [
-        nn.Conv2d(in_channels, out_channels, kernel_px, stride, kernel_px // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-    ]
-    return nn.Sequential(*layers, nn.PReLU(out_channels)) if activation else nn.Sequential(*layers)

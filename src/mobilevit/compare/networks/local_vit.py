@@ -1,10 +1,11 @@
 """LocalViT: Li et al., "LocalViT: Bringing Locality to Vision Transformers", arXiv 2104.05707.
 
-Characteristic: DeiT-tiny whose feed-forward is MobileNetv2's inverted residual: the patch tokens become a map, which
-passes a 1x1, a depthwise 3x3 and a 1x1 convolution with batch norm and ReLU6; the class token goes around it.
+DeiT-tiny whose feed-forward networks are MobileNetv2's inverted residuals: the patch tokens form a map, which passes
+through a 1x1, a depthwise 3x3 and a 1x1 convolution with batch norm and ReLU6. The class token bypasses them.
 (B, 3, S, S) -> (B, 1 + S*S/256, 192) -> (B, classes).
 
-Only the class token of the last layer is read, so that as published its feed-forward has no part in the answer.
+Only the class token of the last layer is used. Its feed-forward network therefore does not affect the logits, as
+published.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mobilevit.compare.networks.vit import Attention, initialise, to_map, to_tokens
+from mobilevit.compare.networks.layers import Attention, initialize, prepend, to_map, to_tokens
 
 PATCH_PX = 16
 DIM, NUM_HEADS, NUM_LAYERS = 192, 4, 12
-# MobileViT's comparison prints 7.7 M parameters and 76.1 %, which are neither LocalViT-T's (5.9 M, 74.8 %: an expansion
-# of 4, hard swish, squeeze-and-excitation) nor those of another headline variant. An expansion of 6 with ReLU6, which
-# the released code has too, makes 7.66 M; with squeeze-and-excitation it would be 7.83 M.
+# The MobileViT paper prints 7.7 M parameters and 76.1 %. These are neither LocalViT-T's figures (5.9 M, 74.8 %: an
+# expansion of 4, hard swish, squeeze-and-excitation) nor those of another main variant. An expansion of 6 with ReLU6,
+# which the released code supports, has 7.66 M parameters; with squeeze-and-excitation it would have 7.83 M.
 EXPANSION = 6
 NORM_EPSILON = 1e-6
 
@@ -41,13 +42,12 @@ class LocalFeedForward(nn.Module):
         )
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """The tokens after the first are a square map, row by row; the shortcut is theirs."""
         class_token, patches = x_BND[:, :1], x_BND[:, 1:]
         return torch.cat((class_token, patches + to_tokens(self.convs(to_map(patches)))), dim=1)
 
 
 class Layer(nn.Module):
-    """Pre-norm attention, then the local feed-forward, which has norms of its own; (B, 1 + N, D) -> same."""
+    """Pre-norm attention with a shortcut, then the local feed-forward network; (B, 1 + N, D) -> same."""
 
     def __init__(self):
         super().__init__()
@@ -56,12 +56,11 @@ class Layer(nn.Module):
         self.ffn = LocalFeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both with shortcuts."""
         return self.ffn(x + self.attention(self.attention_norm(x)))
 
 
 class LocalViT(nn.Module):
-    """The classifier for images of `size_px` squared, a multiple of 16."""
+    """Images (B, 3, size, size), the size a multiple of 16 -> logits (B, classes)."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -72,10 +71,9 @@ class LocalViT(nn.Module):
         self.layers = nn.Sequential(*(Layer() for _ in range(NUM_LAYERS)))
         self.norm = nn.LayerNorm(DIM, eps=NORM_EPSILON)
         self.classifier = nn.Linear(DIM, num_classes)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, size, size)."""
         x = to_tokens(self.patches(images))
-        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = prepend(self.class_token, x) + self.positions
         return self.classifier(self.norm(self.layers(x))[:, 0])

@@ -1,16 +1,16 @@
 """ViL: Zhang et al., "Multi-Scale Vision Longformer: A New Vision Transformer for High-Resolution Image Encoding",
 arXiv 2103.15358.
 
-Characteristic: four stages of transformers on maps at strides 4, 8, 16, 32. In the first two, whose maps are large,
-attention is local and global at once: the map is cut into windows of 7x7, a token sees the tokens of its own window and
-of the eight around it, and one global token; the global token sees all and is seen by all. The last two stages attend
-fully. Positions are learned biases by distance. A stage starts from the patches of the map before and from a global
-token of its own; the last has none and is averaged.
+Four stages of transformer layers on maps at strides 4, 8, 16, 32. The first two stages, whose maps are large, combine
+local and global attention: the map is divided into windows of 7x7 tokens; a token attends to its own window, to the
+eight windows around it, and to a global token; the global token attends to all tokens. The last two stages use full
+attention. Relative positions are learned biases. Each stage embeds patches of the previous map and has its own global
+token; the last stage has none, and its tokens are averaged.
 (B, 3, S, S) -> (B, 1 + S*S/16, 48) -> (B, 1 + S*S/64, 96) -> (B, 1 + S*S/256, 192) -> (B, S*S/1024, 384)
 -> (B, classes).
 
-In training the released code may draw one of the eight windows at random instead of seeing all, to save time; here, as
-in its evaluation, all are seen.
+To save time in training, the released code can sample one of the eight neighboring windows. Here, all are used, as in
+its evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilevit.compare.networks.vit import FeedForward, initialise, join_heads, split_heads, to_map, to_tokens
+from mobilevit.compare.networks.layers import (
+    FeedForward,
+    TransformerLayer,
+    initialize,
+    join_heads,
+    prepend,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 
 WINDOW_PX = 7  # of the map
 NORM_EPSILON = 1e-6
@@ -29,7 +38,7 @@ NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Stage:
-    """Patches of a map, then transformer layers."""
+    """Patch embedding and transformer layers of a stage."""
 
     patch_px: int
     dim: int
@@ -48,7 +57,7 @@ TINY = (
 
 
 class DistanceBias(nn.Module):
-    """A learned bias for each head and each distance in rows and columns between two squares of pixels."""
+    """Learned biases of the attention scores, by head and by relative position (rows and columns)."""
 
     index: Tensor
 
@@ -66,7 +75,7 @@ class DistanceBias(nn.Module):
 
 
 class FullAttention(nn.Module):
-    """Every token attends to all; (B, global tokens + side * side, D) -> same."""
+    """Full self-attention, global token first, if there is one; (B, global tokens + side * side, D) -> same."""
 
     def __init__(self, dim: int, num_heads: int, side: int, *, global_token: bool):
         super().__init__()
@@ -75,14 +84,13 @@ class FullAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.bias = self._build_bias(num_heads, side)
-        # For a global query and local keys, for local queries and the global key, for the global token and itself.
+        # Global query and local keys, local queries and global key, global query and global key.
         self.global_bias = nn.Parameter(0.02 * torch.randn(3, num_heads, 1, 1)) if global_token else None
 
     def _build_bias(self, num_heads: int, side: int) -> DistanceBias:
         return DistanceBias(num_heads, side, side)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Global token first, if there is one."""
         q, k, v = split_heads(self.qkv(x_BND), 3, self.num_heads)  # (B, heads, N, D / heads)
         q = q * q.shape[-1] ** -0.5
         y = self.attend_local(q[:, :, self.num_global :], k, v)
@@ -94,7 +102,7 @@ class FullAttention(nn.Module):
         return self.out(join_heads(y))
 
     def attend_local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the tokens of the map gather: queries of the map, keys and values of all; by head."""
+        """Attention of the map: queries q (B, heads, side * side, d), keys and values of all tokens -> like q."""
         bias = self.bias()
         if self.global_bias is not None:
             bias = torch.cat((self.global_bias[1].expand(-1, bias.shape[1], -1), bias), dim=-1)
@@ -102,7 +110,7 @@ class FullAttention(nn.Module):
 
 
 class WindowAttention(FullAttention):
-    """A token of the map sees its window, the eight around it and the global token; (B, 1 + side * side, D) -> same."""
+    """A token attends to its window, the eight around it and the global token; (B, 1 + side * side, D) -> same."""
 
     outside: Tensor
 
@@ -110,21 +118,21 @@ class WindowAttention(FullAttention):
         super().__init__(dim, num_heads, side, global_token=True)
         self.side = side
         self.num_windows = -(-side // WINDOW_PX)  # in a row
-        self.filling = self.num_windows * WINDOW_PX - side  # pixels that the last window of a row lacks
-        outside = self.neighbourhoods(torch.ones(1, 1, side * side, 1)) == 0
+        self.padding = self.num_windows * WINDOW_PX - side  # padding of the last window of a row
+        outside = self.neighborhoods(torch.ones(1, 1, side * side, 1)) == 0
         self.register_buffer("outside", outside[0].transpose(-2, -1), persistent=False)  # (windows, 1, 1, 9 * window)
 
     def _build_bias(self, num_heads: int, side: int) -> DistanceBias:
         return DistanceBias(num_heads, WINDOW_PX, 3 * WINDOW_PX)
 
     def windows(self, x_BhNd: Tensor) -> Tensor:
-        """Tokens of the map by window: (B, heads, side * side, d) -> (B, windows, heads, window, d)."""
-        x = F.pad(to_map(x_BhNd.flatten(0, 1)), (0, self.filling, 0, self.filling))
+        """Group tokens by window: (B, heads, side * side, d) -> (B, windows, heads, window, d)."""
+        x = F.pad(to_map(x_BhNd.flatten(0, 1)), (0, self.padding, 0, self.padding))
         return self._squares(x, WINDOW_PX, len(x_BhNd))
 
-    def neighbourhoods(self, x_BhNd: Tensor) -> Tensor:
-        """And those of the nine windows around each, 0 outside of the map: -> (B, windows, heads, 9 * window, d)."""
-        before, after = WINDOW_PX, WINDOW_PX + self.filling
+    def neighborhoods(self, x_BhNd: Tensor) -> Tensor:
+        """The tokens of 3x3 windows around each window, 0 outside of the map: -> (B, windows, heads, 9 * window, d)."""
+        before, after = WINDOW_PX, WINDOW_PX + self.padding
         x = F.pad(to_map(x_BhNd.flatten(0, 1)), (before, after, before, after))
         return self._squares(x, 3 * WINDOW_PX, len(x_BhNd))
 
@@ -135,11 +143,10 @@ class WindowAttention(FullAttention):
         return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def attend_local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As in full attention, window by window."""
         B, num_heads, _, d = q.shape
         n, w = self.num_windows, WINDOW_PX
         k, v = (
-            torch.cat((x[:, None, :, :1].expand(-1, n * n, -1, -1, -1), self.neighbourhoods(x[:, :, 1:])), dim=3)
+            torch.cat((x[:, None, :, :1].expand(-1, n * n, -1, -1, -1), self.neighborhoods(x[:, :, 1:])), dim=3)
             for x in (k, v)
         )  # (B, windows, heads, 1 + 9 * window, d)
         assert self.global_bias is not None
@@ -150,46 +157,34 @@ class WindowAttention(FullAttention):
         return y.reshape(B, num_heads, n * w, n * w, d)[:, :, : self.side, : self.side].flatten(2, 3)
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and feed-forward; (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, stage: Stage, side: int):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(stage.dim, eps=NORM_EPSILON)
-        self.attention = (
-            WindowAttention(stage.dim, stage.num_heads, side)
-            if stage.windows
-            else FullAttention(stage.dim, stage.num_heads, side, global_token=stage.global_token)
-        )
-        self.ffn_norm = nn.LayerNorm(stage.dim, eps=NORM_EPSILON)
-        self.ffn = FeedForward(stage.dim, 4 * stage.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Both with shortcuts."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.ffn(self.ffn_norm(x))
+def _layer(stage: Stage, side: int) -> TransformerLayer:
+    attention = (
+        WindowAttention(stage.dim, stage.num_heads, side)
+        if stage.windows
+        else FullAttention(stage.dim, stage.num_heads, side, global_token=stage.global_token)
+    )
+    return TransformerLayer(stage.dim, attention, FeedForward(stage.dim, 4 * stage.dim), NORM_EPSILON)
 
 
 class MultiScaleStage(nn.Module):
-    """A map -> tokens of its patches, global token first: (B, C, H, W) -> (B, global + H * W / patch / patch, D)."""
+    """Patch embedding and layers, global token first: (B, C, H, W) -> (B, global + H * W / patch / patch, D)."""
 
     def __init__(self, in_channels: int, stage: Stage, side: int):
         super().__init__()
         self.patches = nn.Conv2d(in_channels, stage.dim, stage.patch_px, stride=stage.patch_px)
         self.norm = nn.LayerNorm(stage.dim, eps=NORM_EPSILON)
         self.global_token = nn.Parameter(0.02 * torch.randn(1, 1, stage.dim)) if stage.global_token else None
-        self.layers = nn.Sequential(*(Layer(stage, side) for _ in range(stage.num_layers)))
+        self.layers = nn.Sequential(*(_layer(stage, side) for _ in range(stage.num_layers)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The tokens after the layers."""
         x = self.norm(to_tokens(self.patches(x_BCHW)))
         if self.global_token is not None:
-            x = torch.cat((self.global_token.expand(len(x), -1, -1), x), dim=1)
+            x = prepend(self.global_token, x)
         return self.layers(x)
 
 
 class ViL(nn.Module):
-    """ViL-Tiny, the classifier for images of `size_px` squared, a multiple of 32."""
+    """ViL-Tiny: images (B, 3, size, size), the size a multiple of 32 -> logits (B, classes)."""
 
     def __init__(self, num_classes: int, size_px: int):
         super().__init__()
@@ -201,12 +196,11 @@ class ViL(nn.Module):
             channels = stage.dim
         self.norm = nn.LayerNorm(channels, eps=NORM_EPSILON)
         self.classifier = nn.Linear(channels, num_classes)
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, size, size)."""
         first, *later = self.stages
         x = first(images)
         for stage in later:
-            x = stage(to_map(x[:, 1:]))  # the global token stays behind
+            x = stage(to_map(x[:, 1:]))  # without the global token
         return self.classifier(self.norm(x).mean(dim=1))
