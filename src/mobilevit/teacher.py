@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mobilevit.files import require
 from mobilevit.images import Preprocessing, first_line
-from mobilevit.messages import nearest
+from mobilevit.messages import join_names, nearest
 from mobilevit.weights import OTHER, Weights, imagenet_class_names, to_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -328,14 +328,14 @@ def match_classes(teacher: Sequence[str], student: Sequence[str], name: str) -> 
     if not teacher:
         raise ValueError(
             f"teacher {name}: its class names are unknown, so its outputs cannot be matched with the classes of the "
-            "data; distil its features only (--distill.weight 0 --distill.feature-weight 1)"
+            "data; distil its features only (--distill.soft-weight 0 --distill.feature-weight 1)"
         )
     index_of = {class_name: index for index, class_name in enumerate(teacher)}
     missing = [class_name for class_name in student if class_name not in index_of]
     if missing:
         raise ValueError(
-            f"teacher {name}: has no class {missing[0]!r} ({len(missing)} of {len(student)} classes of the data are "
-            f"missing; {nearest(missing[0], teacher)}); fine-tune it on these classes, or distil its features only "
-            "(--distill.weight 0 --distill.feature-weight 1)"
+            f"teacher {name}: {len(missing)} of the {len(student)} classes of the data are not among its "
+            f"{len(teacher)} classes ({join_names(teacher)}): {join_names(missing)}; fine-tune it on these classes, or "
+            "distil its features only (--distill.soft-weight 0 --distill.feature-weight 1)"
         )
     return [index_of[class_name] for class_name in student]

@@ -23,6 +23,7 @@ from PIL import Image
 from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.training.loop import TIMES, Stopped, train
 from mobilevit.weights import read
+from small_runs import scenes
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed"),
@@ -302,33 +303,6 @@ def test_two_processes_match_one(two: dict[str, Any], data: Path, tmp_path: Path
             if not key.endswith("num_batches_tracked"):  # counts the micro-batches of a process
                 theirs = np.frombuffer(two[name][0][key], np.float32)
                 np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-4, atol=1e-6, err_msg=key)
-
-
-def scenes(folder: Path, task: str) -> Path:
-    """16 training images and 6 validation images with a red or green rectangle each, and its box or mask."""
-    draw = np.random.default_rng(0)
-    for split, num in (("train", 16), ("val", 6)):
-        images, boxes = [], []
-        for i in range(num):
-            width, height = 60 + 3 * i, 70 - i
-            pixels, mask = draw.integers(0, 90, (height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
-            (left, top), (w, h) = draw.integers(0, 20, 2).tolist(), draw.integers(25, 35, 2).tolist()
-            pixels[top : top + h, left : left + w, i % 2], mask[top : top + h, left : left + w] = 240, 1 + i % 2
-            images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-            where = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0}
-            boxes.append({"id": i + 1, "image_id": i, "category_id": 1 + i % 2, **where})
-            for file, array in ((f"{split}/images/{i}.png", pixels), (f"{split}/masks/{i}.png", mask)):
-                if task == "segment" or array is pixels:
-                    file = folder / (file if task == "segment" else file.replace("images/", ""))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(array).save(file)
-        if task == "detect":
-            classes = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
-            content = {"images": images, "annotations": boxes, "categories": classes}
-            (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
-    if task == "segment":
-        (folder / "classes.txt").write_text("nothing\nred\ngreen\n")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 
 if TYPE_CHECKING:
     from mobilevit.images import Preprocessing
+    from mobilevit.teacher import TeacherNetwork
     from mobilevit.weights import Weights
 
 WEIGHTS = (
@@ -53,6 +54,13 @@ class WeightsOptions:
         from mobilevit.weights import read
 
         return read(weights_of_run(name)[0], download=self.download)
+
+    def read_teacher(self, name: str) -> TeacherNetwork:
+        """As `read`, or a classifier of another library."""
+        import_torch()
+        from mobilevit.teacher import read_teacher
+
+        return read_teacher(weights_of_run(name)[0], download=self.download)
 
     def read_for_inference(self, name: str) -> Weights:
         """As `read`, with a warning if the preprocessing is assumed."""

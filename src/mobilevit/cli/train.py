@@ -43,7 +43,7 @@ class Train:
     data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
     """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
     or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
-    and masks/."""
+    and masks/. Recipe distill: a folder of any images."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder: checkpoints, weights, metrics and report. Default: runs/ and the name of the data."""
     weights: Annotated[
@@ -54,6 +54,9 @@ class Train:
             help=f"Pretrained weights: {WEIGHTS}. From weights of another task, only the backbone is used.",
         ),
     ] = None
+    teacher: Annotated[str | None, tyro.conf.arg(metavar="TEACHER")] = None
+    """Teacher for knowledge distillation: weights as for --weights, a run folder, an ONNX file, timm:NAME or
+    torchvision:NAME; NAME@FILE for weights of that model in a local file."""
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
     checkpoint_minutes: float = 5.0
@@ -74,6 +77,7 @@ class Train:
         data = expand_data(self.data)
         out = expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = self.weights_options.read(self.weights) if self.weights else None
+        teacher = self.weights_options.read_teacher(self.teacher) if self.teacher else None
         architecture = self.recipe.architecture
         # The weights override the default of the recipe, but not an option of the command.
         is_given = any(arg.partition("=")[0] == "--architecture" for arg in shlex.split(self.command))
@@ -88,6 +92,7 @@ class Train:
                 data,
                 out,
                 pretrained=pretrained,
+                teacher=teacher,
                 device=self.device_options.device,
                 checkpoint_minutes=self.checkpoint_minutes,
                 tensorboard=self.tensorboard,

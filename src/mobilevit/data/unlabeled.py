@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,10 +39,10 @@ class DecodedImages:
     Worker processes share the pixels through the page cache of the system. The file is deleted with this object.
     """
 
-    def __init__(self, images: ImageFiles, slots: Sequence[Slot | None], folder: tempfile.TemporaryDirectory[str]):
-        self.images, self._slots, self._folder = images, slots, folder
-        self._path = Path(folder.name) / "pixels"
+    def __init__(self, images: ImageFiles, slots: Sequence[Slot | None], file: Path):
+        self.images, self._slots, self._file = images, slots, file
         self._pixels: np.memmap | None = None
+        weakref.finalize(self, _remove, file, os.getpid())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,7 +52,7 @@ class DecodedImages:
         if slot is None:
             return self.images[index]
         if self._pixels is None:  # on first use, in each worker
-            self._pixels = np.memmap(self._path, np.uint8, "r")
+            self._pixels = np.memmap(self._file, np.uint8, "r")
         end = slot.offset + slot.height * slot.width * 3
         return self._pixels[slot.offset : end].reshape(slot.height, slot.width, 3)
 
@@ -61,7 +63,12 @@ class DecodedImages:
         return self.images.name(index)
 
     def __getstate__(self) -> dict[str, object]:  # for workers that are spawned instead of forked
-        return {**vars(self), "_folder": None, "_pixels": None}
+        return {**vars(self), "_pixels": None}
+
+
+def _remove(file: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a forked worker
+        file.unlink(missing_ok=True)
 
 
 def find_unlabeled(
@@ -103,9 +110,10 @@ def decode_once(source: Source[int], *, min_px: int, max_bytes: float) -> Source
     assert isinstance(images, ImageFiles)
     used = sorted({source.index_of_image(i) for i in range(len(source))})
     slots: list[Slot | None] = [None] * len(images)
-    folder = tempfile.TemporaryDirectory(prefix="mobilevit-pixels-")
+    handle, name = tempfile.mkstemp(prefix="mobilevit-", suffix=".pixels")
+    decoded_images = DecodedImages(images, slots, Path(name))
     offset = 0
-    with (Path(folder.name) / "pixels").open("wb") as file, ThreadPoolExecutor() as pool:
+    with os.fdopen(handle, "wb") as file, ThreadPoolExecutor() as pool:
         chunks = (used[start : start + CHUNK] for start in range(0, len(used), CHUNK))
         decoded = chain.from_iterable(pool.map(partial(_decode, images, min_px), chunk) for chunk in chunks)
         for index, pixels in zip(used, decoded, strict=True):
@@ -118,7 +126,7 @@ def decode_once(source: Source[int], *, min_px: int, max_bytes: float) -> Source
             offset += pixels.nbytes
     num = sum(slot is not None for slot in slots)
     logger.info(f"decoded {num:,} of {len(used):,} images once, {offset / 1e6:,.0f} MB; crops are cut from the pixels")
-    return replace(source, images=DecodedImages(images, slots, folder)) if num else source
+    return replace(source, images=decoded_images) if num else source
 
 
 def _decode(images: ImageFiles, min_px: int, index: int) -> np.ndarray | None:

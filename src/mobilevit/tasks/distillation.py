@@ -63,16 +63,12 @@ class DistillationResults:
     def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:
         """Number of images and agreement of each class that the teacher predicts at least once."""
         agrees = self.predictions[:, 0] == self.teacher
-        return [
-            ClassMetrics(
-                class_names[i],
-                {
-                    "num_images": int((self.teacher == i).sum()),
-                    "agreement": 100 * float(agrees[self.teacher == i].mean()),
-                },
-            )
-            for i in np.unique(self.teacher).tolist()
-        ]
+        metrics: list[ClassMetrics] = []
+        for i in map(int, np.unique(self.teacher)):
+            of_class = agrees[self.teacher == i]
+            values = {"num_images": len(of_class), "agreement": 100 * float(of_class.mean())}
+            metrics.append(ClassMetrics(class_names[i], values))
+        return metrics
 
 
 class Distillation:
