@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
         warn(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        warn(str(error))
+        warn(parser.name_option(str(error)))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so

@@ -115,9 +115,9 @@ class Benchmark:
 
         if not self.targets:
             raise ValueError("no target is given; give artifacts, weights, or xxs, xs, s")
-        require_positive("rounds", self.rounds)
-        require_positive("num threads", self.num_threads)
-        require_positive("batch size", *self.batch_size)
+        require_positive("--rounds", self.rounds)
+        require_positive("--num-threads", self.num_threads)
+        require_positive("--batch-size", *self.batch_size)
         if self.figure:
             check_figure_path(self.figure)
         for file in (self.json, self.figure):

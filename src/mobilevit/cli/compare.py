@@ -76,9 +76,9 @@ class Compare:
         return self._published() if self.data is None else self._trained(self.data)
 
     def _check(self) -> None:
-        require_positive("rounds", self.rounds)
-        require_positive("num threads", self.num_threads)
-        require_positive("batch size", *self.batch_size)
+        require_positive("--rounds", self.rounds)
+        require_positive("--num-threads", self.num_threads)
+        require_positive("--batch-size", *self.batch_size)
         training_options = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds or None, "--lr": self.lr},
             **{"--no-flip": None if self.flip else True, "--num-workers": self.num_workers},
@@ -109,7 +109,7 @@ class Compare:
         from mobilevit.compare.train import SEEDS, choose, compare_trained
 
         if len(self.batch_size) > 1:
-            raise ValueError(f"batch size is {self.batch_size}; with --data give one")
+            raise ValueError(f"--batch-size is {' '.join(map(str, self.batch_size))}; with --data, give one batch size")
 
         def changed(options: Any, **given: Any) -> Any:
             return replace(options, **{name: value for name, value in given.items() if value is not None})

@@ -71,6 +71,7 @@ class DeviceOptions:
     """Number of CPU threads. Default: that of PyTorch."""
 
     def set_threads(self) -> None:
+        require_positive("--num-threads", self.num_threads)
         import_torch()
         from mobilevit.device import use_threads
 
@@ -95,7 +96,7 @@ class ImageOptions:
         """Set the limit."""
         from mobilevit.images import limit_megapixels
 
-        require(self.max_megapixels > 0, "max megapixels", self.max_megapixels, "above 0")
+        require(self.max_megapixels > 0, "--max-megapixels", self.max_megapixels, "above 0")
         limit_megapixels(self.max_megapixels)
 
 
@@ -143,7 +144,8 @@ def require(holds: bool, name: str, value: object, range_: str) -> None:
 def height_width(size: tuple[int, ...]) -> tuple[int, int] | None:
     """Input height and width in pixels of an option with one or two values, or None without values."""
     if len(size) > 2 or any(side < MIN_SIZE_PX for side in size):
-        raise ValueError(f"size is {size}; give one side or height and width, at least {MIN_SIZE_PX} px")
+        value = " ".join(map(str, size))
+        raise ValueError(f"--size is {value}; give one side, or height and width, of {MIN_SIZE_PX} px or more")
     return (size[0], size[-1]) if size else None
 
 

@@ -154,7 +154,7 @@ class Predict:
 
         device = self.device_options.device
         if device not in ("auto", "cpu"):
-            raise ValueError(f"device is {device!r}, but an artifact runs on the CPU; omit --device")
+            raise ValueError(f"--device is {device}, but an artifact runs on the CPU; leave out --device")
         return load_predictor(expand(Path(self.weights)))
 
     def _check_options(self, task: str) -> None:
@@ -166,7 +166,7 @@ class Predict:
         ):
             if value is not None and task not in tasks:
                 raise ValueError(
-                    f"{option} is for the task {' or '.join(tasks)}, but {self.weights} is for {task}; omit it"
+                    f"{option} is for the task {' or '.join(tasks)}, but {self.weights} is for {task}; leave it out"
                 )
 
 

@@ -70,7 +70,7 @@ class Train:
         from mobilevit.training.run import FinishedError
 
         self.device_options.set_threads()
-        require(self.checkpoint_minutes > 0, "checkpoint minutes", self.checkpoint_minutes, "above 0")
+        require(self.checkpoint_minutes > 0, "--checkpoint-minutes", self.checkpoint_minutes, "above 0")
         data = expand_data(self.data)
         out = expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = self.weights_options.read(self.weights) if self.weights else None
