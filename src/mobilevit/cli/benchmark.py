@@ -32,8 +32,7 @@ Runtime = Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert
 class Benchmark:
     """Measure latency, throughput, memory and load time on this machine.
 
-    Models are timed interleaved, in any runtime, also against models of other libraries. The last line of the output is
-    JSON.
+    All models are timed interleaved; --against adds models of other libraries. The last line of the output is JSON.
     """
 
     targets: Annotated[

@@ -49,7 +49,7 @@ class Evaluate:
         tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or a run folder, for all weights in it."),
     ]
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
-    """Data set, as for train."""
+    """Data set, as for mobilevit train."""
     split: Annotated[Split | None, tyro.conf.arg(metavar=choices(Split))] = None
     """Split to evaluate. Default: val, or test if there is no val. Data without splits are split as in training if the
     weights were trained on them; otherwise all images are evaluated."""

@@ -105,8 +105,8 @@ class SampleImages:
     """Images that an exported network is verified on."""
 
     images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
-    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or data as for
-    train. Default: synthetic images."""
+    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or a data set as
+    for mobilevit train. Default: synthetic images."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
 
     def read(self) -> list[Any]:
