@@ -1,10 +1,10 @@
-"""One size or several in training: time, accuracy, and accuracy at other sizes, over seeds.
+"""Compare training at one image size and at several: time, and accuracy at several sizes, over seeds.
 
     python benchmarks/sampler.py /usr/share/datasets/fashion-mnist --out benchmarks/sampler_HARDWARE_YYYYMM
 
-The paper's claim (section 3.3 and figure 6) at a scale that two cores can afford: MobileViT-XXS from scratch on the
-first images of Fashion-MNIST, the same number of epochs at 48 px alone and at sizes around it, in turns, one thread.
-Writes OUT.json and OUT.md, and a figure where --figure names one. Runs that were stopped go on where they were.
+The claim of the paper (section 3.3 and figure 6) at a scale for two cores: MobileViT-XXS from scratch on the first
+images of Fashion-MNIST, with equal numbers of epochs at 48 px and at sizes around it, one thread, runs interleaved by
+seed. Writes OUT.json and OUT.md, and a figure with --figure. Interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ RECIPES = {"one size": STANDARD, "several sizes": replace(STANDARD, sampler=Samp
 TEST_SIZES_PX = (32, 40, 48, 56, 64, 80)
 
 
-def write_part(source: Path, folder: Path, num_images: int) -> None:
-    """The first images for training and all for testing, as idx files."""
+def write_subset(source: Path, folder: Path, num_images: int) -> None:
+    """Write idx files of the first training images and all test images."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, num in (("train", num_images), ("t10k", None)):
         for what in ("images-idx3", "labels-idx1"):
@@ -47,10 +47,10 @@ def write_part(source: Path, folder: Path, num_images: int) -> None:
 
 
 def measure(name: str, seed: int, data: Path, out: Path) -> dict[str, object]:
-    """Train, unless that is done, and test at every size."""
-    kept = out / "measured.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """Train unless the results exist, and evaluate at every size."""
+    file = out / "measured.json"
+    if file.exists():
+        return json.loads(file.read_text())
     started = time.process_time()
     run = train(replace(RECIPES[name], seed=seed), data, out)
     processor_seconds = time.process_time() - started
@@ -64,12 +64,12 @@ def measure(name: str, seed: int, data: Path, out: Path) -> dict[str, object]:
         "processor_seconds": processor_seconds,
         "top1_by_size_px": sizes,
     }
-    kept.write_text(json.dumps(measured))
-    return json.loads(kept.read_text())  # with the sizes as JSON has them, as names
+    file.write_text(json.dumps(measured))
+    return json.loads(file.read_text())  # JSON turns the sizes into strings
 
 
 def table(measured: list[dict]) -> str:
-    """Means over seeds, and the range."""
+    """Mean and range over the seeds, as a Markdown table."""
 
     def of(name: str) -> list[dict]:
         return [one for one in measured if one["training"] == name]
@@ -80,8 +80,8 @@ def table(measured: list[dict]) -> str:
     lines = ["| | " + " | ".join(RECIPES) + " |", "|---" * (1 + len(RECIPES)) + "|"]
     rows = {
         "steps": lambda one: one["steps"],
-        "seconds an epoch, by the clock": lambda one: one["seconds_an_epoch"],
-        "processor seconds of the whole run": lambda one: one["processor_seconds"],
+        "seconds per epoch, wall clock": lambda one: one["seconds_an_epoch"],
+        "CPU seconds of the whole run": lambda one: one["processor_seconds"],
     }
     for title, value in rows.items():
         lines.append(f"| {title} | " + " | ".join(cell([value(one) for one in of(name)], 0) for name in RECIPES) + " |")
@@ -92,7 +92,7 @@ def table(measured: list[dict]) -> str:
 
 
 def draw(measured: list[dict], path: Path) -> None:
-    """Accuracy by test size, a line for each kind of training, a dot for each seed."""
+    """Plot accuracy by test size: a line per training, a dot per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,17 +112,16 @@ def draw(measured: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Run, write, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with Fashion-MNIST's or MNIST's idx files")
     parser.add_argument("--out", type=Path, required=True, help="results are written to OUT.json and OUT.md")
     parser.add_argument("--runs", type=Path, default=Path("runs/sampler"), help="folder of the training runs")
-    parser.add_argument("--images", type=int, default=15_000, help="for training")
+    parser.add_argument("--images", type=int, default=15_000, help="number of training images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    write_part(options.data, options.runs / "data", options.images)
+    write_subset(options.data, options.runs / "data", options.images)
     measured = []
     for seed in range(options.seeds):
         for name in RECIPES:

@@ -104,7 +104,7 @@ def test_boxes_follow_the_image(size: tuple[int, int], compressed: bool):
     assert num_cut > 20
 
 
-def test_boxes_whose_center_is_cut_off_and_crowds_are_left_out():
+def test_crowd_boxes_and_boxes_with_center_outside_are_dropped():
     pixels, labels, _ = scene(300, 200)
     crowd = replace(labels, crowd=np.array([False, True, False]))
     nums = set()
@@ -130,7 +130,7 @@ def test_images_without_boxes(size: tuple[int, int]):
 
 
 @pytest.mark.parametrize(("width", "height"), [(200, 150), (613, 480)])
-def test_parts_are_what_ssd_promises(width: int, height: int):
+def test_properties_of_ssd_crops(width: int, height: int):
     """Of every part: its shape, a center in it, and the overlap with some box by torchvision's box_iou."""
     _, labels, _ = scene(width, height)
     random = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def test_parts_are_what_ssd_promises(width: int, height: int):
     assert 1 / len(MIN_IOUS) < np.mean(np.isclose(best, whole)) < 0.75
 
 
-def test_parts_overlap_as_much_as_is_drawn(monkeypatch: pytest.MonkeyPatch):
+def test_ssd_crops_reach_the_sampled_iou(monkeypatch: pytest.MonkeyPatch):
     corners = np.array([(40, 30, 150, 120)], np.float32)
     for least in (0.3, 0.7, 0.9):
         monkeypatch.setattr(box_transforms, "MIN_IOUS", (least,))
@@ -165,12 +165,12 @@ def test_parts_overlap_as_much_as_is_drawn(monkeypatch: pytest.MonkeyPatch):
         assert least <= overlaps.min() < least + 0.05
 
 
-def test_distortion_is_torchvisions():
+def test_distortion_is_that_of_torchvision():
     """Every operation against torchvision's, and how often and how strongly each is done."""
     photograph = Image.fromarray(load_sample_images().images[0]).resize((64, 48))
 
     class Prepared:
-        """Hands out what is to be drawn."""
+        """A generator that returns given values."""
 
         def __init__(self, first: bool, is_on: tuple[bool, ...], amounts: tuple[float, ...]):
             self.values: list[Any] = [0.0 if first else 1.0, np.where(is_on, 0.0, 1.0)]
@@ -199,7 +199,7 @@ def test_distortion_is_torchvisions():
     assert abs(num_same / 800 - 1 / 16) < 0.03
 
 
-def test_evaluation_warps_the_whole_image_and_keeps_the_boxes():
+def test_box_evaluation():
     pixels, labels, _ = scene(301, 200)
     out, truth = BoxEvaluation(warp(64))(Sample(pixels, labels, "x"), Pick(0, 0, 99))
     expected = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)
@@ -250,7 +250,7 @@ def test_masks_follow_the_image(size: tuple[int, int], compressed: bool, mask_fi
     assert min(nums_ignored) == 0 < max(nums_ignored)
 
 
-def test_min_scale_of_1_cuts_nothing_off_a_square(mask_file):
+def test_min_scale_of_1_does_not_crop_a_square(mask_file):
     mask = np.zeros((120, 120), np.uint8)
     mask[0, :], mask[-1, :], mask[:, 0], mask[:, -1] = 1, 1, 1, 1
     sample = Sample(np.zeros((120, 120, 3), np.uint8), mask_file(mask), "x")
@@ -279,8 +279,8 @@ def test_tiny_images(size: tuple[int, int], mask_file):
         assert set(np.unique(classes)) <= {1, 255}
 
 
-def test_sizes_and_rotations_are_spread_evenly(mask_file):
-    """A line across the image tells both: how long it is and how it leans."""
+def test_ranges_of_sizes_and_rotations(mask_file):
+    """Length and slope of a line in the mask give the scale and the rotation."""
     pixels = np.zeros((100, 100, 3), np.uint8)
     mask = np.zeros((100, 100), np.uint8)
     mask[49:51, 40:60] = 1
@@ -302,7 +302,7 @@ def test_sizes_and_rotations_are_spread_evenly(mask_file):
     assert min(degrees) < -8 < 8 < max(degrees)
 
 
-def test_evaluation_keeps_the_mask(mask_file):
+def test_mask_evaluation(mask_file):
     pixels, _, mask = scene(301, 200)
     out, classes = MaskEvaluation(warp(64))(Sample(pixels, mask_file(mask), "x"), Pick(0, 0, 99))
     expected = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)
@@ -322,7 +322,7 @@ def test_stacked_masks():
 
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
-def test_chance_comes_from_seed_epoch_and_number_alone(kind: str, mask_file):
+def test_random_numbers_depend_on_seed_epoch_and_index_only(kind: str, mask_file):
     photograph = load_sample_images().images[0]
     mask = (photograph[..., 0] // 64).astype(np.uint8)
     labels = {"boxes": boxes((10, 20, 300, 400), (200, 100, 630, 420)), "masks": mask_file(mask)}
@@ -345,7 +345,7 @@ def test_chance_comes_from_seed_epoch_and_number_alone(kind: str, mask_file):
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_mirror_images(flip: bool, mask_file):
+def test_horizontal_flip(flip: bool, mask_file):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:16, 32:] = 255  # top right
     mask = (pixels[..., 0] // 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Boxes and masks of every format from tiny files, compared with what was written and with pycocotools."""
+"""Boxes and masks of every format, compared with the written values and with pycocotools."""
 
 import contextlib
 import io
@@ -126,7 +126,7 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, layout: str):
     assert check_images(*sources).unreadable == []
 
 
-def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
+def test_boxes_are_clipped_and_empty_ones_ignored(tmp_path: Path):
     boxes = [
         annotation(5, 2, [-3, -4, 10, 10]),
         annotation(5, 2, [35, 30, 100, 100]),
@@ -139,10 +139,10 @@ def test_boxes_are_cut_off_at_the_edge_and_empty_ones_counted(tmp_path: Path):
     assert len(found["empty.jpg"].corners) == 0
     assert found["b.jpg"].areas.tolist() == [6]
     assert any("4 boxes without area" in note and "empty.jpg" in note for note in train.notes)
-    assert any("'tree', 'dog'" in note for note in train.notes)  # which no box is of
+    assert any("'tree', 'dog'" in note for note in train.notes)  # classes without boxes
 
 
-def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
+def test_image_sizes_missing_in_the_annotation(tmp_path: Path):
     images = [{"id": i, "file_name": name} for i, name in NAMES.items()]
     coco2017(tmp_path, [annotation(5, 2, [30, 20, 50, 50])], images=images)
     train, val = find_boxes(tmp_path, 0.5)
@@ -174,14 +174,14 @@ def test_sizes_of_images_are_read_where_the_annotation_has_none(tmp_path: Path):
         ([annotation(5, 2, [0, 0, 9, 9], iscrowd=1)], {}, "no boxes in the images to train on"),
     ],
 )
-def test_bad_coco(tmp_path: Path, annotations: list[dict], lists: dict, message: str):
+def test_invalid_coco(tmp_path: Path, annotations: list[dict], lists: dict, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         find_boxes(coco2017(tmp_path, annotations, **lists), 0.2)
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_coco_that_is_no_json_or_of_one_split_twice(tmp_path: Path):
+def test_coco_files_of_one_split_or_not_json(tmp_path: Path):
     coco2017(tmp_path)
     coco(tmp_path / "annotations" / "instances_train2014.json", tmp_path / "train2014")
     with pytest.raises(ValueError, match=r"instances_train2014.json, .*train2017.json are of the same split"):
@@ -193,7 +193,7 @@ def test_coco_that_is_no_json_or_of_one_split_twice(tmp_path: Path):
 
 
 @pytest.mark.parametrize("below", ["val2017", "images/val", "valid"])
-def test_images_for_validation_need_annotations(tmp_path: Path, below: str):
+def test_validation_images_without_annotations(tmp_path: Path, below: str):
     coco2017(tmp_path)
     (tmp_path / "annotations" / "instances_val2017.json").unlink()
     (tmp_path / "val2017").rename(tmp_path / "elsewhere")
@@ -217,7 +217,7 @@ def test_classes_are_matched_by_name(tmp_path: Path):
         find_boxes_to_evaluate(tmp_path, ("cat",))
 
 
-def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
+def test_image_size_must_match_the_annotation(tmp_path: Path):
     coco2017(tmp_path)
     folder = tmp_path / "train2017"
     image(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
@@ -239,7 +239,7 @@ def test_headers_must_be_of_the_annotated_size(tmp_path: Path):
     ]
 
 
-def test_held_out_by_name_alone(tmp_path: Path):
+def test_validation_split_of_boxes_depends_on_names_only(tmp_path: Path):
     def found(root: Path, num: int) -> tuple[set[str], set[str]]:
         for i in range(num):
             image(root / "images" / f"{i}.jpg", (4, 4))
@@ -268,14 +268,14 @@ def test_held_out_by_name_alone(tmp_path: Path):
         find_boxes(tmp_path / "here", 0)
 
 
-def test_fingerprint_tells_boxes_apart(tmp_path: Path):
+def test_fingerprint_depends_on_boxes(tmp_path: Path):
     prints = []
     for i, box in enumerate(([0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 8])):
         prints.append(fingerprint(find_boxes(coco2017(tmp_path / str(i), [annotation(5, 2, box)]), 0.5)[0]))
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_nothing_or_several_things(tmp_path: Path):
+def test_no_or_several_formats(tmp_path: Path):
     for find, what in ((find_boxes, r"expected COCO .* or VOC"), (find_masks, r"expected VOC .*images/")):
         with pytest.raises(ValueError, match=f"^{tmp_path}: data format not recognized; {what}"):
             find(tmp_path, 0.2)
@@ -355,7 +355,7 @@ def test_voc_without_lists_or_val(tmp_path: Path):
         ({"val": "2\n"}, None, "has only the splits val; expected one to train on"),
     ],
 )
-def test_bad_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, message: str):
+def test_invalid_voc(tmp_path: Path, sets: dict[str, str] | None, xml: str | None, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         find_boxes(voc(tmp_path, sets, xml), 0.2)
     assert str(caught.value).startswith(str(tmp_path))
@@ -426,7 +426,7 @@ COLORS = {"road": (128, 64, 128), "sky": (70, 130, 180), "tree": (0, 0, 0)}
 
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}", "{kind}"])
 @pytest.mark.parametrize("coding", ["L", "P", "RGB", "RGBA"])
-def test_folders_of_masks(tmp_path: Path, layout: str, coding: str):
+def test_mask_folders(tmp_path: Path, layout: str, coding: str):
     ignored = (255, 255, 254)
     colored = coding.startswith("RGB")
     lines = [f"{name} #{bytes(rgb).hex()}" if colored else name for name, rgb in COLORS.items()]
@@ -488,13 +488,13 @@ def one_mask(root: Path) -> MaskFile:
         ("a #ff0000\na #ff0001", "duplicate name"),
     ],
 )
-def test_bad_names_of_classes(tmp_path: Path, classes: str | None, message: str):
+def test_invalid_classes_txt(tmp_path: Path, classes: str | None, message: str):
     masks(tmp_path, classes)
     with pytest.raises(ValueError, match=f"^{tmp_path}/.*{message}"):
         find_masks(tmp_path, 0.5)
 
 
-def test_bad_masks(tmp_path: Path):
+def test_invalid_masks(tmp_path: Path):
     image, mask = masks(tmp_path)
     sources = find_masks(tmp_path, 0.5)
 
@@ -525,7 +525,7 @@ def test_bad_masks(tmp_path: Path):
         source[0].label.read(WIDTH, HEIGHT)
 
 
-def test_masks_cut_short_and_masks_without_image(tmp_path: Path):
+def test_truncated_masks_and_masks_without_an_image(tmp_path: Path):
     first, mask = masks(tmp_path)
     whole = mask.read_bytes()
     mask.write_bytes(whole[: len(whole) - 60])
@@ -540,14 +540,14 @@ def test_masks_cut_short_and_masks_without_image(tmp_path: Path):
     assert val.notes == ()
 
 
-def test_masks_of_turned_images_are_those_of_upright_ones(tmp_path: Path):
+def test_masks_refer_to_the_upright_image(tmp_path: Path):
     turned, _ = masks(tmp_path)
     image(turned, (HEIGHT, WIDTH), orientation=6)
     assert check_images(*find_masks(tmp_path, 0.5)).unreadable == []
     assert one_mask(tmp_path).read(*read_image(turned).size).shape == (HEIGHT, WIDTH)
 
 
-def test_fingerprint_tells_masks_apart(tmp_path: Path):
+def test_fingerprint_depends_on_masks(tmp_path: Path):
     prints = []
     for i, classes in enumerate(("a\nb", "a\nb", "a\nc", "a #000000\nb #ffffff")):
         masks(tmp_path / str(i), classes)
@@ -556,8 +556,8 @@ def test_fingerprint_tells_masks_apart(tmp_path: Path):
     assert len(set(prints)) == 3
 
 
-def test_headers_alone_are_read(tmp_path: Path):
-    """A PNG whose pixels are missing: its header still tells a size, and what is wrong is found when it is read."""
+def test_check_reads_headers_only(tmp_path: Path):
+    """A PNG file without pixels passes the check, because its header has a size."""
     image, _ = masks(tmp_path)
     image.unlink()
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0)
@@ -570,7 +570,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_every_number_of_a_box_counts_in_its_digest():
+def test_digest_depends_on_all_values():
     corners, labels, crowd, areas = np.zeros((1, 4), np.float32), np.zeros(1, int), np.zeros(1, bool), np.ones(1)
     others = [
         Boxes(corners + 1, labels, crowd, areas),

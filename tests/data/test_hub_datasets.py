@@ -1,4 +1,4 @@
-"""Tables of the library `datasets`: which columns are taken, which splits, and what is said where that fails."""
+"""Tables of the library `datasets`: columns, splits and errors."""
 
 import io
 import pickle
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """The library's cache in a folder of the test, and no way out of the machine."""
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("a test reaches for the network")
+        raise AssertionError("a test accesses the network")
 
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -87,18 +87,18 @@ def files_in(folder: Path) -> set[str]:
 # --- Where tables lie -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held_out", ["validation", "test", "val"])
-def test_saved_splits(tmp_path: Path, held_out: str):
-    splits = {held_out: table([1, 0], first=5), "train": table([0, 1, 1])}
+@pytest.mark.parametrize("val_name", ["validation", "test", "val"])
+def test_saved_splits(tmp_path: Path, val_name: str):
+    splits = {val_name: table([1, 0], first=5), "train": table([0, 1, 1])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     before = files_in(tmp_path)
     train, val = find_splits("classify", tmp_path / "saved", 0.5)
     assert train.class_names == val.class_names == ("dog", "cat")
     assert grays(train) == [(0, 0), (1, 1), (2, 1)]
     assert grays(val) == [(5, 1), (6, 0)]
-    assert val[1].name == f"{tmp_path}/saved ({held_out})[1]"
+    assert val[1].name == f"{tmp_path}/saved ({val_name})[1]"
     assert grays(find_evaluation(tmp_path / "saved", ("cat", "dog"))) == [(5, 0), (6, 1)]
-    assert default_split("classify", tmp_path / "saved") == ("test" if held_out == "test" else "val")
+    assert default_split("classify", tmp_path / "saved") == ("test" if val_name == "test" else "val")
     assert files_in(tmp_path) == before
 
 
@@ -183,7 +183,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str):
+def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str):
     def load_dataset(*_: Any) -> None:
         raise error
 
@@ -199,7 +199,7 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, rea
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
@@ -212,7 +212,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.MonkeyPatch):
+def test_cache_is_used_without_a_connection(monkeypatch: pytest.MonkeyPatch):
     seen = []
 
     def load_dataset(*_: Any) -> Any:
@@ -226,7 +226,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_cache(monkeypatch: pytest.Monke
     assert seen == [True]
 
 
-def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_library_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(table([0, 1]), tmp_path / "x.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for data in (tmp_path, tmp_path / "x.parquet", "hf:owner/name"):
@@ -296,12 +296,12 @@ def test_columns(labels: list, feature: Any, label: str, class_names: tuple, num
         assert grays(source) == list(enumerate(numbers))
 
 
-def test_fine_labels_before_coarse_ones():
+def test_fine_labels_are_preferred():
     rows = table([0, 1], label="coarse_label").add_column("fine_label", [1, 0]).cast_column("fine_label", CLASSES)
     assert read_table(rows, "here").labels == [1, 0]
 
 
-def test_classes_beside_numbers(tmp_path: Path):
+def test_classes_txt_names_class_indices(tmp_path: Path):
     write(table([0, 1], INT), tmp_path / "train.parquet")
     write(table([1], INT), tmp_path / "test.parquet")
     assert find_splits("classify", tmp_path, 0.5)[0].class_names == ("0", "1")
@@ -322,7 +322,7 @@ def test_images_by_path(tmp_path: Path):
     assert grays(source) == [(0, 0), (1, 1), (2, 1), (3, 0)]
 
 
-def test_numbered_class_labels_are_no_names():
+def test_class_labels_without_names():
     split = read_table(table([2, 0, 1], datasets.ClassLabel(num_classes=3)), "here")
     assert split.source(("a", "b", "c")).labels == (2, 0, 1)
 
@@ -369,7 +369,7 @@ def test_labels_that_cannot_be_trained_on(labels: list, feature: Any, message: s
         read_table(table(labels, feature), "here").training_class_names()
 
 
-def test_val_class_that_train_lacks(tmp_path: Path):
+def test_class_missing_in_the_training_split(tmp_path: Path):
     datasets.DatasetDict(train=table(["a", "b"], STRING), test=table(["c"], STRING)).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=r"\(test\): class 'c' not among the 2 known classes \(a, b\)"):
         find_splits("classify", tmp_path, 0.5)
@@ -394,7 +394,7 @@ def test_tables_in_worker_processes(tmp_path: Path, on_disk: bool):
     assert torch.cat([batch.pixels[:, 0, 0, 0] for batch in batches]).tolist() == list(range(20))
 
 
-def test_images_that_are_missing_or_none():
+def test_missing_or_invalid_images():
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": png(0), "path": "x.png"}, None, {"bytes": b"none", "path": None}], "label": [0, 1, 1]},
         features=datasets.Features({"image": datasets.Image(), "label": CLASSES}),
@@ -414,7 +414,7 @@ def test_fingerprint_of_tables(tmp_path: Path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_parquet_of_other_makers(tmp_path: Path):
+def test_parquet_without_metadata(tmp_path: Path):
     """Without the library's notes in the file: images as bytes, labels as they come."""
     images = pa.array([png(i) for i in range(6)])
     pq.write_table(pa.table({"image": images, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")

@@ -1,4 +1,4 @@
-"""idx files and tar shards: what is read is what was packed, and what is damaged is named."""
+"""idx files and tar shards: contents and errors."""
 
 import gzip
 import io
@@ -74,7 +74,7 @@ def test_idx_splits(tmp_path: Path, shape: tuple[int, ...], ending: str, test: s
     assert check_images(train, val).unreadable == []
 
 
-def test_idx_dotted_names_and_gzip_without_its_ending(tmp_path: Path):
+def test_idx_dotted_names_and_gzip_without_extension(tmp_path: Path):
     pixels = write_idx(tmp_path, "train", [0, 1, 0, 1])
     for file in sorted(tmp_path.iterdir()):
         file.with_name(file.name.replace("-idx", ".idx")).write_bytes(gzip.compress(file.read_bytes()))
@@ -142,7 +142,7 @@ def test_idx_labels_out_of_range(tmp_path: Path, train: list[int], test: list[in
     assert "\n" not in str(caught.value)
 
 
-def test_class_names_that_are_no_text(tmp_path: Path):
+def test_classes_txt_that_is_not_text(tmp_path: Path):
     assert read_class_names(tmp_path) is None
     (tmp_path / "classes.txt").write_bytes(b"a\n\xff\xfe")
     with pytest.raises(ValueError, match=f"^{tmp_path}/classes.txt: not UTF-8"):
@@ -203,7 +203,7 @@ def test_damaged_idx_labels(tmp_path: Path, content: bytes, message: str):
 
 
 @pytest.mark.parametrize(("gone", "left"), [("images-idx3", "labels-idx1"), ("labels-idx1", "images-idx3")])
-def test_an_idx_file_that_stands_alone(tmp_path: Path, gone: str, left: str):
+def test_idx_images_or_labels_missing(tmp_path: Path, gone: str, left: str):
     write_idx(tmp_path, "train", [0, 1])
     (tmp_path / f"train-{gone}-ubyte").unlink()
     with pytest.raises(ValueError, match=f"^{tmp_path}/train-{left}-ubyte: train-{gone}-ubyte or .* missing"):
@@ -313,7 +313,7 @@ def test_tar_members(tmp_path: Path):
     assert [source[i].name.removeprefix(f"{file}/") for i in range(4)] == ["dir.with.dots/1", "2", "3", long]
 
 
-def test_tar_labels_that_are_names(tmp_path: Path):
+def test_tar_class_names_as_labels(tmp_path: Path):
     write_tar(tmp_path / "train.tar", pairs(["dog", "cat", "cat", "émeu"]))
     write_tar(tmp_path / "val.tar", {"1.png": png(7), "1.json": json.dumps({"label": "dog"})})
     train, val = find_splits("classify", tmp_path, 0.5)
@@ -334,7 +334,7 @@ def test_tar_with_class_names(tmp_path: Path, place: str):
     assert train.class_names == val.class_names == ("shirt", "boot")
 
 
-def test_tar_val_class_that_train_lacks(tmp_path: Path):
+def test_tar_class_missing_in_the_training_split(tmp_path: Path):
     write_tar(tmp_path / "train.tar", pairs(["a", "b"]))
     write_tar(tmp_path / "val.tar", pairs(["a", "c"]))
     with pytest.raises(ValueError, match=rf"^{tmp_path} \(val\): class 'c' not among the 2 known classes \(a, b\)"):
@@ -372,7 +372,7 @@ def test_tars_that_cannot_be_trained_on(tmp_path: Path, members: dict[str, bytes
     assert "\n" not in str(caught.value)
 
 
-def test_tar_cut_short_anywhere(tmp_path: Path):
+def test_truncated_tar(tmp_path: Path):
     file = write_tar(tmp_path / "x.tar", pairs([0, 1, 0, 1]))
     whole = file.read_bytes()
     with tarfile.open(file) as tar:
@@ -386,7 +386,7 @@ def test_tar_cut_short_anywhere(tmp_path: Path):
     assert len(find_evaluation(file, ("a", "b"))) == 4
 
 
-def test_what_is_no_tar(tmp_path: Path):
+def test_damaged_tar(tmp_path: Path):
     file = tmp_path / "x.tar"
     whole = write_tar(file, pairs([0, 1, 0, 1])).read_bytes()
     for content in (b"text" * 999, whole[:3072] + b"garbage!" * 64 + whole[3584:]):
@@ -423,7 +423,7 @@ def test_tars_in_worker_processes(tmp_path: Path):
             source[10]
 
 
-def test_headers_of_tars(tmp_path: Path):
+def test_check_of_tars(tmp_path: Path):
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(noise, "tiff")
     members = {

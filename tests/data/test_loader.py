@@ -1,4 +1,4 @@
-"""Batches are the same whoever reads them, and an image that cannot be read is named."""
+"""Batches do not depend on worker processes; unreadable images are reported by name."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def damage(source: Any, *numbers: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_images_labels_and_numbers_belong_together(source: Any, num_workers: int):
+def test_images_labels_and_indices_match(source: Any, num_workers: int):
     dataset = ImageDataset(source, EVALUATION)
     assert len(dataset) == 10
     order = [[Pick(4, 0, 32), Pick(0, 0, 32)], [Pick(9, 0, 32)]]
@@ -73,13 +73,13 @@ def test_images_labels_and_numbers_belong_together(source: Any, num_workers: int
     assert [batch.pixels.shape for batch in batches] == [(2, 3, 32, 32), (1, 3, 32, 32)]
     assert {batch.pixels.dtype for batch in batches} == {torch.uint8}
     assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)
-    with Image.open(source.files[0]) as image:  # 32 px high already: only the middle is cut out
+    with Image.open(source.files[0]) as image:  # already 32 px high: only cropped
         middle = np.asarray(image)[:, 9:41]
     assert np.array_equal(batches[0].pixels[1].permute(1, 2, 0), middle)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_scaled_as_the_network_expects(source: Any, num_workers: int):
+def test_scaling_is_the_preprocessing_of_prediction(source: Any, num_workers: int):
     preprocessing = Preprocessing(32, 32, mean=(0.1, 0.5, 0.7), std=(0.2, 1.0, 3.0))
     dataset = ImageDataset(source, Evaluation(preprocessing))
     picks = eval_batches(10, batch_size=4, size_px=32)
@@ -90,7 +90,7 @@ def test_scaled_as_the_network_expects(source: Any, num_workers: int):
 
 
 @pytest.mark.parametrize("policy", ["basic", "advanced"])
-def test_workers_order_and_restarts_change_nothing(source: Any, policy: Policy):
+def test_batches_do_not_depend_on_workers_order_or_restarts(source: Any, policy: Policy):
     dataset = ImageDataset(source, Augmentation(min_scale=0.1, flip=True, seed=0, policy=policy))
     picks = EpochBatches(10, BatchShapes((32, 40), 3, 32), epoch=1)
     alone, helped = (list(load(dataset, picks, num_workers=n, device="cpu")) for n in (0, 2))
@@ -108,7 +108,7 @@ def test_workers_order_and_restarts_change_nothing(source: Any, policy: Policy):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_image_is_named_in_one_line(source: Any, num_workers: int):
+def test_damaged_image_is_named(source: Any, num_workers: int):
     damage(source, 7)
     dataset = ImageDataset(source, AUGMENTATION)
     batches = load(dataset, eval_batches(10, batch_size=3, size_px=32), num_workers=num_workers, device="cpu")
@@ -119,7 +119,7 @@ def test_a_damaged_image_is_named_in_one_line(source: Any, num_workers: int):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_of_the_batch_stands_in(source: Any, num_workers: int):
+def test_unreadable_image_is_replaced_by_the_next(source: Any, num_workers: int):
     picks = eval_batches(10, batch_size=5, size_px=32)
     dataset = ImageDataset(source, AUGMENTATION)
     whole = list(load(dataset, picks, num_workers=0, device="cpu"))
@@ -136,7 +136,7 @@ def test_the_next_of_the_batch_stands_in(source: Any, num_workers: int):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_left_out_of_an_evaluation(source: Any, num_workers: int):
+def test_unreadable_images_are_left_out_of_an_evaluation(source: Any, num_workers: int):
     damage(source, 1, 9)
     dataset = ImageDataset(source, EVALUATION)
     picks = eval_batches(10, batch_size=3, size_px=32)
@@ -151,7 +151,7 @@ def test_left_out_of_an_evaluation(source: Any, num_workers: int):
         list(load(dataset, picks, num_workers=num_workers, device="cpu", replace_unreadable=False))
 
 
-def test_a_batch_of_which_nothing_can_be_read(source: Any):
+def test_batch_without_readable_images(source: Any):
     damage(source, 3, 4, 5)
     picks = eval_batches(10, batch_size=3, size_px=32)
     batches = load(ImageDataset(source, AUGMENTATION), picks, num_workers=0, device="cpu", max_unreadable=100)
@@ -160,7 +160,7 @@ def test_a_batch_of_which_nothing_can_be_read(source: Any):
         next(batches)
 
 
-def test_a_source_that_cannot_hand_a_image_over(source: Any):
+def test_source_that_raises_image_errors(source: Any):
     class Broken(Files):
         def __getitem__(self, index: int) -> Sample:
             if index == 1:
@@ -173,7 +173,7 @@ def test_a_source_that_cannot_hand_a_image_over(source: Any):
     assert batch.unreadable == ("images.tar: damaged",)
 
 
-def test_other_errors_are_not_taken_for_unreadable_images(source: Any):
+def test_other_errors_are_raised(source: Any):
     def prepare(sample: Sample, pick: Pick) -> tuple[np.ndarray, int]:
         raise ZeroDivisionError
 
@@ -182,7 +182,7 @@ def test_other_errors_are_not_taken_for_unreadable_images(source: Any):
         next(batches)
 
 
-def test_time_waited_for_data_and_that_alone(source: Any, monkeypatch: pytest.MonkeyPatch):
+def test_waited_seconds_exclude_the_training_step(source: Any, monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(loader.time, "perf_counter", lambda: now[0])
 
@@ -200,7 +200,7 @@ def test_time_waited_for_data_and_that_alone(source: Any, monkeypatch: pytest.Mo
     assert batches.waited_seconds == 2
 
 
-def test_python_ends_though_a_loader_lies_in_a_cycle(tmp_path: Path):
+def test_python_exits_with_a_loader_in_a_reference_cycle(tmp_path: Path):
     script = """
 import gc, sys, warnings
 from mobilevit.data.loader import ImageDataset, load

@@ -1,4 +1,4 @@
-"""From labels as they are found to numbers of classes: what is matched, what is refused."""
+"""Matching of labels with class names, and its errors."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def split(labels: Sequence[int | str | None], class_names: tuple[str, ...] | Non
         (["b", "a"], ("b", "a"), ("b", "a")),
     ],
 )
-def test_class_names_of_its_own(labels: list, class_names: tuple | None, expected: tuple[str, ...]):
+def test_training_class_names(labels: list, class_names: tuple | None, expected: tuple[str, ...]):
     found = split(labels, class_names)
     assert found.training_class_names() == expected
     source = found.source(expected)
@@ -48,32 +48,34 @@ def test_class_names_of_its_own(labels: list, class_names: tuple | None, expecte
         (["a", "x"], ("a", "b"), r"^data: class 'x' not among the 2 known classes \(a, b\)"),
     ],
 )
-def test_what_cannot_be_trained_on(labels: list, class_names: tuple | None, message: str):
+def test_labels_that_cannot_be_trained_on(labels: list, class_names: tuple | None, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         split(labels, class_names).training_class_names()
     assert "\n" not in str(caught.value)
 
 
-def test_images_and_labels_of_other_numbers():
+def test_different_numbers_of_images_and_labels():
     with pytest.raises(ValueError, match=r"^data: 2 images, but 3 labels"):
         Split("data", ImageArray(np.zeros((2, 2, 2), np.uint8), "file"), [0, 1, 1]).training_class_names()
 
 
-NETWORK = ("cat", "ant", "bee")
+MODEL_CLASSES = ("cat", "ant", "bee")
 
 
 @pytest.mark.parametrize(
     ("labels", "class_names", "network", "expected"),
     [
-        ([0, 1, 1], ("ant", "cat"), NETWORK, (1, 0, 0)),  # by name
-        (["ant", "cat"], None, NETWORK, (1, 0)),
-        ([1, 1], ("elk", "cat"), NETWORK, (0, 0)),  # the network knows no elk, but none is there
-        ([0, 2, 1], None, NETWORK, (0, 2, 1)),  # nothing but the number
-        ([0, 1], None, NETWORK, (0, 1)),  # which may lack the last class
-        ([0, 2, 10], None, ("0", "1", "10", "2"), (0, 3, 2)),  # a network trained on folders of these names
+        ([0, 1, 1], ("ant", "cat"), MODEL_CLASSES, (1, 0, 0)),  # by name
+        (["ant", "cat"], None, MODEL_CLASSES, (1, 0)),
+        ([1, 1], ("elk", "cat"), MODEL_CLASSES, (0, 0)),  # the model has no elk, but no image has this label
+        ([0, 2, 1], None, MODEL_CLASSES, (0, 2, 1)),  # index without a name
+        ([0, 1], None, MODEL_CLASSES, (0, 1)),  # without the last class
+        ([0, 2, 10], None, ("0", "1", "10", "2"), (0, 3, 2)),  # a model trained on folders with these names
     ],
 )
-def test_classes_of_a_network(labels: list, class_names: tuple | None, network: tuple[str, ...], expected: tuple):
+def test_labels_for_the_classes_of_a_model(
+    labels: list, class_names: tuple | None, network: tuple[str, ...], expected: tuple
+):
     source = split(labels, class_names).source(network)
     assert source.labels == expected
     assert source.class_names == network
@@ -90,7 +92,7 @@ def test_classes_of_a_network(labels: list, class_names: tuple | None, network: 
         ([None, 0], None, r"^file\[0\]: .* have no label"),
     ],
 )
-def test_classes_that_a_network_lacks(labels: list, class_names: tuple | None, message: str):
+def test_labels_unknown_to_the_model(labels: list, class_names: tuple | None, message: str):
     with pytest.raises(ValueError, match=message) as caught:
-        split(labels, class_names).source(NETWORK)
+        split(labels, class_names).source(MODEL_CLASSES)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Folders of images and what is common to all sources: what is found, what is held out, what is refused."""
+"""Folders of images, validation splits, subsets, fingerprints and header checks of sources."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def find_evaluation(
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Files by name; what is in an image matters to nobody before it is read."""
+    """Create empty files."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -61,7 +61,7 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
     assert train.class_names == val.class_names == ("a", "b")
 
 
-def test_hidden_files_and_what_is_no_image_are_left_out(tmp_path: Path):
+def test_hidden_files_and_other_files_are_ignored(tmp_path: Path):
     data = touch(tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")  # above data it may be so
     found = {file for source in find_splits("classify", data, 0.5) for file in files(source)}
     touch(data, ".git/x.png", "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt", "readme.png", "b/no.png.part")
@@ -105,7 +105,7 @@ def test_ignored_files_are_counted_and_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
+    ("name", "fix"),
     [
         ("x.zip", "extract it"),
         ("labels.csv", "one folder of images for each class"),
@@ -113,10 +113,10 @@ def test_ignored_files_are_counted_and_named(tmp_path: Path):
         ("https://host/flowers", "download it first"),
     ],
 )
-def test_data_of_other_kinds_are_refused_with_a_remedy(tmp_path: Path, name: str, remedy: str):
+def test_unsupported_data_with_a_fix(tmp_path: Path, name: str, fix: str):
     data = name if "://" in name else str(touch(tmp_path, name) / name)
     for find in [partial(find_splits, task, val_fraction=0.5) for task in ("classify", "detect", "segment")]:
-        with pytest.raises(ValueError, match=remedy) as caught:
+        with pytest.raises(ValueError, match=fix) as caught:
             find(data)
         assert str(caught.value).startswith(str(Path(data)) if "://" not in name else "https:/")
 
@@ -127,7 +127,7 @@ def test_names_of_any_bytes(tmp_path: Path):
     assert sum(len(folder) for folder in find_splits("classify", data, 0.5)) == 4
 
 
-def test_the_split_depends_on_names_below_the_folder_alone(tmp_path: Path):
+def test_split_depends_on_relative_names_only(tmp_path: Path):
     found = numbered("a", 30) + numbered("b", 30)
     here, there = touch(tmp_path / "here", *found), touch(tmp_path / "there" / "deep", *reversed(found))
     for mine, yours in zip(find_splits("classify", here, 0.3), find_splits("classify", there, 0.3), strict=True):
@@ -147,7 +147,7 @@ def test_the_validation_split_has_exactly_the_fraction_of_each_class(
 
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("num", [2, 3, 7])
-def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int):
+def test_every_class_is_in_both_splits(tmp_path: Path, fraction: float, num: int):
     touch(tmp_path, *numbered("a", num), *numbered("b", num), *numbered("c", num))
     train, val = find_splits("classify", tmp_path, fraction)
     assert set(train.labels) == set(val.labels) == {0, 1, 2}
@@ -171,14 +171,14 @@ def test_every_class_is_on_both_sides(tmp_path: Path, fraction: float, num: int)
         (["train/a/1.png", "train/b/1.png", "val/a/1.txt"], "val.a: no images in this class"),
     ],
 )
-def test_what_cannot_be_trained_on(tmp_path: Path, found: list[str], message: str):
+def test_folders_that_cannot_be_trained_on(tmp_path: Path, found: list[str], message: str):
     with pytest.raises(ValueError, match=message) as caught:
         find_splits("classify", touch(tmp_path, *found), 0.2)
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_no_folder_and_a_wrong_fraction(tmp_path: Path):
+def test_missing_folder_and_invalid_fraction(tmp_path: Path):
     touch(tmp_path, "file", *numbered("a", 2), *numbered("b", 2))
     for name, message in (
         ("missing", "no such folder$"),
@@ -196,7 +196,7 @@ def test_no_folder_and_a_wrong_fraction(tmp_path: Path):
             find_splits("classify", tmp_path, fraction)
 
 
-def test_evaluation_takes_val_before_test_before_everything(tmp_path: Path):
+def test_evaluation_prefers_val_to_test_to_all(tmp_path: Path):
     class_names = ("b", "unseen", "a")  # numbers are those of the network, not of the folder
     for name in ("", "test", "val"):
         touch(tmp_path / name, "a/1.png", "b/1.png", "b/2.png")
@@ -264,7 +264,7 @@ def test_data_may_be_a_string(tmp_path: Path, as_given: type):
     assert len(find_evaluation(data, ("a", "b"))) == 4
 
 
-def test_validated_on_are_the_names_with_the_smallest_digests(tmp_path: Path):
+def test_validation_split_has_the_smallest_hashes(tmp_path: Path):
     touch(tmp_path, *numbered("a", 40), *numbered("b", 40))
     _, val = find_splits("classify", tmp_path, 0.25)
     by_digest = [sorted(numbered(c, 40), key=lambda n: hashlib.sha256(n.encode()).digest()) for c in "ab"]
@@ -275,7 +275,7 @@ def test_validated_on_are_the_names_with_the_smallest_digests(tmp_path: Path):
 
 
 def arrays(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> Source:
-    """Images whose every pixel is their number."""
+    """Images whose pixels have the value of their index."""
     pixels = np.broadcast_to(np.arange(len(labels), dtype=np.uint8)[:, None, None], (len(labels), 2, 2))
     return Source(ImageArray(pixels, "numbers"), tuple(labels), class_names)
 
@@ -286,7 +286,7 @@ def test_subset_of_a_subset():
     assert [(s.name, s.label) for s in (some[0], some[1])] == [("numbers[2]", 0), ("numbers[4]", 1)]
 
 
-def test_divide_of_numbered_images():
+def test_divide():
     train, val = divide(arrays([0, 1] * 100), 0.25, "data")
     assert sorted((*train.indices, *val.indices)) == list(range(200))  # pyright: ignore[reportOptionalIterable]
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
@@ -318,7 +318,7 @@ def test_fingerprint_of_folders(tmp_path: Path):
     assert fingerprint(find_splits("classify", here, 0.5)[0]) != before[0]
 
 
-def test_fingerprint_tells_classes_labels_and_images_apart():
+def test_fingerprint_depends_on_classes_labels_and_images():
     one = arrays([0, 1, 1])
     others = [arrays([0, 1, 0]), arrays([0, 1]), arrays([0, 1, 1], ("a", "c")), arrays([0, 1, 1], ("ab", ""))]
     subsets = [one.subset((0, 1)), one.subset((0, 2)), one.subset((2, 0))]
@@ -330,7 +330,7 @@ def test_fingerprint_tells_classes_labels_and_images_apart():
 # --- Headers ----------------------------------------------------------------------------------------------------------
 
 
-def test_headers_name_what_is_no_image(tmp_path: Path):
+def test_check_names_unreadable_images(tmp_path: Path):
     for name in ("a/1", "a/2", "b/1", "b/2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
@@ -359,7 +359,7 @@ class ImageBytes(tuple):
         return f"number {index}"
 
 
-def test_headers_of_bytes_and_pixels():
+def test_check_of_bytes_and_pixels():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png")
     source = Source(ImageBytes([file.getvalue(), b"", b"no image"] * 200), (0,) * 600, ("a", "b"))  # pyright: ignore[reportArgumentType]
@@ -369,7 +369,7 @@ def test_headers_of_bytes_and_pixels():
     assert error.startswith("number 1: not an image")
 
 
-def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_check_counts_transparent_and_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     Image.new("RGBA", (4, 4)).save(tmp_path / "a/1.png")
@@ -410,13 +410,13 @@ def test_headers_count_transparent_and_large_images(tmp_path: Path, monkeypatch:
         (["val-0.tar", "test-0.tar"], ": has only the splits test, val; expected one to train on$"),
     ],
 )
-def test_several_kinds_or_none(tmp_path: Path, found: list[str], message: str):
+def test_several_formats_or_none(tmp_path: Path, found: list[str], message: str):
     with pytest.raises(ValueError, match=f"^{tmp_path}{message}") as caught:
         find_splits("classify", touch(tmp_path, *found), 0.2)
     assert "\n" not in str(caught.value)
 
 
-def test_what_lies_beside_class_folders_is_passed_over(tmp_path: Path):
+def test_other_files_beside_class_folders_are_ignored(tmp_path: Path):
     data = touch(tmp_path, *numbered("a", 2), *numbered("b", 2), "photos.tar.gz", ".x.tar", "cache-1.arrow", "a/x.tar")
     assert [len(source) for source in find_splits("classify", data, 0.5)] == [2, 2]
 
