@@ -112,7 +112,7 @@ def recipe_list() -> str:
     purposes: dict[str, list[str]] = {}
     for name in RECIPES:
         purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
-    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults and the accuracy of one):"]
+    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults of one):"]
     for purpose, names in purposes.items():
         family = names[0].rpartition("-")[0]
         title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"
