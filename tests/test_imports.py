@@ -32,8 +32,12 @@ def test_imports_at_the_top() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         for node in (node for function in functions for node in ast.walk(function)):
-            names = [node.module or "."] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "."]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
             if any(name.split(".")[0] in ("mobilevit", "") for name in names):
                 found.append(f"{module}:{node.lineno}")
     assert found == []

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mobilevit.export import ExportOptions, export, load_artifact
+from mobilevit.export import load_artifact, read_signature
+from mobilevit.export.backend import Signature
 from mobilevit.export.executorch import read_metadata
 from mobilevit.export.verify import synthetic_images
 from mobilevit.weights import Weights
@@ -24,6 +25,7 @@ def test_fp32(weights: Weights, export_once: Any, size: tuple[int, int], batch_s
     assert (artifact.operators.num_operators, artifact.operators.fallback) == (1, ())
     assert artifact.path.name == f"mobilevit_small_{size[0]}x{size[1]}_fp32.pte"
     assert_metadata(read_metadata(artifact.path), weights, "logits")
+    assert read_signature(artifact.path) == Signature((batch_size, 3, *size), False, 7)
 
 
 @pytest.mark.slow
@@ -31,6 +33,7 @@ def test_fp16_with_uint8_input(weights: Weights, export_once: Any):
     artifact = export_once("executorch", precision="fp16", uint8=True)
     images = synthetic_images(1, (64, 64))
     outputs = run_artifact(artifact.path, np.stack(images))
+    assert read_signature(artifact.path) == Signature((1, 64, 64, 3), True, 7)
     assert 1e-5 < difference(outputs, torch_outputs(weights, images)) < 0.05
     # Convolutions have float32 weights.
     assert artifact.num_bytes < 0.85 * export_once("executorch", size=(64, 64), batch_size=1).num_bytes
@@ -57,10 +60,3 @@ def test_load(export_once: Any, tmp_path: Path):
     path.write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"noise\.pte: ExecuTorch cannot load it"):
         load_artifact(path)
-
-
-@pytest.mark.parametrize("axis", ["batch", "size"])
-def test_dynamic_axes_are_refused(weights: Weights, axis: str, tmp_path: Path):
-    options = ExportOptions(size=(96, 96), dynamic_batch=axis == "batch", dynamic_size=axis == "size")
-    with pytest.raises(ValueError, match=f"executorch .* {axis}; leave out --dynamic-{axis}"):
-        export(weights, ["executorch"], tmp_path, options)

@@ -171,6 +171,7 @@ def test_calibration_images_are_evenly_spaced(weights: Weights, fake: FakeBacken
         (None, {}, "no backend is given.* onnx"),
         ("fake", {"precision": "bf16"}, "fake .*bf16.* fp32, fp16, int8"),
         ("fake", {"dynamic_size": True, "size": (96, 96)}, "leave out --dynamic-size"),
+        ("executorch", {"dynamic_batch": True}, "leave out --dynamic-batch"),
         ("onnx", {"dynamic_size": True}, "64 x 64 px.* 65 px"),
         ("fake", {"size": (16, 64)}, "16 x 64 px.* 32 px"),
         ("fake", {"size": (64, 64, 64)}, r"size is \(64, 64, 64\)"),

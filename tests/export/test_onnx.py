@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from mobilevit.export import ExportOptions, export
+from mobilevit.export import ExportOptions, export, read_signature
+from mobilevit.export.backend import Signature
 from mobilevit.export.onnx import read_metadata
 from mobilevit.export.verify import synthetic_images
 from mobilevit.weights import Weights
@@ -28,11 +29,13 @@ def test_fp32(weights: Weights, export_once: Any, size: tuple[int, int]):
     assert artifact.num_bytes == artifact.path.stat().st_size
     assert artifact.operators.fallback == ()
     assert_metadata(read_metadata(artifact.path), weights, "logits")
+    assert read_signature(artifact.path) == Signature((1, 3, *size), False, 7)
     assert [(one.domain, one.version) for one in onnx.load(artifact.path).opset_import] == [("", 23)]
 
 
 def test_dynamic_batch_and_size(weights: Weights, export_once: Any):
     artifact = export_once("onnx", size=(96, 80), dynamic_batch=True, dynamic_size=True)
+    assert read_signature(artifact.path) == Signature((None, 3, None, None), False, 7)
     for num, size in ((1, (96, 80)), (5, (65, 130)), (2, (128, 128))):
         images = synthetic_images(num, size)
         outputs = run_artifact(artifact.path, normalized(weights, images).numpy())
@@ -44,6 +47,7 @@ def test_fp16(weights: Weights, export_once: Any):
     images = synthetic_images(2, (64, 64))
     (logits,) = run_artifact(artifact.path, np.stack(images))
     assert logits.dtype == np.float32
+    assert read_signature(artifact.path) == Signature((2, 64, 64, 3), True, 7)
     assert 1e-6 < difference([logits], torch_outputs(weights, images)) < 0.05
     assert artifact.num_bytes < 0.56 * export_once("onnx", size=(64, 64)).num_bytes
 

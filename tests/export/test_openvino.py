@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from mobilevit.export import ArtifactSpec
+from mobilevit.export import ArtifactSpec, read_signature
+from mobilevit.export.backend import Signature
 from mobilevit.export.openvino import load, read_metadata, write
 from mobilevit.export.verify import synthetic_images
 from mobilevit.weights import Weights
@@ -41,12 +42,14 @@ def test_fp32(weights: Weights, export_once: Any):
 
 def test_odd_size_and_batch_of_uint8(weights: Weights, export_once: Any):
     artifact = export_once("openvino", size=(75, 130), batch_size=2, uint8=True)
+    assert read_signature(artifact.path) == Signature((2, 75, 130, 3), True, 7)
     images = synthetic_images(2, (75, 130))
     assert difference(run_artifact(artifact.path, np.stack(images)), torch_outputs(weights, images)) < 1e-4
 
 
 def test_dynamic_batch_and_size(weights: Weights, export_once: Any):
     artifact = export_once("openvino", size=(96, 80), dynamic_batch=True, dynamic_size=True)
+    assert read_signature(artifact.path) == Signature((None, 3, None, None), False, 7)
     for num, size in ((1, (96, 80)), (5, (65, 130)), (2, (128, 128))):
         images = synthetic_images(num, size)
         outputs = run_artifact(artifact.path, normalized(weights, images).numpy())

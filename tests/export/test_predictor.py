@@ -1,4 +1,4 @@
-"""Artifacts predict what the network that they were made from predicts, in every runtime that is installed."""
+"""Predictions of artifacts in each installed runtime, compared with those of the network in torch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,15 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from dense_networks import dense_weights
 from mobilevit.export import ExportOptions, export, installed
 from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, ArtifactSegmenter, load_predictor
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
-from mobilevit.models.mobilevit import MobileViT
 from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.weights import Weights
-from small_networks import SMALL, randomize
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    model = randomize(MobileViT(SMALL, num_classes=7))
-    preprocessing = Preprocessing(resize_px=70, crop_px=64, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    return Weights(model.architecture, model.state_dict(), preprocessing, tuple("abcdefg"))
 
 
 def exported(weights: Weights, backend: str, out: Path, **options) -> Path:
@@ -43,7 +33,7 @@ def exported(weights: Weights, backend: str, out: Path, **options) -> Path:
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "litert", slow("executorch")])
 def test_classes(weights: Weights, backend: str, tmp_path: Path):
-    """A batch of two for three images, and pixels in 8 bits where the runtime scales them as fast."""
+    """Three images in batches of two, for ONNX as uint8 pixels."""
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")
     model = load_predictor(path)
     assert isinstance(model, ArtifactClassifier)
@@ -65,8 +55,8 @@ def test_classes(weights: Weights, backend: str, tmp_path: Path):
         slow("executorch", False),
     ],
 )
-def test_boxes(backend: str, postprocess: bool, tmp_path: Path):
-    weights = replace(dense_weights("detect"), category_ids=(1, 2, 3, 5, 8, 13, 21))
+def test_boxes(all_weights: dict[str, Weights], backend: str, postprocess: bool, tmp_path: Path):
+    weights = all_weights["detect"]
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactDetector)
     assert (model.category_ids, model.num_classes) == (weights.category_ids, 7)
@@ -92,8 +82,8 @@ def test_boxes(backend: str, postprocess: bool, tmp_path: Path):
     ("backend", "postprocess"),
     [("onnx", False), slow("onnx", True), slow("openvino", False), slow("executorch", False)],
 )
-def test_masks(backend: str, postprocess: bool, tmp_path: Path):
-    weights = dense_weights("segment")
+def test_masks(all_weights: dict[str, Weights], backend: str, postprocess: bool, tmp_path: Path):
+    weights = all_weights["segment"]
     model = load_predictor(exported(weights, backend, tmp_path, postprocess=postprocess))
     assert isinstance(model, ArtifactSegmenter)
     for found, wanted in zip(model.predict(IMAGES), Segmenter.from_weights(weights).predict(IMAGES), strict=True):

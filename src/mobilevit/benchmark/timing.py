@@ -66,14 +66,15 @@ def measure(
     runs: Sequence[Callable[[], Any]],
     num_rounds: int,
     pause_seconds: float = PAUSE_SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> np.ndarray:
     """Milliseconds (runs, rounds) of every callable in every round, after a warm-up.
 
     The order rotates, and every second round is reversed, so that no callable always follows the same other one. Before
     each measurement the process sleeps, because the idle threads of the previous runtime keep spinning for a while;
-    then one untimed call wakes the threads and loads the caches.
+    then one untimed call wakes the threads and loads the caches. `clock` returns seconds; default: wall time.
     """
+    clock = clock or time.perf_counter
     times_ms = np.empty((len(runs), num_rounds))
     for run in runs:
         for _ in range(WARM_UP_CALLS):
