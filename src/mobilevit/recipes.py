@@ -369,7 +369,7 @@ def ssdlite(architecture: Size) -> Recipe:
 
 
 def deeplabv3(architecture: Size) -> Recipe:
-    """PASCAL VOC as in the paper (section 4.3): DeepLabv3 at 512 px, 50 epochs, batch size 128, ImageNet backbone.
+    """PASCAL VOC as in the paper (section 4.2): DeepLabv3 at 512 px, 50 epochs, batch size 128, ImageNet backbone.
 
     Command: torchrun --nproc-per-node 4 -m mobilevit train deeplabv3-s --data VOCdevkit/VOC2012 --backbone
     apple/mobilevit-small
