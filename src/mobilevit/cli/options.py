@@ -78,7 +78,7 @@ class DeviceOptions:
         use_threads(self.num_threads)
 
     def apply(self) -> str:
-        """Set the number of threads; the name of the device, which is available."""
+        """Set the number of threads, and return the name of an available device."""
         self.set_threads()
         from mobilevit.device import choose_device
 
