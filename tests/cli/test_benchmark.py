@@ -66,7 +66,7 @@ MISTAKES = {
     "xxs --rounds 0": "--rounds 0 1 or more",
     "xxs --num-threads 0": "--num-threads 0",
     "xxs --batch-size 1 0": "--batch-size 0",
-    "xxs --size 31": "31 32 px",
+    "xxs --size 31": "--size 31; 32 px",
     "xxs --runtime onx": "--runtime 'onx' 'torch', 'compiled', 'onnx'",
     "xxs --precision int8": "int8 torch fp32",
     "xxs --against resnet5000": "'resnet5000' did you mean resnet50 timm",

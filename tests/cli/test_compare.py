@@ -79,7 +79,7 @@ def test_compare_by_training(capsys: pytest.CaptureFixture[str], here: Path):
 
 MISTAKES = {
     "--only mobilnetv2": "'mobilnetv2' did you mean mobilenetv2-",
-    "--only deit-tiny --size 100": "100 deit-tiny multiple of 32",
+    "--only deit-tiny --size 100": "--size 100; deit-tiny multiple of 32",
     "--rounds 0": "--rounds 0 1 or more",
     "--num-threads 0": "--num-threads 0",
     "--batch-size 1 0": "--batch-size 0",
@@ -97,7 +97,7 @@ MISTAKES = {
     "--data classes --lr 0": "--lr 0.0 above 0",
     "--data classes --clip-norm -1": "--clip-norm -1.0 0 or more",
     "--data classes --batch-size 8 16": "--batch-size 8 16; one",
-    "--data classes --seeds 1 1": "seeds 1, 1",
+    "--data classes --seeds 1 1": "--seeds 1, 1",
     "--data classes --seeds 0 -1": "seed -1",
     "--data classes --no-time --runtime onnx": "--no-time --runtime",
     "--data classes --recipe paper-s": "--recipe 'paper-s' 'small' 'plain' 'tiny'",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,9 @@ SHORT_NAMES = {
     "compute.compile": "--compile",
 }
 
+# As in the other commands. The dataclasses of these fields do not import tyro.
+METAVARS = {"exportoptions.size": "PX [PX]", "sampler.sizes_px": "PX..."}
+
 
 def _recipe_options() -> dict[str, str]:
     options = {}
@@ -50,6 +54,11 @@ def _recipe_options() -> dict[str, str]:
 
 RECIPE_OPTIONS = _recipe_options()
 """The option of each recipe field, such as --size for data.size_px: its short name if it has one."""
+# The same for arguments of the Python API, as its messages write them.
+ARGUMENT_OPTIONS = {"size_px": "--size"} | {
+    name: f"--{re.sub('[ _]', '-', name)}"
+    for name in ("batch size", "class", "num threads", "port", "score_threshold", "seeds", "size", "top_k")
+}
 
 
 class _ValueOutOfRangeError(Exception):
@@ -86,9 +95,9 @@ def parse(
 
 
 def name_option(message: str) -> str:
-    """`message` with an option for the recipe field that it starts with: "data.size_px is 16" -> "--size is 16"."""
-    field, _, rest = message.partition(" is ")
-    return f"{RECIPE_OPTIONS[field]} is {rest}" if rest and field in RECIPE_OPTIONS else message
+    """`message` with the option instead of the Python name at its start: "data.size_px is 16" -> "--size is 16"."""
+    options = RECIPE_OPTIONS | ARGUMENT_OPTIONS
+    return re.sub(r"^([\w. ]+?)(?= (is|are) )", lambda match: options.get(match[1], match[1]), message)
 
 
 def _non_empty(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -131,8 +140,11 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
         else:
             hint = "(required)" if default is tyro.MISSING else None
         conf: dict[str, Any] = {"help_behavior_hint": hint}
-        if short_name := SHORT_NAMES.get(f"{info.type.__name__.lower()}.{field.name}"):
-            conf["aliases"] = [short_name]
+        name = f"{info.type.__name__.lower()}.{field.name}"
+        if name in SHORT_NAMES:
+            conf["aliases"] = [SHORT_NAMES[name]]
+        if name in METAVARS:
+            conf["metavar"] = METAVARS[name]
         type_: Any = Annotated[hints[field.name], tyro.conf.arg(**conf)]
         specs.append(StructFieldSpec(field.name, type_, default, helptext=texts.get(field.name)))
 
