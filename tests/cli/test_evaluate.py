@@ -149,10 +149,10 @@ MISTAKES = {
     "classifier.safetensors": "'x' 3 classes",
     "xyz.safetensors detector.safetensors": "classify detect",
     "xyz.safetensors --batch-size 0": "batch size 0",
-    "xyz.safetensors --num-threads 0": "num threads 0",
-    "xyz.safetensors --num-workers -2": "num workers -2 0 or more",
-    "xyz.safetensors --max-unreadable -1": "max unreadable -1 0 or more",
-    "xyz.safetensors --max-megapixels 0": "max megapixels 0.0 above 0",
+    "xyz.safetensors --num-threads 0": "--num-threads 0",
+    "xyz.safetensors --num-workers -2": "--num-workers -2 0 or more",
+    "xyz.safetensors --max-unreadable -1": "--max-unreadable -1 0 or more",
+    "xyz.safetensors --max-megapixels 0": "--max-megapixels 0.0 above 0",
     "xyz.safetensors --split dev": "--split 'dev' 'train' 'val' 'test' 'all'",
 }
 

@@ -283,7 +283,7 @@ MISTAKES = {
     "classifier.safetensors photos --top-k 0": "top_k 0",
     "classifier.safetensors photos --batch-size -1": "batch size -1",
     "classifier.safetensors photos --device toaster": "'toaster'",
-    "classifier.safetensors photos --num-threads -1": "num threads -1",
+    "classifier.safetensors photos --num-threads -1": "--num-threads -1",
     "headless.safetensors photos": "classifier",
     "missing.safetensors photos": "missing.safetensors: no such file",
     "photos/a.png photos": "photos/a.png weights",

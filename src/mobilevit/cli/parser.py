@@ -22,6 +22,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from mobilevit.recipes import Recipe, to_dict
+
 # Short names for the options of a recipe that are used most; other commands use the same names.
 SHORT_NAMES = {
     "data.size_px": "--size",
@@ -38,6 +40,22 @@ SHORT_NAMES = {
 }
 
 
+def _recipe_options() -> dict[str, str]:
+    options = {}
+    for name, value in to_dict(Recipe()).items():
+        for field in [f"{name}.{nested}" for nested in value] if isinstance(value, dict) else [name]:
+            options[field] = SHORT_NAMES.get(field, f"--{field.replace('_', '-')}")
+    return options
+
+
+RECIPE_OPTIONS = _recipe_options()
+"""The option of each recipe field, such as --size for data.size_px: its short name if it has one."""
+
+
+class _ValueOutOfRangeError(Exception):
+    """A ValueError of a dataclass. tyro adds the path of the dataclass to the message of a ValueError itself."""
+
+
 def parse(
     commands: Mapping[str, type], args: Sequence[str], descriptions: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> Any:
@@ -47,7 +65,7 @@ def parse(
 
     Raises:
         SystemExit: with code 0 after the help, with code 2 after an error message.
-        ValueError: the values of a dataclass do not fit together.
+        ValueError: a value is out of range, or values do not fit together.
     """
     subcommands: list[Any] = []
     for name, command in commands.items():
@@ -61,7 +79,16 @@ def parse(
     registry.primitive_rule(_non_empty)
     registry.struct_rule(_dataclass)
     with registry:
-        return tyro.cli(program, prog="mobilevit", description="", args=list(args)).command
+        try:
+            return tyro.cli(program, prog="mobilevit", description="", args=list(args)).command
+        except _ValueOutOfRangeError as error:
+            raise ValueError(str(error)) from None
+
+
+def name_option(message: str) -> str:
+    """`message` with an option for the recipe field that it starts with: "data.size_px is 16" -> "--size is 16"."""
+    field, _, rest = message.partition(" is ")
+    return f"{RECIPE_OPTIONS[field]} is {rest}" if rest and field in RECIPE_OPTIONS else message
 
 
 def _non_empty(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -108,7 +135,14 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
             conf["aliases"] = [short_name]
         type_: Any = Annotated[hints[field.name], tyro.conf.arg(**conf)]
         specs.append(StructFieldSpec(field.name, type_, default, helptext=texts.get(field.name)))
-    return StructConstructorSpec(instantiate=info.type, fields=tuple(specs))
+
+    def instantiate(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return info.type(*args, **kwargs)
+        except ValueError as error:
+            raise _ValueOutOfRangeError(str(error)) from None
+
+    return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
 
 
 def _default(field: Field[Any]) -> Any:
