@@ -46,7 +46,10 @@ class Evaluate:
     weights: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or a run folder, for all weights in it."),
+        tyro.conf.arg(
+            metavar="WEIGHTS...",
+            help=f"Weights: {WEIGHTS}; or a run folder, for its EMA and raw weights of the last epoch.",
+        ),
     ]
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
     """Data set, as for mobilevit train."""
