@@ -1,4 +1,4 @@
-"""MobileViT: exact weights from everywhere, training as in the paper, fast deployment."""
+"""MobileViT in PyTorch: pretrained weights, training as in the paper, verified exports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mobilevit.tasks.evaluation import evaluate
     from mobilevit.training.loop import train
 
-# Public name -> its module, imported when first asked for: `mobilevit --help` must not wait for torch.
+# Public name -> its module, imported on first use, so that `mobilevit --help` does not import torch.
 _MODULES = {
     "explain_image": "explain",
     "Architecture": "models.mobilevit",

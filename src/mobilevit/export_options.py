@@ -33,19 +33,19 @@ class ExportOptions:
     precision: Precision = "fp32"
     """Numeric precision; int8 is calibrated on --images."""
     size: tuple[int, ...] = ()
-    """Input side, or height and width, in pixels; default: the input size of the weights."""
+    """Input size in pixels, or height and width. Default: that of the weights."""
     batch_size: int = 1
-    """Images per input batch."""
+    """Batch size in images."""
     dynamic_batch: bool = False
-    """Export a dynamic batch size, if the runtime supports it."""
+    """Export a dynamic batch size (onnx and openvino only)."""
     dynamic_size: bool = False
-    """Export a dynamic height and width (65 px or more), if the runtime supports it."""
+    """Export a dynamic height and width of 65 px or more (onnx and openvino only, no detectors)."""
     uint8: bool = False
     """Take uint8 pixels (batch, height, width, 3), RGB, and normalize them inside the artifact."""
     postprocess: bool = False
     """Export decoded outputs: boxes, scores and labels after NMS (detection; onnx and openvino only), or the class of
     each pixel (segmentation)."""
     num_threads: int = NUM_THREADS
-    """CPU threads of the runtime while the artifact is timed."""
+    """Number of CPU threads when the artifact is timed."""
     overwrite: bool = False
     """Replace existing files."""

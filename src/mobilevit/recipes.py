@@ -116,7 +116,7 @@ class Sampler(_Checked):
     """Image sizes: one size, or a random size per batch (paper, section 3.3)."""
 
     variant: Variant = "standard"
-    """standard: one size; others: multi-scale sampling, with the rule for the batch size at each size
+    """standard: one image size. Others: multi-scale sampling; the variant determines the batch size at each image size
     (docs/sampler.md)."""
     sizes_px: Annotated[tuple[int, ...], Range(min=MIN_SIZE_PX)] = (160, 192, 256, 288, 320)
     """Image sizes in pixels for multi-scale sampling."""
@@ -137,7 +137,7 @@ class Optimizer(_Checked):
     cosine: Cosine = "step"
     """Update the learning rate every step or, as in v0.1, every epoch."""
     weight_decay: Annotated[float, Range(min=0)] = 0.01
-    """Weight decay of AdamW; each step applies it times the learning rate."""
+    """Weight decay of AdamW, multiplied by the learning rate in each step."""
     decay_all: bool = True
     """Apply weight decay to all parameters, as published; if off, not to norms and biases."""
     clip_norm: Annotated[float, Range(min=0)] = 0.0
@@ -157,7 +157,7 @@ class Compute(_Checked):
     compile: bool = False
     """Compile the network once per image size. Takes minutes at the start; intended for GPUs."""
     sync_batch_norm: bool = False
-    """Synchronize batch norm over all processes. GPUs only."""
+    """Synchronize batch norm across all processes. GPUs only."""
     micro_batch_size: Annotated[int, Range(min=0)] = 0
     """Micro-batch size: images per process and forward pass, at the input size. Gradients are accumulated over the
     batch. 0: as many as fit into memory."""
@@ -187,10 +187,10 @@ class Recipe(_Checked):
     """A training run."""
 
     task: Task = "classify"
-    """Image classification, object detection (SSDLite), semantic segmentation (DeepLabv3), or distillation of a
+    """Task: image classification, object detection (SSDLite), semantic segmentation (DeepLabv3), or distillation of a
     classifier without labels."""
     architecture: Size = "s"
-    """Size of the network. Pretrained weights determine it themselves."""
+    """Network size. Default with pretrained weights: their size."""
     epochs: Annotated[int, Range(min=1)] = 300
     """Number of epochs."""
     batch_size: Annotated[int, Range(min=2)] = 128
@@ -198,7 +198,7 @@ class Recipe(_Checked):
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Label smoothing: fraction of the target distributed over all classes."""
     ema_decay: Annotated[float, Range(min=0, below=1)] = 0.9995
-    """EMA decay per step; limited in short runs."""
+    """EMA decay per step; reduced in short runs."""
     seed: Annotated[int, Range(min=0, below=2**64)] = 0
     """Random seed of the initial weights, the order of the images and their augmentation."""
     data: Data = field(default_factory=Data)
@@ -209,7 +209,7 @@ class Recipe(_Checked):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The named recipes. Their docstrings state training time and accuracy; `mobilevit train NAME --help` prints them.
+# The named recipes. Their docstrings give training time and accuracy; `mobilevit train NAME --help` prints them.
 # Recipes of this project clip gradients, which matters in short runs. The published recipes do not.
 
 
@@ -217,16 +217,18 @@ def plain() -> Recipe:
     """Photographs from scratch: XS at 256 px with the optimizer and augmentation of the paper, 60 epochs.
 
     Command: mobilevit train plain --data photos/
-    Time and score: depend on the data. Intended for a few thousand images per class; with fewer, use finetune.
+
+    Time and accuracy depend on the data. Intended for a few thousand images per class; with fewer, use finetune.
     """
     return Recipe(architecture="xs", epochs=60, batch_size=64, optimizer=Optimizer(warmup_steps=1000, clip_norm=1.0))
 
 
 def finetune() -> Recipe:
-    """Photographs from pretrained weights: XS, low learning rates, 0.1 x in the backbone, 20 epochs.
+    """Photographs from pretrained weights: XS at 256 px, low learning rates (backbone: a tenth), 20 epochs.
 
     Command: mobilevit train finetune --data photos/ --weights apple/mobilevit-x-small --download
-    Time: about ten minutes for 200 photographs on two cores. Score: not measured.
+
+    Time: about ten minutes for 200 photographs on two cores. Accuracy: not measured.
     """
     return Recipe(
         architecture="xs",
@@ -243,7 +245,8 @@ def tiny() -> Recipe:
     """Images of 8 to 32 px without horizontal flips, such as digits and letters: XXS at 32 px, 30 epochs.
 
     Command: mobilevit train tiny --data digits/ (`make demo` creates that folder)
-    Time: one minute for 1,198 digits of scikit-learn on two cores. Score: 98 to 99 % on its 599 test digits.
+
+    Time: one minute for 1,198 digits of scikit-learn on two cores. Accuracy: 98 to 99 % on its 599 test digits.
     """
     return Recipe(
         architecture="xxs",
@@ -257,10 +260,13 @@ def tiny() -> Recipe:
 def small() -> Recipe:
     """Images of 28 to 64 px: XXS at 64 px, 30 epochs. Add --no-flip for digits and letters.
 
-    Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist);
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m before it nearly doubles the speed on two cores.
-    Time: 55 minutes for the 60,000 images of Fashion-MNIST on two cores. Score: 93.64 % on its 10,000 test images,
-    without clipping (benchmarks/fashion_mnist_epyc-2-cores_202611.md); 93.24 % with --epochs 17.
+    Command: mobilevit train small --data /usr/share/datasets/fashion-mnist (Debian package dataset-fashion-mnist)
+
+    Two processes nearly double the speed on two cores: put OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2
+    -m in front of the command.
+
+    Time: 55 minutes for the 60,000 images of Fashion-MNIST on two cores. Accuracy: 93.64 % on its 10,000 test images,
+    measured without gradient clipping (benchmarks/fashion_mnist_epyc-2-cores_202611.md); 93.24 % with --epochs 17.
     """
     return Recipe(
         architecture="xxs",
@@ -272,12 +278,16 @@ def small() -> Recipe:
 
 
 def paper(architecture: Size) -> Recipe:
-    """ImageNet as in the paper (arXiv 2110.02178, section 4.1): 300 epochs, effective batch 1,024, multi-scale.
+    """ImageNet as in the paper (arXiv 2110.02178, section 4.1): 300 epochs, batch size 1,024, multi-scale.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train paper-s --data imagenet/ (docs/training.md)
+
     Time in the paper: 270 s per epoch on 8 GPUs with multi-scale sampling (380 s without), one day. Not run here.
-    Score, top-1: XXS 69.0, XS 74.8, S 78.4 (paper, table 6; released weights 69.0, 74.7, 78.3), +- 0.3.
-    The sampler follows the listing of the paper at the sizes of its text: 276k updates; the paper states 232k.
+
+    Published top-1: XXS 69.0, XS 74.8, S 78.4 (paper, table 6); released weights: 69.0, 74.7, 78.3. Expect +- 0.3.
+
+    The sampler combines the rule of the paper's code listing with the image sizes of its text. This gives 276k updates;
+    the paper reports 232k.
     """
     return Recipe(
         architecture=architecture,
@@ -293,9 +303,11 @@ def v01(architecture: Size) -> Recipe:
     """ImageNet as in the released code of the paper (tag cvnets-v0.1), which differs from the paper.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train v0.1-s --data imagenet/
-    Differences: the cosine changes once per epoch and includes the warm-up; batches are never smaller than the base
-    batch; float16.
-    Score, top-1: XXS 69.0, XS 74.7, S 78.3 (its release notes). Not run here.
+
+    Differences: the cosine schedule changes once per epoch and includes the warm-up; batches are never smaller than the
+    base batch size; float16.
+
+    Published top-1: XXS 69.0, XS 74.7, S 78.3 (release notes). Not run here.
     """
     recipe = paper(architecture)
     return replace(
@@ -310,6 +322,7 @@ def main(architecture: Size) -> Recipe:
     """ImageNet as in the later branch `main` of the released code.
 
     Command: torchrun --nproc-per-node 8 -m mobilevit train main-s --data imagenet/
+
     Differences from v0.1: 20,000 warm-up steps, smaller batches at large sizes. Not run here.
     """
     return replace(v01(architecture), sampler=Sampler("main"), optimizer=Optimizer(cosine="epoch", warmup_steps=20_000))
@@ -319,9 +332,11 @@ def detect() -> Recipe:
     """Object detection in photographs: XXS at 320 px, 60 epochs.
 
     Command: mobilevit train detect --data photos/ (COCO or VOC layout; docs/detection_segmentation.md)
-    A pretrained backbone (--backbone, a hub id or file) improves the score.
-    Time: one hour for 3,000 images, 14 epochs at 256 px, on one core. Score: AP50 51.6 on composite images with
-    8 classes (benchmarks/stamps_epyc-2-cores_202611.md).
+
+    A pretrained backbone (--backbone, a hub id or file) improves the AP.
+
+    Time: one hour for 3,000 images, 14 epochs at 256 px, on one core. AP50 51.6 on composite images with 8 classes
+    (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(
         task="detect",
@@ -338,9 +353,11 @@ def segment() -> Recipe:
     """Semantic segmentation of photographs: XXS at 256 px, 60 epochs.
 
     Command: mobilevit train segment --data photos/ (VOC layout, or images/ and masks/; docs/detection_segmentation.md)
-    A pretrained backbone (--backbone, a hub id or file) improves the score.
-    Time: one hour for 3,000 images, 12 epochs at 192 px and 2 at 288 px, on one core. Score: mIoU 43.1 on the images of
-    detect (benchmarks/stamps_epyc-2-cores_202611.md).
+
+    A pretrained backbone (--backbone, a hub id or file) improves the mIoU.
+
+    Time: one hour for 3,000 images, 12 epochs at 192 px and 2 at 288 px, on one core. mIoU 43.1 on the same composite
+    images as detect (benchmarks/stamps_epyc-2-cores_202611.md).
     """
     return Recipe(
         task="segment",
@@ -371,10 +388,11 @@ def distill() -> Recipe:
 
 
 def ssdlite(architecture: Size) -> Recipe:
-    """COCO as in the paper (section 4.2): SSDLite at 320 px, 200 epochs, batch 128, from an ImageNet backbone.
+    """COCO as in the paper (section 4.2): SSDLite at 320 px, 200 epochs, batch size 128, ImageNet backbone.
 
     Command: torchrun --nproc-per-node 4 -m mobilevit train ssdlite-s --data coco/ --backbone apple/mobilevit-small
-    Score, mAP: XXS 19.9, XS 24.8, S 27.7 (released weights). Not run here.
+
+    Published AP: XXS 19.9, XS 24.8, S 27.7 (released weights). Not run here.
     """
     return Recipe(
         task="detect",
@@ -389,13 +407,15 @@ def ssdlite(architecture: Size) -> Recipe:
 
 
 def deeplabv3(architecture: Size) -> Recipe:
-    """PASCAL VOC as in the paper (section 4.3): DeepLabv3 at 512 px, 50 epochs, batch 128, from an ImageNet backbone.
+    """PASCAL VOC as in the paper (section 4.2): DeepLabv3 at 512 px, 50 epochs, batch size 128, ImageNet backbone.
 
     Command: torchrun --nproc-per-node 4 -m mobilevit train deeplabv3-s --data VOCdevkit/VOC2012 --backbone
     apple/mobilevit-small
-    The learning rate of the backbone is that of detection; that of the head is ten times as high. The paper adds SBD
-    and COCO.
-    Score, mIoU: XXS 73.6, XS 77.1, S 79.1 (released weights). Not run here.
+
+    The backbone has the learning rate of detection, the head ten times that rate. The paper also trains on SBD and
+    COCO.
+
+    Published mIoU: XXS 73.6, XS 77.1, S 79.1 (released weights). Not run here.
     """
     return Recipe(
         task="segment",

@@ -145,14 +145,14 @@ def test_a_dataset_of_the_hub(capsys: pytest.CaptureFixture[str], here: Path, mo
 MISTAKES = {
     "": "weights",
     "xyz.safetensors missing.pt": "missing.pt: no such file",
-    "xyz.safetensors --size 32 31": "31 32 px",
+    "xyz.safetensors --size 32 31": "--size 31; 32 px",
     "classifier.safetensors": "'x' 3 classes",
     "xyz.safetensors detector.safetensors": "classify detect",
-    "xyz.safetensors --batch-size 0": "batch size 0",
-    "xyz.safetensors --num-threads 0": "num threads 0",
-    "xyz.safetensors --num-workers -2": "num workers -2 0 or more",
-    "xyz.safetensors --max-unreadable -1": "max unreadable -1 0 or more",
-    "xyz.safetensors --max-megapixels 0": "max megapixels 0.0 above 0",
+    "xyz.safetensors --batch-size 0": "--batch-size 0",
+    "xyz.safetensors --num-threads 0": "--num-threads 0",
+    "xyz.safetensors --num-workers -2": "--num-workers -2 0 or more",
+    "xyz.safetensors --max-unreadable -1": "--max-unreadable -1 0 or more",
+    "xyz.safetensors --max-megapixels 0": "--max-megapixels 0.0 above 0",
     "xyz.safetensors --split dev": "--split 'dev' 'train' 'val' 'test' 'all'",
 }
 

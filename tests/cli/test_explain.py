@@ -38,9 +38,9 @@ MISTAKES = {
     "classifier.safetensors photos/a.png --out photos": "photos suffix",
     "classifier.safetensors photos/a.png --out photos/a.png": "photos/a.png input image",
     "classifier.safetensors photos/a.png --class bee": "'bee' 3 [bold]ant",
-    "detector.safetensors photos/a.png --class :bee:": "':bee:' detect",
+    "detector.safetensors photos/a.png --class :bee:": "--class ':bee:' detect",
     "classifier.safetensors photos/a.png --at 33 0": "33 0 from 2 to 30",
-    "classifier.safetensors photos/a.png --size 31": "31 32",
+    "classifier.safetensors photos/a.png --size 31": "--size 31; 32",
     "classifier.safetensors photos/a.png --device toaster": "'toaster'",
 }
 

@@ -33,8 +33,8 @@ MISTAKES = {
     "--to": "backend onnx, executorch",
     "--precision int4": "--precision 'int4' 'fp32', 'fp16', 'bf16', 'int8'",
     "--images nothere": "nothere image, folder pattern",
-    "--num-threads 0": "num threads 0",
-    "--size 64 64 64": "64 one side or height and width",
+    "--num-threads 0": "--num-threads 0",
+    "--size 64 64 64": "--size (64, 64, 64) one side or height and width",
     "--out photos/a.png": "photos/a.png file folder",
 }
 
@@ -46,7 +46,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, fac
 
 DEMO_MISTAKES = {
     "--port abc": "--port 'abc' INT",
-    "--port -1 --no-open": "port -1 from 0",
+    "--port -1 --no-open": "--port -1 from 0",
     "--drawing cats": "--drawing 'cats' 'optdigits' 'mnist'",
 }
 

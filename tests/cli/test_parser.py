@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import mobilevit
-from command_line import check_refused, run
+from command_line import check_refused, refused, run
 from mobilevit.cli import COMMANDS
+from mobilevit.cli.parser import RECIPE_OPTIONS
 from mobilevit.recipes import RECIPES, describe
 
 
@@ -98,14 +99,9 @@ MISTAKES = {
     "train --dta classes": "--data",
     "train --data ''": "--data '' empty",
     "train --data classes --size 1e3": "--size '1e3'",
-    "train --data classes --size 16": "data.size_px 16; 32 or more",
-    "train --data classes --data.size-px 16": "data.size_px 16; 32 or more",
-    "train --data classes --optimizer.lr -1": "optimizer.lr -1 above 0",
     "train --data classes --lr big": "--lr 'big' float",
-    "train --data classes --epochs 0": "epochs 0; 1 or more",
     "train --data classes --precision int8": "--precision 'int8' 'float32', 'bfloat16', 'float16'",
     "train --data classes --freeze stage7": "--freeze 'stage7' 'nothing', 'stem', 'stage1'",
-    "train --data classes --batch-size 1": "batch_size 1; 2 or more",
     "train --data classes --no-fip": "--no-fip --no-flip",
     "train --data classes --architecture xl": "--architecture 'xl' 'xxs', 'xs', 's'",
     "train tinny --data classes": "'tinny' 'plain', 'finetune', 'tiny'",
@@ -129,3 +125,28 @@ MISTAKES = {
 @pytest.mark.parametrize(("command", "facts"), MISTAKES.items())
 def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, command: str, facts: str):
     check_refused(capsys, command, facts)
+
+
+OUT_OF_RANGE = {
+    "train --size 16": ("--size is 16; ", "32 or more"),
+    "train --data.size-px 16": ("--size is 16; ", "32 or more"),
+    "train --optimizer.lr -1": ("--lr is -1.0; ", "above 0"),
+    "train --data.eval-resize 0.5": ("--data.eval-resize is 0.5; ", "1 or more"),
+    "train --sampler.sizes-px 64 16": ("--sampler.sizes-px is 16; ", "32 or more"),
+    "train --sampler.sizes-px": ("--sampler.sizes-px is empty; ", "one value or more"),
+    "train --compute.micro-batch-size 1": ("--compute.micro-batch-size is 1; ", "0, or 2 or more"),
+    "train --epochs 0": ("--epochs is 0; ", "1 or more"),
+    "train --batch-size 1": ("--batch-size is 1; ", "2 or more"),
+    "compare --size 16": ("--size is 16; ", "32 or more"),
+}
+
+
+@pytest.mark.parametrize(("command", "facts"), OUT_OF_RANGE.items())
+def test_values_out_of_range(capsys: pytest.CaptureFixture[str], here: Path, command: str, facts: tuple[str, str]):
+    message = refused(capsys, f"{command} --data classes")
+    assert message.startswith(f"mobilevit: {facts[0]}")
+    assert facts[1] in message
+
+
+def test_every_recipe_field_has_an_option():
+    assert set(RECIPE_OPTIONS.values()) <= set(re.split(r"[\s=]+", TRAIN_OPTIONS))

@@ -261,8 +261,8 @@ CONFLICTS = {
     "classifier.safetensors photos --score-threshold 0.5": "--score-threshold detect",
     "segmenter.safetensors photos --score-threshold 0.5": "--score-threshold detect",
     "detector.safetensors photos --top-k 3": "--top-k classify",
-    "detector.safetensors photos/d.jpg --score-threshold 30": "30",
-    "detector.safetensors photos/d.jpg --batch-size 0": "batch size 0",
+    "detector.safetensors photos/d.jpg --score-threshold 30": "--score-threshold 30.0 from 0 to 1",
+    "detector.safetensors photos/d.jpg --batch-size 0": "--batch-size 0",
 }
 
 
@@ -280,10 +280,10 @@ MISTAKES = {
     "classifier.safetensors": "image files, folders patterns",
     "classifier.safetensors missing.jpg": "missing.jpg",
     "classifier.safetensors empty": "empty no images",
-    "classifier.safetensors photos --top-k 0": "top_k 0",
-    "classifier.safetensors photos --batch-size -1": "batch size -1",
+    "classifier.safetensors photos --top-k 0": "--top-k 0",
+    "classifier.safetensors photos --batch-size -1": "--batch-size -1",
     "classifier.safetensors photos --device toaster": "'toaster'",
-    "classifier.safetensors photos --num-threads -1": "num threads -1",
+    "classifier.safetensors photos --num-threads -1": "--num-threads -1",
     "headless.safetensors photos": "classifier",
     "missing.safetensors photos": "missing.safetensors: no such file",
     "photos/a.png photos": "photos/a.png weights",

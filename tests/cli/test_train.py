@@ -116,12 +116,12 @@ MISTAKES = {
     "--data classes --weights classifier.safetensors --architecture s": (
         "--architecture s classifier.safetensors MobileViT-XXS MobileViT-S"
     ),
-    "--data classes --num-threads 0": "num threads 0 1 or more",
+    "--data classes --num-threads 0": "--num-threads 0 1 or more",
     "--data classes --out photos/a.png": "photos/a.png not a directory",
     "--data classes --out photos/a.png/b": "photos/a.png/b not a directory",
-    "--data classes --checkpoint-minutes 0": "checkpoint minutes 0.0 above 0",
-    "--data classes --checkpoint-minutes nan": "checkpoint minutes nan above 0",
-    "--data classes --freeze stage3": "optimizer.freeze stage3 --weights",
+    "--data classes --checkpoint-minutes 0": "--checkpoint-minutes 0.0 above 0",
+    "--data classes --checkpoint-minutes nan": "--checkpoint-minutes nan above 0",
+    "--data classes --freeze stage3": "--freeze stage3 --weights",
     "--data classes --max-megapixels 1e-4": "classes/x/0.png large --max-megapixels --max-unreadable 6",
 }
 

@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it runs, so that `mobilevit --help` waits for no torch."""
+"""The command line. A command imports what it needs when it runs, so `mobilevit --help` does not import torch."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ COMMANDS: dict[str, type[Any]] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 done in part, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    """Run the command line and exit: 0 success, 1 partial success, 2 invalid input, 130 SIGINT, 143 SIGTERM."""
     log_to_stderr(force=True)
-    # Told to end, leave nothing half-written behind: as after Ctrl-C. (Training has its own way.)
+    # SIGTERM raises an exception, as Ctrl-C does, so that cleanup code runs. Training handles both signals itself.
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(_run(sys.argv[1:] if args is None else args))
-    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it exits
+    except BrokenPipeError:  # the reader of the output, such as `head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints a traceback at exit
         sys.exit(0)
     except OSError as error:
         file = error.filename2 or error.filename
         warn(f"{file}: {(error.strerror or '').lower()}" if file else str(error))
         sys.exit(2)
     except ValueError as error:
-        warn(str(error))
+        warn(parser.name_option(str(error)))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, which all stop, one says so
+        if os.environ.get("RANK", "0") == "0":  # torchrun: only one process prints it
             warn(str(interrupt) or "interrupted")
         sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
     finally:

@@ -32,8 +32,7 @@ Runtime = Literal["torch", "compiled", "onnx", "executorch", "openvino", "litert
 class Benchmark:
     """Measure latency, throughput, memory and load time on this machine.
 
-    Models are timed interleaved, in any runtime, also against models of other libraries. The last line of the output is
-    JSON.
+    All models are timed interleaved; --against adds models of other libraries. The last line of the output is JSON.
     """
 
     targets: Annotated[
@@ -115,9 +114,9 @@ class Benchmark:
 
         if not self.targets:
             raise ValueError("no target is given; give artifacts, weights, or xxs, xs, s")
-        require_positive("rounds", self.rounds)
-        require_positive("num threads", self.num_threads)
-        require_positive("batch size", *self.batch_size)
+        require_positive("--rounds", self.rounds)
+        require_positive("--num-threads", self.num_threads)
+        require_positive("--batch-size", *self.batch_size)
         if self.figure:
             check_figure_path(self.figure)
         for file in (self.json, self.figure):

@@ -34,7 +34,7 @@ class Compare:
     """Models to compare with MobileViT. Default: all, which takes minutes; with --data: four models of the size of
     MobileViT-XXS."""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    """Data set, as for train: train the models on it, report their accuracy and time the trained models."""
+    """Data set, as for mobilevit train. The models are trained on it, evaluated and timed."""
     recipe: Annotated[RecipeName | None, tyro.conf.arg(metavar=choices(RecipeName))] = None
     """With --data: training recipe of all models; `mobilevit train RECIPE --help` shows it. Default: small."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -53,11 +53,11 @@ class Compare:
     time: Flag = True
     """Do not measure latency. The comparison then takes a minute or two."""
     runtime: Annotated[tuple[Runtime, ...], tyro.conf.arg(metavar=f"{choices(Runtime)}...")] = ()
-    """Runtimes to time fp32 models in. Default: both; torch on an accelerator."""
+    """Runtimes to time, in fp32. Default: both on the CPU, torch on an accelerator."""
     baseline: Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"] = "nearest"
-    """MobileViT that the others are compared with; nearest: the one with the nearest number of parameters."""
+    """MobileViT that the other models are compared with; nearest: the one with the nearest number of parameters."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", aliases=["--batch"])] = ()
-    """Batch sizes to time. Default: 1. With --data: training batch size. Default: that of the recipe."""
+    """Batch sizes to time; default: 1. With --data: batch size in training; default: that of the recipe."""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
     """Input size in pixels. Default: that of each model's published accuracy; with --data: that of the recipe. Models
     that do not support the size are left out."""
@@ -66,7 +66,7 @@ class Compare:
     num_threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Number of CPU threads. Default: 2 for latency, that of PyTorch for training."""
     device: str = "cpu"
-    """Device of torch: cpu, cuda, cuda:1."""
+    """Device for torch: cpu, cuda, cuda:1, mps, or auto."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for the table (.md, .csv, .json) and figures; with --data also for the runs. Default with --data:
     runs/compare/ and the name of the data."""
@@ -76,9 +76,9 @@ class Compare:
         return self._published() if self.data is None else self._trained(self.data)
 
     def _check(self) -> None:
-        require_positive("rounds", self.rounds)
-        require_positive("num threads", self.num_threads)
-        require_positive("batch size", *self.batch_size)
+        require_positive("--rounds", self.rounds)
+        require_positive("--num-threads", self.num_threads)
+        require_positive("--batch-size", *self.batch_size)
         training_options = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds or None, "--lr": self.lr},
             **{"--no-flip": None if self.flip else True, "--num-workers": self.num_workers},
@@ -109,7 +109,7 @@ class Compare:
         from mobilevit.compare.train import SEEDS, choose, compare_trained
 
         if len(self.batch_size) > 1:
-            raise ValueError(f"batch size is {self.batch_size}; with --data give one")
+            raise ValueError(f"--batch-size is {' '.join(map(str, self.batch_size))}; with --data, give one batch size")
 
         def changed(options: Any, **given: Any) -> Any:
             return replace(options, **{name: value for name, value in given.items() if value is not None})

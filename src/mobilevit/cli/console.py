@@ -19,7 +19,7 @@ def warn(message: str) -> None:
 def stdout() -> Console:
     from rich.console import Console
 
-    # A pipe has no width: lines are then as long as they need to be, for whatever reads them. Names of files and
-    # classes are printed as they are, whatever [brackets] or :colons: are in them.
+    # Without a terminal, lines are not wrapped. Markup is off, because names of files and classes may contain
+    # [brackets] or :colons:.
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False)

@@ -46,10 +46,13 @@ class Evaluate:
     weights: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="WEIGHTS...", help=f"Weights: {WEIGHTS}; or a run folder, for all weights in it."),
+        tyro.conf.arg(
+            metavar="WEIGHTS...",
+            help=f"Weights: {WEIGHTS}; or a run folder, for its EMA and raw weights of the last epoch.",
+        ),
     ]
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
-    """Data set, as for train."""
+    """Data set, as for mobilevit train."""
     split: Annotated[Split | None, tyro.conf.arg(metavar=choices(Split))] = None
     """Split to evaluate. Default: val, or test if there is no val. Data without splits are split as in training if the
     weights were trained on them; otherwise all images are evaluated."""
@@ -125,10 +128,11 @@ class Evaluate:
 
     def _check(self) -> None:
         if not self.weights:
-            raise ValueError("no weights are given; give files, hub ids or the folder of a run")
-        require(min(self.size, default=MIN_SIZE_PX) >= MIN_SIZE_PX, "size", self.size, f"{MIN_SIZE_PX} px or more")
-        require(self.max_unreadable >= 0, "max unreadable", self.max_unreadable, "0 or more")
-        require(self.num_workers >= 0, "num workers", self.num_workers, "0 or more")
+            raise ValueError("no weights are given; give files, hub ids or a run folder")
+        for size_px in self.size:
+            require(size_px >= MIN_SIZE_PX, "--size", size_px, f"{MIN_SIZE_PX} px or more")
+        require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
+        require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
 
 def _split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:

@@ -108,7 +108,7 @@ class Export:
         print(f"compared with torch on {num_images} {origin}" if num_images else "no artifact could be run")
         for a in artifacts:
             if a.speedup_over_fp32 is not None:
-                verdict = "faster" if a.speedup_over_fp32 > 1.02 else "NOT faster"
+                verdict = "faster" if a.speedup_over_fp32 > 1.02 else "not faster"
                 print(f"{a.backend}: int8 is {verdict} than fp32 here ({a.speedup_over_fp32:.2f} times its speed)")
 
 

@@ -79,13 +79,14 @@ class DeviceOptions:
     """Number of CPU threads. Default: that of PyTorch."""
 
     def set_threads(self) -> None:
+        require_positive("--num-threads", self.num_threads)
         import_torch()
         from mobilevit.device import use_threads
 
         use_threads(self.num_threads)
 
     def apply(self) -> str:
-        """Set the number of threads; the name of the device, which is available."""
+        """Set the number of threads, and return the name of an available device."""
         self.set_threads()
         from mobilevit.device import choose_device
 
@@ -103,7 +104,7 @@ class ImageOptions:
         """Set the limit."""
         from mobilevit.images import limit_megapixels
 
-        require(self.max_megapixels > 0, "max megapixels", self.max_megapixels, "above 0")
+        require(self.max_megapixels > 0, "--max-megapixels", self.max_megapixels, "above 0")
         limit_megapixels(self.max_megapixels)
 
 
@@ -112,8 +113,8 @@ class SampleImages:
     """Images that an exported network is verified on."""
 
     images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
-    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or data as for
-    train. Default: synthetic images."""
+    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or a data set as
+    for mobilevit train. Default: synthetic images."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
 
     def read(self) -> list[Any]:
@@ -151,7 +152,8 @@ def require(holds: bool, name: str, value: object, range_: str) -> None:
 def height_width(size: tuple[int, ...]) -> tuple[int, int] | None:
     """Input height and width in pixels of an option with one or two values, or None without values."""
     if len(size) > 2 or any(side < MIN_SIZE_PX for side in size):
-        raise ValueError(f"size is {size}; give one side or height and width, at least {MIN_SIZE_PX} px")
+        value = " ".join(map(str, size))
+        raise ValueError(f"--size is {value}; give one side, or height and width, of {MIN_SIZE_PX} px or more")
     return (size[0], size[-1]) if size else None
 
 

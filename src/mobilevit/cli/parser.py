@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from mobilevit.recipes import Recipe, to_dict
+
 # Short names for the options of a recipe that are used most; other commands use the same names.
 SHORT_NAMES = {
     "data.size_px": "--size",
@@ -37,6 +40,30 @@ SHORT_NAMES = {
     "compute.compile": "--compile",
 }
 
+# As in the other commands. The dataclasses of these fields do not import tyro.
+METAVARS = {"exportoptions.size": "PX [PX]", "sampler.sizes_px": "PX..."}
+
+
+def _recipe_options() -> dict[str, str]:
+    options = {}
+    for name, value in to_dict(Recipe()).items():
+        for field in [f"{name}.{nested}" for nested in value] if isinstance(value, dict) else [name]:
+            options[field] = SHORT_NAMES.get(field, f"--{field.replace('_', '-')}")
+    return options
+
+
+RECIPE_OPTIONS = _recipe_options()
+"""The option of each recipe field, such as --size for data.size_px: its short name if it has one."""
+# The same for arguments of the Python API, as its messages write them.
+ARGUMENT_OPTIONS = {"size_px": "--size"} | {
+    name: f"--{re.sub('[ _]', '-', name)}"
+    for name in ("batch size", "class", "num threads", "port", "score_threshold", "seeds", "size", "top_k")
+}
+
+
+class _ValueOutOfRangeError(Exception):
+    """A ValueError of a dataclass. tyro adds the path of the dataclass to the message of a ValueError itself."""
+
 
 def parse(
     commands: Mapping[str, type], args: Sequence[str], descriptions: Mapping[str, str], defaults: Mapping[str, Any]
@@ -47,7 +74,7 @@ def parse(
 
     Raises:
         SystemExit: with code 0 after the help, with code 2 after an error message.
-        ValueError: the values of a dataclass do not fit together.
+        ValueError: a value is out of range, or values do not fit together.
     """
     subcommands: list[Any] = []
     for name, command in commands.items():
@@ -61,7 +88,16 @@ def parse(
     registry.primitive_rule(_non_empty)
     registry.struct_rule(_dataclass)
     with registry:
-        return tyro.cli(program, prog="mobilevit", description="", args=list(args)).command
+        try:
+            return tyro.cli(program, prog="mobilevit", description="", args=list(args)).command
+        except _ValueOutOfRangeError as error:
+            raise ValueError(str(error)) from None
+
+
+def name_option(message: str) -> str:
+    """`message` with the option instead of the Python name at its start: "data.size_px is 16" -> "--size is 16"."""
+    options = RECIPE_OPTIONS | ARGUMENT_OPTIONS
+    return re.sub(r"^([\w. ]+?)(?= (is|are) )", lambda match: options.get(match[1], match[1]), message)
 
 
 def _non_empty(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -104,11 +140,21 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
         else:
             hint = "(required)" if default is tyro.MISSING else None
         conf: dict[str, Any] = {"help_behavior_hint": hint}
-        if short_name := SHORT_NAMES.get(f"{info.type.__name__.lower()}.{field.name}"):
-            conf["aliases"] = [short_name]
+        name = f"{info.type.__name__.lower()}.{field.name}"
+        if name in SHORT_NAMES:
+            conf["aliases"] = [SHORT_NAMES[name]]
+        if name in METAVARS:
+            conf["metavar"] = METAVARS[name]
         type_: Any = Annotated[hints[field.name], tyro.conf.arg(**conf)]
         specs.append(StructFieldSpec(field.name, type_, default, helptext=texts.get(field.name)))
-    return StructConstructorSpec(instantiate=info.type, fields=tuple(specs))
+
+    def instantiate(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return info.type(*args, **kwargs)
+        except ValueError as error:
+            raise _ValueOutOfRangeError(str(error)) from None
+
+    return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
 
 
 def _default(field: Field[Any]) -> Any:

@@ -54,14 +54,15 @@ class Predict:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"."""
     top_k: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help=f"Classification: number of classes per image. Default: {TOP_K}.")
+        int | None,
+        tyro.conf.arg(metavar="INT", help=f"Classification: number of most likely classes to print. Default: {TOP_K}."),
     ] = None
     score_threshold: Annotated[
         float | None,
         tyro.conf.arg(metavar="FLOAT", help=f"Detection: minimum score, from 0 to 1. Default: {SCORE_THRESHOLD}."),
     ] = None
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Output folder of detection and segmentation; existing files are replaced. Default: predictions. Detection writes
+    """Detection and segmentation: output folder; existing files are replaced. Default: predictions. Detection writes
     STEM_boxes.jpg for each image and detections.json in the format of COCO results: image_id is the file stem, as a
     number if it is one; category_id is that of the training data, or class index + 1 if unknown. Segmentation writes
     STEM.png (class indices) and STEM_overlay.jpg."""
@@ -154,7 +155,7 @@ class Predict:
 
         device = self.device_options.device
         if device not in ("auto", "cpu"):
-            raise ValueError(f"device is {device!r}, but an artifact runs on the CPU; omit --device")
+            raise ValueError(f"--device is {device}, but an artifact runs on the CPU; leave out --device")
         return load_predictor(expand(Path(self.weights)))
 
     def _check_options(self, task: str) -> None:
@@ -166,7 +167,7 @@ class Predict:
         ):
             if value is not None and task not in tasks:
                 raise ValueError(
-                    f"{option} is for the task {' or '.join(tasks)}, but {self.weights} is for {task}; omit it"
+                    f"{option} is for the task {' or '.join(tasks)}, but {self.weights} is for {task}; leave it out"
                 )
 
 

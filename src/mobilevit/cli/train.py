@@ -35,11 +35,11 @@ else:
 class Train:
     """Train a network on your images, or resume an interrupted run.
 
-    Usage: mobilevit train [RECIPE] --data FOLDER [OPTIONS]. The same command resumes the run.
+    Usage: mobilevit train [RECIPE] --data DATA [OPTIONS]. The same command resumes the run.
     """
 
     recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
-    """Recipe, which determines the defaults of the options."""
+    """Recipe: the defaults of the options."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
     """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
     or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
@@ -62,7 +62,7 @@ class Train:
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints. Every epoch also ends with a checkpoint."""
     tensorboard: Flag = False
-    """Log to TensorBoard as well."""
+    """Also log to TensorBoard."""
     recipe: Annotated[Recipe, FLAT] = Recipe()
     command: tyro.conf.Suppress[str] = ""
 
@@ -73,7 +73,7 @@ class Train:
         from mobilevit.training.run import FinishedError
 
         self.device_options.set_threads()
-        require(self.checkpoint_minutes > 0, "checkpoint minutes", self.checkpoint_minutes, "above 0")
+        require(self.checkpoint_minutes > 0, "--checkpoint-minutes", self.checkpoint_minutes, "above 0")
         data = expand_data(self.data)
         out = expand(self.out or Path("runs") / Path(data).resolve().name)
         pretrained = self.weights_options.read(self.weights) if self.weights else None
@@ -117,7 +117,7 @@ def recipe_list() -> str:
     purposes: dict[str, list[str]] = {}
     for name in RECIPES:
         purposes.setdefault(describe(name).partition("\n")[0], []).append(name)
-    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults and results of one):"]
+    lines = ["  Recipes (mobilevit train RECIPE --help shows the defaults of one):"]
     for purpose, names in purposes.items():
         family = names[0].rpartition("-")[0]
         title = names[0] if len(names) == 1 else f"{family}-{{{','.join(n.removeprefix(f'{family}-') for n in names)}}}"

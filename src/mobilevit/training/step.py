@@ -39,7 +39,7 @@ def prepare_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.
     if not recipe.compute.sync_batch_norm:
         return model
     if device.type == "cpu":
-        raise ValueError("compute.sync_batch_norm is True, but PyTorch supports it on GPUs only, not on the CPU")
+        raise ValueError("compute.sync_batch_norm is True, but PyTorch supports it on GPUs only; set it to False")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
