@@ -299,12 +299,14 @@ def _read_onnx(file: Path) -> TeacherNetwork:
             f"teacher {file}: its batch size is fixed to 1; export it with a dynamic batch (--dynamic-batch)"
         )
     metadata = session.get_modelmeta().custom_metadata_map
-    description = json.loads(metadata["mobilevit"]) if "mobilevit" in metadata else {}
-    preprocessing = description.get("preprocessing", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    if metadata.get("task", "classify") != "classify":
+        raise ValueError(f"teacher {file}: is for the task {metadata['task']!r}; give a classifier")
+    default = json.dumps({"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    preprocessing = json.loads(metadata.get("preprocessing", default))
     return TeacherNetwork(
         OnnxNetwork(session, content),
         str(file),
-        tuple(description.get("class_names", ())),
+        tuple(json.loads(metadata.get("class_names", "[]"))),
         tuple(preprocessing["mean"]),
         tuple(preprocessing["std"]),
         shape[2] if isinstance(shape[2], int) else 0,
