@@ -17,6 +17,7 @@ from mobilevit.recipes import (
     RECIPES,
     Compute,
     Data,
+    Distill,
     Optimizer,
     Recipe,
     Sampler,
@@ -36,7 +37,17 @@ OTHER = Recipe(
     ema_decay=0.5,
     seed=2**63,
     data=Data(
-        65, 1.5, 1.0, policy="advanced", flip=False, val_fraction=0.3, num_workers=5, max_unreadable=2, max_megapixels=9
+        65,
+        1.5,
+        1.0,
+        policy="advanced",
+        flip=False,
+        val_fraction=0.3,
+        num_workers=5,
+        max_unreadable=2,
+        max_megapixels=9,
+        crops_per_image=3,
+        cache_mb=0.5,
     ),
     sampler=Sampler(variant="v0.1", sizes_px=(32, 99)),
     optimizer=Optimizer(
@@ -52,6 +63,7 @@ OTHER = Recipe(
         backbone_lr_scale=0.25,
     ),
     compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
+    distill=Distill(0.25, 3.5, 1.5, 96),
 )
 CLASSES: dict[str, Callable[..., Any]] = {
     "": Recipe,
@@ -59,6 +71,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "sampler.": Sampler,
     "optimizer.": Optimizer,
     "compute.": Compute,
+    "distill.": Distill,
 }
 
 
@@ -73,6 +86,7 @@ def test_the_round_trip_covers_every_field():
         (OTHER.data, Data()),
         (OTHER.sampler, Sampler()),
         (OTHER.optimizer, Optimizer()),
+        (OTHER.distill, Distill()),
         (OTHER.compute, Compute()),
     ):
         for field in fields(cast(Any, other)):
@@ -134,6 +148,12 @@ OUT_OF_RANGE = [
     ("compute.precision", "float8"),
     ("compute.micro_batch_size", -1),
     ("compute.micro_batch_size", 1),
+    ("data.crops_per_image", 0),
+    ("data.cache_mb", -1.0),
+    ("distill.soft_weight", 1.01),
+    ("distill.temperature", 0.0),
+    ("distill.feature_weight", -0.1),
+    ("distill.size_px", -1),
 ]
 
 

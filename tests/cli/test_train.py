@@ -99,7 +99,14 @@ def test_arguments_of_train(here: Path, monkeypatch: pytest.MonkeyPatch, given: 
     monkeypatch.setenv("HOME", str(here / "home"))
     assert run("train", "finetune", f"--data={given}", "--device", "cpu", "--checkpoint-minutes", "7") == 2
     expected = (RECIPES["finetune"], data.replace("HOME", str(here / "home")), Path(out.replace("HERE", here.name)))
-    options = {"pretrained": None, "device": "cpu", "checkpoint_minutes": 7.0, "tensorboard": False, "extend": True}
+    options = {
+        "pretrained": None,
+        "teacher": None,
+        "device": "cpu",
+        "checkpoint_minutes": 7.0,
+        "tensorboard": False,
+        "extend": True,
+    }
     options["origin"] = Origin(
         "finetune", f"mobilevit train finetune {shlex.quote(f'--data={given}')} --device cpu --checkpoint-minutes 7"
     )
