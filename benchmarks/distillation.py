@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import ttest_ind
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mobilevit.benchmark.timing import machine
+from mobilevit.compare.statistics import holm, welch
 from mobilevit.data.sources import find_splits
 from mobilevit.images import find_images
 from mobilevit.recipes import RECIPES, Data, Distill, Optimizer, Recipe
@@ -44,12 +45,15 @@ class PretrainedClassifier:
 
     def build(self, num_classes: int, size_px: int) -> nn.Module:
         network = self.teacher.network
-        network.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]  # of timm
+        network.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]
         return Normalized(network.requires_grad_(True), self.teacher)
 
 
 class Normalized(nn.Module):
     """A network for images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, teacher: TeacherNetwork):
         super().__init__()
@@ -103,8 +107,6 @@ def finetune_teacher(args: argparse.Namespace, class_names: tuple[str, ...]) -> 
     accuracy = fit(recipe, STAMPS, args.out / "teacher", classifier=classifier)
     print(f"fine-tuned teacher: {accuracy:.2f} % top-1")
     network = classifier.build(len(class_names), TEACHER_PX)
-    from safetensors.torch import load_file
-
     network.load_state_dict(load_file(args.out / "teacher" / "model.safetensors"))
     return TeacherNetwork(network, "fine-tuned teacher", class_names)
 
@@ -148,11 +150,8 @@ def main() -> None:
             options |= {"teacher": teacher} if taught else {}
             out = args.out / f"{arm.replace(' ', '_')}_{seed}"
             scores[arm].append(fit(recipe, STAMPS, out, **options))
-    p_values = {arm: float(ttest_ind(scores[arm], scores[ARMS[0]], equal_var=False).pvalue) for arm in ARMS[1:]}
-    ranked = sorted(p_values, key=p_values.__getitem__)
-    corrected: dict[str, float] = {}
-    for i, arm in enumerate(ranked):  # Holm
-        corrected[arm] = max([*corrected.values(), min(1.0, p_values[arm] * (len(ranked) - i))])
+    tests = {arm: test for arm in ARMS[1:] if (test := welch(scores[arm], scores[ARMS[0]]))}
+    corrected = dict(zip(tests, holm([p for _, _, p in tests.values()]), strict=True))
     print(machine(torch.get_num_threads()).describe())
     print(f"{args.epochs} epochs, {args.seeds} seeds, top-1 in per cent on {STAMPS}\n")
     print("| training | mean | standard deviation | difference | p (Welch, Holm) |\n|---|---|---|---|---|")
