@@ -176,7 +176,7 @@ def models_from_artifact(
     match = _ARTIFACT.fullmatch(path.stem)
     if against and not match:
         raise ValueError(
-            f"{path}: the file name does not tell which network it contains; to compare it, name it as mobilevit "
+            f"{path}: the file name does not identify the network it contains; to compare it, name it as mobilevit "
             "export does, or give the weights instead"
         )
     weights = _weights_like(path, match, found) if match else None

@@ -102,8 +102,9 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
 def randomize(model: Model, seed: int) -> Model:
     """Random weights that preserve the scale of the activations through the model; also sets eval mode.
 
-    A default initialization does not serve for timing: where activations decay to denormal numbers, a processor is many
-    times slower. Nor for tests: where norms have statistics of 0 and 1, swapping two of them changes nothing.
+    The default initialization is unsuitable for timing: activations decay to denormal numbers, which are many times
+    slower to compute with. It is also unsuitable for tests: norms have statistics of 0 and 1, so swapping two of them
+    has no effect.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -18,9 +18,9 @@ from mobilevit.images import ImageError, read_header
 class Boxes:
     """The N boxes of an image, which have an area and lie within the image.
 
-    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are not learned, and missing them is no error. `areas` are
-    those of the objects if annotated, else those of the boxes. `size` is the (width, height) of the image in the
-    annotation, None if it has none.
+    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are excluded from training, and missing them is no error.
+    `areas` are those of the objects if annotated, else those of the boxes. `size` is the (width, height) of the image
+    in the annotation, None if it has none.
     """
 
     corners: np.ndarray  # (N, 4) float32, x1 y1 x2 y2 in pixels of the upright image

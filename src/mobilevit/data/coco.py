@@ -65,7 +65,7 @@ def _refuse_unannotated(data: Path) -> None:
 
 
 def _has_images(folder: Path) -> bool:
-    """Whether the folder itself contains images. Without any, a .json in it is not taken for COCO's."""
+    """Whether the folder itself contains images. Without images, a .json in it is not read as COCO."""
     suffixes = Image.registered_extensions()
     return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
 

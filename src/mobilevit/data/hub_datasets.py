@@ -49,7 +49,7 @@ class ImageColumn:
 
 
 def saved_splits(folder: Path) -> Splits:
-    """What `datasets.DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote."""
+    """The splits that `datasets.DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote."""
     tables = _load(str(folder), lambda datasets: datasets.load_from_disk(str(folder)))
     return _named_splits(str(folder), tables if isinstance(tables, dict) else {"all": tables}, read_class_names(folder))
 

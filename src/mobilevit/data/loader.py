@@ -223,6 +223,6 @@ def _collate(
 
 
 def _empty(*shape: int) -> Tensor:
-    """An uninitialized uint8 tensor; in a worker in shared memory, to which its queue would copy it otherwise."""
+    """An uninitialized uint8 tensor. In a worker it is in shared memory, which saves the queue a copy."""
     pixels = torch.empty(shape, dtype=torch.uint8)
     return pixels if get_worker_info() is None else pixels.share_memory_()

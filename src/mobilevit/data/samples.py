@@ -202,7 +202,7 @@ class Split:
         if unknown:
             raise ValueError(
                 f"{self.location}: {join_classes(unknown)} not among the {len(known)} known classes "
-                f"({join_names(known)}); rename or remove"
+                f"({join_names(known)}); rename or remove them"
             )
 
     def _check(self) -> None:
@@ -272,7 +272,7 @@ def check_val_fraction(val_fraction: float) -> None:
 
 
 def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]  # a file name may be no valid UTF-8
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]  # a file name may not be valid UTF-8
 
 
 def fingerprint(source: Source[Any]) -> str:
@@ -284,7 +284,7 @@ def fingerprint(source: Source[Any]) -> str:
     labels = (str(label) if isinstance(label, int) else label.digest() for label in source.labels)
     for values in (source.class_names, labels, source.keys()):
         for value in values:
-            # The length first, so that two names differ from another two with the same letters.
+            # The length first, so that the names "ab", "c" differ from "a", "bc".
             encoded = value.encode(errors="surrogateescape")
             digest.update(len(encoded).to_bytes(4, "big") + encoded)
         digest.update(b"\xff" * 4)

@@ -1,4 +1,4 @@
-"""The splits of a data set on disk or on the hub: which format it has, and what is trained and evaluated on.
+"""The splits of a data set on disk or on the hub: its format, and the splits for training and evaluation.
 
 Boxes and masks refer to the upright image, rotated by its EXIF tag as `read_image` does it. detectron2 reads them
 this way; pycocotools and torchvision ignore the tag. If the annotation has the size of the image, `check_images`

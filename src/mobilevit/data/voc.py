@@ -73,7 +73,9 @@ def _image(root: Path, stem: str) -> Path:
     images = [root / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG")]
     image = next((image for image in images if image.is_file()), None)
     if image is None:
-        raise ValueError(f"{images[0]}: no such file, but ImageSets/ or an annotation names it; add or unlist it")
+        raise ValueError(
+            f"{images[0]}: no such file, but ImageSets/ or an annotation names it; add it or remove the entry"
+        )
     return image
 
 

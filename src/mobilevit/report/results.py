@@ -77,7 +77,7 @@ def sections(results: Results, source: Source[Any]) -> list[Section]:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str | Bar]], *, caption: str | Markup = "", is_text: bool = False
 ) -> Markup:
-    """An HTML table whose first column names the row; rows after the first `MAX_CLASSES` are not collapsed."""
+    """An HTML table whose first column names the row. No rows are collapsed."""
     return Markup(render("table.html", columns=columns, rows=rows, more=[], caption=caption, is_text=is_text))
 
 
@@ -228,7 +228,7 @@ def _metric_cell(name: str, value: float | None) -> str | Bar:
 
 
 def thumbnail(image: Image.Image, name: str = "image", size_px: int = THUMBNAIL_PX) -> str:
-    """A JPEG data URL of an image whose longer side is resized to about `size_px`; small images by whole factors."""
+    """A JPEG data URL of an image, its longer side resized to about `size_px`; enlarged by integer factors only."""
     return jpeg_url(_resized(to_rgb(image, name), size_px), quality=85)
 
 

@@ -27,7 +27,7 @@ from mobilevit.weights import Weights, backbone_tensors
 OUTPUT_STRIDE = 16  # of a new network, as published
 AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, as in the reference implementation
 MAX_RESIZED = 1 << 26  # logits per resize to the size of the image: 256 MB
-NUM_EXAMPLES = 6  # best and worst images in the results, each
+NUM_EXAMPLES = 6  # number of best images in the results, and of worst images
 EXAMPLE_PX = 360  # longer side of a mask in an example
 
 

@@ -1,4 +1,4 @@
-"""The protocol of a task: what the training loop and evaluation know about it."""
+"""The protocol of a task: its interface to the training loop and to evaluation."""
 
 from __future__ import annotations
 

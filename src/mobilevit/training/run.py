@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
 FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
 NUM_CHECKPOINTS = 2  # a disk failure that ends the run can damage the newest one
-# Keys in folders of earlier versions -> their present names. They can be resumed and read.
+# Keys in folders of earlier versions -> their current names. They can be resumed and read.
 RENAMED_KEYS = {
     "pictures_at_once": "micro_batch_size",
     "pictures": "images",
@@ -72,7 +72,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Identity:
-    """What identifies a run. A folder is resumed only by a run with the same values.
+    """The values that identify a run. A folder is resumed only by a run with the same values.
 
     `data` and `weights` are fingerprints; `weights` is "random" without pretrained weights. `network` is the name of a
     network of another library.
@@ -84,7 +84,7 @@ class Identity:
     network: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Without the values of the recipe that change no computed number."""
+        """As JSON values, without the recipe fields that do not affect the results."""
         recipe = to_dict(self.recipe)
         for name in ("num_workers", "max_unreadable"):  # the latter decides whether a run stops or skips an image
             del recipe["data"][name]
@@ -433,14 +433,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            # Fingerprints mean nothing to the reader.
+            # A fingerprint in the message would not help the user.
             yield "other data" if f"{prefix}{name}" == "data" else f"{prefix}{name} was {old}, is now {new}"
 
 
 def _torch_save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError:  # torch does not name the reason, such as a full disk; Python's own files do
+    except RuntimeError:  # has no reason such as a full disk; the errors of Python's own files have one
         buffer = io.BytesIO()
         torch.save(state, buffer)
         path.write_bytes(buffer.getbuffer())
@@ -448,7 +448,7 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name `path` in every OSError: `write` and `fsync` name no file, and the name of a temporary file is no help."""
+    """Name `path` in every OSError. `write` and `fsync` name no file, and others may name a temporary file."""
     try:
         yield
     except OSError as error:
