@@ -281,12 +281,12 @@ def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
     processor = transformers.MobileViTImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = processor(image, return_tensors="pt")["pixel_values"].flip(1)
     ours = preprocessing(image.permute(1, 2, 0).numpy())
-    assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds otherwise than Pillow's
+    assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds differently from Pillow's
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_round_trip_is_bit_identical(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in randomize(MobileViT(name, num_classes=10)).state_dict().items()

@@ -251,7 +251,7 @@ def test_the_lock_is_released_on_close_and_on_errors(tmp_path: Path, monkeypatch
 # Checkpoints
 
 
-def test_two_checkpoints_are_kept(tmp_path: Path):
+def test_two_checkpoints_are_stored(tmp_path: Path):
     folder = open_folder(tmp_path)
     for step in (3, 10, 11, 250):
         folder.save(state(step), step)
@@ -297,7 +297,7 @@ def test_damaged_checkpoints_are_deleted_first(tmp_path: Path):
     assert folder.latest() == folder.checkpoints / "000000006.pt"
 
 
-def test_a_full_disk_keeps_the_previous_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_preserves_the_previous_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = open_folder(tmp_path)
     for step in (1, 2):
         folder.save(state(step), step)
