@@ -170,7 +170,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
     assert default_split("classify", "hf:owner/name/plain_text") == "test"
     assert asked == [("owner/name", None), ("owner/name", None), ("name", None), ("owner/name", "plain_text")]
     for data in ("hf:", "hf:a//b", "hf:a/b/c/d"):
-        with pytest.raises(ValueError, match=f"^{data}: not the name of a data set of the hub; write hf:owner/name"):
+        with pytest.raises(ValueError, match=f"^{data}: not the name of a dataset of the hub; write hf:owner/name"):
             find_splits("classify", data, 0.5)
 
 

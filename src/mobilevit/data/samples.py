@@ -36,7 +36,7 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> ImageInput | bytes: ...
 
     def key(self, index: int) -> str:
-        """Identifies an image within the data set; does not change if the data set is moved."""
+        """Identifies an image within the dataset; does not change if the dataset is moved."""
         ...
 
     def name(self, index: int) -> str:
@@ -120,7 +120,7 @@ class Source(Generic[Label]):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a data set as read, before its labels are matched with the class names of a model.
+    """One split of a dataset as read, before its labels are matched with the class names of a model.
 
     `labels` are class indices or class names, with None for an image without a label; or they are `Annotation`s.
     `class_names` are the names by class index, None if `labels` are names or indices without names. `location` names
@@ -236,7 +236,7 @@ class Split:
 
 
 Splits = Mapping[str, Callable[[], Split]]
-"""Functions that read the splits of a data set: "train", "val", "test", or "all" if it is not divided."""
+"""Functions that read the splits of a dataset: "train", "val", "test", or "all" if it is not divided."""
 
 
 def divide(source: Source[Label], val_fraction: float, location: str | Path) -> tuple[Source[Label], Source[Label]]:

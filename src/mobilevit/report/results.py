@@ -158,7 +158,7 @@ def confusion_html(matrix: np.ndarray, class_names: Sequence[str], unit: str = "
     """A heat map for up to 20 classes, a table of the 20 most frequent confusions for more.
 
     `matrix` (C, C) counts images or pixels by true class (rows) and predicted class (columns). Cells are counts of
-    images, or per cent of the row for pixels, whose counts are too long.
+    images, or percent of the row for pixels, whose counts are too long.
     """
     totals = matrix.sum(1)
     if len(class_names) <= MAX_CLASSES:
@@ -183,7 +183,7 @@ def confusion_html(matrix: np.ndarray, class_names: Sequence[str], unit: str = "
 def class_table(rows: Sequence[ClassMetrics], headings: Mapping[str, str], by: Sequence[str]) -> Markup:
     """A table of classes, the lowest of the metrics `by` first; undefined values last. Rows after 20 are collapsed.
 
-    `headings` are the titles of the columns by metric: counts as whole numbers, other metrics in per cent.
+    `headings` are the titles of the columns by metric: counts as whole numbers, other metrics in percent.
     """
 
     def key(row: ClassMetrics) -> list[float]:

@@ -79,7 +79,7 @@ class DetectionResults:
     main_metric = "ap"
 
     def metrics(self) -> dict[str, float]:
-        """COCO's average precisions in per cent, and the number of images.
+        """COCO's average precisions in percent, and the number of images.
 
         "ap" is the mean over the IoU thresholds 0.5 to 0.95, "ap50" and "ap75" are at one threshold. "ap_small",
         "ap_medium" and "ap_large" are of boxes up to 32 x 32 px, up to 96 x 96 px and above, present only if the data
@@ -123,7 +123,7 @@ class DetectionResults:
     def _average_precision(
         self, *, iou: float | None = None, area: str = "all", label: int | None = None
     ) -> float | None:
-        """Average precision in per cent; None if there are no such boxes in the data."""
+        """Average precision in percent; None if there are no such boxes in the data."""
         precision = self._precision[:, :, :, AREAS.index(area)]
         if iou is not None:
             precision = precision[[IOU_THRESHOLDS.index(iou)]]

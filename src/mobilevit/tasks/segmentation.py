@@ -58,7 +58,7 @@ class SegmentationResults:
     main_metric = "miou"
 
     def metrics(self) -> dict[str, float]:
-        """Mean IoU and pixel accuracy in per cent over the pixels of all images, and the number of images.
+        """Mean IoU and pixel accuracy in percent over the pixels of all images, and the number of images.
 
         The mean excludes classes that are neither annotated nor predicted anywhere.
         """

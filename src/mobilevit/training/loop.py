@@ -88,7 +88,7 @@ def train(
 
     Args:
         recipe: a `Recipe`, or the name of one such as "small".
-        data: a folder or data set; see docs/training.md.
+        data: a folder or dataset; see docs/training.md.
         out: the run folder; see `mobilevit.training.run`.
         pretrained: initial weights: a path, a hub id, or `Weights`. None: random weights.
         download: fetch a hub id that is not in the local cache.
