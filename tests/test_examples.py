@@ -83,7 +83,7 @@ def test_other_folders_are_not_deleted(tmp_path: Path, script: Path, arguments: 
     names = runpy.run_path(str(script))["main"].__globals__
     names["STAMPS"] = tmp_path
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(SystemExit, match="name another folder"):
+    with pytest.raises(SystemExit, match="choose another folder"):
         names["main"](tmp_path, *arguments)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 

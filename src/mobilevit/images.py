@@ -196,7 +196,7 @@ def read_crop(
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The first frame of `image`, upright, as 8-bit RGB; `image` itself if nothing has to be done.
+    """The first frame of `image`, upright, as 8-bit RGB; `image` itself if no conversion is necessary.
 
     `name` is for error messages.
     """

@@ -282,7 +282,7 @@ def test_no_or_several_formats(tmp_path: Path):
         with pytest.raises(ValueError, match=r"missing: no such folder$"):
             find(tmp_path / "missing", 0.2)
     voc(coco2017(tmp_path))
-    with pytest.raises(ValueError, match="contains COCO and VOC; keep one"):
+    with pytest.raises(ValueError, match="contains COCO and VOC; remove all but one"):
         find_boxes(tmp_path, 0.2)
 
 
@@ -368,7 +368,7 @@ def test_voc_annotation_missing_and_several_years(tmp_path: Path):
     with pytest.raises(ValueError, match=r"3.xml: no such file; add it, or remove 3 from .*Main$"):
         find_boxes(tmp_path, 0.2)
     voc(tmp_path / "VOCdevkit" / "VOC2012")
-    with pytest.raises(ValueError, match="contains VOC2007, VOC2012; name one of them"):
+    with pytest.raises(ValueError, match="contains VOC2007, VOC2012; give one of them"):
         find_boxes(tmp_path, 0.2)
 
 

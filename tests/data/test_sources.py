@@ -244,7 +244,9 @@ def test_named_splits_of_divided_data(tmp_path: Path):
         source = find_evaluation(tmp_path, ("b", "a"), split)
         assert names(source, tmp_path) == [f"{split}/a/{split}.png", f"{split}/b/{split}.png"]
         assert list(source.labels) == [1, 0]
-    with pytest.raises(ValueError, match=f"^{tmp_path}: has no split 'all'; name one of train, val, test with --split"):
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}: has no split 'all'; choose one of train, val, test with --split"
+    ):
         find_evaluation(tmp_path, ("a", "b"), "all")
 
 
@@ -397,8 +399,11 @@ def test_check_counts_transparent_and_large_images(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (["x.tar", "x.parquet"], ": contains .parquet files and .tar files; keep one"),
-        (["x.tar", *numbered("a", 1), *numbered("b", 1)], ": contains .tar files and class folders; keep one"),
+        (["x.tar", "x.parquet"], ": contains .parquet files and .tar files; remove all but one"),
+        (
+            ["x.tar", *numbered("a", 1), *numbered("b", 1)],
+            ": contains .tar files and class folders; remove all but one",
+        ),
         (["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "x.arrow"], ": contains idx files and .arrow files; "),
         (
             ["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"],

@@ -376,7 +376,7 @@ def test_runs_that_cannot_be_extended(
 
     still = replace(RECIPE, epochs=1, batch_size=12, optimizer=Optimizer(end_lr=0.0))
     train(still, data, tmp_path / "still")
-    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*name another folder"):
+    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*choose another folder"):
         train(replace(still, epochs=2), data, tmp_path / "still", extend=True)
 
 

@@ -109,7 +109,7 @@ def test_tuples_equal_lists_in_a_file(tmp_path: Path):
 @pytest.mark.parametrize("text", ["", '{"recipe": ', "[]", "3", "\0" * 50, "\udcff"])
 def test_a_damaged_run_json(tmp_path: Path, text: str):
     (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/run.json: damaged; name another folder, or remove this one$"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run.json: damaged; choose another folder, or remove this one$"):
         open_folder(tmp_path)
     assert names(tmp_path) == {"run.json"}
 

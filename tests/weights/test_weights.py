@@ -512,7 +512,7 @@ def test_not_weights(tmp_path: Path) -> None:
     refused(tmp_path / "list.pt", "found list", "expected a state_dict")
     torch.save({"epoch": 4, "best": 0.5}, tmp_path / "dict.pt")
     refused(tmp_path / "dict.pt", "'epoch': int", "expected a state_dict")
-    refused(tmp_path, "name one of them")
+    refused(tmp_path, "give one of them")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "found neither")
     refused(tmp_path / "missing.pt", "no such file")

@@ -220,7 +220,7 @@ def write_model(name: str, network: nn.Module, runtime: str, spec: ArtifactSpec,
 
 
 def _build_rivals(names: Sequence[str], weights: Weights, *, exportable: Collection[bool]) -> dict[Rival, nn.Module]:
-    """Build models of other libraries, all at once, so that a wrong name fails before any export."""
+    """Build models of other libraries, before any export, so that a wrong name fails early."""
     names = [name for name in names if name != "self"]
     return {(name, e): rivals.build(name, weights, exportable=e) for name in names for e in sorted(exportable)}
 

@@ -79,7 +79,7 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
     library, _, model_name = name.partition(":")
     task = weights.task
     if (name in SAME_MODEL or library == "timm") and task != "classify" and (name, task) != ("transformers", "segment"):
-        raise ValueError(f"{library} has no model for the task {task!r}; name one as torchvision:NAME")
+        raise ValueError(f"{library} has no model for the task {task!r}; give one of torchvision as torchvision:NAME")
     if name == "timm":
         model = _mobilevit_of_timm(weights, exportable)
     elif name == "transformers":

@@ -66,7 +66,7 @@ class AnnotatedBoxes:
 
     def clipped(self) -> Boxes:
         """The boxes, clipped to the image, without those that have no area."""
-        # Without a size there is nothing to compare with later. A file that is not an image is reported then.
+        # If the annotation has no size, that of the image is used. A file that is not an image is reported later.
         width, height = self.size or _upright_size(self.file) or (np.inf, np.inf)
         corners = np.array(self.corners, np.float64).reshape(-1, 4).clip(0, np.array([width, height] * 2))
         corners = corners.astype(np.float32)

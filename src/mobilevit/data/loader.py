@@ -182,7 +182,7 @@ def _kill_workers() -> None:
 def _start_worker(max_megapixels: float, _: int) -> None:
     if max_megapixels < math.inf:  # a spawned worker does not inherit the limit
         limit_megapixels(max_megapixels)
-    # Ctrl-C and a batch system's SIGTERM reach workers as well, but the main process still finishes its step.
+    # Ctrl-C and a batch system's SIGTERM are sent to workers as well, but the main process still finishes its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

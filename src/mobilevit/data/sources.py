@@ -142,7 +142,7 @@ def find_evaluation_split(
     if split in splits:
         return splits[split]().source(class_names)
     if "all" not in splits:
-        raise ValueError(f"{data}: has no split {split!r}; name one of {join_names(splits)} with --split")
+        raise ValueError(f"{data}: has no split {split!r}; choose one of {join_names(splits)} with --split")
     if split not in ("train", "val") or val_fraction is None:
         hint = ", and the weights do not contain the fraction for a validation split" if split == "val" else ""
         raise ValueError(f"{data}: has no split {split!r}{hint}; evaluate all images with --split all")
@@ -175,8 +175,8 @@ def _find_format(task: TaskName, data: str | Path) -> tuple[str, Splits]:
         formats = {"VOC masks": voc_mask_splits(data), "images/ and masks/": mask_folder_splits(data)}
     formats = {name: splits for name, splits in formats.items() if splits}
     if len(formats) > 1:
-        hint = ", or name one of its files" if task == "classify" else ""
-        raise ValueError(f"{data}: contains {' and '.join(formats)}; keep one of them there{hint}")
+        hint = ", or give one of its files" if task == "classify" else ""
+        raise ValueError(f"{data}: contains {' and '.join(formats)}; remove all but one{hint}")
     if not formats:
         raise ValueError(f"{data}: data format not recognized; expected {EXPECTED[task]}")
     name, splits = next(iter(formats.items()))

@@ -47,7 +47,7 @@ def _voc_root(data: Path) -> Path:
     for folder in (data, data / "VOCdevkit"):
         roots = sorted(path.parent for path in folder.glob("*/JPEGImages"))
         if len(roots) > 1:
-            raise ValueError(f"{data}: contains {join_names(root.name for root in roots)}; name one of them")
+            raise ValueError(f"{data}: contains {join_names(root.name for root in roots)}; give one of them")
         if roots and (folder != data or roots[0].name.startswith("VOC")):
             return roots[0]
     return data

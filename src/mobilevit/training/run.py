@@ -137,7 +137,9 @@ class RunFolder:
         if not is_new:
             _check_same_run(path, facts)
         elif self._saved() or any((path / name).exists() for name in FILES):
-            raise ValueError(f"{path}: contains files of a run without its run.json; name another folder or remove it")
+            raise ValueError(
+                f"{path}: contains files of a run, but no run.json; choose another folder, or remove this one"
+            )
         with contextlib.ExitStack() as undo:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,7 @@ class RunFolder:
                 if is_new:
                     self.write_facts(facts)
             except BlockingIOError:
-                raise ValueError(f"{path}: another process is training in this folder; name another folder") from None
+                raise ValueError(f"{path}: another process is training in this folder; choose another folder") from None
             except OSError as error:
                 raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
             undo.pop_all()
@@ -362,12 +364,12 @@ def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: 
         raise ValueError(
             f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of the {schedule_epochs} epochs of "
             f"its learning rate schedule; finish it with --epochs {schedule_epochs}, then continue it with "
-            f"--epochs {recipe.epochs}, or name another folder"
+            f"--epochs {recipe.epochs}, or choose another folder"
         )
     if not recipe.optimizer.end_lr:
         raise ValueError(
-            f"{out}: optimizer.end_lr is 0, and a finished run continues at that learning rate, which changes nothing; "
-            "name another folder for a longer run"
+            f"{out}: optimizer.end_lr is 0, and a finished run would continue at that learning rate, without effect; "
+            "choose another folder for a longer run"
         )
 
 
@@ -389,7 +391,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
             return _rename_keys(facts)
-    raise ValueError(f"{path}: damaged; name another folder, or remove this one")
+    raise ValueError(f"{path}: damaged; choose another folder, or remove this one")
 
 
 def _rename_keys(values: Any) -> Any:
@@ -421,7 +423,7 @@ def _check_same_run(path: Path, facts: Mapping[str, Any]) -> None:
     elif differences == [f"recipe.epochs was {before['recipe']['epochs']}, is now {facts['recipe']['epochs']}"]:
         hint = "; extend=True (in the command line always on) continues a finished run for more epochs"
     raise ValueError(
-        f"{path}: contains another run ({', '.join(differences)}){hint}; name another folder, or remove this one"
+        f"{path}: contains another run ({', '.join(differences)}){hint}; choose another folder, or remove this one"
     )
 
 
