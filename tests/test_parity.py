@@ -292,7 +292,7 @@ def test_round_trip_is_bit_identical(name: str, dtype: torch.dtype, tmp_path: Pa
         for key, tensor in randomize(MobileViT(name, num_classes=10)).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors)
-    for format in FORMATS:  # each from what the one before it wrote
+    for format in FORMATS:  # each reads the output of the previous one
         write(weights, tmp_path / ENDINGS[format], format)
         weights = read(tmp_path / ENDINGS[format])
         assert weights.architecture == ARCHITECTURES[name]
@@ -322,7 +322,7 @@ def test_round_trip_of_dense_networks(kind: str, name: str, dtype: torch.dtype, 
         for key, tensor in randomize(model).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors, **options)
-    for i, format in enumerate(formats):  # each from what the one before it wrote
+    for i, format in enumerate(formats):  # each reads the output of the previous one
         path = tmp_path / f"{i}{ENDINGS[format]}"
         write(weights, path, format)
         again = read(path)

@@ -140,7 +140,7 @@ def test_split_depends_on_relative_names_only(tmp_path: Path):
 def test_the_validation_split_has_exactly_the_fraction_of_each_class(
     tmp_path: Path, fraction: float, expected: list[int]
 ):
-    # In the second class every image has the same name, in a folder of its own.
+    # In the second class every image has the same name, in a separate folder.
     touch(tmp_path, *numbered("a", 51), *(f"b/{i}/photo.jpg" for i in range(40)))
     train, val = find_splits("classify", tmp_path, fraction)
     assert sorted((*files(train), *files(val))) == sorted(tmp_path.rglob("*.*"))

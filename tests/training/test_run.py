@@ -118,7 +118,7 @@ def test_a_damaged_run_json(tmp_path: Path, text: str):
 def test_files_without_a_run_json_are_not_touched(tmp_path: Path, name: str):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: contains files of a run without its run.json"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: contains files of a run, but no run.json"):
         open_folder(tmp_path)
     assert names(tmp_path) == {name.partition("/")[0]}
     assert (tmp_path / name).read_text() == "precious"
