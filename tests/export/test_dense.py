@@ -218,7 +218,7 @@ def test_lower_precision(
     task: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    # Random weights have close scores, so that int8 changes many predictions. In trained networks it does not.
+    # Random weights have close scores, so that int8 changes many predictions. In trained networks it changes few.
     monkeypatch.setattr(mobilevit.export, "MIN_PREDICTION_AGREEMENT", 0.7 if task == "segment" else 0.1)
     artifact = export_once(backend, task, precision=precision)
     weights, images = all_weights[task], synthetic_images(1, (64, 64))
