@@ -176,8 +176,8 @@ def models_from_artifact(
     match = _ARTIFACT.fullmatch(path.stem)
     if against and not match:
         raise ValueError(
-            f"{path}: the file name does not contain the network, which --against needs; give the weights and "
-            f"--runtime {runtime} instead, or name the file like mobilevit_xs_256x256_fp32{path.suffix}"
+            f"{path}: the file name does not identify the network, which --against needs; give the weights and "
+            f"--runtime {runtime} instead, or rename the file like mobilevit_xs_256x256_fp32{path.suffix}"
         )
     weights = _weights_like(path, match, found) if match else None
     networks = _build_rivals(against, weights, exportable=[True]) if weights else {}
@@ -220,7 +220,7 @@ def write_model(name: str, network: nn.Module, runtime: str, spec: ArtifactSpec,
 
 
 def _build_rivals(names: Sequence[str], weights: Weights, *, exportable: Collection[bool]) -> dict[Rival, nn.Module]:
-    """Build models of other libraries, all at once, so that a wrong name fails before any export."""
+    """Build models of other libraries, before any export, so that a wrong name fails early."""
     names = [name for name in names if name != "self"]
     return {(name, e): rivals.build(name, weights, exportable=e) for name in names for e in sorted(exportable)}
 

@@ -407,7 +407,7 @@ class MobileViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of RGB `images` (B, 3, H, W) in [0, 1], H and W at least 32."""
         (x,) = self.backbone(images).values()
-        x = self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # runtimes recognize a pool by its kept axes
+        x = self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # keepdim: runtimes then recognize a pooling layer
         return self.classifier(self.dropout(x))
 
 
@@ -442,7 +442,7 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
 def initialize(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # nothing to initialize, and PyTorch would import its compiler
+        return  # no values to initialize, and PyTorch would import its compiler
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):
