@@ -59,7 +59,7 @@ def main(out: Path) -> None:
     started = time.perf_counter()
     if out.exists():
         if any(out.iterdir()) and not (out / "data" / "train" / "0").is_dir():
-            sys.exit(f"{out}: is not a run of this example; name another folder")
+            sys.exit(f"{out}: is not a run of this example; choose another folder")
         shutil.rmtree(out)
     write_images(out / "data")
     run = train(RECIPES["tiny"], out / "data", out)

@@ -291,7 +291,7 @@ def main(out: Path, num_train: int, num_val: int, seed: int, size_px: int) -> No
         sys.exit(f"{STAMPS}: no such folder; install it with apt-get install tuxpaint-stamps-default")
     if out.exists():
         if any(out.iterdir()) and not (out / "voc" / "SegmentationClass").is_dir():
-            sys.exit(f"{out}: is not a data set of this example; name another folder")
+            sys.exit(f"{out}: is not a dataset of this example; choose another folder")
         shutil.rmtree(out)
     for folder in ("annotations", "voc/Annotations", "voc/JPEGImages", "voc/SegmentationClass"):
         (out / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Artifacts run by their own runtimes, and the outputs of torch to compare with; nothing of `mobilevit.export`."""
+"""Artifacts run by their own runtimes, and the outputs of torch to compare with, without `mobilevit.export`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of the documentation run and print what they say they print; the figures are drawn."""
+"""The code in the documentation runs and prints the shown output; the figures can be drawn."""
 
 import contextlib
 import functools
@@ -23,9 +23,9 @@ FIGURES = {"receptive_field.png": (1600, 700), "unfold.png": (1600, 540), "sampl
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<info>.*)\n(?P<body>(?:.*\n)*?)(?P=indent)``` *$", re.MULTILINE)
 
 
-@functools.cache  # two tests look at one run
+@functools.cache  # two tests use the same run
 def run_page(text: str, name: str) -> dict[str, Any]:
-    """Run the python blocks in one namespace, which is returned; hold every text block right behind one against it."""
+    """Run the python blocks in one namespace and return it. A text block right after one must equal its output."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed, end = "", -1
     for block in BLOCK.finditer(text):
@@ -52,7 +52,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run_page(text, str(page))
 
 
-def test_a_page_that_is_wrong_fails():
+def test_a_wrong_page_fails():
     page = "```python\nx = 1\n```\nWords.\n```python\nprint(x)\n```\n\n```text\n{}\n```\n```python no-run\n1 / 0\n```\n"
     assert run_page(page.format(1), "right")["x"] == 1
     with pytest.raises(AssertionError, match="does not show"):
@@ -63,7 +63,7 @@ def test_a_page_that_is_wrong_fails():
 
 def test_figures(tmp_path: Path):
     runpy.run_path(str(DOCS / "figures.py"))["main"](tmp_path)
-    for folder in (tmp_path, DOCS / "figures"):  # drawn now, and kept in the repository
+    for folder in (tmp_path, DOCS / "figures"):  # drawn now, and stored in the repository
         assert {path.name for path in folder.iterdir()} == set(FIGURES)
         for name, size in FIGURES.items():
             assert (folder / name).stat().st_size < 150_000
@@ -83,7 +83,7 @@ def test_figures(tmp_path: Path):
     ids=["paper", "bicubic and normalised", "warped"],
 )
 def test_preprocessing_in_numpy(tmp_path: Path, preprocessing: Preprocessing):
-    """The function on the page computes what the package does, to the bit."""
+    """The function on the page and the package return bit-identical results."""
     page = DOCS / "export.md"
     preprocess = run_page(page.read_text(encoding="utf-8"), str(page))["preprocess"]
     random = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_preprocessing_in_numpy(tmp_path: Path, preprocessing: Preprocessing):
         np.testing.assert_array_equal(preprocess(file, **arguments), preprocessing(file)[None].numpy())
 
 
-def test_the_figure_shows_what_the_page_counts():
+def test_the_figure_and_the_page_have_the_same_receptive_fields():
     page = DOCS / "unfold_attend_fold.md"
     counted = run_page(page.read_text(encoding="utf-8"), str(page))["masks"]
     drawn = runpy.run_path(str(DOCS / "figures.py"))["receptive_fields"]()

@@ -60,7 +60,7 @@ def test_sheet_marks_correct_and_wrong_predictions(example, tmp_path: Path):
         red, green, _ = np.moveaxis(pixels[y : y + 96, x : x + 96], 2, 0)
         colors = {"green": (green > red + 50).any(), "red": (red > green + 50).any()}
         assert colors == {"green": i < 10, "red": i == 10}, i
-    with Image.open(files[3]) as digit:  # each of its pixels is 8 on the sheet
+    with Image.open(files[3]) as digit:  # each pixel is 8 x 8 px on the sheet
         assert np.array_equal(pixels[8:68:8, 3 * 96 + 20 : 3 * 96 + 80 : 8, 0], np.asarray(digit))
 
 
@@ -83,7 +83,7 @@ def test_other_folders_are_not_deleted(tmp_path: Path, script: Path, arguments: 
     names = runpy.run_path(str(script))["main"].__globals__
     names["STAMPS"] = tmp_path
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(SystemExit, match="name another folder"):
+    with pytest.raises(SystemExit, match="choose another folder"):
         names["main"](tmp_path, *arguments)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -129,7 +129,7 @@ def test_coco_and_voc_layouts_agree(stamps: Path):
 
 
 @with_stamps
-def test_masks_of_stamps_lie_in_their_boxes(stamps: Path):
+def test_masks_of_stamps_are_inside_their_boxes(stamps: Path):
     boxes, masks = find_splits("detect", stamps / "voc", 0.5), find_splits("segment", stamps / "voc", 0.5)
     assert check_images(*masks).unreadable == []
     for of_boxes, of_masks in zip(boxes, masks, strict=True):
@@ -166,7 +166,7 @@ def test_the_same_seed_writes_the_same_bytes(stamps: Path, tmp_path: Path):
     def contents(root: Path) -> dict[str, bytes]:
         return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
-    for _ in range(2):  # the second time over the first
+    for _ in range(2):  # the second run replaces the first
         assert write_stamps(tmp_path / "again").returncode == 0
     assert contents(tmp_path / "again") == contents(stamps)
     assert write_stamps(tmp_path / "other", "--seed", "1", "--size-px", "160").returncode == 0

@@ -281,18 +281,18 @@ def test_preprocessing_of_segmentation_in_transformers(tmp_path: Path) -> None:
     processor = transformers.MobileViTImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = processor(image, return_tensors="pt")["pixel_values"].flip(1)
     ours = preprocessing(image.permute(1, 2, 0).numpy())
-    assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds otherwise than Pillow's
+    assert (ours - theirs[0]).abs().max() < 2 / 255  # torchvision's resize rounds differently from Pillow's
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_round_trip_keeps_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_round_trip_is_bit_identical(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in randomize(MobileViT(name, num_classes=10)).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors)
-    for format in FORMATS:  # each from what the one before it wrote
+    for format in FORMATS:  # each reads the output of the previous one
         write(weights, tmp_path / ENDINGS[format], format)
         weights = read(tmp_path / ENDINGS[format])
         assert weights.architecture == ARCHITECTURES[name]
@@ -322,7 +322,7 @@ def test_round_trip_of_dense_networks(kind: str, name: str, dtype: torch.dtype, 
         for key, tensor in randomize(model).state_dict().items()
     }
     weights = Weights(ARCHITECTURES[name], tensors, **options)
-    for i, format in enumerate(formats):  # each from what the one before it wrote
+    for i, format in enumerate(formats):  # each reads the output of the previous one
         path = tmp_path / f"{i}{ENDINGS[format]}"
         write(weights, path, format)
         again = read(path)

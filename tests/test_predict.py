@@ -134,11 +134,11 @@ def test_no_readable_image(model: Classifier, images: list[Path], tmp_path: Path
     assert list(predict_images(model, [], model.predict_pixels)) == []
 
 
-def test_large_images_are_not_kept(model: Classifier, images: list[Path], monkeypatch: pytest.MonkeyPatch):
+def test_large_images_are_not_stored(model: Classifier, images: list[Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(predict, "MAX_DECODED_MEGAPIXELS", 2 * 40 * 40 / 1e6)
-    for batch_size, is_kept in ((2, True), (3, False)):
+    for batch_size, is_stored in ((2, True), (3, False)):
         for one in predict_images(model, images[:3], model.predict_pixels, batch_size=batch_size):
-            assert (one.image is not None) == is_kept
+            assert (one.image is not None) == is_stored
             assert one.decoded().tobytes() == Image.open(one.path).tobytes()
 
 

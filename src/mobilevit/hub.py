@@ -30,7 +30,7 @@ def unreachable() -> str:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of whatever network library is used
+    except Exception as error:  # its type depends on the network library
         return f"{constants.ENDPOINT}: {first_line(error)}"
     return ""
 
@@ -78,7 +78,7 @@ def find_model(repo_id: str, revision: str | None, *, download: bool) -> Path:
         path = fetch(WEIGHT_FILES[0]) or fetch(WEIGHT_FILES[1])
     except RepositoryNotFoundError:
         raise HubError(f"{repo_id}: no such model on the hub, or no access to it; check the name") from None
-    except Exception as error:  # of whatever network library is used
+    except Exception as error:  # its type depends on the network library
         reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else first_line(error)
         raise HubError(
             f"{repo_id}: could not be downloaded ({reason}); try again later, or download the folder elsewhere and "

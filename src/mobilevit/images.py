@@ -188,7 +188,7 @@ def read_crop(
                 image.draft(None, (image.width // scale, image.height // scale))
                 left, top, right, bottom = left // scale, top // scale, -(-right // scale), -(-bottom // scale)
             elif simplejpeg is not None and image.mode == "RGB" and orientation not in TRANSPOSITIONS:
-                # If it fails, Pillow decides: the same files are readable with and without simplejpeg.
+                # If it fails, Pillow is used, so that the same files are readable with and without simplejpeg.
                 with contextlib.suppress(ValueError):
                     return simplejpeg.decode_jpeg(source)[top:bottom, left:right]
             image = to_rgb(image, name)
@@ -196,7 +196,7 @@ def read_crop(
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The first frame of `image`, upright, as 8-bit RGB; `image` itself if nothing has to be done.
+    """The first frame of `image`, upright, as 8-bit RGB; `image` itself if no conversion is necessary.
 
     `name` is for error messages.
     """
@@ -333,7 +333,7 @@ def _is_mask(file: Path, data: Path) -> bool:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizing, cropping and normalization of the input of a network. The defaults are the paper's evaluation.
+    """Resizing, cropping and normalization of the input of a network. The defaults are those of the paper's evaluation.
 
     Attributes:
         resize_px: new length of the short side, or (height, width), which does not keep the aspect ratio.
@@ -410,7 +410,7 @@ class Preprocessing:
         return resized.crop((left, top, left + self.crop_px, top + self.crop_px))
 
     def input_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The box (left, top, right, bottom) of a `width` x `height` px image, in its pixels, that the crop shows."""
+        """The box (left, top, right, bottom) of a `width` x `height` px image, in its pixels, that the crop covers."""
         new_width, new_height = self._resized_size(width, height)
         left, top = (new_width - self.crop_px) // 2, (new_height - self.crop_px) // 2
         x, y = width / new_width, height / new_height

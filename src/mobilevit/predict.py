@@ -36,7 +36,7 @@ from mobilevit.weights import (
     write,
 )
 
-# `predict_images` keeps the decoded images of a batch up to this total, to limit the memory.
+# `predict_images` stores the decoded images of a batch up to this total, to limit the memory.
 MAX_DECODED_MEGAPIXELS = 100
 Size = tuple[int, int]  # (width, height) of an image in pixels
 
@@ -307,7 +307,7 @@ def _resized_argmax(maps_CHW: Tensor, size: Size) -> Tensor:
     """The argmax over C, uint8 (height, width), of maps resized to `size`."""
 
     # One map at a time: 21 maps at the size of a 12-megapixel image need a gigabyte. `align_corners` is False because
-    # the image was resized that way, whatever the head does with its logits.
+    # the image was resized that way; the head's own setting does not matter here.
     def resized(c: int) -> Tensor:
         return F.interpolate(maps_CHW[None, None, c], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
 
@@ -466,7 +466,7 @@ class ImageResult(Generic[Result]):
     """The prediction for an image file.
 
     `result` is an `ImageError` if the file cannot be read. `image` is the decoded image, or None if it cannot be read
-    or is too large to be kept.
+    or is too large to be stored.
     """
 
     path: Path
@@ -484,7 +484,7 @@ class ImageResult(Generic[Result]):
         return self.result
 
     def decoded(self) -> Image.Image:
-        """The decoded image; read again if it was not kept. Errors as for `read_image`."""
+        """The decoded image; read again if it was not stored. Errors as for `read_image`."""
         return read_image(self.path) if self.image is None else self.image
 
 
@@ -512,8 +512,8 @@ def predict_images(
             image = read_image(path)
         except ImageError as error:
             return error
-        is_kept = image.width * image.height <= max_pixels
-        return model._pixels(image), image.size, image if is_kept else None
+        is_stored = image.width * image.height <= max_pixels
+        return model._pixels(image), image.size, image if is_stored else None
 
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(read_one, paths[:batch_size])

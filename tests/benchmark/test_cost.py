@@ -188,7 +188,7 @@ def test_vision_transformer():
 
 
 def test_attention_without_a_fused_operator():
-    # ConViT computes its scores by products of its own, in two forms, and replaces a buffer while it runs.
+    # ConViT computes its scores by explicit matrix products, in two forms, and replaces a buffer while it runs.
     with torch.device("meta"):
         convit = MODELS["convit-10m"].build()
         botnet = MODELS["botnet-50"].build()

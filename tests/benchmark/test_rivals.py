@@ -26,7 +26,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "exportable"), [("timm", False), ("timm", True), ("transformers", False)])
 def test_same_function_and_not_rewritten(name: str, exportable: bool, images: torch.Tensor):
-    # transformers cannot represent this preprocessing; its model must be timed all the same.
+    # transformers cannot represent this preprocessing; its model must be timed nevertheless.
     weights = replace(rivals.random_weights("xxs"), preprocessing=Preprocessing(36, 32, mean=(0.1, 0.2, 0.3)))
     ours, theirs = weights.build(), rivals.build(name, weights, exportable=exportable)
     assert not theirs.training

@@ -42,7 +42,7 @@ def test_order(monkeypatch: pytest.MonkeyPatch):
     order = [step[1] for step in steps]
     rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
     assert all(sorted(one) == names for one in rounds)
-    for position in range(4):  # each is in each position equally often
+    for position in range(4):  # each callable is in each position equally often
         assert Counter(one[position] for one in rounds) == dict.fromkeys(names, 4)
     pairs = {(one[i], one[i + 1]) for one in rounds for i in range(3)}
     assert all(len({before for before, after in pairs if after == name}) > 1 for name in names)

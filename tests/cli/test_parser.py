@@ -48,7 +48,7 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-# Every option of train and its other name. A new option is a decision: write it here as well.
+# Every option of train and its other name. New options must be added here as well.
 TRAIN_OPTIONS = """
 --data --out --weights=--backbone --teacher --download --device --num-threads --checkpoint-minutes --tensorboard
 --task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed
@@ -81,7 +81,7 @@ def test_help_of_a_recipe(capsys: pytest.CaptureFixture[str], recipe: str):
     assert f"(default: {RECIPES[recipe].epochs})" in text
 
 
-# A command, and what the message must contain: the option, the value and the fix. tyro words these messages.
+# A command, and what the message must contain: the option, the value and the fix. tyro writes these messages.
 MISTAKES = {
     "pretict w photos": "pretict predict, train",
     "--verbose": "--verbose predict, train",

@@ -18,7 +18,7 @@ from mobilevit.predict import Classifier, Detector, load, load_detector, load_se
 
 
 def test_imports_only_what_it_needs(here: Path):
-    """Most of the time of a prediction is `import torch`: no compiler, no torchvision, nothing of export."""
+    """`predict` does not import torch's compiler, torchvision or the export modules, which would slow its start."""
     program = """
 import sys
 from mobilevit.cli import main
@@ -66,7 +66,7 @@ def test_json(capsys: pytest.CaptureFixture[str], here: Path):
     assert capsys.readouterr().err == ""
 
 
-def test_the_progress_bar_leaves_the_output_alone(
+def test_the_progress_bar_does_not_change_the_output(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for i in range(40):
@@ -211,7 +211,7 @@ def test_an_image_is_read_once(capsys: pytest.CaptureFixture[str], here: Path, m
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_keeps_the_results(
+def test_an_interruption_preserves_the_results(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     here: Path,

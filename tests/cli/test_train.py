@@ -74,7 +74,7 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch
     assert out == ""
     assert err.splitlines()[-1] == "mobilevit: runs/classes/checkpoints/000000002.pt: no space left on device"
     assert files_in(here / "runs/classes/checkpoints") == {"000000001.pt"}
-    assert run(TRAIN) == 0  # with space again, it resumes
+    assert run(TRAIN) == 0  # resumes when there is space again
     assert "step 1" in capsys.readouterr().err
     assert len((here / "runs/classes/metrics.jsonl").read_text().splitlines()) == 2
 

@@ -1,4 +1,4 @@
-"""The transforms of detection and segmentation: boxes and masks follow the image, whatever is done to it."""
+"""The transforms of detection and segmentation: boxes and masks are transformed like the image."""
 
 import io
 import math
@@ -32,7 +32,12 @@ from mobilevit.data.samples import Sample
 from mobilevit.data.transforms import warp
 from mobilevit.images import Preprocessing
 
-SIZES = [(300, 200), (201, 333), (640, 481), (1203, 900)]  # width and height; the last two keep to a grid
+SIZES = [
+    (300, 200),
+    (201, 333),
+    (640, 481),
+    (1203, 900),
+]  # width and height; crops of the last two are aligned to a grid
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
 
 
@@ -77,7 +82,7 @@ def mask_file(tmp_path: Path):
 
 
 def classes_seen(pixels: np.ndarray) -> np.ndarray:
-    """Which of the colors a pixel has, from 1; 0 for black. Brightness and saturation may have changed."""
+    """The index of the color of each pixel, from 1; 0 for black. Ignores brightness and saturation."""
     values = pixels.astype(int)
     return np.where(values.max(2) - values.min(2) < 40, 0, values.argmax(2) + 1)
 
@@ -98,7 +103,7 @@ def test_boxes_follow_the_image(size: tuple[int, int], compressed: bool):
             rows, columns = (np.flatnonzero((seen == label + 1).any(axis)) for axis in (1, 0))
             expected = np.array((left, top, right, bottom))
             found = np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-            # An edge is a mixture of two pixels, and JPEG smears it.
+            # Resizing and JPEG blur the edges.
             assert np.abs(found - expected).max() < 1.7, (number, label)
             num_cut += bool((np.isin(expected, (0, side))).any())
     assert num_cut > 20
@@ -131,23 +136,23 @@ def test_images_without_boxes(size: tuple[int, int]):
 
 @pytest.mark.parametrize(("width", "height"), [(200, 150), (613, 480)])
 def test_properties_of_ssd_crops(width: int, height: int):
-    """Of every part: its shape, a center in it, and the overlap with some box by torchvision's box_iou."""
+    """Shape of each crop, a box center inside it, and its IoU with a box by torchvision's box_iou."""
     _, labels, _ = scene(width, height)
     random = np.random.default_rng(0)
     best = []
     for _ in range(1000):
-        part = random_iou_crop(width, height, labels.corners, 0.09, random)
-        left, top, right, bottom = part
+        crop = random_iou_crop(width, height, labels.corners, 0.09, random)
+        left, top, right, bottom = crop
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
-        best.append(box_iou(torch.tensor([part]).float(), torch.from_numpy(labels.corners)).max().item())
-        if part == (0, 0, width, height):
+        best.append(box_iou(torch.tensor([crop]).float(), torch.from_numpy(labels.corners)).max().item())
+        if crop == (0, 0, width, height):
             continue
         assert 0.5 <= (right - left) / (bottom - top) <= 2
         assert min((right - left) / width, (bottom - top) / height) >= 0.3 - 8 / min(width, height)
         centers = labels.corners.reshape(-1, 2, 2).mean(1)
         assert ((centers > (left, top)) & (centers < (right, bottom))).all(1).any()
-    # One draw of seven is the whole image, and of the others those that ask for much find nothing.
+    # One sample in seven is the whole image, and so is the fallback for large minimum IoUs.
     assert 0 < min(best) < 0.1
     whole = box_iou(torch.tensor([[0, 0, width, height]]).float(), torch.from_numpy(labels.corners)).max().item()
     assert 1 / len(MIN_IOUS) < np.mean(np.isclose(best, whole)) < 0.75
@@ -158,15 +163,15 @@ def test_ssd_crops_reach_the_sampled_iou(monkeypatch: pytest.MonkeyPatch):
     for least in (0.3, 0.7, 0.9):
         monkeypatch.setattr(box_transforms, "MIN_IOUS", (least,))
         random = np.random.default_rng(0)
-        parts = [random_iou_crop(200, 150, corners, 0.09, random) for _ in range(300)]
-        found = [part for part in parts if part != (0, 0, 200, 150)]
+        crops = [random_iou_crop(200, 150, corners, 0.09, random) for _ in range(300)]
+        found = [crop for crop in crops if crop != (0, 0, 200, 150)]
         assert found
         overlaps = box_iou(torch.tensor(found).float(), torch.from_numpy(corners))
         assert least <= overlaps.min() < least + 0.05
 
 
 def test_distortion_is_that_of_torchvision():
-    """Every operation against torchvision's, and how often and how strongly each is done."""
+    """Every operation against torchvision's; the probabilities and ranges of the operations."""
     photograph = Image.fromarray(load_sample_images().images[0]).resize((64, 48))
 
     class Prepared:
@@ -216,7 +221,7 @@ def test_stacked_boxes():
     assert batch.corners.shape == (3, 3, 4)
     assert batch.corners.dtype == torch.float32
     assert batch.corners.sum() == pytest.approx(4 * (2 * 0.2 + 3 * 0.3))
-    assert stack_boxes(targets[1:2]).labels.tolist() == [[-1]]  # one column at least
+    assert stack_boxes(targets[1:2]).labels.tolist() == [[-1]]  # at least one column
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +234,7 @@ def test_masks_follow_the_image(size: tuple[int, int], compressed: bool, mask_fi
     pixels, _, mask = scene(*size)
     sample = Sample(jpeg(pixels) if compressed else pixels, mask_file(mask), "scene")
     side = 97
-    shares, nums_ignored = [], []
+    inner_fractions, nums_ignored = [], []
     for number in range(60):
         out, classes = MaskAugmentation(min_scale=0.08, flip=True, seed=1)(sample, Pick(number, 2, side))
         assert out.shape == (side, side, 3)
@@ -239,14 +244,14 @@ def test_masks_follow_the_image(size: tuple[int, int], compressed: bool, mask_fi
         assert classes.flags.c_contiguous
         is_ignored = classes == 255
         nums_ignored.append(int(is_ignored.sum()))
-        assert (out[is_ignored] < 128).all()  # beyond the image it is black, but for the mixtures at its edge
-        # Away from edges, where pixels are mixtures, colors and classes say the same.
+        assert (out[is_ignored] < 128).all()  # padding is black, except where the edge is blurred
+        # Away from blurred edges, colors and classes agree.
         patches = np.lib.stride_tricks.sliding_window_view(classes, (5, 5)).reshape(side - 4, side - 4, -1)
         is_inner = (patches == patches[..., :1]).all(2) & (patches[..., 0] != 255)
         same = classes_seen(out)[2:-2, 2:-2] == patches[..., 0]
         assert same[is_inner].all(), number
-        shares.append(is_inner.mean())
-    assert np.mean(shares) > 0.3
+        inner_fractions.append(is_inner.mean())
+    assert np.mean(inner_fractions) > 0.3
     assert min(nums_ignored) == 0 < max(nums_ignored)
 
 

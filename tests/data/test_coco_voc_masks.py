@@ -62,7 +62,7 @@ NAMES = {11: "b.jpg", 5: "a/c.jpg", 8: "empty.jpg"}
 
 
 def coco(file: Path, folder: Path, annotations: list[dict] = ANNOTATIONS, **lists: Any) -> None:
-    """A COCO file and its images; ids have holes and are in no order; one image is empty."""
+    """A COCO file and its images; ids have gaps and are unsorted; one image has no boxes."""
     for name in NAMES.values():
         image(folder / name)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,11 @@ def test_validation_images_without_annotations(tmp_path: Path, below: str):
 
 def test_classes_are_matched_by_name(tmp_path: Path):
     coco2017(tmp_path)
-    for class_names in (("dog", "cat"), ("x", "cat", "dog", "tree")):  # nothing in it is a tree
+    for class_names in (("dog", "cat"), ("x", "cat", "dog", "tree")):  # no box is a tree
         source = find_boxes_to_evaluate(tmp_path, class_names)
         assert source.class_names == class_names
         assert [class_names[label] for label in by_name(source)["b.jpg"].labels] == ["dog", "cat"]
-        assert source.category_ids == ()  # which are for the classes in another order
+        assert source.category_ids == ()  # the classes are in another order
     with pytest.raises(ValueError, match=r"class 'dog' not among the 1 known classes \(cat\)"):
         find_boxes_to_evaluate(tmp_path, ("cat",))
 
@@ -220,7 +220,7 @@ def test_classes_are_matched_by_name(tmp_path: Path):
 def test_image_size_must_match_the_annotation(tmp_path: Path):
     coco2017(tmp_path)
     folder = tmp_path / "train2017"
-    image(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # upright it is as annotated
+    image(folder / "b.jpg", (HEIGHT, WIDTH), orientation=6)  # the upright image has the annotated size
     sources = find_boxes(tmp_path, 0.5)
     assert read_image(folder / "b.jpg").size == (WIDTH, HEIGHT)
     assert check_images(*sources).unreadable == []
@@ -282,7 +282,7 @@ def test_no_or_several_formats(tmp_path: Path):
         with pytest.raises(ValueError, match=r"missing: no such folder$"):
             find(tmp_path / "missing", 0.2)
     voc(coco2017(tmp_path))
-    with pytest.raises(ValueError, match="contains COCO and VOC; keep one"):
+    with pytest.raises(ValueError, match="contains COCO and VOC; remove all but one"):
         find_boxes(tmp_path, 0.2)
 
 
@@ -296,7 +296,7 @@ THING = (
 
 
 def voc(root: Path, sets: dict[str, str] | None = None, xml: str | None = None) -> Path:
-    """Three images: one with two things, one with a crowd, one empty."""
+    """Three images: one with two objects, one with a crowd, one without objects."""
     sets = {"train": "1\n3\n", "val": "2\n", "trainval": "1\n2\n3\n"} if sets is None else sets
     for folder in ("Annotations", "ImageSets/Main", "ImageSets/Segmentation", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
@@ -322,7 +322,7 @@ def test_voc_boxes(tmp_path: Path, below: str):
     train, val = find_boxes(tmp_path, 0.5)
     assert train.class_names == val.class_names == ("cat", "dog")
     assert [file.stem for file in files(train)] == ["1", "3"]
-    # Pixels 11 to 20 and 1 to 31 of the image, counted from 1: marked in an array, they are these.
+    # Pixels 11 to 20 and 1 to 31 of the image, counted from 1.
     pixels = np.zeros((HEIGHT, WIDTH), bool)
     for x in range(11, 21):
         for y in range(1, 32):
@@ -368,7 +368,7 @@ def test_voc_annotation_missing_and_several_years(tmp_path: Path):
     with pytest.raises(ValueError, match=r"3.xml: no such file; add it, or remove 3 from .*Main$"):
         find_boxes(tmp_path, 0.2)
     voc(tmp_path / "VOCdevkit" / "VOC2012")
-    with pytest.raises(ValueError, match="contains VOC2007, VOC2012; name one of them"):
+    with pytest.raises(ValueError, match="contains VOC2007, VOC2012; give one of them"):
         find_boxes(tmp_path, 0.2)
 
 
@@ -376,7 +376,7 @@ def test_voc_annotation_missing_and_several_years(tmp_path: Path):
 
 
 def values(num_classes: int) -> np.ndarray:
-    """Every class somewhere, and 255."""
+    """A mask with every class and 255."""
     found = np.random.default_rng(num_classes).integers(0, num_classes, (HEIGHT, WIDTH)).astype(np.uint8)
     found[3:5, 7:9] = 255
     return found
@@ -430,7 +430,7 @@ def test_mask_folders(tmp_path: Path, layout: str, coding: str):
     ignored = (255, 255, 254)
     colored = coding.startswith("RGB")
     lines = [f"{name} #{bytes(rgb).hex()}" if colored else name for name, rgb in COLORS.items()]
-    # Wherever it is listed, it is no class of its own.
+    # The class "ignore" is not counted as a class, wherever it is listed.
     (tmp_path / "classes.txt").write_text(
         "\n".join([lines[0], f"ignore #{bytes(ignored).hex()}"] * colored + lines[colored:])
     )

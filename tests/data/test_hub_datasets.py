@@ -38,7 +38,7 @@ def find_evaluation(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's cache in a folder of the test, and no way out of the machine."""
+    """The library's cache in a folder of the test. Network access fails."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a test accesses the network")
@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def png(number: int) -> bytes:
-    """An image of one gray, which is its number."""
+    """An image whose gray level is its number."""
     file = io.BytesIO()
     PillowImage.new("L", (8, 8), number).save(file, "png")
     return file.getvalue()
@@ -72,9 +72,9 @@ def table(labels: list, feature: Any = CLASSES, first: int = 0, label: str = "la
 
 
 def grays(source: Source) -> list[tuple[int, int]]:
-    """Number and label of every image."""
+    """Gray level and label of every image."""
     samples = [source[i] for i in range(len(source))]
-    assert all(isinstance(sample.image, str | bytes) for sample in samples)  # nothing is decoded before
+    assert all(isinstance(sample.image, str | bytes) for sample in samples)  # not decoded yet
     pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
     assert [sample.label for sample in samples] == list(source.labels)
     return [(pixel[0], sample.label) for pixel, sample in zip(pixels, samples, strict=True) if isinstance(pixel, tuple)]
@@ -84,7 +84,7 @@ def files_in(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
-# --- Where tables lie -------------------------------------------------------------------------------------------------
+# --- Locations of tables ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("val_name", ["validation", "test", "val"])
@@ -103,7 +103,7 @@ def test_saved_splits(tmp_path: Path, val_name: str):
 
 
 def test_saved_without_splits_is_divided(tmp_path: Path):
-    table([0, 1] * 20).shuffle(seed=0).save_to_disk(tmp_path / "saved")  # rows by way of an index
+    table([0, 1] * 20).shuffle(seed=0).save_to_disk(tmp_path / "saved")  # rows are accessed through an index
     train, val = find_splits("classify", tmp_path / "saved", 0.3)
     assert sorted(grays(train) + grays(val)) == [(i, i % 2) for i in range(40)]
     assert set(train.labels) == set(val.labels) == {0, 1}
@@ -170,7 +170,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch):
     assert default_split("classify", "hf:owner/name/plain_text") == "test"
     assert asked == [("owner/name", None), ("owner/name", None), ("name", None), ("owner/name", "plain_text")]
     for data in ("hf:", "hf:a//b", "hf:a/b/c/d"):
-        with pytest.raises(ValueError, match=f"^{data}: not the name of a data set of the hub; write hf:owner/name"):
+        with pytest.raises(ValueError, match=f"^{data}: not the name of a dataset of the hub; write hf:owner/name"):
             find_splits("classify", data, 0.5)
 
 
@@ -207,7 +207,7 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         ValueError, match=r"^hf:owner/name: not in the local cache, .* \(http://127.0.0.1:9: .*check the connection"
     ):
         find_splits("classify", "hf:owner/name", 0.5)
-    assert not waits  # one try, where the library makes six
+    assert not waits  # no retries
     assert capfd.readouterr() == ("", "")
     assert not constants.HF_HUB_OFFLINE
 
@@ -245,7 +245,7 @@ def test_damaged_files(tmp_path: Path, name: str):
         ) as caught:
             find_splits("classify", tmp_path, 0.5)
         assert "\n" not in str(caught.value)
-        assert "An error occurred" not in str(caught.value)  # which says nothing
+        assert "An error occurred" not in str(caught.value)  # not informative
 
 
 def test_damaged_saved_folder(tmp_path: Path):
@@ -415,7 +415,7 @@ def test_fingerprint_of_tables(tmp_path: Path):
 
 
 def test_parquet_without_metadata(tmp_path: Path):
-    """Without the library's notes in the file: images as bytes, labels as they come."""
+    """Without the library's metadata in the file: images are bytes, labels are plain values."""
     images = pa.array([png(i) for i in range(6)])
     pq.write_table(pa.table({"image": images, "label": np.array([0, 1] * 3)}), tmp_path / "x.parquet")
     source = find_evaluation(tmp_path, ("a", "b"))

@@ -214,7 +214,7 @@ def test_idx_images_or_labels_missing(tmp_path: Path, gone: str, left: str):
 
 
 def png(number: int, side: int = 8) -> bytes:
-    """An image of one gray, which is its number."""
+    """An image whose gray level is its number."""
     file = io.BytesIO()
     Image.new("L", (side, side), number).save(file, "png")
     return file.getvalue()
@@ -239,7 +239,7 @@ def pairs(labels: Sequence[int | str], first: int = 0) -> dict[str, bytes | str]
 
 
 def grays(source: Source) -> list[tuple[int, int]]:
-    """Number and label of every image."""
+    """Gray level and label of every image."""
     samples = [source[i] for i in range(len(source))]
     pixels = [read_image(sample.image, sample.name).getpixel((0, 0)) for sample in samples]
     assert [sample.label for sample in samples] == list(source.labels)
@@ -280,7 +280,7 @@ def test_tar_without_splits_is_divided(tmp_path: Path, alone: bool):
     assert sorted(grays(train) + grays(val)) == [(i, int(i >= 30)) for i in range(60 if alone else 90)]
     assert set(train.labels) == set(val.labels) == {0, 1}
     write_tar(tmp_path / ("x-000.tar" if alone else "x-002.tar"), pairs([0] * 30 + [1] * 30 + [0] * 9))
-    more_train, more_val = find_splits("classify", data, 0.3)  # each image that is added moves at most one other
+    more_train, more_val = find_splits("classify", data, 0.3)  # each added image moves at most one other
     moved = set(grays(train)) & set(grays(more_val)) | set(grays(val)) & set(grays(more_train))
     assert len(moved) <= len(more_train) + len(more_val) - len(train) - len(val)
 
@@ -288,7 +288,7 @@ def test_tar_without_splits_is_divided(tmp_path: Path, alone: bool):
 def test_tar_members(tmp_path: Path):
     jpeg = io.BytesIO()
     Image.new("L", (9, 7), 200).save(jpeg, "jpeg")
-    long = "deep/" * 30 + "er/name"  # beyond what a plain header holds
+    long = "deep/" * 30 + "er/name"  # too long for a plain header
     members: dict[str, bytes | str] = {
         "README.md": "no sample",
         "dir.with.dots/1.JPG": jpeg.getvalue(),
@@ -397,7 +397,7 @@ def test_damaged_tar(tmp_path: Path):
 
 @pytest.mark.parametrize(("how", "tool"), [("gz", "gunzip"), ("bz2", "bunzip2"), ("xz", "unxz")])
 def test_compressed_tars_are_refused(tmp_path: Path, how: str, tool: str):
-    for name in (f"x.tar.{how}", "x.tar"):  # the second by its first bytes
+    for name in (f"x.tar.{how}", "x.tar"):  # the second is recognized by its first bytes
         file = write_tar(tmp_path / name, pairs([0, 1]), mode=f"w:{how}")
         for data in (file, tmp_path):
             with pytest.raises(ValueError, match=f"^{file}: a compressed tar.* uncompress it with {tool}$"):
@@ -417,7 +417,7 @@ def test_tars_in_worker_processes(tmp_path: Path):
     alone, helped = (list(load(dataset, batches, num_workers=n, device="cpu")) for n in (0, 3))
     assert torch.cat([batch.pixels[:, 0, 0, 0] for batch in helped]).tolist() == list(range(20))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, helped, strict=True))
-    if hasattr(os, "fork"):  # nothing is left open that two processes would share
+    if hasattr(os, "fork"):  # no open file that processes would share
         (tmp_path / "1.tar").unlink()
         with pytest.raises(ImageError, match=f"^{tmp_path}/1.tar/0010: cannot be read .no such file"):
             source[10]

@@ -47,7 +47,7 @@ class Files:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Files:
-    """Ten images of noise, each of another size."""
+    """Ten images of noise of different sizes."""
     random = np.random.default_rng(0)
     files = tuple(tmp_path / f"{i}.png" for i in range(10))
     for i, file in enumerate(files):

@@ -62,7 +62,9 @@ def test_train_and_val_folders(tmp_path: Path, others: tuple[str, ...]):
 
 
 def test_hidden_files_and_other_files_are_ignored(tmp_path: Path):
-    data = touch(tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")  # above data it may be so
+    data = touch(
+        tmp_path / ".hidden" / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png"
+    )  # a hidden parent folder is allowed
     found = {file for source in find_splits("classify", data, 0.5) for file in files(source)}
     touch(data, ".git/x.png", "a/._1.png", "a/.thumbnails/1.png", "a/notes.txt", "readme.png", "b/no.png.part")
     (data / "b" / "folder.png").mkdir()
@@ -138,7 +140,7 @@ def test_split_depends_on_relative_names_only(tmp_path: Path):
 def test_the_validation_split_has_exactly_the_fraction_of_each_class(
     tmp_path: Path, fraction: float, expected: list[int]
 ):
-    # In the second class every image has the same name, in a folder of its own.
+    # In the second class every image has the same name, in a separate folder.
     touch(tmp_path, *numbered("a", 51), *(f"b/{i}/photo.jpg" for i in range(40)))
     train, val = find_splits("classify", tmp_path, fraction)
     assert sorted((*files(train), *files(val))) == sorted(tmp_path.rglob("*.*"))
@@ -197,7 +199,7 @@ def test_missing_folder_and_invalid_fraction(tmp_path: Path):
 
 
 def test_evaluation_prefers_val_to_test_to_all(tmp_path: Path):
-    class_names = ("b", "unseen", "a")  # numbers are those of the network, not of the folder
+    class_names = ("b", "unseen", "a")  # indices are those of the network, not of the folder
     for name in ("", "test", "val"):
         touch(tmp_path / name, "a/1.png", "b/1.png", "b/2.png")
         folder = find_evaluation(tmp_path, class_names)
@@ -242,14 +244,16 @@ def test_named_splits_of_divided_data(tmp_path: Path):
         source = find_evaluation(tmp_path, ("b", "a"), split)
         assert names(source, tmp_path) == [f"{split}/a/{split}.png", f"{split}/b/{split}.png"]
         assert list(source.labels) == [1, 0]
-    with pytest.raises(ValueError, match=f"^{tmp_path}: has no split 'all'; name one of train, val, test with --split"):
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}: has no split 'all'; choose one of train, val, test with --split"
+    ):
         find_evaluation(tmp_path, ("a", "b"), "all")
 
 
 def test_named_splits_of_undivided_data_are_those_of_training(tmp_path: Path):
     touch(tmp_path, *numbered("a", 10), *numbered("b", 15))
     for split, source in zip(("train", "val"), find_splits("classify", tmp_path, 0.3), strict=True):
-        # Another order of the classes, as a network may have them, changes nothing.
+        # The order of the network's classes has no effect.
         assert files(find_evaluation(tmp_path, ("b", "a"), split, 0.3)) == files(source)
     assert len(find_evaluation(tmp_path, ("a", "b"), "all")) == 25
     for split, fraction in (("test", 0.3), ("val", None)):
@@ -292,7 +296,7 @@ def test_divide():
     assert [val.labels.count(label) for label in (0, 1)] == [25, 25]
     with pytest.raises(ValueError, match=r"^data: class b: one image is too few"):
         divide(arrays([0, 0, 1]), 0.25, "data")
-    train, val = divide(arrays([0, 0]), 0.25, "data")  # in evaluation a class may be missing
+    train, val = divide(arrays([0, 0]), 0.25, "data")  # a class may be missing in evaluation
     assert (len(train), len(val)) == (1, 1)
 
 
@@ -303,17 +307,17 @@ def test_fingerprint_of_folders(tmp_path: Path):
     found = numbered("a", 5) + numbered("b", 5)
     here, there = touch(tmp_path / "here", *found), touch(tmp_path / "there" / "deep", *found)
 
-    def prints(data: Path) -> list[str]:
+    def fingerprints(data: Path) -> list[str]:
         return [
             fingerprint(source) for source in (*find_splits("classify", data, 0.5), find_evaluation(data, ("a", "b")))
         ]
 
-    before = prints(here)
-    assert before == prints(there) == prints(here)
+    before = fingerprints(here)
+    assert before == fingerprints(there) == fingerprints(here)
     assert len(set(before)) == 3
     assert all(len(p) == 16 and int(p, 16) >= 0 for p in before)
     (there / "a" / "000.png").rename(there / "a" / "new.png")
-    assert prints(there)[2] != before[2]
+    assert fingerprints(there)[2] != before[2]
     (here / "b").rename(here / "c")
     assert fingerprint(find_splits("classify", here, 0.5)[0]) != before[0]
 
@@ -322,7 +326,7 @@ def test_fingerprint_depends_on_classes_labels_and_images():
     one = arrays([0, 1, 1])
     others = [arrays([0, 1, 0]), arrays([0, 1]), arrays([0, 1, 1], ("a", "c")), arrays([0, 1, 1], ("ab", ""))]
     subsets = [one.subset((0, 1)), one.subset((0, 2)), one.subset((2, 0))]
-    assert len({fingerprint(source) for source in (one, *others, *subsets)}) == 7  # of which one is the same:
+    assert len({fingerprint(source) for source in (one, *others, *subsets)}) == 7  # of 8 sources, two are equal:
     assert fingerprint(subsets[0]) == fingerprint(arrays([0, 1]))
     assert fingerprint(one.subset((0, 1, 2))) == fingerprint(one)
 
@@ -350,7 +354,7 @@ def test_check_names_unreadable_images(tmp_path: Path):
 
 
 class ImageBytes(tuple):
-    """Images of a format of its own."""
+    """Images in memory, in a format of this test."""
 
     def key(self, index: int) -> str:
         return str(index)
@@ -381,7 +385,7 @@ def test_check_counts_transparent_and_large_images(tmp_path: Path, monkeypatch: 
     assert (found.unreadable, found.num_transparent, found.large) == ([], 4, [])
     assert [note for note in found.notes() if "4; composited on white" in note] == found.notes()
     monkeypatch.setattr(checks, "LARGE_MEGAPIXELS", 1e-3)
-    monkeypatch.setattr(checks, "OTHER_MEGAPIXELS_PER_SECOND", 1e-3)  # 1.2 s and, for the JPEG file, next to nothing
+    monkeypatch.setattr(checks, "OTHER_MEGAPIXELS_PER_SECOND", 1e-3)  # 1.2 s, and almost 0 for the JPEG file
     _, note = check_images(*find_splits("classify", tmp_path, 0.5)).notes()
     assert "2; decoding them takes about 2 s" in note
     assert note.index(str(tmp_path / "b/2.jpg")) < note.index(str(tmp_path / "b/1.png"))
@@ -395,8 +399,11 @@ def test_check_counts_transparent_and_large_images(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (["x.tar", "x.parquet"], ": contains .parquet files and .tar files; keep one"),
-        (["x.tar", *numbered("a", 1), *numbered("b", 1)], ": contains .tar files and class folders; keep one"),
+        (["x.tar", "x.parquet"], ": contains .parquet files and .tar files; remove all but one"),
+        (
+            ["x.tar", *numbered("a", 1), *numbered("b", 1)],
+            ": contains .tar files and class folders; remove all but one",
+        ),
         (["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "x.arrow"], ": contains idx files and .arrow files; "),
         (
             ["state.json", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"],

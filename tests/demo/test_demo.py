@@ -155,7 +155,7 @@ def draw(page: Page, digit: str) -> str:
 def assert_same(shown: list[tuple[str, float]], model: Classifier, image: Any) -> None:
     expected = model.predict(image)
     assert shown[0][0] == expected[0].class_name
-    # Below the first, classes with nearly equal probabilities may be in another order.
+    # Below the first, classes with nearly equal probabilities may swap places.
     np.testing.assert_allclose([probability for _, probability in shown], [p.probability for p in expected], atol=1e-3)
 
 
@@ -172,7 +172,7 @@ def test_predictions_match_torch(page: Page, folder: Path):
         shown = open_file(page, file)
         assert_same(shown, model, file)
         num_right += shown[0][0] == file.parent.name
-    assert num_right >= 24  # else the comparison would prove little
+    assert num_right >= 24  # otherwise the comparison would be weak
     assert page.locator("#thumbnails button").count() == 30
     page.locator("#thumbnails button").first.click()
     assert_same(predictions(page), model, files[0])

@@ -83,7 +83,7 @@ def make_block(rows: int, columns: int, patch_px: int, matrix_NN: Tensor, num_la
 
 
 @pytest.mark.parametrize("patch_px", [2, 3])
-def test_attention_to_one_patch_lies_on_the_region_of_that_patch(patch_px: int):
+def test_attention_to_one_patch_covers_the_region_of_that_patch(patch_px: int):
     """Of 3 x 5 patches, (row 0, column 1) attends to (row 2, column 3), from every pixel of the patch."""
     rows, columns = 3, 5
     matrix = torch.full((15, 15), 1 / 15)

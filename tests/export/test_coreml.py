@@ -138,7 +138,7 @@ class Wrong(nn.Module):
 def test_a_wrong_program_is_refused(fault: str, message: str, tmp_path: Path):
     program = torch.export.export(Wrong(fault), (torch.zeros(1, 3, 8, 8),)).run_decompositions({})
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")  # the converter's own
+        warnings.simplefilter("ignore")  # warnings of the converter
         model: Any = ct.convert(
             program,
             inputs=[ct.TensorType("images", (1, 3, 8, 8), dtype=np.float32)],

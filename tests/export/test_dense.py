@@ -42,7 +42,7 @@ def torch_detections(weights: Weights, images: list[np.ndarray]) -> list[Detecti
 
 
 def num_equal(actual: tuple[np.ndarray, ...], expected: Detections) -> int:
-    """Expected detections that `actual` (boxes, scores, labels) contains, in whatever order of equal scores."""
+    """Expected detections that `actual` (boxes, scores, labels) contains, in any order of equal scores."""
     boxes, scores, labels = actual
     return sum(
         bool(((abs(scores - score) < 1e-4) & (labels == label) & (abs(boxes - box).max(1) < 1e-3)).any())
@@ -218,7 +218,7 @@ def test_lower_precision(
     task: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    # Random weights have close scores, so that int8 changes many predictions; trained networks keep them.
+    # Random weights have close scores, so that int8 changes many predictions. In trained networks it changes few.
     monkeypatch.setattr(mobilevit.export, "MIN_PREDICTION_AGREEMENT", 0.7 if task == "segment" else 0.1)
     artifact = export_once(backend, task, precision=precision)
     weights, images = all_weights[task], synthetic_images(1, (64, 64))

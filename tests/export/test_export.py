@@ -1,4 +1,4 @@
-"""`export`: file names, inputs, metadata, calibration, and the checks that keep a wrong artifact from being written."""
+"""`export`: file names, inputs, metadata, calibration, and the checks that reject a wrong artifact."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_fp16(litert: ModuleType, weights: Weights, export_once: Any) -> None:
 def test_int8(
     litert: ModuleType, all_weights: dict[str, Weights], task: Any, min_correlation: float, tmp_path: Path
 ) -> None:
-    # Without `export`, which requires equal predictions: random weights have too close scores.
+    # Without `export`, which requires equal predictions: with random weights, scores are too close.
     weights, path = all_weights[task], tmp_path / "model.tflite"
     spec = ArtifactSpec("int8", 64, 64, task=task)
     images = synthetic_images(24, (64, 64), seed=1)

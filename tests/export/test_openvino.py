@@ -84,7 +84,7 @@ def test_a_file_that_is_no_artifact(tmp_path: Path):
     with pytest.raises(ValueError, match=r"a\.xml: OpenVINO cannot read it"):
         load(path, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the converter's own
+        warnings.simplefilter("ignore")  # warnings of the converter
         openvino.save_model(openvino.convert_model(torch.export.export(nn.ReLU(), (torch.zeros(1),))), path)
     with pytest.raises(ValueError, match=r"a\.xml: .*metadata is missing"):
         load(path, 1)

@@ -64,7 +64,7 @@ def test_boxes(all_weights: dict[str, Weights], backend: str, postprocess: bool,
     assert any(expected)
     num_same = 0
     for found, wanted in zip(model.predict(IMAGES, score_threshold=0.35), expected, strict=True):
-        for one in found:  # boxes of nearly equal scores may change places
+        for one in found:  # boxes of nearly equal scores may be in another order
             num_same += any(
                 (one.class_name, one.class_index) == (other.class_name, other.class_index)
                 and one.score == pytest.approx(other.score, abs=1e-4)
@@ -88,7 +88,9 @@ def test_masks(all_weights: dict[str, Weights], backend: str, postprocess: bool,
     assert isinstance(model, ArtifactSegmenter)
     for found, wanted in zip(model.predict(IMAGES), Segmenter.from_weights(weights).predict(IMAGES), strict=True):
         assert found.shape == wanted.shape == (90, 75)
-        assert (found == wanted).mean() > (0.97 if postprocess else 0.999)  # a class map is coarser between two classes
+        assert (found == wanted).mean() > (
+            0.97 if postprocess else 0.999
+        )  # a class map is coarser at borders between classes
 
 
 def test_another_size(weights: Weights, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""int8 sensitivity of groups of layers, compared with rounding done by hand."""
+"""int8 sensitivity of groups of layers, compared with explicit rounding."""
 
 from __future__ import annotations
 

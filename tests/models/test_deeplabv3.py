@@ -1,4 +1,4 @@
-"""The segmentation network by itself; its numbers against Apple's and transformers' are in test_parity.py."""
+"""The segmentation network. test_parity.py compares its outputs with those of Apple's network and of transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sizes(output_stride: int, size: tuple[int, int]) -> None:
 
 
 def by_definition(model: DeepLabV3, maps: dict[str, Tensor], size: tuple[int, int]) -> list[Tensor]:
-    """Logits and auxiliary logits from the maps of the backbone, from the tensors of the state alone, in float64."""
+    """Logits and auxiliary logits from the backbone's maps, computed in float64 from the state dict."""
     state = {key: tensor.double() for key, tensor in model.state_dict().items()}
     head = model.head
 
@@ -64,7 +64,7 @@ def by_definition(model: DeepLabV3, maps: dict[str, Tensor], size: tuple[int, in
 
 
 def in_training_mode(model: DeepLabV3, x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of training, with layers that behave as in evaluation."""
+    """The outputs in training mode, with all layers in evaluation mode."""
     model.training = True  # of the network alone, not of its layers
     outputs = model(x)
     model.training = False
@@ -119,7 +119,7 @@ def test_other_classes() -> None:
     ("wrong", "part"),
     [({"rates": (1, 2)}, "rates"), ({"rates": (0, 2, 3)}, "rates"), ({"channels": 0}, "channels is 0")],
 )
-def test_impossible_heads(wrong: dict[str, object], part: str) -> None:
+def test_invalid_heads(wrong: dict[str, object], part: str) -> None:
     with pytest.raises(ValueError, match=part):
         replace(PAPER_HEAD, **wrong)
     with pytest.raises(ValueError, match="output_stride is 4"):
@@ -137,7 +137,7 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_training_step_reaches_every_parameter(name: str) -> None:
+def test_every_parameter_has_a_gradient(name: str) -> None:
     model = DeepLabV3(name, 2, 8, SMALL).train()
     main, auxiliary = model(torch.rand(2, 3, 64, 96))
     weights = torch.rand(2, 2, 64, 96)

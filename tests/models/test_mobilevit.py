@@ -1,4 +1,4 @@
-"""The network by itself: sizes, shapes, strides, initial values, and the torch features it must live with."""
+"""MobileViT: sizes, shapes, strides, initial values, and support for the features of torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(XXS, marks=pytest.mark.slow)], ids=lambda a: a.name)
 def traced(request: pytest.FixtureRequest) -> nn.Module:
-    """What torch.compile takes seconds for, and XXS half a minute."""
+    """Networks for torch.compile, which takes seconds for the small one and half a minute for XXS."""
     return randomize(MobileViT(request.param, num_classes=10))
 
 
@@ -89,7 +89,7 @@ def test_patch_size_per_stage(patches_px: tuple[int, int, int]) -> None:
         assert model(torch.rand(1, 3, 200, 96)).isfinite().all()
 
 
-def test_odd_map_goes_through_the_bilinear_path() -> None:
+def test_odd_map_is_resized_bilinearly() -> None:
     block = MobileViTBlock(8, Transformer(dim=16, num_layers=1, ffn_dim=32), dropout=0.0)
     seen: list[torch.Size] = []
     block.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
@@ -123,7 +123,7 @@ def test_backbone_of_chosen_stages() -> None:
     assert all(p.grad is not None for p in backbone.parameters())
 
 
-def test_backbone_takes_the_classifiers_weights(model: nn.Module) -> None:
+def test_backbone_loads_the_weights_of_a_classifier(model: nn.Module) -> None:
     assert isinstance(model, MobileViT)
     backbone = Backbone("xxs")
     backbone.load_state_dict(model.backbone.state_dict())
@@ -165,10 +165,10 @@ def test_dropout_as_published(name: str, rate: float) -> None:
     assert set(rates.values()) == {rate}
 
 
-def test_dropout_falls_on_attention_output_and_ffn_output() -> None:
+def test_dropout_applies_to_attention_output_and_ffn_output() -> None:
     block = MobileViTBlock(8, Transformer(dim=16, num_layers=1, ffn_dim=32), dropout=1.0).train()
     x = torch.randn(4, 6, 16)
-    assert torch.equal(block.layers[0](x), x)  # with both branches dropped only the residual is left
+    assert torch.equal(block.layers[0](x), x)  # with both branches dropped, only the shortcut remains
 
 
 def test_initial_values_as_published() -> None:
@@ -179,7 +179,7 @@ def test_initial_values_as_published() -> None:
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.25), name
             assert module.bias is None
         elif isinstance(module, nn.Linear):
-            # A normal distribution cut at two deviations keeps 0.8796 of its deviation.
+            # Truncation at two standard deviations reduces the standard deviation by a factor of 0.8796.
             assert module.weight.std().item() == pytest.approx(0.02 * 0.8796, rel=0.05), name
             assert module.weight.abs().max() <= 0.04
             assert not module.bias.any()
@@ -228,9 +228,9 @@ def test_gradients_against_finite_differences() -> None:
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_compile(traced: nn.Module, size: tuple[int, int]) -> None:
-    # aot_eager: everything of torch.compile but the C++ compiler, which a machine need not have.
+    # aot_eager: all of torch.compile except the C++ compiler, which may not be installed.
     compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
-    for batch_size in (2, 3):  # the second size makes it compile for any
+    for batch_size in (2, 3):  # the second batch size triggers compilation with a dynamic one
         x = torch.rand(batch_size, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), traced(x), rtol=1e-4, atol=1e-5)
@@ -238,8 +238,8 @@ def test_compile(traced: nn.Module, size: tuple[int, int]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_step_of_training(traced: nn.Module, autocast: bool) -> None:
-    # In eval mode: with dropout no two passes are equal.
+def test_compiled_training_step(traced: nn.Module, autocast: bool) -> None:
+    # In eval mode, because dropout is random.
     compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
     x, labels = torch.rand(3, 3, 70, 45), torch.tensor([0, 4, 9])
     gradients = []
@@ -251,16 +251,16 @@ def test_compiled_step_of_training(traced: nn.Module, autocast: bool) -> None:
     assert (gradients[0] - gradients[1]).norm() < (0.1 if autocast else 1e-4) * gradients[0].norm()
 
 
-# torch.export.save says the first of every channels-last weight, torch.export.load of torch 2.11 the second of its own
-# buffer; what comes back is compared below.
-exports_quietly = pytest.mark.filterwarnings(
+# torch.export.save emits the first warning for every channels-last weight; torch.export.load of torch 2.11 emits the
+# second one for its own buffer. The tests compare the loaded programs.
+ignore_export_warnings = pytest.mark.filterwarnings(
     "ignore:No complete tensor found in the group", "ignore:The given buffer is not writable"
 )
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def exported(model: nn.Module, example: Tensor, dynamic_shapes: dict[int, object] | None = None) -> nn.Module:
-    """Through a file, as a user would."""
+    """The exported program, saved and loaded."""
     program = torch.export.export(model, (example,), dynamic_shapes=dynamic_shapes and (dynamic_shapes,))
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -268,7 +268,7 @@ def exported(model: nn.Module, example: Tensor, dynamic_shapes: dict[int, object
     return torch.export.load(file).module()
 
 
-@exports_quietly
+@ignore_export_warnings
 @pytest.mark.parametrize("size", [(64, 64), (70, 45)])
 def test_export_static(model: nn.Module, size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *size)
@@ -276,7 +276,7 @@ def test_export_static(model: nn.Module, size: tuple[int, int]) -> None:
         torch.testing.assert_close(exported(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@exports_quietly
+@ignore_export_warnings
 def test_export_for_any_batch(traced: nn.Module) -> None:
     program = exported(traced, torch.rand(2, 3, 64, 96), {0: torch.export.Dim("batch")})
     for batch_size in (1, 5):
@@ -286,9 +286,9 @@ def test_export_for_any_batch(traced: nn.Module) -> None:
 
 
 @pytest.mark.skipif(TORCH < (2, 14), reason="torch 2.11 cannot prove the sizes; 2.12 and 2.13 were not tried")
-@exports_quietly
+@ignore_export_warnings
 def test_export_for_any_size(model: nn.Module) -> None:
-    # From 65 px on: torch.export takes no size for a symbol that can be 1, as the number of patches at 64 px is.
+    # From 65 px on: torch.export rejects a symbolic size that can be 1, such as the number of patches at 64 px.
     height, width = (torch.export.Dim(name, min=65, max=2048) for name in ("height", "width"))
     program = exported(model, torch.rand(2, 3, 170, 201), {0: torch.export.Dim("batch"), 2: height, 3: width})
     for shape in [(1, 128, 320), (3, 224, 160), (2, 65, 97)]:
@@ -298,7 +298,7 @@ def test_export_for_any_size(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("size", "num_resizes"), [((128, 192), 0), ((224, 224), 2)])
-def test_exported_graph_resizes_only_where_it_must(model: nn.Module, size: tuple[int, int], num_resizes: int) -> None:
+def test_exported_graph_resizes_only_where_necessary(model: nn.Module, size: tuple[int, int], num_resizes: int) -> None:
     program = torch.export.export(model, (torch.rand(1, 3, *size),))
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("upsample" in target for target in targets) == num_resizes
@@ -314,9 +314,8 @@ def test_frozen_parts_do_not_change_the_gradients(size: tuple[int, int]) -> None
     model.requires_grad_(False)
     (found,) = torch.autograd.grad(model(x).square().sum(), x)
     torch.testing.assert_close(found, by_name["images"])
-    model.get_submodule("backbone.stage4").requires_grad_(
-        True
-    )  # its input needs no gradient, what comes behind it does
+    # The input of the stage requires no gradient; its output does.
+    model.get_submodule("backbone.stage4").requires_grad_(True)
     model(x.detach()).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("backbone.stage4."), name
@@ -325,7 +324,7 @@ def test_frozen_parts_do_not_change_the_gradients(size: tuple[int, int]) -> None
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed, by name."""
+    """Counts the executed operators by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,15 +337,15 @@ class Operations(TorchDispatchMode):
 
 def test_no_map_is_copied_for_autograd(model: nn.Module) -> None:
     x = torch.rand(2, 3, 64, 64)
-    with Operations() as learning:
+    with Operations() as training:
         model(x)
     with torch.no_grad(), Operations() as inference:
         model(x)
-    # SiLU in place overwrites what its gradient needs: autograd would clone each of these inputs first.
-    assert learning.counts["silu"] == inference.counts["silu_"] == 34
-    assert learning.counts["silu_"] == inference.counts["silu"] == 0
-    # What is left are the moves of unfold, fold and the heads, equally many in both.
-    assert learning.counts["clone"] == inference.counts["clone"]
+    # An in-place SiLU overwrites the input that its gradient requires, so autograd would clone it first.
+    assert training.counts["silu"] == inference.counts["silu_"] == 34
+    assert training.counts["silu_"] == inference.counts["silu"] == 0
+    # The remaining copies are those of unfold, fold and the heads, the same number in both.
+    assert training.counts["clone"] == inference.counts["clone"]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +401,7 @@ def test_functional_transforms(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_trains_a_step_at_odd_size(name: str) -> None:
+def test_training_steps_at_odd_size(name: str) -> None:
     model = MobileViT(name, num_classes=4).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     x, labels = torch.rand(4, 3, 72, 40), torch.arange(4)

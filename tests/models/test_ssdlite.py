@@ -1,4 +1,4 @@
-"""The detector by itself; its numbers against Apple's are in test_parity.py."""
+"""The detector. test_parity.py compares its outputs with those of Apple's network."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_anchors_against_torchvision(model: SSDLite, size: tuple[int, int]) -> N
     assert locations.shape == (2, len(anchors), 4)
 
 
-def test_outputs_stand_with_their_anchors(model: SSDLite) -> None:
-    """The location of an anchor comes from the pixel that it stands on: zeros in the map elsewhere."""
+def test_outputs_are_in_the_order_of_the_anchors(model: SSDLite) -> None:
+    """Changing one pixel of a map affects only the outputs of the anchors around it."""
     head = model.heads[2]
     x = torch.zeros(1, 256, 5, 7)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_encode_and_decode_against_torchvision(model: SSDLite) -> None:
     locations = encode(boxes, anchors)
     torch.testing.assert_close(locations, coder.encode_single(boxes, anchors_xyxy), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(decode(locations, anchors), boxes, rtol=0, atol=1e-5)
-    wild = 30 * torch.randn(2, len(anchors), 4)  # sides that would grow beyond all bounds, too
+    wild = 30 * torch.randn(2, len(anchors), 4)  # includes sides that are clamped
     expected = torch.stack([coder.decode_single(one, anchors_xyxy) for one in wild])
     torch.testing.assert_close(decode(wild, anchors), expected, rtol=1e-4, atol=1e-4)
     doubles = locations.double(), anchors.double()
@@ -117,10 +117,10 @@ def test_detect_against_a_loop(max_per_class: int, max_per_image: int) -> None:
 
 
 @pytest.mark.parametrize(("max_per_class", "max_per_image"), [(200, 10), (3, 300), (7, 30), (200, 700)])
-def test_as_few_candidates_as_fill_the_image(
+def test_number_of_nms_candidates_does_not_change_the_detections(
     max_per_class: int, max_per_image: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same boxes whether NMS begins with a few of the best or is given all; no two scores are equal."""
+    """NMS of the top candidates gives the same boxes as NMS of all. All scores differ."""
     class_logits, locations = 0.1 * torch.randn(2, 500, 41), 0.3 * torch.randn(2, 500, 4)
     anchors = torch.cat((torch.rand(500, 2), 0.1 + 0.1 * torch.rand(500, 2)), dim=1)
     options = {"score_threshold": 0.01, "max_per_class": max_per_class, "max_per_image": max_per_image}
@@ -143,7 +143,7 @@ def test_as_few_candidates_as_fill_the_image(
             assert torch.equal(ours, theirs)
 
 
-def test_nothing_to_see(model: SSDLite) -> None:
+def test_no_detections(model: SSDLite) -> None:
     anchors = model.anchors(64, 64)
     logits = torch.zeros(1, len(anchors), 6)
     logits[..., 0] = 20
@@ -176,7 +176,7 @@ def test_other_classes() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (3, 5)])
 def test_an_extra_layer_in_training(size: tuple[int, int]) -> None:
-    """Against its definition in float64, values and gradients; a map of one column takes another way."""
+    """Values and gradients against the definition in float64; a map of one column is computed differently."""
     layer = SeparableConv(8, 12).train()
     x = torch.randn(6, 8, *size)
     x_double = x.double().requires_grad_()
@@ -194,15 +194,15 @@ def test_an_extra_layer_in_training(size: tuple[int, int]) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
-def soil_memory() -> None:
-    """Leave NaN in the memory that is handed out next: whoever reads what nobody wrote will have it."""
+def fill_free_memory_with_nan() -> None:
+    """Leave NaN in the memory that is allocated next, so that reads of uninitialized memory return NaN."""
     for num in (64, 128, 256, 512, 1152, 2048, 4096, 9 * 512):
         _ = [torch.full((num,), float("nan")) for _ in range(50)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (3, 1)])
 def test_an_extra_layer_in_bfloat16(size: tuple[int, int]) -> None:
-    """The gradients of its weights are those in float32, but for rounding, whatever lay in memory before."""
+    """The gradients of the weights equal those in float32 up to rounding, whatever the memory contained before."""
     layer = SeparableConv(80, 16).train().to(memory_format=torch.channels_last)
     weights = (layer.depthwise.conv.weight, layer.pointwise.conv.weight)
     x = torch.randn(8, 80, *size).to(memory_format=torch.channels_last)
@@ -210,13 +210,13 @@ def test_an_extra_layer_in_bfloat16(size: tuple[int, int]) -> None:
     for _ in range(10):
         with torch.autocast("cpu", torch.bfloat16):
             loss = layer(x).float().square().sum()
-        soil_memory()
+        fill_free_memory_with_nan()
         for ours, theirs in zip(torch.autograd.grad(loss, weights), expected, strict=True):
             assert (ours - theirs).norm() < 0.2 * theirs.norm()
 
 
 def test_initial_values() -> None:
-    """Xavier uniform on what stands on the backbone: no value above its bound, the deviation that goes with it."""
+    """Xavier uniform in all layers but the backbone: its bound and its standard deviation."""
     model = SSDLite("xxs")
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in set(model.backbone.modules())]
     assert len(convs) == 6 + 1 + 2 + 5 + 6
@@ -229,9 +229,9 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_training_step_reaches_every_parameter(name: str) -> None:
+def test_every_parameter_has_a_gradient(name: str) -> None:
     model = SSDLite(name, num_classes=2).train()
-    # Large enough for extra maps of several pixels: of two images of one pixel each, batch norm leaves only signs.
+    # Large enough for extra maps of several pixels: two values per channel become -1 and 1 in batch norm.
     class_logits, locations = model(torch.rand(2, 3, 96, 288))
     (class_logits.square().mean() + locations.square().mean()).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Charts: what matplotlib is asked to draw, and the SVG that a page embeds."""
+"""Charts: the drawn lines, and the SVG that a page embeds."""
 
 import math
 import re

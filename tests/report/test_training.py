@@ -328,7 +328,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size < 500_000
 
 
-def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_preserves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.html").write_text("old")
 
     def fail(*_: object) -> None:

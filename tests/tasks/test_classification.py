@@ -215,7 +215,7 @@ def test_evaluation_skips_up_to_max_unreadable_images(folder: Path, caplog: pyte
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .*is multi-threaded")
 def test_evaluation_at_another_size(folder: Path):
-    w = weights()  # for 32 px, cut from 36
+    w = weights()  # for 32 px, center crop of 36 px
     at_64_px = Classifier.from_weights(replace(w, preprocessing=Preprocessing(resize_px=72, crop_px=64)))
     expected = [at_64_px.predict(file)[0].class_name for file in sorted(folder.rglob("*.png"))]
     options: list[dict[str, Any]] = [{"size_px": 64}, {}, {"size_px": 64, "num_workers": 2}]

@@ -127,7 +127,7 @@ def test_loss_does_not_depend_on_padding_or_other_images():
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (97, 33)])
-def test_loss_of_the_network_is_finite_and_reaches_every_parameter(height: int, width: int):
+def test_loss_of_the_network_and_its_gradients_are_finite(height: int, width: int):
     model = SSDLite("xxs", 3).train()
     pixels = torch.rand(2, 3, height, width)
     for targets in (random_batch((0, 0)), random_batch((2, 5)), TASK.blank_labels(2, 64)):
@@ -304,9 +304,9 @@ class Prepared(SSDLite):
             one = self.found[index]
             size = torch.tensor((one.truth.width, one.truth.height) * 2)
             boxes = torch.from_numpy(one.boxes) / size
-            of = torch.arange(len(boxes)) * 3  # any anchors will do
+            of = torch.arange(len(boxes)) * 3  # arbitrary anchors
             locations[i, of] = encode(boxes, anchors[of])
-            # The probability of the class is to be the score.
+            # Logits such that the probability of the class is the score.
             score = torch.from_numpy(one.scores).double()
             logits[i, of, torch.from_numpy(one.labels) + 1] = (30 + (score / (1 - score)).log()).float()
         return logits, locations
@@ -322,7 +322,7 @@ def prepared_batches(found: Sequence[ImageDetections], *sizes: int) -> list[Batc
 
 
 def spread_detections() -> tuple[ImageDetections, ...]:
-    """Found boxes within the image, none of which takes another's place, in images of several sizes."""
+    """Detections inside images of several sizes, too far apart for NMS to remove any."""
     random = np.random.default_rng(0)
     found = []
     for number in range(9):
@@ -420,7 +420,7 @@ def test_datasets_and_evaluation(folder: Path):
     assert batch.pixels.shape == (2, 3, 64, 64)
     assert [truth.boxes.labels.tolist() for truth in batch.labels] == [[1], [0]]
     assert [(truth.height, truth.width) for truth in batch.labels] == [(50, 60), (50, 70)]
-    green = batch.pixels[0, 1] > 200  # the whole image, warped, not cut from its middle
+    green = batch.pixels[0, 1] > 200  # the whole image, warped, not a center crop
     rows, columns = (np.flatnonzero(green.any(axis).numpy()) for axis in (1, 0))
     np.testing.assert_allclose((columns[0], rows[0]), (5 * 64 / 60, 8 * 64 / 50), atol=1.5)
     with pytest.raises(ValueError, match="class names"):

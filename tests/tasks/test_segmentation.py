@@ -57,7 +57,7 @@ def test_loss_if_every_pixel_is_ignored():
 
 
 @pytest.mark.parametrize("head", [DeepLabHead(channels=16), DeepLabHead(channels=16, auxiliary_channels=8)])
-def test_loss_of_the_network_reaches_every_parameter(head: DeepLabHead):
+def test_loss_of_the_network_has_a_gradient_for_every_parameter(head: DeepLabHead):
     model = DeepLabV3("xxs", 3, head=replace(head, dropout=0)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -90,7 +90,7 @@ def test_loss_of_the_network_reaches_every_parameter(head: DeepLabHead):
 
 
 @pytest.mark.parametrize(("height", "width", "num_classes"), [(30, 41, 3), (64, 64, 21)])
-def test_masks_are_predicted_some_classes_at_a_time(
+def test_masks_are_predicted_in_chunks_of_classes(
     height: int, width: int, num_classes: int, monkeypatch: pytest.MonkeyPatch
 ):
     logits = torch.randn(num_classes, 17, 16)

@@ -376,7 +376,7 @@ def test_runs_that_cannot_be_extended(
 
     still = replace(RECIPE, epochs=1, batch_size=12, optimizer=Optimizer(end_lr=0.0))
     train(still, data, tmp_path / "still")
-    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*name another folder"):
+    with pytest.raises(ValueError, match=r"still: optimizer.end_lr is 0, .*choose another folder"):
         train(replace(still, epochs=2), data, tmp_path / "still", extend=True)
 
 
@@ -405,7 +405,7 @@ def test_advanced_augmentation_is_reproducible(first: TrainingResult, data: Path
     assert without_times(runs[0].epochs) == without_times(runs[1].epochs)
 
 
-def test_preprocessing_of_pretrained_weights_is_kept(data: Path, tmp_path: Path):
+def test_preprocessing_of_pretrained_weights_is_used(data: Path, tmp_path: Path):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
     initial = without_dropout()
     initial = replace(initial, preprocessing=replace(initial.preprocessing, mean=mean, std=std))

@@ -30,7 +30,7 @@ LONG = Optimizer(start_lr=0.0, lr=1.0, end_lr=0.5, warmup_steps=100)
         (SHORT, 101, 5, 1.1e-3),
         (SHORT, 101, 9, 1.82e-3),
         (SHORT, 101, 10, 2e-3),
-        (SHORT, 101, 40, 1.55e-3),  # a third of the cosine: 3/4 of the range is left
+        (SHORT, 101, 40, 1.55e-3),  # a third of the cosine: 3/4 of the range remains
         (SHORT, 101, 55, 1.1e-3),  # half
         (SHORT, 101, 100, 2e-4),
         (LONG, 10_001, 0, 0.0),
@@ -224,7 +224,7 @@ def norms_only() -> nn.Sequential:
 
 
 def inputs_of_norms(model: nn.Module, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance (unbiased) of what goes into each batch norm, in float64."""
+    """Mean and unbiased variance of the input of each batch norm, in float64."""
     moments: list[tuple[Tensor, Tensor]] = []
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

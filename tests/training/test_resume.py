@@ -291,7 +291,7 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_two_processes_match_one(two: dict[str, Any], data: Path, tmp_path: Path):
-    """Batches, crops, dropout masks and running statistics are equal; sums of two numbers have no order."""
+    """Batches, crops, dropout masks and running statistics are equal, and a sum of two numbers is commutative."""
     assert end(start(lambda: train(IN_TWO, data, tmp_path))) == 0
     one = results_of(tmp_path)
     assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)

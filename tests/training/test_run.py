@@ -109,7 +109,7 @@ def test_tuples_equal_lists_in_a_file(tmp_path: Path):
 @pytest.mark.parametrize("text", ["", '{"recipe": ', "[]", "3", "\0" * 50, "\udcff"])
 def test_a_damaged_run_json(tmp_path: Path, text: str):
     (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/run.json: damaged; name another folder, or remove this one$"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run.json: damaged; choose another folder, or remove this one$"):
         open_folder(tmp_path)
     assert names(tmp_path) == {"run.json"}
 
@@ -118,7 +118,7 @@ def test_a_damaged_run_json(tmp_path: Path, text: str):
 def test_files_without_a_run_json_are_not_touched(tmp_path: Path, name: str):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: contains files of a run without its run.json"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: contains files of a run, but no run.json"):
         open_folder(tmp_path)
     assert names(tmp_path) == {name.partition("/")[0]}
     assert (tmp_path / name).read_text() == "precious"
@@ -251,7 +251,7 @@ def test_the_lock_is_released_on_close_and_on_errors(tmp_path: Path, monkeypatch
 # Checkpoints
 
 
-def test_two_checkpoints_are_kept(tmp_path: Path):
+def test_two_checkpoints_are_stored(tmp_path: Path):
     folder = open_folder(tmp_path)
     for step in (3, 10, 11, 250):
         folder.save(state(step), step)
@@ -297,7 +297,7 @@ def test_damaged_checkpoints_are_deleted_first(tmp_path: Path):
     assert folder.latest() == folder.checkpoints / "000000006.pt"
 
 
-def test_a_full_disk_keeps_the_previous_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_preserves_the_previous_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = open_folder(tmp_path)
     for step in (1, 2):
         folder.save(state(step), step)

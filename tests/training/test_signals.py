@@ -54,7 +54,7 @@ def test_logged_during_a_call(
         threading.Thread(target=lambda: os.kill(os.getpid(), number)).start()
         assert busy_until(logged)
         assert stop.signal_number == number
-        os.kill(os.getpid(), number)  # within two seconds: counts as the same
+        os.kill(os.getpid(), number)  # within two seconds: counts as the same signal
     assert len(messages) == 1
     assert signal.getsignal(number) is handler
     assert signal.set_wakeup_fd(-1) == -1

@@ -1,4 +1,4 @@
-"""Descriptions, errors and the hub. Tensors are compared in test_parity.py."""
+"""Metadata, errors and the hub. test_parity.py compares the tensors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def weights() -> Weights:
 
 
 def stored_in(weights: Weights, format: Format, folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """`weights` written in `format`: the file that holds the tensors, and the tensors."""
+    """Write `weights` in `format`; the file that contains the tensors, and the tensors."""
     write(weights, folder / ENDINGS[format], format)
     path = folder / ENDINGS[format]
     path = path / "model.safetensors" if path.is_dir() else path
@@ -78,7 +78,7 @@ def store(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def refused(path: Path | str, *parts: str) -> None:
-    """`read` fails with one line that holds all of `parts`."""
+    """Check that `read` fails with a one-line message that contains all `parts`."""
     with pytest.raises(WeightsError) as raised:
         read(path)
     message = str(raised.value)
@@ -87,7 +87,7 @@ def refused(path: Path | str, *parts: str) -> None:
         assert part in message
 
 
-# --- Descriptions ----------------------------------------------------------------------------------------------------
+# --- Metadata --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["mobilevit", "timm", "transformers"])
@@ -110,7 +110,7 @@ def test_bytes_are_deterministic(weights: Weights, format: Format, tmp_path: Pat
         contents.add((path / "model.safetensors" if path.is_dir() else path).read_bytes())
     (content,) = contents
     header_size = int.from_bytes(content[:8], "little")
-    assert header_size % 8 == 0  # as the format asks for
+    assert header_size % 8 == 0  # as the format requires
 
 
 def test_any_architecture_and_stride_in_our_format(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_transformers_weights_for_rgb_are_not_flipped(weights: Weights, tmp_path
     assert torch.equal(read(path).tensors[ours], stored[key].flip(1))
     processor.write_text(json.dumps(json.loads(processor.read_text()) | {"do_flip_channel_order": False}))
     assert torch.equal(read(path).tensors[ours], stored[key])
-    # The key of the first release, which nothing reads: the weights are BGR all the same.
+    # The key of the first release has no effect: the weights are BGR.
     values = {k: v for k, v in json.loads(processor.read_text()).items() if k != "do_flip_channel_order"}
     processor.write_text(json.dumps(values | {"do_flip_channels": False}))
     assert torch.equal(read(path).tensors[ours], stored[key].flip(1))
@@ -243,7 +243,7 @@ def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
         assert read(tmp_path / "w.pt").class_names == names
         write(weights, tmp_path / "w.safetensors")
         assert read(tmp_path / "w.safetensors").class_names == ()
-        # COCO's annotation files number toothbrush 90 and tv 72, in the order of which they are the 80th and the 63rd.
+        # In COCO's annotation files toothbrush, the 80th class, has id 90, and tv, the 63rd, has id 72.
         ids = read(tmp_path / "w.pt").category_ids
         assert [ids[i] for i in (0, 11, 62, 79)] == [1, 13, 72, 90] if weights is found else ids == ()
     assert len(coco_class_names()) == len(set(coco_class_names())) == 80
@@ -253,7 +253,7 @@ def test_class_names_of_published_dense_networks(tmp_path: Path) -> None:
 
 
 def test_later_release_of_apple(tmp_path: Path) -> None:
-    """Its names, its structure and its channel order, as its code and its configuration have them."""
+    """Names, structure and channel order as in the code and the configuration of that release."""
     model = randomize(DeepLabV3("s", 21, 8, LATER_HEAD))
     weights = Weights(S, model.state_dict(), output_stride=8, task="segment", head=LATER_HEAD)
     write(weights, tmp_path / "w.pt", "apple")
@@ -280,7 +280,7 @@ def test_later_release_of_apple(tmp_path: Path) -> None:
         write(replace(weights, output_stride=16), tmp_path / "w.pt", "apple")
 
 
-def test_tensors_alone(detector: Weights, segmenter: Weights, tmp_path: Path) -> None:
+def test_state_dict_without_metadata(detector: Weights, segmenter: Weights, tmp_path: Path) -> None:
     """The state_dict of one of our networks, saved by torch.save: the published structure is assumed."""
     for weights in (detector, segmenter):
         torch.save(dict(weights.tensors), tmp_path / "w.pt")
@@ -302,7 +302,9 @@ def test_files_of_the_first_release_are_classifiers(weights: Weights, tmp_path: 
     refused(path, str(path), "'detect'", "'classify'")
 
 
-def test_backbone_of_any_network_for_any_other(weights: Weights, detector: Weights, segmenter: Weights) -> None:
+def test_backbone_weights_load_into_networks_of_any_task(
+    weights: Weights, detector: Weights, segmenter: Weights
+) -> None:
     x = torch.rand(1, 3, 64, 96)
     for pretrained in (weights, detector, segmenter):
         tensors = backbone_tensors(pretrained)
@@ -392,7 +394,7 @@ def test_segmentation_configuration_of_transformers(segmenter: Weights, tmp_path
     refused(path, str(path), "segmentation_head.aspp")
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -510,7 +512,7 @@ def test_not_weights(tmp_path: Path) -> None:
     refused(tmp_path / "list.pt", "found list", "expected a state_dict")
     torch.save({"epoch": 4, "best": 0.5}, tmp_path / "dict.pt")
     refused(tmp_path / "dict.pt", "'epoch': int", "expected a state_dict")
-    refused(tmp_path, "name one of them")
+    refused(tmp_path, "give one of them")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "found neither")
     refused(tmp_path / "missing.pt", "no such file")
@@ -548,7 +550,9 @@ def test_wrong_ending(weights: Weights, format: Format, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_keeps_the_old_file(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_preserves_the_old_file(
+    weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "w.safetensors"
     write(weights, path)
     before = path.read_bytes()
@@ -570,7 +574,7 @@ def test_a_failed_write_keeps_the_old_file(weights: Weights, tmp_path: Path, mon
 
 
 class Hub:
-    """One repository, "someone/mobilevit", served as the hub serves it; `cut` ends every large body half way."""
+    """One repository, "someone/mobilevit", served like the hub does; `cut` truncates large responses to half."""
 
     def __init__(self, folder: Path):
         self.folder, self.cut, self.requests = folder, False, 0
@@ -619,7 +623,7 @@ def hub(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of huggingface_hub
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the retries of huggingface_hub
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -678,7 +682,7 @@ def test_unknown_repository_and_unreachable_hub(
         WeightsError, match=r"someone/mobilevit: .* cannot be reached \(http://127.0.0.1:9: .*connection"
     ):
         read("someone/mobilevit", download=True)
-    assert not waits  # one try, where huggingface_hub makes six
+    assert not waits  # no retries
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):

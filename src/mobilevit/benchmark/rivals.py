@@ -79,7 +79,7 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
     library, _, model_name = name.partition(":")
     task = weights.task
     if (name in SAME_MODEL or library == "timm") and task != "classify" and (name, task) != ("transformers", "segment"):
-        raise ValueError(f"{library} has no model for the task {task!r}; name one as torchvision:NAME")
+        raise ValueError(f"{library} has no model for the task {task!r}; give one of torchvision as torchvision:NAME")
     if name == "timm":
         model = _mobilevit_of_timm(weights, exportable)
     elif name == "transformers":
@@ -102,8 +102,9 @@ def build(name: str, weights: Weights, *, exportable: bool = False, seed: int = 
 def randomize(model: Model, seed: int) -> Model:
     """Random weights that preserve the scale of the activations through the model; also sets eval mode.
 
-    A default initialization does not serve for timing: where activations decay to denormal numbers, a processor is many
-    times slower. Nor for tests: where norms have statistics of 0 and 1, swapping two of them changes nothing.
+    The default initialization is unsuitable for timing: activations decay to denormal numbers, which are many times
+    slower to compute with. It is also unsuitable for tests: norms have statistics of 0 and 1, so swapping two of them
+    has no effect.
     """
     generator = torch.Generator().manual_seed(seed)
 

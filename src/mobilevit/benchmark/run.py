@@ -176,7 +176,7 @@ def _without_precision(model: BenchmarkModel) -> tuple[str | None, ...]:
 def _check_outputs(model: BenchmarkModel, outputs: Sequence[np.ndarray]) -> float | None:
     """Check that the fp32 outputs equal torch's; returns the error, see `Result`."""
     error = model.error(outputs)
-    # With random weights, the error of lower precisions means nothing.
+    # With random weights, the error of lower precisions is meaningless.
     if error is not None and model.precision == "fp32" and not error <= TOLERANCE["fp32"]:
         raise ValueError(
             f"{model.label}: its outputs differ from torch's by {error:.2g} of their standard deviation, the tolerance "

@@ -1,4 +1,4 @@
-"""The one interleaved timer, and the description of the machine in every report.
+"""The interleaved timer, and the description of the machine in every report.
 
 The clock speed of a processor changes from second to second, so times of separate runs cannot be compared. Here every
 round times every callable once, and results are ratios of two times of the same round.

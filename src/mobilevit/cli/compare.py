@@ -34,7 +34,7 @@ class Compare:
     """Models to compare with MobileViT. Default: all, which takes minutes; with --data: four models of the size of
     MobileViT-XXS."""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    """Data set, as for mobilevit train. The models are trained on it, evaluated and timed."""
+    """Dataset, as for mobilevit train. The models are trained on it, evaluated and timed."""
     recipe: Annotated[RecipeName | None, tyro.conf.arg(metavar=choices(RecipeName))] = None
     """With --data: training recipe of all models; `mobilevit train RECIPE --help` shows it. Default: small."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None

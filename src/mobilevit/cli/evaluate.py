@@ -52,7 +52,7 @@ class Evaluate:
         ),
     ]
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
-    """Data set, as for mobilevit train."""
+    """Dataset, as for mobilevit train."""
     split: Annotated[Split | None, tyro.conf.arg(metavar=choices(Split))] = None
     """Split to evaluate. Default: val, or test if there is no val. Data without splits are split as in training if the
     weights were trained on them; otherwise all images are evaluated."""

@@ -113,12 +113,12 @@ class SampleImages:
     """Images that an exported network is verified on."""
 
     images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE...")] = ()
-    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or a data set as
+    """Real images to verify the exported network on, and to calibrate int8: files, folders, patterns, or a dataset as
     for mobilevit train. Default: synthetic images."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
 
     def read(self) -> list[Any]:
-        """At most 256 images of a data set; all images of files, folders and patterns."""
+        """At most 256 images of a dataset; all images of files, folders and patterns."""
         from mobilevit.data.sources import find_splits
         from mobilevit.images import find_images, read_image
 

@@ -41,7 +41,7 @@ class Train:
     recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
     """Recipe: the defaults of the options."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
-    """Data set. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
+    """Dataset. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
     or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
     and masks/. Recipe distill: a folder of any images."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

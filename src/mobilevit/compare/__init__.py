@@ -1,1 +1,1 @@
-"""The systems that the MobileViT paper compares itself with, as networks that build, train and export."""
+"""The models that the MobileViT paper compares with, as networks that can be built, trained and exported."""

@@ -1,4 +1,4 @@
-"""The models of the comparison: the table `models.toml`, and how to build each of them."""
+"""The models of the comparison, listed in `models.toml`, and their constructors."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ def _grid(cells: Columns) -> str:
 
 
 def _csv_line(row: Row, report: Report) -> dict[str, Any]:
-    """A row as a flat record; timings, seeds and the comparison have columns of their own."""
+    """A row as a flat record; timings, seeds and the comparison have separate columns."""
     values = asdict(row)
     nested = {name: values.pop(name, None) for name in ("cost", "timings", "library_weights", "runs", "failures")}
     values |= nested["cost"] or dict.fromkeys(Cost.__dataclass_fields__)

@@ -217,7 +217,7 @@ def _row(training: _Training, size_px: int, num_images: int) -> TrainedRow:
 def compare_rows(rows: Sequence[TrainedRow], num_seeds: int, baseline: Baseline) -> list[Comparison]:
     """Compare the top-1 of every model with that of its baseline.
 
-    Models with a failed run are left out on both sides: the remaining seeds are not a random sample.
+    Models with a failed run are excluded, also as baselines: the remaining seeds are not a random sample.
     """
     complete = {row.name: row for row in rows if row.cost and len(row.runs) == num_seeds}
     num_parameters = {name: row.cost.num_parameters for name, row in complete.items() if row.cost}

@@ -1,1 +1,1 @@
-"""Data sets: formats on disk, validation splits, transforms, the sampler, and batches."""
+"""Datasets: formats on disk, validation splits, transforms, the sampler, and batches."""

@@ -39,7 +39,7 @@ class BoxTarget(NamedTuple):
 class BoxBatch(NamedTuple):
     """Boxes of a batch: corners (B, M, 4) float32 relative to the image, class indices (B, M) int64.
 
-    M is 1 or more. Rows of an image beyond its boxes have class -1 and corners 0.
+    M is 1 or more. Padding rows have class -1 and corners 0.
     """
 
     corners: Tensor
@@ -58,9 +58,9 @@ class BoxTruth(NamedTuple):
 class BoxAugmentation:
     """The published augmentation of SSDLite: SSD's random crop, color distortion, horizontal flip.
 
-    The sides of the crop are at least the root of `min_scale` of the image's (SSD's 0.3 is a `min_scale` of 0.09); see
-    `random_iou_crop`. SSD's zoom out, which helps with small objects, is neither in the released recipe nor in
-    torchvision's for SSDLite, and not here.
+    Height and width of the crop are at least sqrt(`min_scale`) of the image's (SSD's 0.3 is a `min_scale` of 0.09);
+    see `random_iou_crop`. SSD's zoom-out, which helps with small objects, is omitted, as in the released recipe and in
+    torchvision's recipe for SSDLite.
     """
 
     min_scale: float
@@ -70,7 +70,7 @@ class BoxAugmentation:
     def __call__(self, sample: Sample[Boxes], pick: Pick) -> tuple[np.ndarray, BoxTarget]:
         """An image of any size -> uint8 (size_px, size_px, 3), and its boxes.
 
-        Crowd boxes are left out, and boxes whose center is not in the crop. Raises ImageError.
+        Crowd boxes, and boxes whose center is outside the crop, are omitted. Raises ImageError.
         """
         random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
         boxes = sample.label
@@ -103,7 +103,7 @@ class BoxEvaluation:
     preprocessing: Preprocessing
 
     def __call__(self, sample: Sample[Boxes], pick: Pick) -> tuple[np.ndarray, BoxTruth]:
-        """An image of any size -> uint8 (crop_px, crop_px, 3), and its boxes as they are. Raises ImageError."""
+        """An image of any size -> uint8 (crop_px, crop_px, 3), and its unchanged boxes. Raises ImageError."""
         image = read_image(sample.image, sample.name)
         pixels = np.asarray(self.preprocessing.resize_and_crop(image))
         return pixels, BoxTruth(sample.label, image.height, image.width)
@@ -114,7 +114,7 @@ def random_iou_crop(
 ) -> Crop:
     """SSD's random crop (arXiv 1512.02325, section 2.2).
 
-    `corners` (N, 4) are boxes in pixels. The sides of the crop are the root of `min_scale` to 1 of the image's, its
+    `corners` (N, 4) are boxes in pixels. Height and width of the crop are sqrt(`min_scale`) to 1 of the image's, its
     aspect ratio is 1:2 to 2:1, it contains the center of a box, and its IoU with a box is at least a minimum that is
     sampled from `MIN_IOUS`. The whole image is one of the samples, and the fallback after `NUM_TRIES` tries. Without
     boxes, only size and aspect ratio count.
@@ -144,8 +144,8 @@ def distort(image: Image.Image, random: np.random.Generator) -> np.ndarray:
     """Random brightness, contrast, saturation and hue, each with probability 1/2; uint8 (H, W, 3).
 
     The ranges are torchvision's, which are SSD's: brightness 7/8 to 9/8, contrast and saturation 1/2 to 3/2, hue up to
-    18 degrees. Contrast comes before or after saturation and hue. Channels are not permuted: the released code does
-    that to half of the images, SSD does not, and it removes the information in colors.
+    18 degrees. Contrast comes before or after saturation and hue. Channels are not permuted, as in SSD. The
+    released code permutes them in half of the images, which removes color information.
     """
     contrast_first = random.random() < 0.5
     is_on = random.random(4) < 0.5

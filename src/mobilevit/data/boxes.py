@@ -18,9 +18,9 @@ from mobilevit.images import ImageError, read_header
 class Boxes:
     """The N boxes of an image, which have an area and lie within the image.
 
-    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are not learned, and missing them is no error. `areas` are
-    those of the objects if annotated, else those of the boxes. `size` is the (width, height) of the image in the
-    annotation, None if it has none.
+    `crowd` is COCO's iscrowd or VOC's difficult: such boxes are excluded from training, and missing them is no error.
+    `areas` are those of the objects if annotated, else those of the boxes. `size` is the (width, height) of the image
+    in the annotation, None if it has none.
     """
 
     corners: np.ndarray  # (N, 4) float32, x1 y1 x2 y2 in pixels of the upright image
@@ -66,7 +66,7 @@ class AnnotatedBoxes:
 
     def clipped(self) -> Boxes:
         """The boxes, clipped to the image, without those that have no area."""
-        # Without a size there is nothing to compare with later. A file that is not an image is reported then.
+        # If the annotation has no size, that of the image is used. A file that is not an image is reported later.
         width, height = self.size or _upright_size(self.file) or (np.inf, np.inf)
         corners = np.array(self.corners, np.float64).reshape(-1, 4).clip(0, np.array([width, height] * 2))
         corners = corners.astype(np.float32)

@@ -43,7 +43,7 @@ def coco_splits(data: Path) -> Splits:
     for of_split in files.values():
         if len(of_split) > 1:
             names = join_names(file.relative_to(data) for file, _ in of_split)
-            raise ValueError(f"{data}: {names} are of the same split; keep one of them there")
+            raise ValueError(f"{data}: {names} are of the same split; remove all but one")
     return {split: partial(_read_coco, data, *of_split[0]) for split, of_split in files.items()}
 
 
@@ -65,7 +65,7 @@ def _refuse_unannotated(data: Path) -> None:
 
 
 def _has_images(folder: Path) -> bool:
-    """Whether the folder itself contains images. Without any, a .json in it is not taken for COCO's."""
+    """Whether the folder itself contains images. Without images, a .json in it is not read as COCO."""
     suffixes = Image.registered_extensions()
     return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
 

@@ -1,4 +1,4 @@
-"""Tables of the library `datasets`: saved data sets, parquet and arrow files, data sets of the Hugging Face hub.
+"""Tables of the library `datasets`: saved datasets, parquet and arrow files, datasets of the Hugging Face hub.
 
 The library is an optional dependency, imported on use.
 """
@@ -49,7 +49,7 @@ class ImageColumn:
 
 
 def saved_splits(folder: Path) -> Splits:
-    """What `datasets.DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote."""
+    """The splits that `datasets.DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote."""
     tables = _load(str(folder), lambda datasets: datasets.load_from_disk(str(folder)))
     return _named_splits(str(folder), tables if isinstance(tables, dict) else {"all": tables}, read_class_names(folder))
 
@@ -58,7 +58,7 @@ def hub_splits(data: str) -> Splits:
     """The splits of `hf:owner/name` or `hf:owner/name/configuration`, downloaded unless they are in the cache."""
     parts = data.removeprefix("hf:").split("/")
     if not 1 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"{data}: not the name of a data set of the hub; write hf:owner/name")
+        raise ValueError(f"{data}: not the name of a dataset of the hub; write hf:owner/name")
     name, configuration = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
     reason = hub.unreachable()
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, bool(reason)  # offline, only the cache is read
@@ -68,7 +68,7 @@ def hub_splits(data: str) -> Splits:
         if reason and isinstance(error.__cause__, ConnectionError):
             raise ValueError(
                 f"{data}: not in the local cache, and the hub cannot be reached ({reason}); check the connection, or "
-                "use a data set on disk"
+                "use a dataset on disk"
             ) from None
         raise
     finally:

@@ -71,7 +71,7 @@ def _read_split(images: Path, labels: Path) -> Split:
     if indices.ndim != 1 or len(pixels) != len(indices):
         raise ValueError(
             f"{images}: {len(pixels)} images, but the labels in {labels.name} have shape {indices.shape}; use images "
-            "and labels of the same data set"
+            "and labels of the same dataset"
         )
     return Split(str(images), ImageArray(pixels, str(images)), indices.tolist(), read_class_names(images.parent))
 

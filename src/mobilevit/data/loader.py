@@ -186,7 +186,7 @@ def _kill_workers() -> None:
 def _start_worker(max_megapixels: float, _: int) -> None:
     if max_megapixels < math.inf:  # a spawned worker does not inherit the limit
         limit_megapixels(max_megapixels)
-    # Ctrl-C and a batch system's SIGTERM reach workers as well, but the main process still finishes its step.
+    # Ctrl-C and a batch system's SIGTERM are sent to workers as well, but the main process still finishes its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -228,6 +228,6 @@ def _collate(
 
 
 def _empty(*shape: int) -> Tensor:
-    """An uninitialized uint8 tensor; in a worker in shared memory, to which its queue would copy it otherwise."""
+    """An uninitialized uint8 tensor. In a worker it is in shared memory, which saves the queue a copy."""
     pixels = torch.empty(shape, dtype=torch.uint8)
     return pixels if get_worker_info() is None else pixels.share_memory_()

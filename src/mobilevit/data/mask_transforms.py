@@ -33,7 +33,7 @@ class MaskAugmentation:
     Resize, crop and flip are those of the paper's released recipe (short side 1/2 to 2 of the crop's side), except that
     a small image is padded with black pixels that the loss ignores, where that recipe enlarges the image. The rotation
     by up to 10 degrees is from a later release, which also distorts colors; this class does not. `min_scale` limits
-    the crop: the smallest fraction of the area of a square image. 1 never cuts anything off.
+    the crop: the smallest fraction of the area of a square image. With 1, nothing is cropped.
     """
 
     min_scale: float
@@ -73,7 +73,7 @@ class MaskAugmentation:
         pixels = torch.from_numpy(cropped)[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(pixels, out[::-1], mode="bilinear", antialias=True)
         classes = F.interpolate(classes[None, None], out[::-1], mode="nearest-exact")
-        # A crop smaller than the square gets a random place in it.
+        # Place a crop that is smaller than the square at a random position.
         left, top = (int(random.integers(side - length + 1)) for length in out)
         margins = (left, side - left - out[0], top, side - top - out[1])
         pixels, classes = F.pad(pixels, margins), F.pad(classes, margins, value=IGNORE)

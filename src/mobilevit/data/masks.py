@@ -65,7 +65,7 @@ class MaskFile:
         return replace(self, coding=replace(self.coding, indices=indices))
 
     def mismatch(self, name: str, size: tuple[int, int]) -> str | None:
-        """What `read` will refuse according to the file's header."""
+        """The error that `read` will raise, as far as the file's header shows it; None if it shows none."""
         try:
             with Image.open(self.file) as image:
                 return self._mismatch(image, size)
@@ -143,7 +143,9 @@ def read_coding(*folders: Path) -> tuple[tuple[str, ...], MaskCoding] | None:
     else:
         uncolored = [line for line, match in zip(lines, matches, strict=True) if match is None]
         if uncolored:
-            raise ValueError(f"{file}: no color for {join_names(uncolored)}; write #rrggbb after every name, or none")
+            raise ValueError(
+                f"{file}: no color for {join_names(uncolored)}; write #rrggbb after every name, or after none"
+            )
         pairs = [(match[1], bytes.fromhex(match[2])) for match in matches if match]
         names = tuple(name for name, _ in pairs if name != "ignore")
         for what, values in (("name", names), ("color", [color for _, color in pairs])):

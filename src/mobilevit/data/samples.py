@@ -36,7 +36,7 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> ImageInput | bytes: ...
 
     def key(self, index: int) -> str:
-        """Identifies an image within the data set; does not change if the data set is moved."""
+        """Identifies an image within the dataset; does not change if the dataset is moved."""
         ...
 
     def name(self, index: int) -> str:
@@ -120,7 +120,7 @@ class Source(Generic[Label]):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a data set as read, before its labels are matched with the class names of a model.
+    """One split of a dataset as read, before its labels are matched with the class names of a model.
 
     `labels` are class indices or class names, with None for an image without a label; or they are `Annotation`s.
     `class_names` are the names by class index, None if `labels` are names or indices without names. `location` names
@@ -202,7 +202,7 @@ class Split:
         if unknown:
             raise ValueError(
                 f"{self.location}: {join_classes(unknown)} not among the {len(known)} known classes "
-                f"({join_names(known)}); rename or remove"
+                f"({join_names(known)}); rename or remove them"
             )
 
     def _check(self) -> None:
@@ -236,7 +236,7 @@ class Split:
 
 
 Splits = Mapping[str, Callable[[], Split]]
-"""Functions that read the splits of a data set: "train", "val", "test", or "all" if it is not divided."""
+"""Functions that read the splits of a dataset: "train", "val", "test", or "all" if it is not divided."""
 
 
 def divide(source: Source[Label], val_fraction: float, location: str | Path) -> tuple[Source[Label], Source[Label]]:
@@ -272,7 +272,7 @@ def check_val_fraction(val_fraction: float) -> None:
 
 
 def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]  # a file name may be no valid UTF-8
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]  # a file name may not be valid UTF-8
 
 
 def fingerprint(source: Source[Any]) -> str:
@@ -284,7 +284,7 @@ def fingerprint(source: Source[Any]) -> str:
     labels = (str(label) if isinstance(label, int) else label.digest() for label in source.labels)
     for values in (source.class_names, labels, source.keys()):
         for value in values:
-            # The length first, so that two names differ from another two with the same letters.
+            # The length first, so that the names "ab", "c" differ from "a", "bc".
             encoded = value.encode(errors="surrogateescape")
             digest.update(len(encoded).to_bytes(4, "big") + encoded)
         digest.update(b"\xff" * 4)

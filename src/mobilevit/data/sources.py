@@ -1,4 +1,4 @@
-"""The splits of a data set on disk or on the hub: which format it has, and what is trained and evaluated on.
+"""Datasets on disk or on the hub: detection of the format, and splits for training and evaluation.
 
 Boxes and masks refer to the upright image, rotated by its EXIF tag as `read_image` does it. detectron2 reads them
 this way; pycocotools and torchvision ignore the tag. If the annotation has the size of the image, `check_images`
@@ -52,7 +52,7 @@ def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[
 
     - a folder with a folder of images per class, or with `train/` and `val/` (or `test/`) that contain those;
     - a folder with idx files like MNIST's (train-images-idx3-ubyte, t10k-... and so on, gzipped or not);
-    - a folder that `datasets.Dataset.save_to_disk` wrote; .parquet or .arrow files; `hf:owner/name`, a data set of the
+    - a folder that `datasets.Dataset.save_to_disk` wrote; .parquet or .arrow files; `hf:owner/name`, a dataset of the
       hub (these require the extra `datasets`);
     - .tar shards of WebDataset.
 
@@ -142,7 +142,7 @@ def find_evaluation_split(
     if split in splits:
         return splits[split]().source(class_names)
     if "all" not in splits:
-        raise ValueError(f"{data}: has no split {split!r}; name one of {join_names(splits)} with --split")
+        raise ValueError(f"{data}: has no split {split!r}; choose one of {join_names(splits)} with --split")
     if split not in ("train", "val") or val_fraction is None:
         hint = ", and the weights do not contain the fraction for a validation split" if split == "val" else ""
         raise ValueError(f"{data}: has no split {split!r}{hint}; evaluate all images with --split all")
@@ -175,8 +175,8 @@ def _find_format(task: TaskName, data: str | Path) -> tuple[str, Splits]:
         formats = {"VOC masks": voc_mask_splits(data), "images/ and masks/": mask_folder_splits(data)}
     formats = {name: splits for name, splits in formats.items() if splits}
     if len(formats) > 1:
-        hint = ", or name one of its files" if task == "classify" else ""
-        raise ValueError(f"{data}: contains {' and '.join(formats)}; keep one of them there{hint}")
+        hint = ", or give one of its files" if task == "classify" else ""
+        raise ValueError(f"{data}: contains {' and '.join(formats)}; remove all but one{hint}")
     if not formats:
         raise ValueError(f"{data}: data format not recognized; expected {EXPECTED[task]}")
     name, splits = next(iter(formats.items()))
@@ -207,7 +207,7 @@ def _refuse_other_data(data: Path) -> None:
     suffix = data.suffix.lower()
     if re.match(r"[A-Za-z][\w+.-]+:/", str(data)):
         url = re.sub(":/+", "://", str(data), count=1)  # a Path has one slash
-        raise ValueError(f"{url}: a URL; download it first and give the folder (a hub data set is hf:OWNER/NAME)")
+        raise ValueError(f"{url}: a URL; download it first and give the folder (a hub dataset is hf:OWNER/NAME)")
     if data.is_file() and suffix in (".zip", ".7z", ".rar"):
         raise ValueError(f"{data}: an archive; extract it (unzip) and give the folder")
     if data.is_file() and suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):

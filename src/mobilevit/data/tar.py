@@ -57,7 +57,7 @@ class TarImages:
 
 @dataclass
 class _Entry:
-    """The files of one key: the place of the image, the contents of the label."""
+    """The files of one key: the location of the image, the contents of the label."""
 
     offset: int = -1
     size: int = 0
@@ -128,7 +128,7 @@ def _read_headers(shard: Path) -> dict[str, _Entry]:
                         entry.json = file.read(info.size)
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{shard}: damaged tar file ({first_line(error)}); download or pack it again") from None
-        # tarfile takes the end of the file, and anything that is not a header, for the end of the archive.
+        # tarfile treats the end of the file, and anything that is not a header, as the end of the archive.
         file.seek(end)
         if end > length or file.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
             raise ValueError(
@@ -170,5 +170,5 @@ def refuse_compressed(file: Path, start: bytes = b"") -> None:
 
 
 def is_compressed_tar(file: Path) -> bool:
-    """By its name."""
+    """Whether the file name ends like that of a compressed tar."""
     return file.name.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))

@@ -74,7 +74,7 @@ def random_crop(width: int, height: int, min_scale: float, random: np.random.Gen
     """A crop with `min_scale` to 1 of the area of the image and an aspect ratio of 3:4 to 4:3."""
     if crop := _random_box(width, height, (min_scale, 1), (3 / 4, 4 / 3), random):
         return crop
-    # No such crop fits into a very long image: use its center, as square as allowed.
+    # No such crop fits into a very long image: use its center, with the nearest allowed aspect ratio.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

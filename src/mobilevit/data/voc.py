@@ -47,7 +47,7 @@ def _voc_root(data: Path) -> Path:
     for folder in (data, data / "VOCdevkit"):
         roots = sorted(path.parent for path in folder.glob("*/JPEGImages"))
         if len(roots) > 1:
-            raise ValueError(f"{data}: contains {join_names(root.name for root in roots)}; name one of them")
+            raise ValueError(f"{data}: contains {join_names(root.name for root in roots)}; give one of them")
         if roots and (folder != data or roots[0].name.startswith("VOC")):
             return roots[0]
     return data
@@ -73,7 +73,9 @@ def _image(root: Path, stem: str) -> Path:
     images = [root / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG")]
     image = next((image for image in images if image.is_file()), None)
     if image is None:
-        raise ValueError(f"{images[0]}: no such file, but ImageSets/ or an annotation names it; add or unlist it")
+        raise ValueError(
+            f"{images[0]}: no such file, but ImageSets/ or an annotation names it; add it or remove the entry"
+        )
     return image
 
 

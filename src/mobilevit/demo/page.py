@@ -102,7 +102,7 @@ def write_page(
         )
     # Some servers do not know the media type of .mjs, and browsers run only scripts with the right one.
     runtime_names = {name: f"ort/{name.replace('.bundle.min.mjs', '.js')}" for name in FILES}
-    # index.html is written first: it marks an interrupted page as ours.
+    # index.html is written first: after an interruption it identifies the folder as one of ours.
     static_files = sorted(STATIC.iterdir(), key=lambda file: file.name != "index.html")
     if not overwrite:
         names = [*(file.name for file in static_files), *runtime_names.values(), MODEL, "style.css", "network.json"]

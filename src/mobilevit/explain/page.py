@@ -24,7 +24,7 @@ GRADIENT_PX = 128  # largest side of a gradient map
 
 
 def render_page(explanation: Explanation) -> str:
-    """The HTML page. It loads nothing from elsewhere."""
+    """The HTML page. It loads no other files."""
     e = explanation
     data = {
         "box": e.region.box,

@@ -18,7 +18,7 @@ from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
 
 PRECISIONS = ("fp32", "fp16", "int8")
-# With a dynamic batch, reshapes leave the delegate, which splits into more than twenty.
+# With a dynamic batch size, reshapes run outside the delegate, which splits it into more than twenty.
 DYNAMIC = ()
 POSTPROCESS_TASKS = ("segment",)
 # One delegate for the whole network: XNNPACK supports products of rank 3, but no mean over the last axis.

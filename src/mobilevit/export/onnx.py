@@ -38,7 +38,7 @@ POSTPROCESS_TASKS = ("detect", "segment")
 FORMULATION = Formulation(attention="onnx", norm="layer")
 OPSET = 23  # the first with an attention operator
 CALIBRATION_BATCH = 16
-QUANTIZED = ("Conv", "Gemm", "MatMul")  # other operators in int8 cost accuracy and, between float ones, time
+QUANTIZED = ("Conv", "Gemm", "MatMul")  # in int8, other operators cost accuracy and, between float operators, time
 # NMS per class, then the top scores over all classes. The selected scores are scattered into zeros, so that any batch
 # size works and the output shape is fixed: padding has score 0 and label -1.
 NMS = f"""

@@ -100,7 +100,7 @@ class Boxes(NamedTuple):
 
 
 class OutputComparison:
-    """Compares outputs with the names of `ArtifactSpec.outputs`, batch by batch."""
+    """Compares the outputs that `ArtifactSpec.outputs` names, batch by batch."""
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)

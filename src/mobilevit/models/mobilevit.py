@@ -411,7 +411,7 @@ class MobileViT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, head_channels), the input of the classifier."""
         (x,) = self.backbone(images).values()
-        return self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # runtimes recognize a pool by its kept axes
+        return self.head(x).mean(dim=(-2, -1), keepdim=True).flatten(1)  # keepdim: runtimes recognize a pooling layer
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, num_classes) of pooled features."""
@@ -449,7 +449,7 @@ def find_architecture(architecture: Architecture | str) -> Architecture:
 def initialize(module: nn.Module) -> None:
     """As published: convolutions Kaiming normal (fan-out), linear layers truncated normal (std 0.02, at 2 std)."""
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # nothing to initialize, and PyTorch would import its compiler
+        return  # no values to initialize, and PyTorch would import its compiler
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):

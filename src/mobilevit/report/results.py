@@ -80,7 +80,7 @@ def sections(results: Results, source: Source[Any]) -> list[Section]:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str | Bar]], *, caption: str | Markup = "", is_text: bool = False
 ) -> Markup:
-    """An HTML table whose first column names the row; rows after the first `MAX_CLASSES` are not collapsed."""
+    """An HTML table whose first column names the row. No rows are collapsed."""
     return Markup(render("table.html", columns=columns, rows=rows, more=[], caption=caption, is_text=is_text))
 
 
@@ -189,7 +189,7 @@ def confusion_html(matrix: np.ndarray, class_names: Sequence[str], unit: str = "
     """A heat map for up to 20 classes, a table of the 20 most frequent confusions for more.
 
     `matrix` (C, C) counts images or pixels by true class (rows) and predicted class (columns). Cells are counts of
-    images, or per cent of the row for pixels, whose counts are too long.
+    images, or percent of the row for pixels, whose counts are too long.
     """
     totals = matrix.sum(1)
     if len(class_names) <= MAX_CLASSES:
@@ -214,7 +214,7 @@ def confusion_html(matrix: np.ndarray, class_names: Sequence[str], unit: str = "
 def class_table(rows: Sequence[ClassMetrics], headings: Mapping[str, str], by: Sequence[str]) -> Markup:
     """A table of classes, the lowest of the metrics `by` first; undefined values last. Rows after 20 are collapsed.
 
-    `headings` are the titles of the columns by metric: counts as whole numbers, other metrics in per cent.
+    `headings` are the titles of the columns by metric: counts as whole numbers, other metrics in percent.
     """
 
     def key(row: ClassMetrics) -> list[float]:
@@ -259,7 +259,7 @@ def _metric_cell(name: str, value: float | None) -> str | Bar:
 
 
 def thumbnail(image: Image.Image, name: str = "image", size_px: int = THUMBNAIL_PX) -> str:
-    """A JPEG data URL of an image whose longer side is resized to about `size_px`; small images by whole factors."""
+    """A JPEG data URL of an image, its longer side resized to about `size_px`; enlarged by integer factors only."""
     return jpeg_url(_resized(to_rgb(image, name), size_px), quality=85)
 
 

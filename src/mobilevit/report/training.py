@@ -164,7 +164,7 @@ def _step_charts(steps: Steps) -> list[Chart]:
     n = len(steps.step)
     if not n:
         return []
-    # Up to 60 steps are points of their own; of more, a point is the mean of at least four steps.
+    # Up to 60 steps: a point per step. More: a point is the mean of at least four steps.
     groups = np.array_split(np.arange(n), n if n <= 60 else min(max(60, n // 4), MAX_POINTS))
     x = [float(steps.step[group].mean()) for group in groups]
     low, mean, high = (

@@ -34,7 +34,7 @@ class ClassificationResults:
     main_metric = "top1"
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy in per cent, mean loss, number of images."""
+        """Top-1 and top-5 accuracy in percent, mean loss, number of images."""
         is_correct = self.predictions == self.labels[:, None]
         return {
             "top1": 100 * int(is_correct[:, 0].sum()) / len(is_correct),

@@ -1,4 +1,4 @@
-"""Data sets and preprocessing, found in the same way for every task."""
+"""Functions for datasets and preprocessing that all tasks use."""
 
 from __future__ import annotations
 

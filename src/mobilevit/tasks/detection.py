@@ -79,7 +79,7 @@ class DetectionResults:
     main_metric = "ap"
 
     def metrics(self) -> dict[str, float]:
-        """COCO's average precisions in per cent, and the number of images.
+        """COCO's average precisions in percent, and the number of images.
 
         "ap" is the mean over the IoU thresholds 0.5 to 0.95, "ap50" and "ap75" are at one threshold. "ap_small",
         "ap_medium" and "ap_large" are of boxes up to 32 x 32 px, up to 96 x 96 px and above, present only if the data
@@ -116,14 +116,14 @@ class DetectionResults:
         return np.where(precision < 0, np.nan, precision)
 
     def ranked(self) -> list[ImageDetections]:
-        """Images by ascending F1 score, of equal ones those with more boxes first; without empty images."""
+        """Images with boxes by ascending F1 score; for equal scores, those with more boxes first."""
         scores = [(image.f1_score(), -len(image.truth.boxes.labels), image.index, image) for image in self.images]
         return [image for f1, *_, image in sorted(scores, key=lambda x: x[:3]) if not math.isnan(f1)]
 
     def _average_precision(
         self, *, iou: float | None = None, area: str = "all", label: int | None = None
     ) -> float | None:
-        """Average precision in per cent; None if there are no such boxes in the data."""
+        """Average precision in percent; None if there are no such boxes in the data."""
         precision = self._precision[:, :, :, AREAS.index(area)]
         if iou is not None:
             precision = precision[[IOU_THRESHOLDS.index(iou)]]
@@ -239,8 +239,8 @@ def match(targets: BoxBatch, anchors: Tensor) -> Tensor:
     """Match anchors to boxes (SSD, section 2.2): (B, A) indices into the boxes of the image, -1 for the background.
 
     `anchors` (A, 4) are in center form. An anchor matches the box with the highest IoU if that is 0.5 or more. In
-    addition, each box matches its anchor with the highest IoU; if several boxes have the same such anchor, the last one
-    gets it.
+    addition, each box matches its anchor with the highest IoU; if several boxes have the same such anchor, it
+    matches the last of them.
     """
     is_box = targets.labels >= 0
     iou = box_iou(targets.corners.flatten(0, 1), box_convert(anchors, "cxcywh", "xyxy"))
@@ -260,9 +260,9 @@ def ssd_loss(
 ) -> Tensor:
     """The loss of SSD (section 2.2) for the outputs of an `SSDLite`, a float32 scalar.
 
-    Smooth L1 of the locations of matched anchors, plus cross-entropy of matched anchors and of hard negatives: per
-    image, the three times as many unmatched anchors with the lowest background probability. The sum is divided by the
-    number of matched anchors in this (micro-)batch. An image without boxes has three hard negatives.
+    Smooth L1 of the locations of matched anchors, plus cross-entropy of matched anchors and of hard negatives: in each
+    image, the unmatched anchors with the lowest background probability, three per matched anchor. The sum is divided by
+    the number of matched anchors in this (micro-)batch. An image without boxes has three hard negatives.
     """
     class_logits, locations = class_logits.float(), locations.float()
     matched = match(targets, anchors)

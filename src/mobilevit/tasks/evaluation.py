@@ -29,7 +29,7 @@ class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
     `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
-    a segmentation network, all in per cent except the loss; and "num_images". `results` has the predictions.
+    a segmentation network, all in percent except the loss; and "num_images". `results` has the predictions.
     """
 
     split: str
@@ -58,7 +58,7 @@ def evaluate(
 
     Args:
         weights: a path, a hub id or `Weights`.
-        data: a folder or data set, as for `train`.
+        data: a folder or dataset, as for `train`.
         split: "train", "val", "test" or "all". None: val, or test if there is no val. Data without splits are split as
             in training if the weights were trained on them; otherwise all images are evaluated.
         size_px: input size; None: the size that the weights were trained at.

@@ -27,7 +27,7 @@ from mobilevit.weights import Weights, backbone_tensors
 OUTPUT_STRIDE = 16  # of a new network, as published
 AUXILIARY_WEIGHT = 0.4  # of the loss of the auxiliary head, as in the reference implementation
 MAX_RESIZED = 1 << 26  # logits per resize to the size of the image: 256 MB
-NUM_EXAMPLES = 6  # best and worst images in the results, each
+NUM_EXAMPLES = 6  # number of best images in the results, and of worst images
 EXAMPLE_PX = 360  # longer side of a mask in an example
 
 
@@ -58,7 +58,7 @@ class SegmentationResults:
     main_metric = "miou"
 
     def metrics(self) -> dict[str, float]:
-        """Mean IoU and pixel accuracy in per cent over the pixels of all images, and the number of images.
+        """Mean IoU and pixel accuracy in percent over the pixels of all images, and the number of images.
 
         The mean excludes classes that are neither annotated nor predicted anywhere.
         """

@@ -1,4 +1,4 @@
-"""The protocol of a task: what the training loop and evaluation know about it."""
+"""The protocol of a task: its interface to the training loop and to evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def single_process(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Metrics of one class by name: a count, and values in per cent; None where a metric is undefined."""
+    """Metrics of one class by name: a count, and values in percent; None where a metric is undefined."""
 
     class_name: str
     metrics: dict[str, float | None]
@@ -39,10 +39,10 @@ class Results(Protocol):
     """The record of an evaluation. `mobilevit.report.results` renders it."""
 
     main_metric: str
-    """Name of the metric, in per cent, that selects the best epoch."""
+    """Name of the metric, in percent, that selects the best epoch."""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the whole data set by name, the main metric first."""
+        """Metrics of the whole dataset by name, the main metric first."""
         ...
 
     def per_class(self, class_names: Sequence[str]) -> list[ClassMetrics]:

@@ -97,7 +97,7 @@ def train(
 
     Args:
         recipe: a `Recipe`, or the name of one such as "small".
-        data: a folder or data set; see docs/training.md.
+        data: a folder or dataset; see docs/training.md.
         out: the run folder; see `mobilevit.training.run`.
         pretrained: initial weights: a path, a hub id, or `Weights`. None: random weights.
         download: fetch a hub id that is not in the local cache.
@@ -165,7 +165,7 @@ class _PendingStep:
 
 
 class _Timer:
-    """Measures laps in seconds, and the part of each that was spent waiting for data."""
+    """Measures laps and the time of each that was spent waiting for data, in seconds."""
 
     def __init__(self, loader: Loader):
         self._loader, self._started, self._waited = loader, time.perf_counter(), 0.0
@@ -178,7 +178,7 @@ class _Timer:
 
 
 class _Loop:
-    """The epochs of a run that are left."""
+    """The remaining epochs of a run."""
 
     def __init__(self, setup: Setup, run: Run):
         self.setup, self.run, self.plan = setup, run, setup.plan
@@ -215,10 +215,10 @@ class _Loop:
     # --- An epoch of steps -------------------------------------------------------------------------------------------
 
     def _train_epoch(self) -> None:
-        """The steps of the current epoch that are left."""
+        """Run the remaining steps of the current epoch."""
         progress = self.run.progress
         batches = self.plan.epoch(progress.epoch)
-        # Reading results waits for the device, so a GPU is asked once per ten steps.
+        # Reading results synchronizes with the device, so on a GPU they are read once per ten steps.
         max_pending = 1 if self.processes.device.type == "cpu" else 10
         pending: list[_PendingStep] = []
         micro_batches, to_load = itertools.tee(self.plan.micro_batches(batches, progress.step, self.processes.rank))
@@ -298,7 +298,7 @@ class _Loop:
         is_stopped = any(num_stopped for *_, num_stopped in sums)
         if is_stopped or time.perf_counter() - self.saved_at > 60 * self.options.checkpoint_minutes:
             self._save_checkpoint()
-            timer.lap()  # the time of saving does not count
+            timer.lap()  # exclude the time of saving from the speed
         if is_stopped:
             raise Stopped(
                 f"stopped in epoch {epoch + 1} after step {progress.total_step:,} and saved in {self.options.out}; the "
@@ -385,7 +385,7 @@ class _Loop:
         setup, ema, raw = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
         training = {
             "recipe": recipes.to_dict(self.recipe),
-            # Without times, so that equal runs write equal files.
+            # Without times, so that identical runs write identical files.
             "metrics": {name: value for name, value in record.items() if name not in TIMES},
             "val_data": setup.val_fingerprint,  # evaluation recognizes the validation split
             "num_transparent": setup.train_set.num_transparent,  # export reports transparent images

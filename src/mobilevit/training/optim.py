@@ -100,9 +100,10 @@ class EMA:
 class BatchNormStatistics:
     """Running statistics of the batch norm layers in training mode, independent of how a step is divided.
 
-    By itself a layer updates its running statistics once per micro-batch: four micro-batches would move them four times
-    as far as one, and four processes would diverge. Here a layer only records the statistics of the current micro-batch
-    (momentum 1). Once per step the mean over all micro-batches of all processes updates the running statistics.
+    By default a layer updates its running statistics once per micro-batch: four micro-batches would move them four
+    times as far as one, and four processes would diverge. Here a layer only records the statistics of the current
+    micro-batch (momentum 1). Once per step the mean over all micro-batches of all processes updates the running
+    statistics.
     """
 
     def __init__(self, model: nn.Module):

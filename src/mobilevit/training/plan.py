@@ -58,11 +58,11 @@ class Plan:
         return count_micro_batches(batch_size, size_px, max_pixels=self.max_pixels, world_size=self.world_size)
 
     def max_micro_batch_size(self) -> int:
-        """Images of the base size in the largest micro-batch."""
+        """Maximum number of images in a micro-batch at the base size."""
         return self.max_pixels // self.recipe.data.size_px**2
 
     def batch_sizes(self) -> dict[int, int]:
-        """Images of a full step by image size in pixels; at most `num_images`."""
+        """Number of images in a full step by image size in pixels; at most `num_images`."""
         return {size_px: min(size, self.num_images) for size_px, size in self.epoch(0).batch_sizes.items()}
 
     def shapes(self) -> set[tuple[int, ...]]:

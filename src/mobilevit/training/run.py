@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
 FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
 NUM_CHECKPOINTS = 2  # a disk failure that ends the run can damage the newest one
-# Keys in folders of earlier versions -> their present names. They can be resumed and read.
+# Keys in folders of earlier versions -> their current names. They can be resumed and read.
 RENAMED_KEYS = {
     "pictures_at_once": "micro_batch_size",
     "pictures": "images",
@@ -72,7 +72,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Identity:
-    """What identifies a run. A folder is resumed only by a run with the same values.
+    """The values that identify a run. A folder is resumed only by a run with the same values.
 
     `data`, `weights` and `teacher` are fingerprints; `weights` is "random" without pretrained weights. `network` is the
     name of a network of another library.
@@ -85,7 +85,7 @@ class Identity:
     teacher: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Without the values of the recipe that change no computed number."""
+        """As JSON values, without the recipe fields that do not affect the results."""
         recipe = to_dict(self.recipe)
         for name in ("num_workers", "max_unreadable"):  # the latter decides whether a run stops or skips an image
             del recipe["data"][name]
@@ -144,7 +144,9 @@ class RunFolder:
         if not is_new:
             _check_same_run(path, facts)
         elif self._saved() or any((path / name).exists() for name in FILES):
-            raise ValueError(f"{path}: contains files of a run without its run.json; name another folder or remove it")
+            raise ValueError(
+                f"{path}: contains files of a run, but no run.json; choose another folder, or remove this one"
+            )
         with contextlib.ExitStack() as undo:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ class RunFolder:
                 if is_new:
                     self.write_facts(facts)
             except BlockingIOError:
-                raise ValueError(f"{path}: another process is training in this folder; name another folder") from None
+                raise ValueError(f"{path}: another process is training in this folder; choose another folder") from None
             except OSError as error:
                 raise ValueError(f"{path}: cannot be written to ({(error.strerror or str(error)).lower()})") from None
             undo.pop_all()
@@ -369,12 +371,12 @@ def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: 
         raise ValueError(
             f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of the {schedule_epochs} epochs of "
             f"its learning rate schedule; finish it with --epochs {schedule_epochs}, then continue it with "
-            f"--epochs {recipe.epochs}, or name another folder"
+            f"--epochs {recipe.epochs}, or choose another folder"
         )
     if not recipe.optimizer.end_lr:
         raise ValueError(
-            f"{out}: optimizer.end_lr is 0, and a finished run continues at that learning rate, which changes nothing; "
-            "name another folder for a longer run"
+            f"{out}: optimizer.end_lr is 0, and a finished run would continue at that learning rate, without effect; "
+            "choose another folder for a longer run"
         )
 
 
@@ -396,7 +398,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
             return _rename_keys(facts)
-    raise ValueError(f"{path}: damaged; name another folder, or remove this one")
+    raise ValueError(f"{path}: damaged; choose another folder, or remove this one")
 
 
 def _rename_keys(values: Any) -> Any:
@@ -428,7 +430,7 @@ def _check_same_run(path: Path, facts: Mapping[str, Any]) -> None:
     elif differences == [f"recipe.epochs was {before['recipe']['epochs']}, is now {facts['recipe']['epochs']}"]:
         hint = "; extend=True (in the command line always on) continues a finished run for more epochs"
     raise ValueError(
-        f"{path}: contains another run ({', '.join(differences)}){hint}; name another folder, or remove this one"
+        f"{path}: contains another run ({', '.join(differences)}){hint}; choose another folder, or remove this one"
     )
 
 
@@ -440,14 +442,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            # Fingerprints mean nothing to the reader.
+            # A fingerprint in the message would not help the user.
             yield "other data" if f"{prefix}{name}" == "data" else f"{prefix}{name} was {old}, is now {new}"
 
 
 def _torch_save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError:  # torch does not name the reason, such as a full disk; Python's own files do
+    except RuntimeError:  # has no reason such as a full disk; the errors of Python's own files have one
         buffer = io.BytesIO()
         torch.save(state, buffer)
         path.write_bytes(buffer.getbuffer())
@@ -455,7 +457,7 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name `path` in every OSError: `write` and `fsync` name no file, and the name of a temporary file is no help."""
+    """Name `path` in every OSError. `write` and `fsync` name no file, and others may name a temporary file."""
     try:
         yield
     except OSError as error:

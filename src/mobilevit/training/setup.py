@@ -71,7 +71,7 @@ class Setup:
 
 
 def prepare(options: TrainOptions, processes: Processes) -> Setup:
-    """Find the data, build the network, and measure how large micro-batches can be.
+    """Find the data, build the network, and measure the maximum micro-batch size.
 
     Raises:
         ValueError: a recipe, data or weights that cannot be used; see `mobilevit.train`.

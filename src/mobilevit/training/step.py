@@ -34,7 +34,7 @@ def to_train_mode(model: nn.Module, recipe: Recipe) -> None:
 
 
 def prepare_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """`model` in training mode, with synchronized batch norm if the recipe asks for it."""
+    """`model` in training mode, with synchronized batch norm if the recipe enables it."""
     to_train_mode(model, recipe)
     if not recipe.compute.sync_batch_norm:
         return model
@@ -44,7 +44,7 @@ def prepare_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """Mixed precision as the recipe asks for it."""
+    """The autocast context for the precision of the recipe."""
     return torch.autocast(device.type, DTYPES[recipe.compute.precision], recipe.compute.precision != "float32")
 
 
@@ -79,12 +79,12 @@ class TrainStep:
                 component.load_state_dict(state[name])
         self.statistics = BatchNormStatistics(model)
         self.autocast = autocast(recipe, processes.device)
-        self.network: nn.Module = model  # what computes the loss: compiled, distributed
+        self.network: nn.Module = model  # possibly compiled and wrapped in DDP
         if recipe.compute.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph per size and length of a micro-batch
             self.network = torch.compile(model, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
         if processes.world_size > 1:
-            # torch 2.11 warns about this name, and has no other one.
+            # torch 2.11 deprecates this name without a replacement.
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
         self.compiled_shapes: set[torch.Size] = set()
@@ -116,7 +116,8 @@ class TrainStep:
         is_last = micro_batch.index + self.processes.world_size >= micro_batch.num_micro_batches
         with contextlib.ExitStack() as stack:
             if self.compiled_shapes and batch.pixels.shape not in self.compiled_shapes:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))  # the last batch of an epoch: too rare
+                # The last batch of an epoch is too rare to compile.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if isinstance(self.network, DistributedDataParallel) and not is_last:
                 stack.enter_context(self.network.no_sync())
             with self.autocast:

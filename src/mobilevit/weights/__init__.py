@@ -185,7 +185,7 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
             f"write {formats}"
         )
     if format == "transformers" and path.suffix in _SUFFIXES:
-        raise WeightsError(f"{path}: {FORMAT_NAMES[format]} format is a folder; name one")
+        raise WeightsError(f"{path}: {FORMAT_NAMES[format]} format is a folder; give a folder")
     if format != "transformers" and path.suffix not in _ENDINGS[format]:
         raise WeightsError(f"{path}: the file name must end in {' or '.join(_ENDINGS[format])} for format {format}")
     if format in ("apple", "timm"):
@@ -231,7 +231,7 @@ def _locate(source: str, download: bool) -> Path:
             return files[0]
         raise WeightsError(
             f"{path}: a folder of weights must contain {' or '.join(hub.WEIGHT_FILES)}; "
-            + (f"found {', '.join(p.name for p in files)}: name one of them" if files else "found neither")
+            + (f"found {', '.join(p.name for p in files)}: give one of them" if files else "found neither")
         )
     if path.exists():
         return path
@@ -257,7 +257,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from None
     if not start.startswith((b"PK", b"\x80")):
-        raise WeightsError(f"{path}: neither a .safetensors file nor one of torch.save; check that it contains weights")
+        raise WeightsError(
+            f"{path}: neither a .safetensors file nor one of torch.save; give a file of weights (an exported artifact "
+            "is not one)"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -7,7 +7,7 @@ dilated kernel. A grouped 1x1 convolution mixes the branches. Where the map is h
 concatenated, and the image, pooled to the same size, is added after two convolutions.
 (B, 3, H, W) -> maps at strides 2, 4, 8, 16, 32 -> mean -> (B, classes).
 
-The released code also builds a shortcut from the image to the last stage, which it never uses. It is left out here.
+The released code also builds a shortcut from the image to the last stage, which it never uses. It is omitted here.
 """
 
 from __future__ import annotations
