@@ -37,7 +37,7 @@ RUNTIMES = (*TORCH, *ARTIFACT_SUFFIXES)
 CALIBRATION_IMAGES = 16  # few, because the calibration does not affect the speed
 LAYOUT_ROUNDS = 3
 Rival = tuple[str, bool]  # name of a model for `rivals.build`, and whether it is built for export
-# The file names that `mobilevit export` gives to artifacts.
+# File names of artifacts that are named after the architecture, as `mobilevit export` does for hub ids.
 _ARTIFACT = re.compile(
     rf"(?P<network>mobilevit_(?P<architecture>{'|'.join(ARCHITECTURES)})(?:_(?P<task>detect|segment))?_\d+x\d+)"
     rf"_(?P<precision>{'|'.join(PRECISIONS)})(?:_uint8)?(?P<postprocess>_postprocess|_answers)?"
@@ -162,7 +162,7 @@ def models_from_artifact(
 ) -> list[BenchmarkModel]:
     """The artifact `path`, and the models to compare it with, which are written to `folder`.
 
-    The network and the precision are taken from the file name, if it is one that `mobilevit export` gives.
+    The network and the precision are taken from the file name, if the artifact is named after the architecture.
 
     Raises:
         ValueError: no artifact, a batch or image size that it does not accept, `against` with another file name.
@@ -176,8 +176,8 @@ def models_from_artifact(
     match = _ARTIFACT.fullmatch(path.stem)
     if against and not match:
         raise ValueError(
-            f"{path}: the file name does not identify the network it contains; to compare it, name it as mobilevit "
-            "export does, or give the weights instead"
+            f"{path}: the file name does not identify the network, which --against needs; give the weights and "
+            f"--runtime {runtime} instead, or rename the file like mobilevit_xs_256x256_fp32{path.suffix}"
         )
     weights = _weights_like(path, match, found) if match else None
     networks = _build_rivals(against, weights, exportable=[True]) if weights else {}

@@ -41,7 +41,9 @@ class Info:
                 weights = self.weights_options.read_for_inference(self.network)
             except ValueError as error:
                 hint = nearest(self.network, ARCHITECTURES)
-                raise ValueError(f"{error}; {hint}the architectures are {', '.join(ARCHITECTURES)}") from None
+                message = str(error)
+                message += " " if message.endswith("?") else "; "
+                raise ValueError(f"{message}{hint}the architectures are {', '.join(ARCHITECTURES)}") from None
             model, size_px = weights.build(), weights.preprocessing.crop_px
             console.print(_description(self.network, weights))
         console.print(table(profile(model, size or (size_px, size_px))))

@@ -1,4 +1,4 @@
-"""Export weights to artifacts for five runtimes, and compare each artifact with torch before it is saved."""
+"""Export weights to artifacts for several runtimes, and compare each artifact with torch before it is saved."""
 
 from __future__ import annotations
 

@@ -257,7 +257,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from None
     if not start.startswith((b"PK", b"\x80")):
-        raise WeightsError(f"{path}: neither a .safetensors file nor one of torch.save; check that it contains weights")
+        raise WeightsError(
+            f"{path}: neither a .safetensors file nor one of torch.save; give a file of weights (an exported artifact "
+            "is not one)"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
