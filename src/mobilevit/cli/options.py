@@ -153,7 +153,7 @@ def height_width(size: tuple[int, ...]) -> tuple[int, int] | None:
     """Input height and width in pixels of an option with one or two values, or None without values."""
     if len(size) > 2 or any(side < MIN_SIZE_PX for side in size):
         value = " ".join(map(str, size))
-        raise ValueError(f"--size is {value}; give one side, or height and width, of {MIN_SIZE_PX} px or more")
+        raise ValueError(f"--size is {value}; give one number, or height and width, of {MIN_SIZE_PX} px or more")
     return (size[0], size[-1]) if size else None
 
 
@@ -212,7 +212,7 @@ def warn_of_transparency(weights: Weights) -> None:
 
 
 def format_resize(p: Preprocessing) -> str:
-    """The resizing and cropping of a preprocessing, in words."""
+    """The resizing and cropping of a preprocessing, as text."""
     if isinstance(p.resize_px, int):
         return f"short side to {p.resize_px} px {p.interpolation}, center crop {p.crop_px} px"
     height, width = p.resize_px

@@ -199,7 +199,7 @@ def sensitivity(weights: Weights, images: Sequence[ImageInput]) -> list[Sensitiv
 def _spec_of(weights: Weights, options: ExportOptions) -> ArtifactSpec:
     sides = list(options.size) or [weights.preprocessing.crop_px]
     if len(sides) > 2:
-        raise ValueError(f"size is {options.size}; give one side, or height and width")
+        raise ValueError(f"size is {options.size}; give one number, or height and width")
     min_px, where = (65, ", if the size is dynamic") if options.dynamic_size else (MIN_SIZE_PX, "")
     if min(sides) < min_px:
         raise ValueError(f"size is {sides[0]} x {sides[-1]} px; the minimum is {min_px} px{where}")

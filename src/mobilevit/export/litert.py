@@ -73,7 +73,7 @@ def load(path: Path, num_threads: int) -> InferenceFn:
 def operators(path: Path) -> Operators:
     """Count the operators; the fallback is LiteRT's own kernels, outside XNNPACK."""
     nodes = _interpreter(path, num_threads=1)._get_ops_details()
-    # Delegated nodes stay in the list; the delegate is one more node with the inputs and outputs of the delegated part.
+    # Delegated nodes stay in the list; the delegate is another node, with the inputs and outputs of the delegated part.
     delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
     nodes = [node for node in nodes if node["op_name"] != "DELEGATE"]
     source = {tensor: i for i, node in enumerate(nodes) for tensor in node["outputs"]}
