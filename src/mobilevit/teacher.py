@@ -179,6 +179,11 @@ def teacher_from_weights(weights: Weights, name: str = "") -> TeacherNetwork:
 
 def _read_library_model(library: str, name: str, file: Path | None, download: bool) -> TeacherNetwork:
     text = f"{library}:{name}" + (f"@{file}" if file else "")
+    timm = require("timm", "compare", "a teacher from timm") if library == "timm" else None
+    names = timm.list_models() if timm else torchvision.models.list_models(torchvision.models)
+    if not (timm.is_model(name) if timm else name in names):
+        hint = nearest(name, names)
+        raise ValueError(f"teacher {text}: {library} has no such model; {hint}list_models() of {library} lists them")
     if file is None and not download:
         raise ValueError(
             f"teacher {text}: its published weights are not downloaded; add --download, or name a local file, "
@@ -186,38 +191,21 @@ def _read_library_model(library: str, name: str, file: Path | None, download: bo
         )
     tensors, class_names = _read_state_dict(file) if file else ({}, ())
     num_classes = _num_classes(file, tensors) if file else 1000
-    build = _build_timm if library == "timm" else _build_torchvision
-    network, mean, std, size_px = build(text, name, num_classes, file is None)
+    with _errors_of(text):
+        if timm:
+            network = timm.create_model(name, pretrained=file is None, num_classes=num_classes)
+            config = network.pretrained_cfg
+            mean, std = config["mean"], config["std"]
+            size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
+        else:
+            weights = None if file else "DEFAULT"
+            network = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
+            mean, std, size_px = IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
     if file:
         network.load_state_dict(_match(tensors, network.state_dict(), text))
     if not class_names and num_classes == 1000:
         class_names = imagenet_class_names()
     return TeacherNetwork(network, text, class_names, mean, std, size_px)
-
-
-def _build_timm(text: str, name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Color, Color, int]:
-    timm = require("timm", "compare", "a teacher from timm")
-    if not timm.is_model(name):
-        raise ValueError(
-            f"teacher {text}: timm has no such model; {nearest(name, timm.list_models())}see timm.list_models()"
-        )
-    with _errors_of(text):
-        network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    config = network.pretrained_cfg
-    size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
-    return network, config["mean"], config["std"], size_px
-
-
-def _build_torchvision(text: str, name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Color, Color, int]:
-    names = torchvision.models.list_models(torchvision.models)
-    if name not in names:
-        raise ValueError(
-            f"teacher {text}: torchvision has no such model; {nearest(name, names)}list_models() lists them"
-        )
-    with _errors_of(text):
-        weights = "DEFAULT" if pretrained else None
-        network = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
-    return network, IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
 
 
 def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
