@@ -74,7 +74,8 @@ def test_models_of_other_libraries(spec: str, mean: Any, std: Any, tmp_path: Pat
     torch.save(renamed, tmp_path / "renamed.pth")
     images = torch.rand(2, 3, 64, 64)
     expected = network(normalize(images, mean, std))
-    for file in ("named.pth", "renamed.pth"):
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "sorted.safetensors")  # in alphabetical order
+    for file in ("named.pth", "renamed.pth", "sorted.safetensors"):
         teacher = Teacher(read_teacher(f"{spec}@{tmp_path / file}"))
         torch.testing.assert_close(teacher(images)[0], expected)
         assert teacher.num_features > 0
@@ -102,6 +103,7 @@ def test_mistakes(tmp_path: Path):
     (tmp_path / "text.onnx").write_text("no network")
     safetensors.torch.save_file({"a": torch.zeros(3), "b": torch.zeros(7)}, tmp_path / "other.safetensors")
     torch.save({"a": [1]}, tmp_path / "list.pth")
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "narrow.pth")
     for source, facts in (
         ("timm:tf_efficientnet_lite9", "tf_efficientnet_lite9 timm tf_efficientnet_lite4"),
         ("torchvision:resnet19", "resnet19 torchvision resnet18"),
@@ -109,6 +111,7 @@ def test_mistakes(tmp_path: Path):
         (f"timm:resnet18@{tmp_path}/text.pth", "text.pth"),
         (f"timm:resnet18@{tmp_path}/list.pth", "list.pth"),
         (f"timm:resnet18@{tmp_path}/other.safetensors", "other.safetensors 2 conv1.weight"),
+        (f"timm:mobilenetv3_small_100@{tmp_path}/narrow.pth", "narrow.pth shapes mobilenetv3_small_100"),
         (f"{tmp_path}/none.onnx", "none.onnx"),
         (f"{tmp_path}/text.onnx", "text.onnx"),
         (f"{tmp_path}/none.safetensors", "none.safetensors"),
@@ -129,3 +132,5 @@ def test_a_fixed_input_size():
     source = TeacherNetwork(nn.Flatten(), "vit", size_px=224)
     with pytest.raises(ValueError, match=r"128 px.*vit.*224"):
         Teacher(source, size_px=128)
+    with pytest.raises(ValueError, match=r"linear.*32 px.*distill\.size_px"):
+        Teacher(TeacherNetwork(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 3)), "linear"), sizes_px=(64, 32))

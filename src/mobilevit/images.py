@@ -170,6 +170,9 @@ def read_crop(
         ImageError: see `read_image`.
     """
     name = name or _name(source)
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
+        left, top, right, bottom = choose(source.shape[1], source.shape[0])
+        return np.array(source[top:bottom, left:right])
     with _errors_named(name):
         if isinstance(source, str | os.PathLike):
             source = Path(source).read_bytes()

@@ -375,7 +375,7 @@ def distill() -> Recipe:
 
     Command: mobilevit train distill --data photos/ --teacher apple/mobilevit-small --download (docs/distill.md)
     The student learns the classes of the teacher. It serves as --weights or --backbone of other recipes.
-    Time: depends on the number of crops. Accuracy: benchmarks/distillation_epyc-2-cores_202611.md.
+    Time: depends on the number of crops. Accuracy: not measured yet.
     """
     return Recipe(
         task="distill",

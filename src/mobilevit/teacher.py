@@ -57,19 +57,28 @@ class Teacher(nn.Module):
         source: the classifier. A module is copied, expects images in [0, 1], and has no class names; describe another
             one by a `TeacherNetwork`.
         size_px: input size, to which images are resized; 0: that of the images.
+        sizes_px: sizes that the images will have; the network is tried with them, or with `size_px`.
         inputs: the preprocessing of the student; its normalization is replaced by the teacher's.
 
     Attributes:
         num_features: D, or 0 if the output is not that of a linear layer; the features are then the logits.
 
     Raises:
-        ValueError: a network that does not accept images of this size, or does not return logits (B, C).
+        ValueError: a network that does not accept images of these sizes, does not return logits (B, C), or has another
+            number of class names.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, source: TeacherNetwork | nn.Module, *, size_px: int = 0, inputs: Preprocessing | None = None):
+    def __init__(
+        self,
+        source: TeacherNetwork | nn.Module,
+        *,
+        size_px: int = 0,
+        sizes_px: Sequence[int] = (64,),
+        inputs: Preprocessing | None = None,
+    ):
         super().__init__()
         if isinstance(source, nn.Module):
             source = TeacherNetwork(source, type(source).__name__)
@@ -79,6 +88,7 @@ class Teacher(nn.Module):
                 f"set distill.size_px to {source.size_px}"
             )
         self.name, self.class_names = source.name, source.class_names
+        self.num_classes, path = 0, ""
         self.size_px = size_px or source.size_px
         inputs = inputs or Preprocessing()
         mean, std, input_mean, input_std = (
@@ -87,9 +97,15 @@ class Teacher(nn.Module):
         # (x * input_std + input_mean - mean) / std
         self.register_buffer("scale", input_std / std)
         self.register_buffer("shift", (input_mean - mean) / std)
-        self.network = copy.deepcopy(source.network).eval().requires_grad_(False)
-        example_px = self.size_px or 64
-        self.num_classes, path = self._probe(torch.zeros(2, 3, example_px, example_px))
+        self.network = copy.deepcopy(source.network).cpu().float().eval().requires_grad_(False)
+        sizes_px = (self.size_px,) if self.size_px else sizes_px
+        for px in sorted(set(sizes_px)):
+            self.num_classes, path = self._probe(torch.zeros(2, 3, px, px))
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"teacher {self.name}: has {self.num_classes} outputs, but {len(self.class_names)} class names; give "
+                "one name per output"
+            )
         self.classifier: nn.Module = nn.Identity()
         self.num_features = 0
         if path:  # the network without its classifier returns the features
@@ -190,20 +206,24 @@ def _read_library_model(library: str, name: str, file: Path | None, download: bo
             f"{text}@FILE"
         )
     tensors, class_names = _read_state_dict(file) if file else ({}, ())
-    num_classes = _num_classes(file, tensors) if file else 1000
-    with _errors_of(text):
-        if timm:
-            network = timm.create_model(name, pretrained=file is None, num_classes=num_classes)
-            config = network.pretrained_cfg
-            mean, std = config["mean"], config["std"]
-            size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
-        else:
-            weights = None if file else "DEFAULT"
-            network = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
-            mean, std, size_px = IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
+
+    def build(**options: Any) -> nn.Module:
+        with _errors_of(text):
+            if timm:
+                return timm.create_model(name, pretrained=file is None, **options)
+            return torchvision.models.get_model(name, weights=None if file else "DEFAULT", **options)
+
+    network = build()
     if file:
+        network = build(num_classes=_num_classes(file, tensors, network))
         network.load_state_dict(_match(tensors, network.state_dict(), text))
-    if not class_names and num_classes == 1000:
+    if timm:
+        config: Any = network.pretrained_cfg
+        mean, std = config["mean"], config["std"]
+        size_px = config["input_size"][-1] if config.get("fixed_input_size") else 0
+    else:
+        mean, std, size_px = IMAGENET_MEAN, IMAGENET_STD, getattr(network, "image_size", 0)
+    if not class_names and _last_linear(network)[1] == 1000:
         class_names = imagenet_class_names()
     return TeacherNetwork(network, text, class_names, mean, std, size_px)
 
@@ -231,7 +251,17 @@ def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return dict(state), class_names
 
 
-def _num_classes(file: Path, tensors: Mapping[str, Tensor]) -> int:
+def _last_linear(network: nn.Module) -> tuple[str, int]:
+    """The path and the number of outputs of the last linear layer, ("", 0) without one."""
+    layers = [(path, layer.out_features) for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    return layers[-1] if layers else ("", 0)
+
+
+def _num_classes(file: Path, tensors: Mapping[str, Tensor], network: nn.Module) -> int:
+    """The number of rows of the classifier: by its name in `network`, or the last tensor of a file with other names."""
+    weight = tensors.get(f"{_last_linear(network)[0]}.weight")
+    if weight is not None:
+        return len(weight)
     last = list(tensors.values())[-1]
     if last.ndim != 1:
         raise ValueError(f"{file}: its last tensor has shape {tuple(last.shape)}, not (num_classes,); not a classifier")
@@ -241,13 +271,13 @@ def _num_classes(file: Path, tensors: Mapping[str, Tensor]) -> int:
 def _match(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """`tensors` under the names of `expected`: equal names, or else equal shapes in the same order."""
     if tensors.keys() == expected.keys():
-        return tensors
+        tensors = {key: tensors[key] for key in expected}
     shapes = [tuple(x.shape) for x in tensors.values()]
     if shapes != [tuple(x.shape) for x in expected.values()]:
         missing = [key for key in expected if key not in tensors]
         raise ValueError(
             f"teacher {name}: the file has {len(tensors)} tensors that are not those of the model ({len(expected)}); "
-            f"it lacks {missing[0] if missing else 'none'}; name the model that the file was saved from"
+            f"{f'it lacks {missing[0]}' if missing else 'their shapes differ'}; name the model that the file is from"
         )
     return dict(zip(expected, tensors.values(), strict=True))
 

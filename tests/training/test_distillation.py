@@ -21,11 +21,12 @@ from mobilevit.data.loader import Batch
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite
-from mobilevit.recipes import Data, Distill, Recipe
+from mobilevit.recipes import Compute, Data, Distill, Recipe
 from mobilevit.tasks import TASKS
 from mobilevit.teacher import Teacher, TeacherNetwork
 from mobilevit.training.distillation import DistillationLoss, Student, soft_target_loss
 from mobilevit.training.loop import Stopped, train
+from mobilevit.training.step import TrainStep
 from mobilevit.weights import Weights, read, write
 from small_networks import SMALL, randomize
 from small_runs import CLASS_NAMES, RECIPE, lines, same_weights, scenes, without_dropout, without_times
@@ -126,7 +127,7 @@ def test_a_student_computes_the_outputs_of_its_network(network_class: Any, size:
     assert Student(network, 0)(images)[1] is None
 
 
-def test_training_with_a_teacher(data: Path, teacher_file: Path, tmp_path: Path):
+def test_training_with_a_teacher(data: Path, teacher_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """The teacher changes the result; the weights have no projection; the log names the teacher."""
     without, distilled = (
         train(RECIPE, data, tmp_path / "without"),
@@ -136,6 +137,46 @@ def test_training_with_a_teacher(data: Path, teacher_file: Path, tmp_path: Path)
     assert read(distilled.weights).tensors.keys() == read(without.weights).tensors.keys()
     assert 0 < distilled.epochs[-1]["teacher_fraction"] < 1
     assert "teacher_fraction" not in without.epochs[-1]
+    assert f"teacher {teacher_file}: 3 classes" in caplog.text
+
+
+def test_a_larger_teacher_and_frozen_stages(data: Path, teacher_file: Path, tmp_path: Path):
+    """The teacher sees larger crops; frozen stages keep the pretrained weights."""
+    pretrained = without_dropout()
+    optimizer = replace(RECIPE.optimizer, freeze="stage2")
+    recipe = replace(DISTILL, optimizer=optimizer, distill=replace(DISTILL.distill, size_px=64))
+    run = train(recipe, data, tmp_path / "run", pretrained=pretrained, teacher=teacher_file)
+    small = train(
+        replace(recipe, distill=DISTILL.distill), data, tmp_path / "s", pretrained=pretrained, teacher=teacher_file
+    )
+    assert not same_weights(run.weights, small.weights)
+    tensors = read(run.weights).tensors
+    frozen = ("backbone.stem", "backbone.stage1", "backbone.stage2")
+    changed = {key for key, tensor in pretrained.tensors.items() if not torch.equal(tensor, tensors[key])}
+    assert not [key for key in changed if key.startswith(frozen)]
+    assert [key for key in changed if key.startswith("backbone.stage3")]
+
+
+@pytest.mark.parametrize("size_px", [0, 48])
+def test_compiled_graphs_are_used(data: Path, tmp_path: Path, size_px: int, monkeypatch: pytest.MonkeyPatch):
+    """Every full batch has the shape of a compiled graph, also if the teacher's images are larger."""
+    seen: list[tuple[torch.Size, int]] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    accumulate = TrainStep.accumulate
+
+    def spy(step: TrainStep, micro_batch: Any, batch: Batch, epoch: int) -> bool:
+        seen.append((batch.pixels.shape, batch.size_px))
+        assert seen[-1] in step.compiled_shapes
+        return accumulate(step, micro_batch, batch, epoch)
+
+    monkeypatch.setattr(TrainStep, "accumulate", spy)
+    recipe = replace(
+        DISTILL, epochs=1, compute=Compute(compile=True), distill=replace(DISTILL.distill, size_px=size_px)
+    )
+    run = train(recipe, data, tmp_path / "run", teacher=teacher_network())
+    assert {shape[-1] for shape, _ in seen} == {max(32, size_px)}
+    assert {size for _, size in seen} == {32}
+    assert 0 < run.epochs[0]["teacher_fraction"] < 1
 
 
 def test_resume_is_exact(data: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,7 +226,7 @@ def test_two_processes_match_one(data: Path, teacher_file: Path, tmp_path: Path)
 def test_training_without_labels(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     images = data / "train"
     run = train(UNLABELED, images, tmp_path / "run", teacher=teacher_network(4))
-    assert "9 of 12" not in caplog.text  # 12 images: 10 to train on, 2 for validation
+    assert "2 of 12 images are used for validation" in caplog.text
     assert {"agreement", "agreement5", "kl", "num_images"} <= {name.removeprefix("val_") for name in run.epochs[-1]}
     assert run.main_metric == "agreement"
     assert run.epochs[-1]["val_num_images"] == 2
@@ -244,8 +285,14 @@ def test_features_of_dense_tasks(task: Any, tmp_path: Path, teacher_file: Path):
         (replace(RECIPE, distill=Distill(temperature=3.0)), None, ["distill", "--teacher"]),
         (UNLABELED, None, ["distill", "--teacher"]),
         (UNLABELED, Linear(), ["Linear", "class names"]),
-        (DISTILL, TeacherNetwork(nn.Flatten(), "t", CLASS_NAMES), ["feature_weight is 0.5", "t", "must be 0"]),
-        (DISTILL, TeacherNetwork(nn.Conv2d(3, 4, 3), "t", CLASS_NAMES), ["t", "(2, 4, 62, 62)", "logits"]),
+        (DISTILL, TeacherNetwork(nn.Flatten(), "t"), ["feature_weight is 0.5", "t", "--distill.feature-weight 0"]),
+        (DISTILL, TeacherNetwork(Linear(4), "t", CLASS_NAMES), ["t", "4 outputs", "3 class names"]),
+        (
+            replace(UNLABELED, distill=Distill(0.0, feature_weight=1.0)),
+            teacher_network(),
+            ["soft_weight is 0", "must be 1"],
+        ),
+        (DISTILL, TeacherNetwork(nn.Conv2d(3, 4, 3), "t", CLASS_NAMES), ["t", "(2, 4, 30, 30)", "logits"]),
         (DISTILL, TeacherNetwork(nn.Linear(3, 4), "t", CLASS_NAMES), ["t", "distill.size_px"]),
     ],
 )

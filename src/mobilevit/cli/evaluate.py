@@ -32,7 +32,18 @@ Split = Literal["train", "val", "test", "all"]
 # Headings and decimals of metrics. Others are counts.
 HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU %", "iou": "IoU %"} | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
-    for name in ("recall", "precision", "pixel_accuracy", "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    for name in (
+        "recall",
+        "precision",
+        "pixel_accuracy",
+        "ap",
+        "ap50",
+        "ap75",
+        "ap_small",
+        "ap_medium",
+        "ap_large",
+        "agreement",
+    )
 }
 
 

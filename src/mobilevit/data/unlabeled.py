@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from mobilevit.data.samples import ImageFiles, Source, divide
@@ -106,11 +107,16 @@ def decode_once(source: Source[int], *, min_px: int, max_bytes: float) -> Source
     Images whose short side exceeds `min_px` are reduced to it. Unreadable images remain files, too, so that reading
     them reports the error. Which images are decoded depends on the images and the arguments only.
     """
+    if max_bytes <= 0:
+        return source
     images = source.images
     assert isinstance(images, ImageFiles)
     used = sorted({source.index_of_image(i) for i in range(len(source))})
     slots: list[Slot | None] = [None] * len(images)
-    handle, name = tempfile.mkstemp(prefix="mobilevit-", suffix=".pixels")
+    for file in Path(tempfile.gettempdir()).glob("mobilevit-*-*.pixels"):  # of killed processes
+        if not psutil.pid_exists(int(file.name.split("-")[1])):
+            file.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"mobilevit-{os.getpid()}-", suffix=".pixels")
     decoded_images = DecodedImages(images, slots, Path(name))
     offset = 0
     with os.fdopen(handle, "wb") as file, ThreadPoolExecutor() as pool:

@@ -33,8 +33,16 @@ UNITS = {
     "steps": "steps",
     "workers": "processes",
     **dict.fromkeys(("top1", "top5", "ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
+    **dict.fromkeys(("agreement", "agreement5"), "%"),
 }
-NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "unreadable": "unreadable images"}
+NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "agreement5": "top-5 agreement",
+    "kl": "KL",
+    "unreadable": "unreadable images",
+}
 
 Epochs = Sequence[Mapping[str, float]]
 """Records of metrics.jsonl."""
@@ -322,7 +330,7 @@ def _metrics(epochs: Epochs) -> list[str]:
 
 def _best(field: str, values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The first best (epoch, value); a loss or an error is best where it is lowest."""
-    sign = -1 if field.endswith(("loss", "error")) else 1
+    sign = -1 if field.endswith(("loss", "error", "kl")) else 1
     return max(values, key=lambda pair: (sign * pair[1], -pair[0]))
 
 

@@ -100,7 +100,12 @@ class DistillationLoss:
         if options.feature_weight and not teacher.num_features:
             raise ValueError(
                 f"distill.feature_weight is {options.feature_weight}, but teacher {teacher.name} does not end in a "
-                "linear layer, whose input would be the features; it must be 0"
+                "linear layer, whose input would be the features; set it to 0 (--distill.feature-weight 0)"
+            )
+        if recipe.task == "distill" and options.soft_weight < 1:
+            raise ValueError(
+                f"distill.soft_weight is {options.soft_weight}, but without labels the teacher's class probabilities "
+                "are the only targets of the classifier; it must be 1"
             )
         if options.soft_weight and recipe.task in ("detect", "segment"):
             raise ValueError(
@@ -115,7 +120,7 @@ class DistillationLoss:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # start and end, not read yet
         self._forward: nn.Module = teacher
         if recipe.compute.compile:
-            self._forward = torch.compile(teacher)  # pyright: ignore[reportAttributeAccessIssue]
+            self._forward = torch.compile(teacher, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch. `student` is a `Student`, possibly compiled or distributed."""

@@ -191,12 +191,14 @@ class _Loop:
         )
         if self.recipe.compute.compile:
             device, shapes = self.processes.device, sorted(self.plan.shapes())
-            self.step.compile([blank_batch(setup.task, device, shape) for shape in shapes])
+            self.step.compile([blank_batch(setup.task, self.recipe, device, shape) for shape in shapes])
         self.stop = StopOnSignal()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
         is_hidden = self.processes.rank > 0
         self.bar = ProgressBar(*columns, TimeRemainingColumn(), TextColumn("left"), console=CONSOLE, disable=is_hidden)
         self.saved_at = time.perf_counter()
+        if isinstance(setup.loss, DistillationLoss):
+            setup.loss.take_teacher_seconds()  # of setup and compilation
 
     def fit(self) -> TrainingResult:
         progress = self.run.progress

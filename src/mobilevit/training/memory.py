@@ -40,7 +40,7 @@ def max_micro_batch_pixels(
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         value = loss(model, batch)
-    num_pixels = batch.pixels.shape[0] * batch.pixels.shape[2] * batch.pixels.shape[3]
+    num_pixels = batch.pixels.shape[0] * (batch.size_px or batch.pixels.shape[3]) ** 2
     student_bytes = sum(saved_bytes.values()) / num_pixels
     del value
     memory = ACTIVATION_FRACTION * _memory_bytes(device)
@@ -53,6 +53,8 @@ def max_micro_batch_pixels(
             f"the teacher has {weight_bytes / 1e9:.1f} GB of weights, but the {device} has room for "
             f"{memory / 1e9:.1f} GB; use a smaller teacher"
         )
+    if recipe.distill.size_px and recipe.sampler.variant != "standard":  # the teacher's cost per image is constant
+        num_pixels = batch.pixels.shape[0] * min(recipe.sampler.sizes_px) ** 2
     teacher_bytes = 2 * _largest_layer_bytes(teacher, batch.pixels) / num_pixels
     smaller = int((memory - weight_bytes) / (student_bytes + teacher_bytes))
     if smaller < recipe.batch_size * recipe.data.size_px**2 <= max_pixels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +79,9 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     recipe, device = options.recipe, processes.device
     _check_recipe(options)
     teacher = _teacher(options, device)
+    if teacher and teacher.size_px:  # also of a teacher that accepts one size only
+        recipe = replace(recipe, distill=replace(recipe.distill, size_px=teacher.size_px))
+        options = replace(options, recipe=recipe)
     task = Distillation(teacher) if recipe.task == "distill" and teacher else TASKS[recipe.task]
     train_set, val_set = task.datasets(recipe, options.data)
     _check_data(options, len(train_set), processes.world_size)
@@ -94,8 +97,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
         loss = DistillationLoss(recipe, task, teacher, initial.class_names)
         model = Student(model, teacher.num_features if recipe.distill.feature_weight else 0).to(device)
     val_fingerprint = fingerprint(val_set.source)
-    with autocast(recipe, device):
-        blank = blank_batch(task, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
+    with autocast(recipe, device), torch.compiler.set_stance("force_eager"):
+        blank = blank_batch(task, recipe, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
         max_pixels = max_micro_batch_pixels(recipe, loss, copy.deepcopy(model).train(), blank, device, teacher)
     return Setup(
         options=options,
@@ -118,11 +121,13 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     )
 
 
-def blank_batch(task: Task, device: torch.device, shape: tuple[int, ...]) -> Batch:
-    """A batch of black images of `shape` (B, 3, H, W)."""
-    pixels = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    labels = to_device(task.blank_labels(shape[0], shape[2]), str(device))
-    return Batch(pixels, labels, tuple(range(shape[0])))
+def blank_batch(task: Task, recipe: Recipe, device: torch.device, shape: tuple[int, ...]) -> Batch:
+    """A batch of black images for an input of `shape` (B, 3, size, size); larger if the teacher's input is larger."""
+    batch_size, _, size_px, _ = shape
+    loaded_px = max(size_px, recipe.distill.size_px) if recipe.task in ("classify", "distill") else size_px
+    pixels = torch.zeros(batch_size, 3, loaded_px, loaded_px, device=device).to(memory_format=torch.channels_last)
+    labels = to_device(task.blank_labels(batch_size, size_px), str(device))
+    return Batch(pixels, labels, tuple(range(batch_size)), size_px=size_px)
 
 
 def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
@@ -136,7 +141,8 @@ def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
     if options.classifier:
         raise ValueError(f"{options.classifier.name} cannot have a teacher; only MobileViT can")
     inputs = options.pretrained.preprocessing if options.pretrained else None
-    teacher = Teacher(options.teacher, size_px=recipe.distill.size_px, inputs=inputs)
+    sizes_px = (recipe.data.size_px,) if recipe.sampler.variant == "standard" else recipe.sampler.sizes_px
+    teacher = Teacher(options.teacher, size_px=recipe.distill.size_px, sizes_px=sizes_px, inputs=inputs)
     if recipe.task == "distill" and not teacher.class_names:
         raise ValueError(
             f"teacher {teacher.name}: has no class names, which the trained weights need; give weights with class names"
@@ -164,7 +170,8 @@ def _check_recipe(options: TrainOptions) -> None:
 def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None:
     data, out = Path(options.data), options.out
     if num_images < 2 * world_size:
-        raise ValueError(f"{data}: {num_images} training images are too few; add images")
+        crops = " or raise --data.crops-per-image" if options.recipe.task == "distill" else ""
+        raise ValueError(f"{data}: {num_images} training images are too few; add images{crops}")
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
         raise ValueError(f"{out}: is inside {data}, where it would be read as a class folder; choose another folder")
 

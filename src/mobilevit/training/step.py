@@ -87,7 +87,7 @@ class TrainStep:
             # torch 2.11 deprecates this name without a replacement.
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
-        self.compiled_shapes: set[torch.Size] = set()
+        self.compiled_shapes: set[tuple[torch.Size, int]] = set()  # of the pixels, and the input size
         self._reset_sums()
 
     def _stateful(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class TrainStep:
             self.scaler.scale(loss).backward()
         self.optimizer.zero_grad()
         self.model.load_state_dict(before)
-        self.compiled_shapes = {batch.pixels.shape for batch in batches}
+        self.compiled_shapes = {(batch.pixels.shape, batch.size_px) for batch in batches}
 
     def accumulate(self, micro_batch: MicroBatch, batch: Batch, epoch: int) -> bool:
         """Add the gradients of a micro-batch; True if it is the last one of this process in the step."""
@@ -115,7 +115,7 @@ class TrainStep:
         torch.manual_seed(_seed(self.recipe.seed, epoch, micro_batch.step, micro_batch.index))
         is_last = micro_batch.index + self.processes.world_size >= micro_batch.num_micro_batches
         with contextlib.ExitStack() as stack:
-            if self.compiled_shapes and batch.pixels.shape not in self.compiled_shapes:
+            if self.compiled_shapes and (batch.pixels.shape, batch.size_px) not in self.compiled_shapes:
                 # The last batch of an epoch is too rare to compile.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if isinstance(self.network, DistributedDataParallel) and not is_last:

@@ -69,7 +69,8 @@ def _describe_pretrained(recipe: Recipe, pretrained: Weights, class_names: tuple
     yield f"input size: the weights were trained at {pretrained_px} px, this run uses {size_px} px{hint}"
     frozen = "" if recipe.optimizer.freeze == "nothing" else f"frozen up to {recipe.optimizer.freeze}; "
     yield f"backbone: {frozen}its learning rate is {recipe.optimizer.backbone_lr_scale:g} x that of the head"
-    if (pretrained.task, pretrained.class_names) == (recipe.task, class_names):
+    task = "classify" if recipe.task == "distill" else recipe.task
+    if (pretrained.task, pretrained.class_names) == (task, class_names):
         yield f"classifier: from the weights, which have the same {len(class_names)} class names"
     else:
         yield f"classifier: new, with random weights, for {len(class_names)} classes"
