@@ -34,7 +34,7 @@ MISTAKES = {
     "--precision int4": "--precision 'int4' 'fp32', 'fp16', 'bf16', 'int8'",
     "--images nothere": "nothere image, folder pattern",
     "--num-threads 0": "--num-threads 0",
-    "--size 64 64 64": "--size (64, 64, 64) one side or height and width",
+    "--size 64 64 64": "--size (64, 64, 64) one number or height and width",
     "--out photos/a.png": "photos/a.png file folder",
 }
 

@@ -42,7 +42,7 @@ def test_info_of_weights_without_preprocessing(capsys: pytest.CaptureFixture[str
 MISTAKES = {
     "xxl": "xxl: no such file",
     "xs --size 31": "--size 31; 32 px",
-    "xs --size 64 64 64": "--size 64 64 64; one side, or height and width",
+    "xs --size 64 64 64": "--size 64 64 64; one number, or height and width",
     "nobody/nothing": "nobody/nothing --download",
 }
 
