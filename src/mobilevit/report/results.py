@@ -92,15 +92,8 @@ def _classification(results: ClassificationResults, source: Source[Any]) -> list
     names, matrix = source.class_names, results.confusion_matrix()
 
     def error(i: int) -> Example:
-        sample = source[int(results.indices[i])]
-        truth, prediction = names[results.labels[i]], names[results.predictions[i, 0]]
-        probability = f"{100 * float(results.probabilities[i]):.0f}\N{NO-BREAK SPACE}%"
-        image = thumbnail(read_image(sample.image, sample.name), sample.name)
-        lines = (
-            Markup("<b>{}</b>").format(truth),
-            Markup("predicted <b>{}</b>, {}").format(prediction, probability),
-        )
-        return Example(sample.name, [(image, f"{truth}, predicted {prediction}")], lines)
+        predicted = names[results.predictions[i, 0]], float(results.probabilities[i])
+        return _classified(source, int(results.indices[i]), "", names[results.labels[i]], "predicted ", *predicted)
 
     headings = {"num_images": "images", "recall": "recall, %", "precision": "precision, %"}
     return [
@@ -108,6 +101,20 @@ def _classification(results: ClassificationResults, source: Source[Any]) -> list
         Section("Classes", class_table(results.per_class(names), headings, by=("recall", "precision"))),
         Section("Most confident errors", _examples(error, results.most_confident_errors(MAX_ERRORS), "No errors.")),
     ]
+
+
+def _classified(
+    source: Source[Any], index: int, before: str, expected: str, between: str, predicted: str, probability: float
+) -> Example:
+    """An image with its expected class, the predicted class and the probability of that, and a word before each."""
+    sample = source[index]
+    image = thumbnail(read_image(sample.image, sample.name), sample.name)
+    percent = f"{100 * probability:.0f}\N{NO-BREAK SPACE}%"
+    lines = (
+        Markup("{}<b>{}</b>").format(before, expected),
+        Markup("{}<b>{}</b>, {}").format(between, predicted, percent),
+    )
+    return Example(sample.name, [(image, f"{before}{expected}, {between}{predicted}")], lines)
 
 
 def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
@@ -157,15 +164,8 @@ def _distillation(results: DistillationResults, source: Source[Any]) -> list[Sec
     names = source.class_names
 
     def example(i: int) -> Example:
-        sample = source[int(results.indices[i])]
-        teacher, student = names[results.teacher[i]], names[results.predictions[i, 0]]
-        probability = f"{100 * float(results.probabilities[i]):.0f}\N{NO-BREAK SPACE}%"
-        image = thumbnail(read_image(sample.image, sample.name), sample.name)
-        lines = (
-            Markup("teacher <b>{}</b>").format(teacher),
-            Markup("student <b>{}</b>, {}").format(student, probability),
-        )
-        return Example(sample.name, [(image, f"teacher {teacher}, student {student}")], lines)
+        student = names[results.predictions[i, 0]], float(results.probabilities[i])
+        return _classified(source, int(results.indices[i]), "teacher ", names[results.teacher[i]], "student ", *student)
 
     metrics = results.metrics()
     rows = (
