@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, ImageDataset, stack_indices
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
-from mobilevit.images import ImageError, Preprocessing
+from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
-from mobilevit.tasks.task import ClassMetrics, Gather, single_process
+from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
 from mobilevit.weights import Weights
 
 
@@ -119,25 +119,17 @@ class Classification:
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process
     ) -> ClassificationResults:
-        columns: list[list[Tensor]] = [[], [], [], [], []]
-        num_classes = 0
+        rows: list[tuple[Tensor, ...]] = []
         for batch in batches:
             if not batch.indices:  # no image of the batch could be read
                 continue
             logits = model(batch.pixels).float()
-            num_classes = logits.shape[1]
-            top = logits.softmax(1).topk(min(5, num_classes))
+            num_classes = torch.full_like(batch.labels, logits.shape[1])
+            top = logits.softmax(1).topk(min(5, logits.shape[1]))
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            values = (torch.tensor(batch.indices), batch.labels, top.indices, top.values[:, 0], losses)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-        arrays = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
-        gathered = [(arrays, num) for arrays, num in gather((arrays, num_classes)) if arrays is not None]
-        if not gathered:
-            raise ImageError("none of the images to evaluate on can be read")
-        merged = [np.concatenate(column) for column in zip(*(arrays for arrays, _ in gathered), strict=True)]
-        order = np.argsort(merged[0])  # the order of summation must not depend on the number of processes
-        return ClassificationResults(*(array[order] for array in merged), num_classes=gathered[0][1])
+            rows.append((torch.tensor(batch.indices), batch.labels, top.indices, top.values[:, 0], losses, num_classes))
+        *columns, num_classes = merge_images(rows, gather)
+        return ClassificationResults(*columns, num_classes=int(num_classes[0]))
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:

@@ -15,10 +15,10 @@ from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.data.unlabeled import cached_short_side, decode_once, find_unlabeled, repeat
-from mobilevit.images import ImageError, Preprocessing, limit_megapixels
+from mobilevit.images import Preprocessing, limit_megapixels
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Classification, preprocessing_of
-from mobilevit.tasks.task import ClassMetrics, Gather, single_process
+from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
 from mobilevit.teacher import Teacher
 from mobilevit.weights import Weights
 
@@ -122,7 +122,7 @@ class Distillation:
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process
     ) -> DistillationResults:
-        columns: list[list[Tensor]] = [[], [], [], [], []]
+        rows: list[tuple[Tensor, ...]] = []
         for batch in batches:
             if not batch.indices:  # no image of the batch could be read
                 continue
@@ -130,16 +130,9 @@ class Distillation:
             teacher = self.teacher(batch.pixels)[0].float().log_softmax(1)
             top = student.topk(min(5, student.shape[1]))
             divergences = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-            values = (torch.tensor(batch.indices), top.indices, top.values[:, 0].exp(), teacher.argmax(1), divergences)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-        arrays = [torch.cat(column).cpu().numpy() for column in columns] if columns[0] else None
-        gathered = [arrays for arrays in gather(arrays) if arrays is not None]
-        if not gathered:
-            raise ImageError("none of the images to evaluate on can be read")
-        merged = [np.concatenate(column) for column in zip(*gathered, strict=True)]
-        order = np.argsort(merged[0])  # the order of summation must not depend on the number of processes
-        return DistillationResults(*(array[order] for array in merged))
+            indices = torch.tensor(batch.indices)
+            rows.append((indices, top.indices, top.values[:, 0].exp(), teacher.argmax(1), divergences))
+        return DistillationResults(*merge_images(rows, gather))
 
 
 def student_view(pixels: Tensor, size_px: int) -> Tensor:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, ImageDataset
-from mobilevit.images import Preprocessing
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.weights import Weights
 
@@ -21,6 +23,23 @@ Gather = Callable[[Any], list[Any]]
 def single_process(value: Any) -> list[Any]:
     """The `Gather` of a run with one process."""
     return [value]
+
+
+def merge_images(rows: Sequence[tuple[Tensor, ...]], gather: Gather) -> list[np.ndarray]:
+    """Per-image values of all batches of all processes, by image index, which is the first value of each row.
+
+    The order, in which values are summed later, does not depend on the number of processes.
+
+    Raises:
+        ImageError: no process has an image.
+    """
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)]
+    gathered = [of_process for of_process in gather(columns) if of_process]
+    if not gathered:
+        raise ImageError("none of the images to evaluate on can be read")
+    merged = [np.concatenate(column) for column in zip(*gathered, strict=True)]
+    order = np.argsort(merged[0])
+    return [array[order] for array in merged]
 
 
 @dataclass(frozen=True)
