@@ -75,23 +75,31 @@ def fit(recipe: Recipe, data: Path, out: Path, **options: object) -> float:
         return metrics["val_top1"] if "val_top1" in metrics else metrics["val_agreement"]
 
 
-def distill(args: argparse.Namespace, train_files: list[Path]) -> Path:
+def evenly(files: list[Path], num: int) -> list[Path]:
+    """`num` of the files, or all of them, at equal distances."""
+    return files if len(files) <= num else [files[i * len(files) // num] for i in range(num)]
+
+
+def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> Path:
     """Weights distilled without labels."""
     folder = args.out / "unlabeled"
     folder.mkdir(parents=True, exist_ok=True)
-    for i, file in enumerate([*find_images(map(str, args.images)), *train_files]):
+    files = [file for source in args.images for file in evenly(find_images([source]), args.max_images)]
+    for i, file in enumerate([*dict.fromkeys(file.resolve() for file in files), *train_files]):
         link = folder / f"{i:05}{file.suffix}"
         if not link.exists():
-            link.symlink_to(file.resolve())
+            link.symlink_to(file)
     recipe = RECIPES["distill"]
     recipe = replace(
         recipe,
-        epochs=args.distill_epochs,
-        data=replace(recipe.data, size_px=STUDENT_PX, val_fraction=0.05, crops_per_image=args.crops, num_workers=0),
+        epochs=epochs,
+        data=replace(recipe.data, size_px=STUDENT_PX, val_fraction=0.1, crops_per_image=args.crops, num_workers=0, max_unreadable=20),
         distill=replace(recipe.distill, size_px=TEACHER_PX),
+        compute=replace(recipe.compute, precision="bfloat16"),
     )
-    fit(recipe, folder, args.out / "distilled", teacher=read_teacher(args.teacher))
-    return args.out / "distilled" / "model.safetensors"
+    out = args.out / f"distilled_{epochs}"
+    fit(recipe, folder, out, teacher=read_teacher(args.teacher))
+    return out / "model.safetensors"
 
 
 def finetune_teacher(args: argparse.Namespace, class_names: tuple[str, ...]) -> TeacherNetwork:
@@ -131,15 +139,16 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="as for mobilevit train")
     parser.add_argument("--images", nargs="*", default=[], help="folders of images without labels")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--distill-epochs", type=int, default=20)
-    parser.add_argument("--crops", type=int, default=4, help="crops per image and epoch")
+    parser.add_argument("--max-images", type=int, default=3000, help="images of each folder, at most")
+    parser.add_argument("--distill-epochs", type=int, nargs="+", default=[54], help="the first weights are fine-tuned")
+    parser.add_argument("--crops", type=int, default=2, help="crops per image and epoch")
     parser.add_argument("--teacher-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     train_split, _ = find_splits("classify", STAMPS, 0.2)
     train_files = [Path(train_split[i].name) for i in range(len(train_split))]
-    weights = distill(args, train_files)
+    weights, *_ = [distill(args, epochs, train_files) for epochs in args.distill_epochs]
     teacher = finetune_teacher(args, train_split.class_names)
     scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in range(args.seeds):

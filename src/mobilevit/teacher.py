@@ -97,7 +97,8 @@ class Teacher(nn.Module):
         # (x * input_std + input_mean - mean) / std
         self.register_buffer("scale", input_std / std)
         self.register_buffer("shift", (input_mean - mean) / std)
-        self.network = copy.deepcopy(source.network).cpu().float().eval().requires_grad_(False)
+        network = copy.deepcopy(source.network).cpu().float().eval().requires_grad_(False)
+        self.network = network.to(memory_format=torch.channels_last)  # the layout of the images
         sizes_px = (self.size_px,) if self.size_px else sizes_px
         for px in sorted(set(sizes_px)):
             self.num_classes, path = self._probe(torch.zeros(2, 3, px, px))
