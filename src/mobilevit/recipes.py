@@ -17,6 +17,7 @@ Task = Literal["classify", "detect", "segment", "distill"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
 Cosine = Literal["step", "epoch"]
+Metric = Literal["auto", "top1", "balanced_accuracy", "macro_f1"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -183,6 +184,30 @@ class Distill(_Checked):
 
 
 @dataclass(frozen=True)
+class Imbalance(_Checked):
+    """Classification of imbalanced data. At most one of the options can be used (docs/training.md)."""
+
+    class_weights: Annotated[float, Range(min=0, max=1)] = 0.0
+    """Weights of the images in the loss: the inverse number of images of the class, to this power. 1: inverse
+    frequency; 0.5: its square root; 0: equal weights."""
+    balanced_sampler: bool = False
+    """Sample all classes equally often. An epoch has as many images as without the option."""
+    logit_adjustment: Annotated[float, Range(min=0)] = 0.0
+    """Training: add the logarithm of the class frequencies, times this factor, to the logits. 1: predictions then
+    optimize the balanced accuracy; 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        used = [name for name, value in vars(self).items() if value]
+        if len(used) > 1:
+            values = " and ".join(f"imbalance.{name} is {getattr(self, name)}" for name in used)
+            raise ValueError(
+                f"{values}, but each of them corrects the class frequencies by itself, and together they overcorrect; "
+                "use one of them"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe(_Checked):
     """A training run."""
 
@@ -201,11 +226,15 @@ class Recipe(_Checked):
     """EMA decay per step; reduced in short runs."""
     seed: Annotated[int, Range(min=0, below=2**64)] = 0
     """Random seed of the initial weights, the order of the images and their augmentation."""
+    metric: Metric = "auto"
+    """Validation metric that selects the best epoch. auto: that of the task, such as top1 of classification;
+    balanced_accuracy: mean recall of the classes; macro_f1: mean F1 of the classes."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
     distill: Distill = field(default_factory=Distill)
+    imbalance: Imbalance = field(default_factory=Imbalance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import f1_score, recall_score
 
 from command_line import check_refused, refused, run
 from mobilevit.images import Preprocessing
@@ -20,19 +21,27 @@ EVALUATE = "evaluate xyz.safetensors --data classes --num-workers 0"
 def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path):
     model = load("xyz.safetensors")
     num_correct, loss = 0, 0.0
+    labels, predicted = [], []
     for file in sorted((here / "classes").rglob("*.png")):
         probabilities = {p.class_name: p.probability for p in model.predict(file)}
-        num_correct += max(probabilities, key=lambda name: probabilities[name]) == file.parent.name
+        labels.append(file.parent.name)
+        predicted.append(max(probabilities, key=lambda name: probabilities[name]))
+        num_correct += predicted[-1] == labels[-1]
         loss -= float(np.log(probabilities[file.parent.name])) / 6
     assert run(f"{EVALUATE} --batch-size 4 --json") == 0
     line = json.loads(capsys.readouterr().out)
     assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
-    expected = {"top1": 100 * num_correct / 6, "top5": 100.0, "loss": loss, "num_images": 6}
+    balanced = 100 * recall_score(labels, predicted, labels=sorted({*labels}), average="macro", zero_division=0)
+    macro_f1 = 100 * f1_score(labels, predicted, average="macro", zero_division=0)
+    metrics = {"top1": 100 * num_correct / 6, "top5": 100.0, "balanced_accuracy": balanced, "macro_f1": macro_f1}
+    expected = {**metrics, "loss": loss, "num_images": 6}
     assert line == pytest.approx(expected, rel=1e-4)
     assert run(f"{EVALUATE} --batch-size 4") == 0
     heading, row, note = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
-    assert heading.split() == ["weights", "split", "px", "top-1", "%", "top-5", "%", "loss", "images"]
-    assert row.split() == ["xyz.safetensors", "all", "32", f"{100 * num_correct / 6:.2f}", "100.00", f"{loss:.4f}", "6"]
+    names = ["top-1", "%", "top-5", "%", "balanced", "accuracy", "%", "macro", "F1", "%"]
+    assert heading.split() == ["weights", "split", "px", *names, "loss", "images"]
+    values = [f"{value:.2f}" for value in metrics.values()]
+    assert row.split() == ["xyz.safetensors", "all", "32", *values, f"{loss:.4f}", "6"]
     assert "all of classes, 6 images" in note
 
 

@@ -51,7 +51,7 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
 # Every option of train and its other name. New options must be added here as well.
 TRAIN_OPTIONS = """
 --data --out --weights=--backbone --teacher --download --device --num-threads --checkpoint-minutes --tensorboard
---task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed
+--task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed --metric
 --data.size-px=--size --data.eval-resize --data.min-scale --data.policy --data.flip=--flip
 --data.val-fraction=--val-fraction --data.num-workers=--num-workers --data.max-unreadable=--max-unreadable
 --data.max-megapixels=--max-megapixels --data.crops-per-image --data.cache-mb
@@ -61,6 +61,7 @@ TRAIN_OPTIONS = """
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
+--imbalance.class-weights --imbalance.balanced-sampler --imbalance.logit-adjustment
 """
 
 

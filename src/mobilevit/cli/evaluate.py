@@ -30,12 +30,20 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test", "all"]
 # Headings and decimals of metrics. Others are counts.
-HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU %", "iou": "IoU %"} | {
+HEADINGS = {
+    "loss": "loss",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "miou": "mIoU %",
+    "iou": "IoU %",
+    "macro_f1": "macro F1 %",
+} | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
     for name in (
         "recall",
         "precision",
         "pixel_accuracy",
+        "balanced_accuracy",
         "ap",
         "ap50",
         "ap75",
@@ -51,7 +59,7 @@ HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU 
 class Evaluate:
     """Evaluate weights on labeled images, at one or several input sizes.
 
-    Metrics: top-1 and top-5 accuracy of classification, AP of detection, mIoU of segmentation.
+    Metrics: top-1, top-5 and balanced accuracy and macro F1 of classification, AP of detection, mIoU of segmentation.
     """
 
     weights: Annotated[

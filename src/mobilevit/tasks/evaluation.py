@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
-    a segmentation network, all in percent except the loss; and "num_images". `results` has the predictions.
+    `metrics` are "top1", "top5", "balanced_accuracy", "macro_f1" and "loss" of a classifier, "ap", "ap50" and others of
+    a detector, "miou" and others of a segmentation network, all in percent except the loss; and "num_images".
+    `results` has the predictions.
     """
 
     split: str

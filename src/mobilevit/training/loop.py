@@ -346,12 +346,13 @@ class _Loop:
         }
         if isinstance(self.setup.loss, DistillationLoss):
             record["teacher_fraction"] = progress.teacher_seconds / progress.seconds
-        main = f"val_{ema.main_metric}"
+        main_metric = ema.main_metric if self.recipe.metric == "auto" else self.recipe.metric
+        main = f"val_{main_metric}"
         if self.run.folder:
             self._write_weights(record, is_best=all(record[main] > past[main] for past in progress.history))
         self.run.log_epoch(record)
         logger.info(
-            f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {ema.main_metric} "
+            f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {main_metric} "
             f"{record[main]:.2f} %  {record['images_per_second']:,.0f} images/s, "
             f"{100 * record['data_wait_fraction']:.0f} % of the time waiting for data"
             + (f", {100 * record['teacher_fraction']:.0f} % in the teacher" if "teacher_fraction" in record else "")
@@ -360,7 +361,7 @@ class _Loop:
         if self.run.folder and self.run.progress.epoch == self.recipe.epochs:
             self._write_report(ema)
         self._save_checkpoint()
-        return ema.main_metric
+        return main_metric
 
     def _evaluate(self) -> tuple[Results, Results, int]:
         """Results of the EMA weights and the raw weights, and the number of unreadable images."""

@@ -32,7 +32,7 @@ import torch
 
 from mobilevit.files import require, write_atomic
 from mobilevit.messages import first_line
-from mobilevit.recipes import MAX_MEGAPIXELS, Recipe, to_dict
+from mobilevit.recipes import MAX_MEGAPIXELS, Imbalance, Recipe, to_dict
 from mobilevit.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,10 @@ class Identity:
             del recipe["data"]["max_megapixels"]
         if self.teacher is None:  # these options have no effect, and earlier versions did not have them
             del recipe["distill"]
+        if self.recipe.imbalance == Imbalance():  # earlier versions did not have these options
+            del recipe["imbalance"]
+        if self.recipe.metric == "auto":
+            del recipe["metric"]
         if self.recipe.task != "distill":
             del recipe["data"]["crops_per_image"], recipe["data"]["cache_mb"]
         values = {"recipe": recipe, "data": self.data, "weights": self.weights}
