@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> P
     folder = args.out / "unlabeled"
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for source in args.images for file in evenly(find_images([source]), args.max_images)]
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    import stamps  # pyright: ignore[reportMissingImports]
+
+    # The stamps of the validation images of examples/stamps.py are never distilled on.
+    val_files = {file for of_class in stamps.stamps()["val"].values() for file in of_class}
+    train_files = [file for file in train_files if file not in val_files]
     for i, file in enumerate([*dict.fromkeys(file.resolve() for file in files), *train_files]):
         link = folder / f"{i:05}{file.suffix}"
         if not link.exists():
@@ -93,7 +100,14 @@ def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> P
     recipe = replace(
         recipe,
         epochs=epochs,
-        data=replace(recipe.data, size_px=STUDENT_PX, val_fraction=0.1, crops_per_image=args.crops, num_workers=0, max_unreadable=20),
+        data=replace(
+            recipe.data,
+            size_px=STUDENT_PX,
+            val_fraction=0.1,
+            crops_per_image=args.crops,
+            num_workers=0,
+            max_unreadable=20,  # some clip art has hundreds of megapixels
+        ),
         distill=replace(recipe.distill, size_px=TEACHER_PX),
         compute=replace(recipe.compute, precision="bfloat16"),
     )
