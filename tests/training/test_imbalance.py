@@ -15,7 +15,7 @@ from mobilevit.recipes import Imbalance, Recipe
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.training.loop import TrainingResult, train
 from mobilevit.weights import read
-from small_runs import RECIPE, lines, same_weights, without_times
+from small_runs import RECIPE, lines, same_weights
 
 SHORT = replace(RECIPE, epochs=1, batch_size=8)
 
@@ -53,12 +53,12 @@ def test_no_warning_for_balanced_classes(data: Path, tmp_path: Path, caplog: pyt
     assert warnings_of(caplog) == []
 
 
-def test_equal_classes_need_no_correction(first: TrainingResult, data: Path, tmp_path: Path):
+@pytest.mark.parametrize("options", [Imbalance(class_weights=1.0), Imbalance(logit_adjustment=1.0)])
+def test_equal_classes_need_no_correction(options: Imbalance, first: TrainingResult, data: Path, tmp_path: Path):
     """With equally frequent classes all weights are 1, and the additions to the logits are equal."""
-    for name, options in (("weights", Imbalance(class_weights=1.0)), ("logits", Imbalance(logit_adjustment=1.0))):
-        run = train(replace(RECIPE, imbalance=options), data, tmp_path / name)
-        for ours, plain in zip(without_times(run.epochs), without_times(first.epochs), strict=True):
-            assert ours == pytest.approx(plain, rel=1e-3)
+    train(replace(RECIPE, epochs=1, imbalance=options), data, tmp_path)
+    ours, plain = (lines(folder / "steps.jsonl")[0]["loss"] for folder in (tmp_path, first.weights.parent))
+    assert ours == pytest.approx(plain, rel=1e-5)  # before the first update; later, Adam amplifies rounding errors
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ def advice(counts: np.ndarray, class_names: Sequence[str]) -> str | None:
         return None
     return (
         f"the classes are imbalanced ({counts[largest] / counts[smallest]:,.0f}:1): {class_names[largest]} has "
-        f"{counts[largest]:,} training images, {class_names[smallest]} has {counts[smallest]:,}; if rare classes matter "
-        "as much as frequent ones, use --imbalance.logit-adjustment 1 and --metric balanced_accuracy (docs/training.md)"
+        f"{counts[largest]:,} training images, {class_names[smallest]} has {counts[smallest]:,}; if rare classes "
+        "matter as much as frequent ones, use --imbalance.logit-adjustment 1 and --metric balanced_accuracy "
+        "(docs/training.md)"
     )
 
 
