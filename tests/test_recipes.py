@@ -56,6 +56,8 @@ OTHER = Recipe(
         lr=1e-5,
         end_lr=3e-7,
         warmup_steps=0,
+        schedule="wsd",
+        cooldown_fraction=0.5,
         cosine="epoch",
         weight_decay=0.0,
         decay_all=False,
@@ -66,6 +68,7 @@ OTHER = Recipe(
     compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
     distill=Distill(0.25, 3.5, 1.5, 96),
     imbalance=Imbalance(logit_adjustment=0.5),
+    patience=4,
     metric="macro_f1",
 )
 CLASSES: dict[str, Callable[..., Any]] = {
@@ -163,6 +166,10 @@ OUT_OF_RANGE = [
     ("imbalance.logit_adjustment", -0.1),
     ("imbalance.logit_adjustment", math.inf),
     ("metric", "top5"),
+    ("patience", -1),
+    ("optimizer.schedule", "linear"),
+    ("optimizer.cooldown_fraction", 0.0),
+    ("optimizer.cooldown_fraction", 1.0),
 ]
 
 

@@ -16,6 +16,7 @@ Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment", "distill"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
+Schedule = Literal["cosine", "wsd"]
 Cosine = Literal["step", "epoch"]
 Metric = Literal["auto", "top1", "balanced_accuracy", "macro_f1"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
@@ -125,7 +126,7 @@ class Sampler(_Checked):
 
 @dataclass(frozen=True)
 class Optimizer(_Checked):
-    """AdamW with a linear warm-up and a cosine schedule."""
+    """AdamW with a linear warm-up and a learning rate schedule."""
 
     start_lr: Annotated[float, Range(min=0)] = 2e-4
     """Learning rate of the first step."""
@@ -135,8 +136,13 @@ class Optimizer(_Checked):
     """Learning rate of the last step."""
     warmup_steps: Annotated[int, Range(min=0)] = 3000
     """Number of warm-up steps, limited to a tenth of the run."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: a cosine from lr to end_lr; or wsd (warmup-stable-decay), a constant lr and then a cooldown to
+    end_lr. wsd suits early stopping, because the cooldown can start at any epoch."""
+    cooldown_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
+    """wsd: length of the cooldown as a fraction of the run, rounded up to whole epochs."""
     cosine: Cosine = "step"
-    """Update the learning rate every step or, as in v0.1, every epoch."""
+    """Cosine: update the learning rate every step or, as in v0.1, every epoch."""
     weight_decay: Annotated[float, Range(min=0)] = 0.01
     """Weight decay of AdamW, multiplied by the learning rate in each step."""
     decay_all: bool = True
@@ -226,8 +232,10 @@ class Recipe(_Checked):
     """EMA decay per step; reduced in short runs."""
     seed: Annotated[int, Range(min=0, below=2**64)] = 0
     """Random seed of the initial weights, the order of the images and their augmentation."""
+    patience: Annotated[int, Range(min=0)] = 0
+    """Early stopping: end the run after this number of epochs without an improvement of the metric; 0: never."""
     metric: Metric = "auto"
-    """Validation metric that selects the best epoch. auto: that of the task, such as top1 of classification;
+    """Validation metric for the best epoch and for early stopping. auto: that of the task, such as top1;
     balanced_accuracy: mean recall of the classes; macro_f1: mean F1 of the classes."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)

@@ -24,7 +24,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +34,7 @@ from mobilevit.files import require, write_atomic
 from mobilevit.messages import first_line
 from mobilevit.recipes import MAX_MEGAPIXELS, Imbalance, Recipe, to_dict
 from mobilevit.training.distributed import Processes
+from mobilevit.training.ending import Ending, find_ending
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
@@ -97,6 +98,10 @@ class Identity:
             del recipe["imbalance"]
         if self.recipe.metric == "auto":
             del recipe["metric"]
+        if self.recipe.patience == 0:
+            del recipe["patience"]
+        if self.recipe.optimizer.schedule == "cosine":
+            del recipe["optimizer"]["schedule"], recipe["optimizer"]["cooldown_fraction"]
         if self.recipe.task != "distill":
             del recipe["data"]["crops_per_image"], recipe["data"]["cache_mb"]
         values = {"recipe": recipe, "data": self.data, "weights": self.weights}
@@ -125,10 +130,16 @@ class Progress:
     teacher_seconds: float = 0.0
     num_unreadable: int = 0
     history: list[EpochMetrics] = field(default_factory=list)  # metrics of the finished epochs
+    main_metric: str = ""  # selects the best epoch; "" before the end of the first one
 
-    def next_epoch(self, record: EpochMetrics) -> Progress:
+    def next_epoch(self, record: EpochMetrics, main_metric: str) -> Progress:
         """The start of the next epoch."""
-        return Progress(self.epoch + 1, total_step=self.total_step, history=[*self.history, record])
+        history = [*self.history, record]
+        return Progress(self.epoch + 1, total_step=self.total_step, history=history, main_metric=main_metric)
+
+    def ending(self, recipe: Recipe, schedule_epochs: int) -> Ending:
+        """When the run ends, as far as its metrics determine it."""
+        return find_ending(recipe, schedule_epochs, self.history, f"val_{self.main_metric}")
 
 
 class RunFolder:
@@ -340,12 +351,14 @@ def open_run(
         checkpoint, schedule_epochs = processes.from_rank_0(open_folder)
         state = read_checkpoint(checkpoint) if checkpoint else {}
         progress = Progress(**state.pop("progress", {}))
-        if progress.epoch == recipe.epochs:
-            raise FinishedError(
-                f"{out}: this run has finished; continue it with more --epochs (in Python with extend=True), or name "
-                "another folder",
-                progress.history,
-            )
+        ending = progress.ending(recipe, schedule_epochs)
+        if progress.epoch == ending.num_epochs:
+            more = "continue it with more --epochs (in Python with extend=True), or name another folder"
+            if ending.stopped_after:
+                more = (
+                    f"stopped early after epoch {progress.epoch} of {recipe.epochs}; name another folder for a new run"
+                )
+            raise FinishedError(f"{out}: this run has finished; {more}", progress.history)
         run = Run(progress, state, schedule_epochs, folder)
         run.open_logs(stack, tensorboard=tensorboard)
         yield run
@@ -364,13 +377,19 @@ def _open_folder(
     checkpoint = folder.latest()
     if epochs_before < recipe.epochs:
         facts.setdefault("schedule_epochs", epochs_before)
-        num_done = read_checkpoint(checkpoint)["progress"]["epoch"] if checkpoint else 0
-        _check_extension(recipe, out, num_done, facts["schedule_epochs"])
+        progress = Progress(**read_checkpoint(checkpoint)["progress"]) if checkpoint else Progress()
+        _check_extension(recipe, out, progress, facts["schedule_epochs"])
         folder.write_facts(facts)
     return folder, checkpoint, facts.get("schedule_epochs", recipe.epochs)
 
 
-def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:
+def _check_extension(recipe: Recipe, out: Path, progress: Progress, schedule_epochs: int) -> None:
+    num_done = progress.epoch
+    if stopped_after := progress.ending(replace(recipe, epochs=schedule_epochs), schedule_epochs).stopped_after:
+        raise ValueError(
+            f"{out}: epochs are {recipe.epochs}, but the metric of this run has not improved for {recipe.patience} "
+            f"epochs after epoch {stopped_after}, so it cannot be extended; choose another folder"
+        )
     if num_done < schedule_epochs:
         raise ValueError(
             f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of the {schedule_epochs} epochs of "
