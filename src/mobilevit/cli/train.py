@@ -19,10 +19,12 @@ from mobilevit.cli.options import (
     DeviceOptions,
     Flag,
     WeightsOptions,
+    choices,
     expand,
     expand_data,
     require,
 )
+from mobilevit.defaults import TrackerName
 from mobilevit.recipes import RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
@@ -62,8 +64,10 @@ class Train:
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints. Every epoch also ends with a checkpoint."""
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.arg(metavar=f"{choices(TrackerName)}...")] = ()
+    """Send the logs to these experiment trackers as well, after each checkpoint (docs/training.md)."""
     tensorboard: Flag = False
-    """Also log to TensorBoard."""
+    """The same as --track tensorboard."""
     recipe: Annotated[Recipe, FLAT] = Recipe()
     command: tyro.conf.Suppress[str] = ""
 
@@ -98,7 +102,7 @@ class Train:
                 teacher=teacher,
                 device=self.device_options.device,
                 checkpoint_minutes=self.checkpoint_minutes,
-                tensorboard=self.tensorboard,
+                trackers=tuple(dict.fromkeys((*self.track, *["tensorboard"] * self.tensorboard))),
                 extend=True,
                 origin=Origin(self.recipe_name, self.command),
             )

@@ -21,6 +21,7 @@ from torch import nn
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
+from mobilevit.defaults import TrackerName
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.logs import CONSOLE, log_to_stderr
@@ -82,7 +83,7 @@ def train(
     teacher: TeacherNetwork | nn.Module | str | os.PathLike[str] | None = None,
     device: str = "auto",
     checkpoint_minutes: float = 5.0,
-    tensorboard: bool = False,
+    trackers: Sequence[TrackerName] = (),
     extend: bool = False,
     origin: Origin | None = None,
 ) -> TrainingResult:
@@ -107,7 +108,7 @@ def train(
             or a module that maps images in [0, 1] (B, 3, H, W) to logits; see docs/distill.md.
         device: "auto" is the first available one of cuda, mps and cpu.
         checkpoint_minutes: interval between checkpoints. Every epoch ends with a checkpoint, too.
-        tensorboard: log to TensorBoard as well.
+        trackers: send the logs to these experiment trackers as well; see `mobilevit.training.track`.
         extend: continue a finished run in `out` if `recipe` has more epochs and is otherwise the same. The learning
             rate of the additional epochs is `optimizer.end_lr`.
         origin: recipe name and command line, for the report.
@@ -138,7 +139,7 @@ def train(
         classifier=classifier,
         teacher=read_teacher(teacher, download=download) if isinstance(teacher, str | os.PathLike) else teacher,
         checkpoint_minutes=checkpoint_minutes,
-        tensorboard=tensorboard,
+        trackers=tuple(trackers),
         extend=extend,
         origin=origin or Origin(),
     )
@@ -150,7 +151,7 @@ def train(
             processes,
             num_bytes=setup.checkpoint_bytes,
             extend=extend,
-            tensorboard=tensorboard,
+            trackers=options.trackers,
         ) as run:
             return _Loop(setup, run).fit()
 

@@ -8,6 +8,7 @@
     metrics.jsonl       a line per epoch
     steps.jsonl         a line per step
     report.html         charts, confusion matrix, most confident errors
+    tracking.json       what the experiment trackers have received, if there are any
 
 Every file is written atomically: a process killed at any time leaves either the old or the new version. The two logs
 can be ahead of the newest checkpoint. On resume they are truncated to it, and the steps after it are computed again,
@@ -23,22 +24,24 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from mobilevit.files import require, write_atomic
+from mobilevit.defaults import TrackerName
+from mobilevit.files import write_atomic
 from mobilevit.messages import first_line
 from mobilevit.recipes import MAX_MEGAPIXELS, Imbalance, Recipe, to_dict
 from mobilevit.training.distributed import Processes
 from mobilevit.training.ending import Ending, find_ending
+from mobilevit.training.track import Tracking
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
-FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
+FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html", "tracking.json")
 NUM_CHECKPOINTS = 2  # a disk failure that ends the run can damage the newest one
 # Keys in folders of earlier versions -> their current names. They can be resumed and read.
 RENAMED_KEYS = {
@@ -277,39 +280,30 @@ class Run:
         self.progress, self._state, self.schedule_epochs, self.folder = progress, state, schedule_epochs, folder
         self._steps: JsonLines | None = None
         self._epochs: JsonLines | None = None
-        self._tensorboard: Any = None
+        self._tracking: Tracking | None = None
 
     def take_state(self) -> dict[str, Any]:
         """Return the state and release the memory that it takes."""
         state, self._state = self._state, {}
         return state
 
-    def open_logs(self, stack: contextlib.ExitStack, *, tensorboard: bool) -> None:
+    def open_logs(self, stack: contextlib.ExitStack, trackers: Sequence[TrackerName], facts: Mapping[str, Any]) -> None:
         if self.folder is None:
             return
         path, progress = self.folder.path, self.progress
         self._epochs = stack.enter_context(contextlib.closing(JsonLines(path / "metrics.jsonl", len(progress.history))))
         self._steps = stack.enter_context(contextlib.closing(JsonLines(path / "steps.jsonl", progress.total_step)))
-        if tensorboard:
-            writer = require("torch.utils.tensorboard", "tensorboard", "logging to TensorBoard").SummaryWriter
-            self._tensorboard = stack.enter_context(
-                contextlib.closing(writer(str(path / "tensorboard"), purge_step=progress.total_step + 1))
-            )
+        if trackers:
+            self._tracking = stack.enter_context(contextlib.closing(Tracking(trackers, path, facts)))
+            self._tracking.send()  # lines that an earlier process could not send, or from before tracking was enabled
 
     def log_step(self, record: StepRecord) -> None:
         if self._steps:
             self._steps.add(vars(record))
-        if self._tensorboard:
-            for name in ("loss", "lr", "images_per_second"):
-                self._tensorboard.add_scalar(f"train/{name}", vars(record)[name], record.step)
 
     def log_epoch(self, record: EpochMetrics) -> None:
         if self._epochs:
             self._epochs.add(record)
-        if self._tensorboard:
-            for name, value in record.items():
-                self._tensorboard.add_scalar(f"epoch/{name}", value, record["step"])
-            self._tensorboard.flush()
 
     def sync_logs(self) -> None:
         for lines in (self._epochs, self._steps):
@@ -321,6 +315,13 @@ class Run:
         if self.folder:
             self.sync_logs()
             self.folder.save({"progress": vars(self.progress), **state}, self.progress.total_step)
+        if self._tracking:  # after the checkpoint, so that these steps are never computed again
+            self._tracking.send()
+
+    def complete(self) -> None:
+        """Mark the run as finished."""
+        if self._tracking:
+            self._tracking.complete()
 
 
 @contextlib.contextmanager
@@ -331,13 +332,13 @@ def open_run(
     *,
     num_bytes: int,
     extend: bool,
-    tensorboard: bool,
+    trackers: Sequence[TrackerName],
 ) -> Iterator[Run]:
     """Start the run in `out` or resume it.
 
     Raises:
         FinishedError: all epochs are done.
-        ValueError: see `RunFolder`; with `extend`, a run that cannot be extended.
+        ValueError: see `RunFolder` and `Tracking`; with `extend`, a run that cannot be extended.
     """
     recipe = identity.recipe
     with contextlib.ExitStack() as stack:
@@ -360,8 +361,9 @@ def open_run(
                 )
             raise FinishedError(f"{out}: this run has finished; {more}", progress.history)
         run = Run(progress, state, schedule_epochs, folder)
-        run.open_logs(stack, tensorboard=tensorboard)
+        processes.from_rank_0(lambda: run.open_logs(stack, trackers, identity.to_json()))
         yield run
+        run.complete()
 
 
 def _open_folder(

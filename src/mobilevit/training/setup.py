@@ -15,6 +15,7 @@ from torch import nn
 
 from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.samples import fingerprint
+from mobilevit.defaults import TrackerName
 from mobilevit.recipes import Distill, Imbalance, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.tasks import TASKS, Task
@@ -29,6 +30,7 @@ from mobilevit.training.memory import max_micro_batch_pixels
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Identity
 from mobilevit.training.step import Loss, autocast, prepare_model
+from mobilevit.training.track import TRACKERS, import_package
 from mobilevit.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class TrainOptions:
     classifier: ExternalClassifier | None
     teacher: TeacherNetwork | nn.Module | None
     checkpoint_minutes: float
-    tensorboard: bool
+    trackers: tuple[TrackerName, ...]
     extend: bool
     origin: Origin
 
@@ -84,6 +86,11 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     """
     recipe, device = options.recipe, processes.device
     _check_recipe(options)
+    for name in options.trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"trackers has {name!r}; the trackers are {', '.join(TRACKERS)}")
+        if processes.rank == 0:
+            import_package(name)
     check(recipe, has_teacher=options.teacher is not None)
     teacher = _teacher(options, device)
     if teacher and teacher.size_px:  # also of a teacher that accepts one size only
