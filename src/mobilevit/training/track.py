@@ -203,7 +203,7 @@ class Tracking:
             except Exception as error:  # of any library
                 self.close()
                 raise ValueError(
-                    f"--track {name}: cannot start ({first_line(error)}); fix it, or leave it out"
+                    f"--track {name}: cannot start ({first_line(error)}); fix it, or leave out this tracker"
                 ) from error
             self._trackers[name] = tracker
         if self._trackers:
@@ -220,7 +220,7 @@ class Tracking:
                 tracker.log(_rows(steps.since(sent.steps), epochs.since(sent.epochs)))
             except Exception as error:  # such as a server that does not answer; training goes on
                 logger.warning(
-                    f"tracking with {name} failed, to be repeated at the next checkpoint: {first_line(error)}"
+                    f"tracking with {name} failed; the next checkpoint repeats it: {first_line(error)}"
                 )
             else:
                 # A run that resumed from the older checkpoint repeats lines that were sent.
