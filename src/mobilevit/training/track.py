@@ -219,9 +219,7 @@ class Tracking:
             try:
                 tracker.log(_rows(steps.since(sent.steps), epochs.since(sent.epochs)))
             except Exception as error:  # such as a server that does not answer; training goes on
-                logger.warning(
-                    f"tracking with {name} failed; the next checkpoint repeats it: {first_line(error)}"
-                )
+                logger.warning(f"tracking with {name} failed; the next checkpoint repeats it: {first_line(error)}")
             else:
                 # A run that resumed from the older checkpoint repeats lines that were sent.
                 sent.steps, sent.epochs = max(sent.steps, steps.num_lines), max(sent.epochs, epochs.num_lines)
