@@ -22,3 +22,21 @@ NUM_ROUNDS = 40
 """Interleaved rounds of a benchmark."""
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 """Tools for experiment tracking; see `mobilevit.training.track`."""
+CorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
+"""Common corruptions; see `mobilevit.data.corruptions`."""

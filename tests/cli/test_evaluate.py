@@ -1,6 +1,7 @@
 """`mobilevit evaluate`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, recall_score
 
 from command_line import check_refused, refused, run
+from mobilevit.data.corruptions import Corruption
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier, load, save
 from mobilevit.tasks import evaluation
@@ -170,3 +172,37 @@ MISTAKES = {
 def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, facts: str):
     check_refused(capsys, f"evaluate {args} --data classes --json", facts)
     check_refused(capsys, "evaluate xyz.safetensors --data missing", "missing: no such folder")
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning")
+def test_corrupted_images(capsys: pytest.CaptureFixture[str], here: Path):
+    pytest.importorskip("imagecorruptions")
+    command = f"{EVALUATE} --corrupt brightness gaussian_noise"
+    assert run(f"{command} --json") == 0
+    line = json.loads(capsys.readouterr().out)
+    robustness = line["robustness"]
+    assert (robustness["metric"], robustness["clean"]) == ("top1", line["top1"])
+    assert list(robustness["corruptions"]) == ["brightness", "gaussian_noise"]
+    for name, values in robustness["corruptions"].items():
+        corruption = Corruption(name, 3)
+        assert len(values) == 5
+        result = evaluation.evaluate("xyz.safetensors", "classes", corruption=corruption)
+        assert values[2] == result.metrics["top1"]
+    every = [value for values in robustness["corruptions"].values() for value in values]
+    assert robustness["mean"] == pytest.approx(np.mean(every))
+    assert robustness["package"].startswith("imagecorruptions-imaug 1.")
+
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if "gaussian noise" in line)
+    values = robustness["corruptions"]["gaussian_noise"]
+    assert row[2:] == [f"{value:.2f}" for value in (*values, np.mean(values))]
+    assert "2 of the 15 common corruptions" in " ".join(out.split())
+
+
+def test_unknown_and_missing_corruptions(
+    capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    check_refused(capsys, f"{EVALUATE} --corrupt rain", "--corrupt rain fog")
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    check_refused(capsys, f"{EVALUATE} --corrupt", "imagecorruptions mobilevit[corruptions]")
