@@ -95,6 +95,9 @@ class Train:
                 f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
                 f"or use weights of MobileViT-{architecture.upper()}"
             )
+        trackers = self.track
+        if self.tensorboard and "tensorboard" not in trackers:
+            trackers = (*trackers, "tensorboard")
         try:
             run = train(
                 self.recipe,
@@ -104,7 +107,7 @@ class Train:
                 teacher=teacher,
                 device=self.device_options.device,
                 checkpoint_minutes=self.checkpoint_minutes,
-                trackers=tuple(dict.fromkeys((*self.track, *["tensorboard"] * self.tensorboard))),
+                trackers=trackers,
                 extend=True,
                 self_check=self.self_check,
                 origin=Origin(self.recipe_name, self.command),
