@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mobilevit.embed import embed_images
     from mobilevit.explain import explain_image
     from mobilevit.images import Preprocessing
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # Public name -> its module, imported on first use, so that `mobilevit --help` does not import torch.
 _MODULES = {
+    "embed_images": "embed",
     "explain_image": "explain",
     "Architecture": "models.mobilevit",
     "Backbone": "models.mobilevit",
@@ -68,6 +70,7 @@ __all__ = [
     "Recipe",
     "S",
     "Segmenter",
+    "embed_images",
     "evaluate",
     "explain_image",
     "load",

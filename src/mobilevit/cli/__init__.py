@@ -18,6 +18,7 @@ from mobilevit.cli.compare import Compare
 from mobilevit.cli.console import warn
 from mobilevit.cli.convert import Convert
 from mobilevit.cli.demo import Demo
+from mobilevit.cli.embed import Embed
 from mobilevit.cli.evaluate import Evaluate
 from mobilevit.cli.explain import Explain
 from mobilevit.cli.export import Export
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
     "explain": Explain,
     "compare": Compare,
+    "embed": Embed,
 }
 
 
