@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mobilevit.embed import embed_images
     from mobilevit.explain import explain_image
     from mobilevit.images import Preprocessing
+    from mobilevit.inspect import inspect_data
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
     from mobilevit.predict import (
         Classifier,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "embed_images": "embed",
     "explain_image": "explain",
+    "inspect_data": "inspect",
     "Architecture": "models.mobilevit",
     "Backbone": "models.mobilevit",
     "MobileViT": "models.mobilevit",
@@ -73,6 +75,7 @@ __all__ = [
     "embed_images",
     "evaluate",
     "explain_image",
+    "inspect_data",
     "load",
     "load_backbone",
     "load_detector",
