@@ -153,7 +153,7 @@ def _print(inspection: Inspection) -> None:
     images = {
         "unreadable": sorted(c.problems),
         "unlabeled": c.unlabeled(),
-        "label_errors": [error.image for error in inspection.label_errors or ()],
+        "label_errors": [error.image for error in inspection.label_check.errors] if inspection.label_check else [],
     }
     for kind, num in inspection.counts().items():
         if kind in groups:

@@ -16,7 +16,7 @@ from mobilevit.data.sources import TaskName
 from mobilevit.embed import DEFAULT_OPTIONS, EmbedOptions, features_of
 from mobilevit.inspect.collect import Collection, collect
 from mobilevit.inspect.duplicates import NEAR, Group, find_duplicates
-from mobilevit.inspect.label_errors import LabelError, find_label_errors
+from mobilevit.inspect.label_errors import LabelCheck, find_label_errors
 from mobilevit.messages import join_classes
 from mobilevit.weights import Weights, to_weights
 
@@ -32,13 +32,13 @@ class Inspection:
         data: the dataset.
         collection: all images.
         groups: images that are copies of each other.
-        label_errors: likely label errors, the most likely first; None without weights.
+        label_check: likely label errors; None without weights.
     """
 
     data: str
     collection: Collection
     groups: Sequence[Group]
-    label_errors: Sequence[LabelError] | None = None
+    label_check: LabelCheck | None = None
 
     @cached_property
     def leaks(self) -> list[Group]:
@@ -59,7 +59,7 @@ class Inspection:
             "near_duplicates": sum(group.difference is not None for group in self.groups),
             "leaks": len(self.leaks),
             "class_overlaps": len(self.overlaps),
-        } | ({} if self.label_errors is None else {"label_errors": len(self.label_errors)})
+        } | ({} if self.label_check is None else {"label_errors": len(self.label_check.errors)})
 
     def size_quantiles(self) -> dict[str, list[float]]:
         """Minimum, quartiles and maximum of width, height and aspect ratio (width / height) of readable images."""
@@ -99,8 +99,10 @@ class Inspection:
             ],
         } | (
             {}
-            if self.label_errors is None
+            if self.label_check is None
             else {
+                "label_prediction_accuracy": self.label_check.accuracy,
+                "classes_without_label_check": self.label_check.skipped,
                 "label_errors": [
                     self._image(error.image)
                     | {
@@ -108,8 +110,8 @@ class Inspection:
                         "probability": error.probability,
                         "label_probability": error.label_probability,
                     }
-                    for error in self.label_errors
-                ]
+                    for error in self.label_check.errors
+                ],
             }
         )
 
@@ -158,13 +160,13 @@ def inspect_data(
         )
     readable = collection.readable()
     groups = find_duplicates(readable, collection.digests, collection.thumbnails, near)
-    errors = None if weights is None else _label_errors(collection, groups, weights, options)
-    return Inspection(str(data), collection, groups, errors)
+    check = None if weights is None else _check_labels(collection, groups, weights, options)
+    return Inspection(os.fspath(data), collection, groups, check)
 
 
-def _label_errors(
+def _check_labels(
     collection: Collection, groups: Sequence[Group], weights: Weights, options: EmbedOptions
-) -> list[LabelError]:
+) -> LabelCheck:
     images = np.array([i for i in collection.readable().tolist() if collection.labels[i]], np.int64)
     features = []
     for number, split in enumerate(collection.splits.values()):
@@ -176,7 +178,12 @@ def _label_errors(
     for group in groups:
         of_group[list(group.images)] = group.images[0]
     labels = [collection.labels[i] for i in images.tolist()]
-    errors, skipped = find_label_errors(images, np.concatenate(features), labels, of_group[images])
-    if skipped:
-        logger.info(f"label errors are not searched for in {join_classes(skipped)}: fewer than 5 different images")
-    return errors
+    check = find_label_errors(images, np.concatenate(features), labels, of_group[images])
+    logger.info(
+        f"likely label errors: the classes of {check.accuracy:.1f} % of the images are predicted from the others"
+    )
+    if check.skipped:
+        logger.info(
+            f"label errors are not searched for in {join_classes(check.skipped)}: fewer than 5 different images"
+        )
+    return check

@@ -23,10 +23,23 @@ class LabelError:
     label_probability: float
 
 
+@dataclass(frozen=True)
+class LabelCheck:
+    """Likely label errors, the most likely first.
+
+    `accuracy` in percent is that of the predictions; if it is low, the reports mean little. `skipped` are classes with
+    too few images to be checked.
+    """
+
+    errors: tuple[LabelError, ...]
+    accuracy: float
+    skipped: tuple[str, ...]
+
+
 def find_label_errors(
     images: np.ndarray, features: np.ndarray, labels: Sequence[str], groups: np.ndarray
-) -> tuple[list[LabelError], list[str]]:
-    """Likely label errors, the most likely first, and the classes that have too few images to be checked.
+) -> LabelCheck:
+    """Find likely label errors among `images`.
 
     A logistic regression on `features` (n, D) is fitted on four fifths of the images and predicts the others; copies of
     an image (equal `groups`) are never on both sides. cleanlab's filter selects the images whose label is improbable by
@@ -67,8 +80,8 @@ def find_label_errors(
         )
         order = filter_.find_label_issues(classes, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
     best = probabilities.argmax(1)
-    errors = [
+    errors = tuple(
         LabelError(int(images[i]), used_names[best[i]], float(probabilities[i, best[i]]), float(probabilities[i, c]))
         for i, c in ((i, classes[i]) for i in order.tolist())
-    ]
-    return errors, names[~is_large].tolist()
+    )
+    return LabelCheck(errors, 100 * float((best == classes).mean()), tuple(names[~is_large].tolist()))

@@ -56,15 +56,13 @@ def render_page(inspection: Inspection) -> str:
     for (title, note), groups in zip(notes.items(), (i.leaks, i.overlaps, exact, near), strict=True):
         if groups:
             sections.append(Section(title, _examples(copies, groups, note)))
-    if i.label_errors:
+    if i.label_check and i.label_check.errors:
         note = (
-            "Predictions of a model that was fitted without the image and its copies. Check before you change a label."
+            "Predictions of a model that was fitted without the image and its copies. It predicts the class of "
+            f"{i.label_check.accuracy:.1f} % of the images. Check an image before you change its label."
         )
-        sections.append(
-            Section(
-                "Likely label errors", _examples(lambda error: _label_error(inspection, error), i.label_errors, note)
-            )
-        )
+        errors = _examples(lambda error: _label_error(inspection, error), i.label_check.errors, note)
+        sections.append(Section("Likely label errors", errors))
     summary = [("images", f"{len(c):,}", ", ".join(f"{n} {len(s.images):,}" for n, s in c.splits.items()))]
     summary += [("classes", f"{len(c.num_images):,}", _balance(inspection))]
     summary += [(TITLES[name], f"{num:,}", _unit(name)) for name, num in counts.items()]
