@@ -39,7 +39,8 @@ def test_same_as_comparing_all_pairs(num: int, near: float, monkeypatch: pytest.
         noise = random.normal(0, random.uniform(0, 1.5 * (near or 4)), 192)
         thumbnails[i + 1] = (thumbnails[i] + noise).round().clip(0, 255)
     digests = random.permutation(num).astype(np.uint64)
-    digests[[5, 50, 9]] = digests[[4, 51, 58]]
+    digests[[5, 50, 9]] = digests[[4, 51, 58]]  # equal pixels have equal thumbnails
+    thumbnails[[5, 50, 9]] = thumbnails[[4, 51, 58]]
     found = find_duplicates(np.arange(num), digests, thumbnails, near)
     expected = brute_force(digests, thumbnails, near)
     assert {frozenset(group.images) for group in found} == expected

@@ -81,7 +81,9 @@ def find_label_errors(
         order = filter_.find_label_issues(classes, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
     best = probabilities.argmax(1)
     errors = tuple(
-        LabelError(int(images[i]), used_names[best[i]], float(probabilities[i, best[i]]), float(probabilities[i, c]))
+        LabelError(
+            int(images[i]), str(used_names[best[i]]), float(probabilities[i, best[i]]), float(probabilities[i, c])
+        )
         for i, c in ((i, classes[i]) for i in order.tolist())
     )
     return LabelCheck(errors, 100 * float((best == classes).mean()), tuple(names[~is_large].tolist()))
