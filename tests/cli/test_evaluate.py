@@ -204,5 +204,30 @@ def test_unknown_and_missing_corruptions(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ):
     check_refused(capsys, f"{EVALUATE} --corrupt rain", "--corrupt rain fog")
+    check_refused(capsys, f"{EVALUATE} --corrupt fog --knn", "--corrupt --knn")
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     check_refused(capsys, f"{EVALUATE} --corrupt", "imagecorruptions mobilevit[corruptions]")
+
+
+def test_knn(capsys: pytest.CaptureFixture[str], here: Path):
+    model = load("xyz.safetensors")
+    model.reset_classifier(0)
+    save(model, here / "none.safetensors")
+    knn = "evaluate none.safetensors xyz.safetensors --data classes --num-workers 0 --knn"
+    assert run(f"{knn} --k 2 --json --per-class") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line.pop("weights"), line["num_images"], line["split"]) for line in lines] == [
+        ("none.safetensors", 2, "val"),
+        ("xyz.safetensors", 2, "val"),
+    ]
+    assert lines[0] == lines[1]  # the classifier is not used
+    assert lines[0]["knn_top1"] in (0, 50, 100)
+    assert [one["class"] for one in lines[0]["classes"]] == ["x", "y"]
+    assert run(f"{knn} --k 1") == 0
+    out = capsys.readouterr().out
+    assert "k-NN top-1 %" in out
+    assert "the val split of classes, 2 images" in out
+    check_refused(capsys, f"{knn} --k 5", "k 5 classes 4")
+    check_refused(capsys, f"{knn} --k 0", "--k 0 1")
+    check_refused(capsys, f"{knn} --split all --k 1", "all val test")
+    check_refused(capsys, "evaluate detector.safetensors --data classes --knn --k 1", "detect classifier")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,6 +38,7 @@ HEADINGS = {
     "loss": "loss",
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "knn_top1": "k-NN top-1 %",
     "miou": "mIoU %",
     "iou": "IoU %",
     "macro_f1": "macro F1 %",
@@ -82,6 +82,11 @@ class Evaluate:
     weights were trained on them; otherwise all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
     """Input sizes in pixels. Default: the input size in training."""
+    knn: Flag = False
+    """Classification: predict the most frequent class of the nearest training images, by the cosine of the pooled
+    features, instead of that of the classifier. The weights need no classifier."""
+    k: int = 20
+    """Number of nearest training images for --knn."""
     corrupt: Annotated[
         tuple[CorruptionName, ...] | None, tyro.conf.arg(metavar="[CORRUPTION...]", help_behavior_hint="")
     ] = None
@@ -104,7 +109,6 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate, and print the metrics."""
-        from mobilevit.tasks.evaluation import default_split, evaluate
         from mobilevit.weights import read
 
         self._check()
@@ -121,34 +125,14 @@ class Evaluate:
             )
         rows: list[tuple[str, str, int, dict[str, float]]] = []
         tables: list[tuple[str, Any]] = []
-        corruptions = self._corruptions()
+        self._corruptions()  # reports a missing package before the first evaluation
         splits: list[str] = []
         for name, weights in named.items():
             warn_of_assumptions(name, weights)
-            split = self.split or default_split(weights, data)
             for size_px in self.size or (weights.preprocessing.crop_px,):
-
-                def evaluate_with(
-                    corruption: Corruption | None = None,
-                    weights: Weights = weights,
-                    split: str = split,
-                    size_px: int = size_px,
-                ) -> EvaluationResult:
-                    return evaluate(
-                        weights,
-                        data,
-                        split=split,
-                        size_px=size_px,
-                        batch_size=self.batch_size,
-                        num_workers=self.num_workers,
-                        max_unreadable=self.max_unreadable,
-                        device=device,
-                        self_check=self.self_check and corruption is None,
-                        corruption=corruption,
-                    )
-
-                result = evaluate_with()
-                robustness = _robustness(result, corruptions, evaluate_with) if corruptions else None
+                result = self._evaluate(weights, data, size_px, device)
+                split = result.split
+                robustness = self._robustness(weights, data, result, device)
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}
                     if self.per_class:
@@ -173,16 +157,64 @@ class Evaluate:
                 console.print(split_line)
         return 0
 
-    def _corruptions(self) -> list[list[Corruption]]:
-        """For each corruption, its five severities. Raises ValueError if the package is missing."""
+    def _corruptions(self) -> list[Corruption]:
+        """Each corruption at five severities. Raises ValueError if the package is missing."""
         if self.corrupt is None:
             return []
         from mobilevit.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 
         names = tuple(dict.fromkeys(self.corrupt)) or CORRUPTIONS
-        return [[Corruption(name, severity) for severity in SEVERITIES] for name in names]
+        return [Corruption(name, severity) for name in names for severity in SEVERITIES]
+
+    def _robustness(self, weights: Weights, data: str, clean: EvaluationResult, device: str) -> _Robustness | None:
+        """The metrics on corrupted images, if they are requested. Shows a progress bar."""
+        if self.corrupt is None:
+            return None
+        from rich.progress import track
+
+        from mobilevit.data.corruptions import describe_package
+        from mobilevit.logs import CONSOLE
+
+        metric = clean.results.main_metric
+        values: dict[str, list[float]] = {}
+        for corruption in track(self._corruptions(), "corruptions", console=CONSOLE):
+            result = self._evaluate(weights, data, clean.size_px, device, corruption)
+            values.setdefault(corruption.name, []).append(result.metrics[metric])
+        return _Robustness(metric, clean.metrics[metric], values, describe_package())
+
+    def _evaluate(
+        self, weights: Weights, data: str, size_px: int, device: str, corruption: Corruption | None = None
+    ) -> EvaluationResult:
+        from mobilevit.embed import EmbedOptions
+        from mobilevit.tasks.evaluation import evaluate
+        from mobilevit.tasks.knn import evaluate_knn
+
+        if self.knn:
+            return evaluate_knn(
+                weights,
+                data,
+                k=self.k,
+                split=self.split,
+                size_px=size_px,
+                max_unreadable=self.max_unreadable,
+                options=EmbedOptions(self.batch_size, self.num_workers, device),
+            )
+        return evaluate(
+            weights,
+            data,
+            split=self.split,
+            size_px=size_px,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            max_unreadable=self.max_unreadable,
+            device=device,
+            self_check=self.self_check and corruption is None,
+            corruption=corruption,
+        )
 
     def _check(self) -> None:
+        if self.knn and self.corrupt is not None:
+            raise ValueError("--corrupt evaluates the classifier, and --knn replaces it; give only one of them")
         if not self.weights:
             raise ValueError("no weights are given; give files, hub ids or a run folder")
         for size_px in self.size:
@@ -214,24 +246,6 @@ class _Robustness:
     def as_dict(self) -> dict[str, Any]:
         values = {"metric": self.metric, "clean": self.clean, "mean": self.mean, "package": self.package}
         return {**values, "corruptions": self.by_corruption}
-
-
-def _robustness(
-    clean: EvaluationResult,
-    corruptions: list[list[Corruption]],
-    evaluate_with: Callable[[Corruption], EvaluationResult],
-) -> _Robustness:
-    """Evaluate on all corruptions, with a progress bar."""
-    from rich.progress import track
-
-    from mobilevit.data.corruptions import describe_package
-    from mobilevit.logs import CONSOLE
-
-    metric = clean.results.main_metric
-    values: dict[str, list[float]] = {}
-    for corruption in track([one for severities in corruptions for one in severities], "corruptions", console=CONSOLE):
-        values.setdefault(corruption.name, []).append(evaluate_with(corruption).metrics[metric])
-    return _Robustness(metric, clean.metrics[metric], values, describe_package())
 
 
 def _corruption_table(robustness: _Robustness) -> Any:

@@ -35,6 +35,7 @@ from mobilevit.training.run import Identity
 from mobilevit.training.step import Loss, autocast, prepare_model
 from mobilevit.training.track import TRACKERS, import_package
 from mobilevit.weights import Weights
+from mobilevit.weights.record import hash_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,5 @@ def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None
 
 def _fingerprint(weights: Weights) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.tensors.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    hash_tensors(digest, weights.tensors)
     return digest.hexdigest()[:16]
