@@ -29,6 +29,7 @@ UNITS = {
     "max_unreadable": "images",
     "micro_batch_size": "images",
     "epochs": "epochs",
+    "patience": "epochs",
     "px": "px",
     "steps": "steps",
     "workers": "processes",
