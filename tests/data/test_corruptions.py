@@ -39,7 +39,7 @@ def test_a_corruption(name: str):
         assert np.array_equal(corruption.apply(pixels, 7), out)
         distances.append(np.abs(out.astype(float) - pixels).mean())
         np.random.seed(3)
-    corruption.apply(pixels, 8)
+    Corruption(name, 5).apply(pixels, 8)  # pyright: ignore[reportArgumentType]
     assert np.random.get_state()[1].tobytes() == state  # type: ignore[union-attr]
     assert min(distances) > 0.2
     assert distances[4] > distances[0]
@@ -61,7 +61,7 @@ def test_gaussian_noise_against_the_formula():
 
 
 def test_the_images_of_a_dataset():
-    prepare = Corrupted(lambda sample, pick: (sample.image, sample.label), Corruption("fog", 2))
+    prepare = Corrupted(lambda sample, pick: (np.asarray(sample.image), sample.label), Corruption("fog", 2))
     sample = Sample(photograph(32, 45), 5, "x")
     pixels, label = prepare(sample, Pick(4, 0, 32))
     assert label == 5

@@ -53,7 +53,7 @@ def read_wandb(out: Path) -> Values:
             record += content[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):  # a whole record, or its last fragment
-                message = wandb_internal_pb2.Record.FromString(record)
+                message = wandb_internal_pb2.Record.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
                 record = b""
                 row = {
                     item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message.history.item
