@@ -108,7 +108,7 @@ def test_mistakes(tmp_path: Path):
         ("timm:tf_efficientnet_lite9", "tf_efficientnet_lite9 timm tf_efficientnet_lite4"),
         ("torchvision:resnet19", "resnet19 torchvision resnet18"),
         (f"timm:resnet18@{tmp_path}/none.pth", "none.pth"),
-        (f"timm:resnet18@{tmp_path}/text.pth", "text.pth"),
+        (f"timm:resnet18@{tmp_path}/text.pth", "text.pth state_dict"),
         (f"timm:resnet18@{tmp_path}/list.pth", "list.pth"),
         (f"timm:resnet18@{tmp_path}/other.safetensors", "other.safetensors 2 conv1.weight"),
         (f"timm:mobilenetv3_small_100@{tmp_path}/narrow.pth", "narrow.pth shapes mobilenetv3_small_100"),

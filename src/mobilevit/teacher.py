@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,6 +245,8 @@ def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             state: Any = safetensors.torch.load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its text advises to load the file without protection
+        raise ValueError(f"{file}: not weights, or it contains more than tensors; give a state_dict") from None
     except Exception as error:  # torch.load raises nearly anything
         raise ValueError(f"{file}: cannot be read as weights of a network ({first_line(error)})") from None
     for key in ("state_dict", "model"):  # training scripts save these around the tensors

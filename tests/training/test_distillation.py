@@ -237,6 +237,8 @@ def test_training_without_labels(data: Path, tmp_path: Path, caplog: pytest.LogC
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Agreement with the teacher" in report
     assert "In the teacher" in report
+    assert "4 classes, " in report
+    assert "at the input size of the student" in report
     finetuned = train(RECIPE, data, tmp_path / "finetuned", pretrained=run.weights)
     assert finetuned.main_metric == "top1"
 

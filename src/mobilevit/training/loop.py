@@ -432,8 +432,11 @@ class _Loop:
                 write(replace(setup.initial, tensors=model.state_dict(), training=training), path)
 
     def _write_report(self, results: Results) -> None:
-        options, run = self.options, self.run
+        options, run, loss = self.options, self.run, self.setup.loss
         run.sync_logs()
+        facts = environment(self.processes, self.plan, run.schedule_epochs, self.ending)
+        if isinstance(loss, DistillationLoss):
+            facts = {"teacher": loss.describe().removeprefix("teacher "), **facts}
         write_report(
             options.out / "report.html",
             Report(
@@ -443,7 +446,7 @@ class _Loop:
                 epochs=run.progress.history,
                 steps=options.out / "steps.jsonl",
                 sections=sections(results, self.setup.val_set.source),
-                facts=environment(self.processes, self.plan, run.schedule_epochs, self.ending),
+                facts=facts,
                 commands=() if options.classifier else next_commands(self.recipe, options.data, options.out),
             ),
         )
