@@ -1,7 +1,7 @@
 """Classify, detect and segment images: networks with preprocessing and class names.
 
-`load`, `load_detector` and `load_segmenter` return a `Classifier`, `Detector` or `Segmenter`. Boxes and masks are in
-pixels of the upright image at its original size.
+`load`, `load_multilabel`, `load_detector` and `load_segmenter` return a `Classifier`, `MultilabelClassifier`,
+`Detector` or `Segmenter`. Boxes and masks are in pixels of the upright image at its original size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.defaults import MAX_PER_IMAGE, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import LABEL_THRESHOLD, MAX_PER_IMAGE, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
@@ -65,7 +65,7 @@ class Detection:
 
 
 class Predictor(nn.Module):
-    """Base class of `Classifier`, `Detector` and `Segmenter`: preprocessing and class names."""
+    """Base class of `Classifier`, `MultilabelClassifier`, `Detector` and `Segmenter`: preprocessing and class names."""
 
     task: TaskName
     preprocessing: Preprocessing
@@ -171,6 +171,63 @@ class Classifier(Predictor, MobileViT):
         return [
             [Prediction(self.class_name(i), p, i) for p, i in zip(row_values, row_indices, strict=True)]
             for row_values, row_indices in zip(values.tolist(), indices.tolist(), strict=True)
+        ]
+
+
+class MultilabelClassifier(Predictor, MobileViT):
+    """A `MobileViT` with a probability and a threshold for each class; see `load_multilabel`.
+
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes). The probability of a class
+    is the sigmoid of its logit.
+    """
+
+    task = "multilabel"
+    preprocessing: Preprocessing = PREPROCESSING["multilabel"]
+    thresholds: tuple[float, ...] = ()  # by class index; empty: `LABEL_THRESHOLD` for all classes
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        model = super().from_weights(weights)
+        model.thresholds = weights.thresholds
+        return model
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a newly initialized one, without class names and thresholds."""
+        self._class_names = self.thresholds = ()
+        super().reset_classifier(num_classes)
+
+    @overload
+    def predict(self, images: ImageInput, score_threshold: float | None = None) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Sequence[ImageInput], score_threshold: float | None = None) -> list[list[Prediction]]: ...
+    def predict(
+        self, images: ImageInput | Sequence[ImageInput], score_threshold: float | None = None
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """The classes of one image, most probable first and possibly none, or a list of them for several images.
+
+        These are the classes whose probability is at least their threshold; `score_threshold` (0 to 1) replaces the
+        thresholds of all classes.
+        """
+        predictions = self.predict_pixels(*self._read_all(images), score_threshold)
+        return predictions[0] if _is_one(images) else predictions
+
+    @torch.inference_mode()
+    def predict_pixels(
+        self, pixels: Tensor, sizes: Sequence[Size] = (), score_threshold: float | None = None
+    ) -> list[list[Prediction]]:
+        """The classes of each preprocessed image of a batch (B, 3, H, W); see `predict`. `sizes` is not used."""
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; it must be from 0 to 1")
+        self._check_mode()
+        thresholds = self.thresholds if score_threshold is None else (score_threshold,) * self.num_classes
+        thresholds = thresholds or (LABEL_THRESHOLD,) * self.num_classes
+        return [
+            [
+                Prediction(self.class_name(i), row[i], i)
+                for i in sorted(range(len(row)), key=row.__getitem__, reverse=True)
+                if row[i] >= thresholds[i]
+            ]
+            for row in self(pixels).float().sigmoid().tolist()
         ]
 
 
@@ -331,12 +388,18 @@ def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Load and save
 
-PREDICTORS: dict[TaskName, type[Classifier | Detector | Segmenter]] = {
+PREDICTORS: dict[TaskName, type[Classifier | MultilabelClassifier | Detector | Segmenter]] = {
     "classify": Classifier,
+    "multilabel": MultilabelClassifier,
     "detect": Detector,
     "segment": Segmenter,
 }
-_LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
+_LOADERS: dict[TaskName, str] = {
+    "classify": "load",
+    "multilabel": "load_multilabel",
+    "detect": "load_detector",
+    "segment": "load_segmenter",
+}
 AnyPredictor = TypeVar("AnyPredictor", bound=Predictor)
 
 
@@ -365,6 +428,18 @@ def load(
         >>> model.predict("cat.jpg")[0].class_name
     """
     return _load(Classifier, source, download, num_classes, output_stride).to(device)
+
+
+def load_multilabel(
+    source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
+) -> MultilabelClassifier:
+    """A multi-label classifier in eval mode; arguments and errors as for `load`.
+
+    Examples:
+        >>> model = mobilevit.load_multilabel("runs/photos/model.safetensors")
+        >>> [label.class_name for label in model.predict("beach.jpg")]
+    """
+    return _load(MultilabelClassifier, source, download, num_classes).to(device)
 
 
 def load_detector(
@@ -438,7 +513,8 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
-    task: TaskName = next(task for task, network in NETWORKS.items() if isinstance(model, network))
+    found = (task for task, network in NETWORKS.items() if isinstance(model, network))
+    task: TaskName = model.task if isinstance(model, Predictor) else next(found)
     write(
         Weights(
             architecture=model.architecture,
@@ -449,6 +525,7 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
             task=task,
             head=model.head if isinstance(model, DeepLabV3) else None,
             category_ids=model.category_ids if isinstance(model, Detector) else (),
+            thresholds=model.thresholds if isinstance(model, MultilabelClassifier) else (),
         ),
         path,
         format,

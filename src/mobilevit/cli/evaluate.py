@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test", "all"]
 # Headings and decimals of metrics. Others are counts.
-HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU %", "iou": "IoU %"} | {
+PROBABILITIES = ("threshold",)
+HEADINGS = {
+    "loss": "loss",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "miou": "mIoU %",
+    "iou": "IoU %",
+    "map": "mAP %",
+    "micro_f1": "micro F1 %",
+    "macro_f1": "macro F1 %",
+    "f1": "F1 %",
+} | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
     for name in (
         "recall",
@@ -51,7 +62,8 @@ HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU 
 class Evaluate:
     """Evaluate weights on labeled images, at one or several input sizes.
 
-    Metrics: top-1 and top-5 accuracy of classification, AP of detection, mIoU of segmentation.
+    Metrics: top-1 and top-5 accuracy of classification, mAP and F1 of several labels per image, AP of detection, mIoU
+    of segmentation.
     """
 
     weights: Annotated[
@@ -168,6 +180,8 @@ def _heading(name: str) -> str:
 def _text(name: str, value: float | None) -> str:
     if value is None:
         return "-"
+    if name in PROBABILITIES:
+        return f"{value:.3f}"
     if name not in HEADINGS:
         return f"{value:,}"
     return f"{value:.4f}" if name == "loss" else f"{value:.2f}"

@@ -195,7 +195,7 @@ def import_torch() -> None:
 def warn_of_assumptions(source: str, weights: Weights) -> None:
     """Warn if the file does not contain the preprocessing and the class names."""
     if not weights.has_description:
-        names = {"classify": "ImageNet", "detect": "COCO", "segment": "PASCAL VOC"}[weights.task]
+        names = {"detect": "COCO", "segment": "PASCAL VOC"}.get(weights.task, "ImageNet")
         warn(
             f"{source}: does not contain the preprocessing; the published one is assumed: "
             + format_resize(weights.preprocessing)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 # Names of the outputs, in order: the network's outputs, and the decoded outputs.
 RAW_OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
     "classify": ("logits",),
+    "multilabel": ("logits",),
     "detect": ("boxes", "scores"),
     "segment": ("logits",),
 }
@@ -88,7 +89,7 @@ class ArtifactSpec:
 
     def file_stem(self, prefix: str) -> str:
         """File name of the artifact, without its ending."""
-        task = [] if self.task == "classify" else [self.task]
+        task = [] if self.task in ("classify", "multilabel") else [self.task]  # the same network
         flags = [name for name, enabled in (("uint8", self.uint8), ("postprocess", self.postprocess)) if enabled]
         return "_".join([prefix, *task, f"{self.height}x{self.width}", self.precision, *flags])
 
@@ -263,6 +264,7 @@ def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, 
         "input": layout,
         "preprocessing": json.dumps(weights.preprocessing.to_dict() | {"scaled_inside": spec.uint8}),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
+        **({"thresholds": json.dumps(weights.thresholds)} if weights.thresholds else {}),
         **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
         "source": source,
     }

@@ -16,7 +16,7 @@ from mobilevit.export.artifact import RAW_OUTPUTS, SCORE_THRESHOLD, ArtifactSpec
 from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
-from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
+from mobilevit.predict import Classifier, Detector, MultilabelClassifier, Predictor, Segmenter
 
 
 class Artifact(Predictor):
@@ -79,6 +79,19 @@ class ArtifactClassifier(Artifact, Classifier):
         return logits
 
 
+class ArtifactMultilabelClassifier(Artifact, MultilabelClassifier):
+    """An exported multi-label classifier; the thresholds are in the metadata."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.thresholds = tuple(json.loads(read_metadata(path).get("thresholds", "[]")))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        (logits,) = self.outputs(images)
+        return logits
+
+
 class ArtifactDetector(Artifact, Detector):
     """An exported detector; with decoded outputs, NMS is part of the artifact."""
 
@@ -110,14 +123,21 @@ class ArtifactSegmenter(Artifact, Segmenter):
         return logits  # part of the artifact
 
 
-def load_predictor(path: str | Path) -> ArtifactClassifier | ArtifactDetector | ArtifactSegmenter:
+def load_predictor(
+    path: str | Path,
+) -> ArtifactClassifier | ArtifactMultilabelClassifier | ArtifactDetector | ArtifactSegmenter:
     """The predictor of an artifact, by the task in its metadata; errors as for `Artifact`."""
     path = Path(path)
     try:
         task = read_metadata(path)["task"]
     except KeyError as error:
         raise _incomplete(path, error) from None
-    predictors = {"classify": ArtifactClassifier, "detect": ArtifactDetector, "segment": ArtifactSegmenter}
+    predictors = {
+        "classify": ArtifactClassifier,
+        "multilabel": ArtifactMultilabelClassifier,
+        "detect": ArtifactDetector,
+        "segment": ArtifactSegmenter,
+    }
     return predictors[task](path)
 
 

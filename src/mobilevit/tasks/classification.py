@@ -18,7 +18,7 @@ from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
-from mobilevit.weights import Weights
+from mobilevit.weights import TaskName, Weights
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,7 @@ class Classification:
         return training_sets(recipe, data, (augmentation, stack_indices), (evaluation, stack_indices))
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
-        class_names = train_set.source.class_names
-        if pretrained is None:
-            model = MobileViT(recipe.architecture, num_classes=len(class_names))
-        else:
-            model = pretrained.build()
-            if pretrained.class_names != class_names:
-                model.reset_classifier(len(class_names))
-        return Weights(
-            architecture=model.architecture,
-            tensors=model.state_dict(),
-            preprocessing=normalized_as(pretrained, preprocessing_of(recipe)),
-            class_names=class_names,
-            output_stride=model.backbone.output_stride,
-        )
+        return build_classifier("classify", recipe, train_set, pretrained)
 
     def evaluation_set(
         self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
@@ -130,6 +117,25 @@ class Classification:
             rows.append((torch.tensor(batch.indices), batch.labels, top.indices, top.values[:, 0], losses, num_classes))
         *columns, num_classes = merge_images(rows, gather)
         return ClassificationResults(*columns, num_classes=int(num_classes[0]))
+
+
+def build_classifier(task: TaskName, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
+    """Initial weights; a pretrained classifier is used if it is for the same task and the same classes."""
+    class_names = train_set.source.class_names
+    if pretrained is None:
+        model = MobileViT(recipe.architecture, num_classes=len(class_names))
+    else:
+        model = pretrained.build()
+        if (pretrained.task, pretrained.class_names) != (task, class_names):
+            model.reset_classifier(len(class_names))
+    return Weights(
+        architecture=model.architecture,
+        tensors=model.state_dict(),
+        preprocessing=normalized_as(pretrained, preprocessing_of(recipe)),
+        class_names=class_names,
+        output_stride=model.backbone.output_stride,
+        task=task,
+    )
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:

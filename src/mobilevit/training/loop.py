@@ -28,6 +28,7 @@ from mobilevit.recipes import Recipe
 from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, Report, write_report
 from mobilevit.tasks import Results
+from mobilevit.tasks.multilabel import chosen_thresholds
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.distillation import DistillationLoss, network_of
 from mobilevit.training.distributed import join_processes
@@ -348,7 +349,7 @@ class _Loop:
             record["teacher_fraction"] = progress.teacher_seconds / progress.seconds
         main = f"val_{ema.main_metric}"
         if self.run.folder:
-            self._write_weights(record, is_best=all(record[main] > past[main] for past in progress.history))
+            self._write_weights(record, ema, raw, is_best=all(record[main] > past[main] for past in progress.history))
         self.run.log_epoch(record)
         logger.info(
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {ema.main_metric} "
@@ -383,8 +384,8 @@ class _Loop:
                 logger.warning(f"cannot be read, left out of validation: {', '.join(unreadable)}")
         return results[0], results[1], len(unreadable)
 
-    def _write_weights(self, record: EpochMetrics, *, is_best: bool) -> None:
-        setup, ema, raw = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
+    def _write_weights(self, record: EpochMetrics, ema: Results, raw: Results, *, is_best: bool) -> None:
+        setup, ema_model, raw_model = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
         training = {
             "recipe": recipes.to_dict(self.recipe),
             # Without times, so that identical runs write identical files.
@@ -394,12 +395,14 @@ class _Loop:
         }
         if self.run.schedule_epochs < self.recipe.epochs:
             training["schedule_epochs"] = self.run.schedule_epochs
-        for name, model in (("model", ema), ("raw", raw), *([("best", ema)] if is_best else [])):
+        files = (("model", ema_model, ema), ("raw", raw_model, raw), *([("best", ema_model, ema)] if is_best else []))
+        for name, model, results in files:
             path = self.options.out / f"{name}.safetensors"
             if isinstance(setup.initial, ExternalWeights):
                 setup.initial.write(model.state_dict(), training, path)
             else:
-                write(replace(setup.initial, tensors=model.state_dict(), training=training), path)
+                weights = replace(setup.initial, tensors=model.state_dict(), training=training)
+                write(replace(weights, thresholds=chosen_thresholds(results)), path)
 
     def _write_report(self, results: Results) -> None:
         options, run = self.options, self.run

@@ -13,7 +13,7 @@ from torch import nn
 
 from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.samples import fingerprint
-from mobilevit.recipes import Distill, Recipe
+from mobilevit.recipes import Distill, Multilabel, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.tasks import TASKS, Task
 from mobilevit.tasks.distillation import Distillation
@@ -124,7 +124,9 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
 def blank_batch(task: Task, recipe: Recipe, device: torch.device, shape: tuple[int, ...]) -> Batch:
     """A batch of black images for an input of `shape` (B, 3, size, size); larger if the teacher's input is larger."""
     batch_size, _, size_px, _ = shape
-    loaded_px = max(size_px, recipe.distill.size_px) if recipe.task in ("classify", "distill") else size_px
+    loaded_px = (
+        max(size_px, recipe.distill.size_px) if recipe.task in ("classify", "multilabel", "distill") else size_px
+    )
     pixels = torch.zeros(batch_size, 3, loaded_px, loaded_px, device=device).to(memory_format=torch.channels_last)
     labels = to_device(task.blank_labels(batch_size, size_px), str(device))
     return Batch(pixels, labels, tuple(range(batch_size)), size_px=size_px)
@@ -154,6 +156,8 @@ def _check_recipe(options: TrainOptions) -> None:
     assert not (options.pretrained and options.classifier)
     if options.classifier:
         check_recipe(options.recipe)
+    if options.recipe.task != "multilabel" and options.recipe.multilabel != Multilabel():
+        raise ValueError("multilabel.* options need the task multilabel: use the recipe multilabel")
     if options.pretrained is None:
         optimizer = options.recipe.optimizer
         for name, value, default in (

@@ -16,17 +16,24 @@ from mobilevit.models.ssdlite import NUM_ANCHORS, SSDLite
 
 Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-TaskName = Literal["classify", "detect", "segment"]
-NETWORKS: dict[TaskName, type[nn.Module]] = {"classify": MobileViT, "detect": SSDLite, "segment": DeepLabV3}
+TaskName = Literal["classify", "multilabel", "detect", "segment"]
+NETWORKS: dict[TaskName, type[nn.Module]] = {
+    "classify": MobileViT,
+    "multilabel": MobileViT,
+    "detect": SSDLite,
+    "segment": DeepLabV3,
+}
 # Formats that have a network for the task.
 TASK_FORMATS: dict[TaskName, tuple[Format, ...]] = {
     "classify": FORMATS,
+    "multilabel": ("mobilevit", "transformers"),
     "detect": ("mobilevit", "apple"),
     "segment": ("mobilevit", "apple", "transformers"),
 }
 # The tensor whose number of rows gives the number of classes.
 CLASSIFIERS: dict[TaskName, str] = {
     "classify": "classifier.weight",
+    "multilabel": "classifier.weight",
     "detect": f"heads.{len(NUM_ANCHORS) - 1}.out.weight",
     "segment": "classifier.weight",
 }
@@ -38,6 +45,7 @@ PAPER_PREPROCESSING = Preprocessing(resize_px=288, crop_px=256, interpolation="b
 TIMM_PREPROCESSING = Preprocessing(resize_px=284, crop_px=256, interpolation="bicubic")
 PREPROCESSING: dict[TaskName, Preprocessing] = {
     "classify": PAPER_PREPROCESSING,
+    "multilabel": PAPER_PREPROCESSING,
     "detect": Preprocessing(resize_px=(320, 320), crop_px=320, interpolation="bilinear"),
     "segment": Preprocessing(resize_px=(512, 512), crop_px=512, interpolation="bilinear"),
 }
@@ -57,10 +65,13 @@ class Weights:
         has_description: False if the file has no description and the published preprocessing is assumed.
         head: of a segmentation network, else None.
         category_ids: ids of a detector's classes in COCO annotations, which may have gaps; empty if unknown.
+        thresholds: of a multi-label classifier: the lowest probability, 0 to 1, at which an image is predicted to have
+            each class; empty if unknown.
 
     Raises:
         ValueError: an unknown task; `head` without segmentation or segmentation without `head`; a detector with an
-            output stride other than 32; a number of class names or category ids that is not the number of classes.
+            output stride other than 32; a number of class names, category ids or thresholds that is not the number of
+            classes.
     """
 
     architecture: Architecture
@@ -73,6 +84,7 @@ class Weights:
     task: TaskName = "classify"
     head: DeepLabHead | None = None
     category_ids: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in NETWORKS:
@@ -87,6 +99,11 @@ class Weights:
             raise ValueError(
                 f"category_ids are {len(self.category_ids)} for {len(self.class_names)} class names and the task "
                 f"{self.task!r}; give one for each named class of a detector, or none"
+            )
+        if self.thresholds and (self.task != "multilabel" or len(self.thresholds) != self.num_classes):
+            raise ValueError(
+                f"thresholds are {len(self.thresholds)} for {self.num_classes} classes and the task {self.task!r}; "
+                "give one for each class of a multi-label classifier, or none"
             )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes; give one per class")

@@ -155,6 +155,11 @@ export function preprocess(image, preprocessing) {
   return { cropped, input };
 }
 
+/** Probabilities of independent classes. */
+export function sigmoid(logits) {
+  return Float32Array.from(logits, (logit) => 1 / (1 + Math.exp(-logit)));
+}
+
 /** Logits -> probabilities. */
 export function softmax(logits) {
   const max = logits.reduce((a, b) => Math.max(a, b), -Infinity);

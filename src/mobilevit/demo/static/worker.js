@@ -1,6 +1,6 @@
 // Runs the network in a worker thread, so that the page stays responsive.
 
-import { preprocess, softmax } from "./preprocessing.js";
+import { preprocess, sigmoid, softmax } from "./preprocessing.js";
 
 let task;
 let preprocessing;
@@ -37,7 +37,8 @@ async function predict(image) {
   if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
     throw new Error("the network returned NaN or infinity");
   }
-  const prediction = task === "classify" ? { probabilities: softmax(outputs.logits) } : outputs;
+  const activation = { classify: softmax, multilabel: sigmoid }[task];
+  const prediction = activation ? { probabilities: activation(outputs.logits) } : outputs;
   return { ...prediction, cropped, preprocessingMilliseconds, milliseconds };
 }
 
