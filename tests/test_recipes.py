@@ -18,6 +18,7 @@ from mobilevit.recipes import (
     Compute,
     Data,
     Distill,
+    Multilabel,
     Optimizer,
     Recipe,
     Sampler,
@@ -64,6 +65,7 @@ OTHER = Recipe(
     ),
     compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
     distill=Distill(0.25, 3.5, 1.5, 96),
+    multilabel=Multilabel("asymmetric", 2.0, 1.0, 0.1),
 )
 CLASSES: dict[str, Callable[..., Any]] = {
     "": Recipe,
@@ -72,6 +74,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "optimizer.": Optimizer,
     "compute.": Compute,
     "distill.": Distill,
+    "multilabel.": Multilabel,
 }
 
 
@@ -87,6 +90,7 @@ def test_the_round_trip_covers_every_field():
         (OTHER.sampler, Sampler()),
         (OTHER.optimizer, Optimizer()),
         (OTHER.distill, Distill()),
+        (OTHER.multilabel, Multilabel()),
         (OTHER.compute, Compute()),
     ):
         for field in fields(cast(Any, other)):
@@ -154,6 +158,9 @@ OUT_OF_RANGE = [
     ("distill.temperature", 0.0),
     ("distill.feature_weight", -0.1),
     ("distill.size_px", -1),
+    ("multilabel.gamma_negative", -0.1),
+    ("multilabel.gamma_positive", -1.0),
+    ("multilabel.margin", 1.0),
 ]
 
 

@@ -61,6 +61,7 @@ TRAIN_OPTIONS = """
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
+--multilabel.loss --multilabel.gamma-negative --multilabel.gamma-positive --multilabel.margin
 """
 
 

@@ -128,7 +128,8 @@ class SampleImages:
             return list(find_images(self.images))
         data = expand_data(self.images[0])
         try:
-            return list(find_images([data]))
+            if not is_label_file(Path(data)):
+                return list(find_images([data]))
         except ValueError:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise

@@ -62,7 +62,8 @@ def compute_class_evidence(
             else torch.arange(len(probabilities), device=probabilities.device) == probabilities.argmax()
         )
         num_listed = max(TOP_K, min(MAX_PREDICTED, int(is_predicted.sum())))
-        most_likely = probabilities.topk(min(num_listed, model.num_classes)).indices.tolist()
+        predicted_first = probabilities + is_predicted  # probabilities are at most 1
+        most_likely = predicted_first.topk(min(num_listed, model.num_classes)).indices.tolist()
         result = []
         for index in most_likely if class_index is None else dict.fromkeys((class_index, *most_likely)):
             last_gradient, fine_gradient = torch.autograd.grad(logits[0, index], (last, fine), retain_graph=True)

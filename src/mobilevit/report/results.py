@@ -269,7 +269,8 @@ def class_table(rows: Sequence[ClassMetrics], headings: Mapping[str, str], by: S
 def curves_html(curves: np.ndarray, class_names: Sequence[str], note: str) -> Markup:
     """Precision-recall curves as small charts: the mean of all classes, then the classes with the lowest AP.
 
-    `note` ends the sentence about the axes. `curves` (C, 101) are precisions at recall 0, 0.01 ... 1; NaN for a class without boxes or images.
+    `note` ends the sentence about the axes. `curves` (C, 101) are precisions at recall 0, 0.01 ... 1; NaN for a class
+    without boxes or images.
     """
     areas = curves.mean(1)
     measured = [i for i in np.argsort(areas, kind="stable").tolist() if not math.isnan(areas[i])]

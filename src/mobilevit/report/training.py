@@ -33,12 +33,15 @@ UNITS = {
     "steps": "steps",
     "workers": "processes",
     **dict.fromkeys(("top1", "top5", "ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
-    **dict.fromkeys(("agreement", "agreement5"), "%"),
+    **dict.fromkeys(("agreement", "agreement5", "map", "f1"), "%"),
 }
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
     "miou": "mIoU",
+    "map": "mAP",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
     "agreement5": "top-5 agreement",
     "kl": "KL",
     "unreadable": "unreadable images",

@@ -212,7 +212,8 @@ class MultilabelClassification:
             targets = multi_hot(batch.labels, logits.shape[1])
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
             rows.append((torch.tensor(batch.indices), targets.bool(), logits.sigmoid(), losses))
-        return MultilabelResults(*merge_images(rows, gather))
+        indices, labels, scores, losses = merge_images(rows, gather)
+        return MultilabelResults(indices, labels, scores, losses)
 
 
 def stack_class_sets(labels: Sequence[ClassSet]) -> Tensor:
