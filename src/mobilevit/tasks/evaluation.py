@@ -17,6 +17,7 @@ from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError
 from mobilevit.messages import join_names
+from mobilevit.self_check import check_device
 from mobilevit.tasks import TASKS
 from mobilevit.tasks.multilabel import MultilabelResults
 from mobilevit.tasks.task import ClassMetrics, Results
@@ -52,6 +53,7 @@ def evaluate(
     max_unreadable: int = 0,
     device: str = "auto",
     download: bool = False,
+    self_check: bool = True,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
 
@@ -69,10 +71,12 @@ def evaluate(
         max_unreadable: number of unreadable images to skip. Their names are logged.
         device: "auto" is the first available one of cuda, mps and cpu.
         download: fetch a hub id that is not in the local cache.
+        self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
-            read; the size is below 32 px; `data` lacks the split; the device is not available.
+            read; the size is below 32 px; `data` lacks the split; the device is not available, or wrong
+            (`mobilevit.self_check.DeviceError`).
         TypeError: `weights` has another type.
     """
     weights = to_weights(weights, download=download)
@@ -86,6 +90,9 @@ def evaluate(
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
+    model = weights.build().to(device)
+    if self_check:
+        check_device(model, preprocessing.crop_px)
     loaded = load(
         dataset,
         eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
@@ -96,7 +103,7 @@ def evaluate(
         replace_unreadable=False,
     )
     with contextlib.closing(loaded):
-        results = task.evaluate(weights.build().to(device), loaded)
+        results = task.evaluate(model, loaded)
     if isinstance(results, MultilabelResults):
         results = replace(results, stored_thresholds=weights.thresholds)
     if len(loaded.unreadable) > max_unreadable:
