@@ -158,6 +158,7 @@ OUT_OF_RANGE = [
     ("distill.temperature", 0.0),
     ("distill.feature_weight", -0.1),
     ("distill.size_px", -1),
+    ("multilabel.loss", "focal"),
     ("multilabel.gamma_negative", -0.1),
     ("multilabel.gamma_positive", -1.0),
     ("multilabel.margin", 1.0),

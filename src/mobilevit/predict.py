@@ -531,7 +531,7 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
     found = (task for task, network in NETWORKS.items() if isinstance(model, network))
-    task = cast(TaskName, model.task) if isinstance(model, Predictor) else next(found)
+    task: TaskName = cast(TaskName, model.task) if isinstance(model, Predictor) else next(found)
     write(
         Weights(
             architecture=model.architecture,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, ImageDataset, stack_indices
+from mobilevit.data.python_data import Data
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
@@ -74,7 +74,7 @@ class ClassificationResults:
 class Classification:
     """The `mobilevit.tasks.Task` of classification."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
         options = recipe.data
         augmentation = Augmentation(
             options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
@@ -85,9 +85,7 @@ class Classification:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("classify", recipe, train_set, pretrained)
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         return evaluation_set(weights, data, split, Evaluation(preprocessing), stack_indices)
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:

@@ -7,10 +7,10 @@ import logging
 import os
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 
 from mobilevit.data import sources
 from mobilevit.data.loader import ImageDataset, load
+from mobilevit.data.python_data import Data, MapDataset, PythonData, to_data
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import fingerprint
 from mobilevit.defaults import MIN_SIZE_PX
@@ -44,7 +44,7 @@ class EvaluationResult:
 
 def evaluate(
     weights: Weights | str | os.PathLike[str],
-    data: str | Path,
+    data: str | os.PathLike[str] | MapDataset | tuple[MapDataset, MapDataset] | PythonData,
     *,
     split: str | None = None,
     size_px: int | None = None,
@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         weights: a path, a hub id or `Weights`.
-        data: a folder or dataset, as for `train`.
+        data: a folder or dataset, or a dataset in Python, as for `train`.
         split: "train", "val", "test" or "all". None: val, or test if there is no val. Data without splits are split as
             in training if the weights were trained on them; otherwise all images are evaluated.
         size_px: input size; None: the size that the weights were trained at.
@@ -79,7 +79,7 @@ def evaluate(
             (`mobilevit.self_check.DeviceError`).
         TypeError: `weights` has another type.
     """
-    weights = to_weights(weights, download=download)
+    weights, data = to_weights(weights, download=download), to_data(data)
     device = choose_device(device)
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
@@ -118,7 +118,7 @@ def evaluate(
     )
 
 
-def default_split(weights: Weights, data: str | Path) -> str:
+def default_split(weights: Weights, data: Data) -> str:
     """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
 
     Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
@@ -133,7 +133,7 @@ def default_split(weights: Weights, data: str | Path) -> str:
     return split
 
 
-def _warn_of_data(weights: Weights, dataset: ImageDataset, data: str | Path, split: str) -> None:
+def _warn_of_data(weights: Weights, dataset: ImageDataset, data: Data, split: str) -> None:
     for note in dataset.notes:
         _warn_once(note)
     was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from mobilevit.data.class_sets import ClassSet
 from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.data.python_data import Data
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.defaults import LABEL_THRESHOLD
 from mobilevit.images import Preprocessing
@@ -159,7 +159,7 @@ def chosen_thresholds(results: Results) -> tuple[float, ...]:
 class MultilabelClassification:
     """The `mobilevit.tasks.Task` of multi-label classification."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
         options = recipe.data
         augmentation = Augmentation(
             options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
@@ -170,9 +170,7 @@ class MultilabelClassification:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("multilabel", recipe, train_set, pretrained)
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         dataset = evaluation_set(weights, data, split, Evaluation(preprocessing), stack_class_sets)
         if not any(label.indices for label in dataset.source.labels):
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import nn
 
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
+from mobilevit.data.python_data import MapDataset, PythonData, to_data
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError, megapixel_limit_restored
@@ -73,7 +74,7 @@ class DivergedError(ValueError):
 
 def train(
     recipe: Recipe | str,
-    data: str | Path,
+    data: str | os.PathLike[str] | MapDataset | tuple[MapDataset, MapDataset] | PythonData,
     out: str | Path,
     *,
     pretrained: Weights | str | os.PathLike[str] | None = None,
@@ -99,7 +100,8 @@ def train(
 
     Args:
         recipe: a `Recipe`, or the name of one such as "small".
-        data: a folder or dataset; see docs/training.md.
+        data: a folder, a file or the name of a dataset, see docs/training.md; or a dataset in Python (`MapDataset`),
+            or a pair of datasets for training and validation, see docs/data.md.
         out: the run folder; see `mobilevit.training.run`.
         pretrained: initial weights: a path, a hub id, or `Weights`. None: random weights.
         download: fetch a hub id that is not in the local cache.
@@ -131,12 +133,11 @@ def train(
             f"recipe is a {type(recipe).__name__}; use the name of a recipe ({', '.join(recipes.RECIPES)}) or a "
             "Recipe, such as dataclasses.replace(mobilevit.RECIPES['small'], epochs=5)"
         )
-    for name, value in (("data", data), ("out", out)):
-        if not isinstance(value, str | os.PathLike):
-            raise TypeError(f"{name} is a {type(value).__name__}; use a path (str or pathlib.Path)")
+    if not isinstance(out, str | os.PathLike):
+        raise TypeError(f"out is a {type(out).__name__}; use a path (str or pathlib.Path)")
     options = TrainOptions(
         recipe=recipe,
-        data=data,
+        data=to_data(data),
         out=Path(out),
         pretrained=None if pretrained is None else to_weights(pretrained, download=download),
         classifier=classifier,

@@ -13,6 +13,7 @@ from torch import nn
 
 from mobilevit.benchmark.rivals import randomize
 from mobilevit.data.loader import Batch, ImageDataset, to_device
+from mobilevit.data.python_data import Data, PythonData
 from mobilevit.data.samples import fingerprint
 from mobilevit.recipes import Distill, Multilabel, Recipe
 from mobilevit.report.training import Origin
@@ -36,7 +37,7 @@ class TrainOptions:
     """The arguments of `train`, checked."""
 
     recipe: Recipe
-    data: str | Path
+    data: Data
     out: Path
     pretrained: Weights | None
     classifier: ExternalClassifier | None
@@ -177,6 +178,8 @@ def _check_recipe(options: TrainOptions) -> None:
     assert not (options.pretrained and options.classifier)
     if options.classifier:
         check_recipe(options.recipe)
+    if isinstance(options.data, PythonData) and options.recipe.task == "distill":
+        raise ValueError(f"{options.data}: the recipe distill uses a folder of images, not a dataset in Python")
     if options.recipe.task != "multilabel" and options.recipe.multilabel != Multilabel():
         raise ValueError("multilabel.* options need the task multilabel: use the recipe multilabel")
     if options.pretrained is None:
@@ -193,10 +196,13 @@ def _check_recipe(options: TrainOptions) -> None:
 
 
 def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None:
-    data, out = Path(options.data), options.out
+    out = options.out
     if num_images < 2 * world_size:
         crops = " or raise --data.crops-per-image" if options.recipe.task == "distill" else ""
-        raise ValueError(f"{data}: {num_images} training images are too few; add images{crops}")
+        raise ValueError(f"{options.data}: {num_images} training images are too few; add images{crops}")
+    if isinstance(options.data, PythonData):
+        return
+    data = Path(options.data)
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
         raise ValueError(f"{out}: is inside {data}, where it would be read as a class folder; choose another folder")
 

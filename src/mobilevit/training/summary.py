@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mobilevit.data.python_data import Data, PythonData
 from mobilevit.device import thread_advice
 from mobilevit.recipes import Recipe
 from mobilevit.training.distillation import DistillationLoss
@@ -94,9 +95,15 @@ def environment(processes: Processes, plan: Plan, schedule_epochs: int) -> dict[
     }
 
 
-def next_commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, str]]:
+def next_commands(recipe: Recipe, data: Data, out: Path) -> list[tuple[str, str]]:
     """What to do with the weights: (purpose, command)."""
-    weights, data = shlex.quote(str(out / "model.safetensors")), shlex.quote(str(data))
+    weights = shlex.quote(str(out / "model.safetensors"))
+    if isinstance(data, PythonData):  # commands cannot name it
+        return [
+            ("Predict", f"mobilevit predict {weights} IMAGE..."),
+            ("Export", f"mobilevit export {weights} --to onnx --images IMAGE..."),
+        ]
+    data = shlex.quote(str(data))
     evaluate = f"mobilevit evaluate {shlex.quote(str(out))} --data {data} --per-class"
     commands = [
         ("Evaluate EMA weights and raw weights", evaluate),
