@@ -51,7 +51,7 @@ Data = str | Path | PythonData
 """A path or the name of a dataset on the hub, or a dataset in Python."""
 
 
-def to_data(data: object) -> Data:
+def to_data(data: Any) -> Data:
     """`data` as `Data`: a path, a map-style dataset, or a pair of those for training and validation.
 
     Raises:
@@ -161,7 +161,7 @@ def _read(dataset: MapDataset, location: str, class_names: tuple[str, ...], mult
             f"{location}[0]: image is a {type(first).__name__}; it must be a path, a PIL image or a uint8 array (H, W, "
             "3); remove the transform to tensors, because training augments the images itself"
         )
-    targets = getattr(dataset, "targets", None)
+    targets = _targets(dataset)
     has_files = isinstance(first, str | os.PathLike)
     if not has_files and targets is not None and len(targets) == num:
         labels = list(targets)
@@ -187,6 +187,11 @@ def _read(dataset: MapDataset, location: str, class_names: tuple[str, ...], mult
                 f"{location}[{several[0]}]: {labels[several[0]]!r}); train them with the recipe multilabel"
             )
     return split_of_labels(location, images, names, class_names, multilabel=multilabel)
+
+
+def _targets(dataset: Any) -> Any:
+    """The labels of all images, if the dataset has them."""
+    return dataset.targets if hasattr(dataset, "targets") else None
 
 
 def _item(dataset: MapDataset, location: str, index: int) -> Item:
