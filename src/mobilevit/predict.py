@@ -530,8 +530,10 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
-    found = (task for task, network in NETWORKS.items() if isinstance(model, network))
-    task: TaskName = cast(TaskName, model.task) if isinstance(model, Predictor) else next(found)
+    if isinstance(model, Predictor):
+        task: TaskName = model.task
+    else:
+        task = next(name for name, network in NETWORKS.items() if isinstance(model, network))
     write(
         Weights(
             architecture=model.architecture,
