@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out benchmarks/gpu_h100_202611
     python benchmarks/gpu.py --sections training attention    # some sections
-    python benchmarks/gpu.py --device cpu --quick             # all sections, reduced, to test this script
+    python benchmarks/gpu.py --device cpu --quick             # all sections, reduced, to test the script
 
 Requirements: PyTorch 2.11 or newer with CUDA, a C++ compiler (for AOTInductor), and `pip install -e .[compare,demo]`:
 timm to compare with, scikit-learn for the photographs that the loader reads. On a machine without a network, nothing
@@ -12,7 +12,7 @@ jinja2, matplotlib, psutil and py-cpuinfo: `PYTHONPATH=src python benchmarks/gpu
 Each section (gpu_speed.py, gpu_runs.py) runs in its own process with a time budget, so that neither a crash nor a hang
 nor a damaged CUDA context affects the next one. Inside a section, each item is protected as well. Tracebacks, and items
 that are skipped because they need time or CUDA, are part of the results. OUT.json and OUT.md are written after each
-section. --quick runs the sections in this process.
+section. --one-process runs the sections in this process.
 
 Models are timed by `mobilevit.benchmark.timing.measure`: interleaved, each call waits for the device, and a ratio is
 one of two times of the same round.
@@ -24,7 +24,9 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,12 +54,14 @@ SECTIONS: dict[str, tuple[Callable[[Context], None], int]] = {
     "multiscale": (multiscale, 35),
     "inference": (inference, 90),
 }
+QUICK_SECONDS = 3600
 GRACE_SECONDS = 8  # for the item that a section computes at its deadline; then the process is killed
 
 
-def run_section(name: str, device: str, file: Path, deadline: float) -> str:
+def run_section(name: str, options: argparse.Namespace, file: Path, deadline: float) -> str:
     """Run a section in its own process until `deadline`. Returns "" or the reason why it did not finish."""
-    command = [sys.executable, __file__, "--device", device, "--child", name, str(file), str(deadline)]
+    command = [sys.executable, __file__, "--device", options.device, "--child", name, str(file), str(deadline)]
+    command += ["--quick"] if options.quick else []
     # cuBLAS is deterministic only with this setting.
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if name == "runs" else None
     with tempfile.TemporaryFile("w+") as errors:
@@ -131,21 +135,21 @@ def main(options: argparse.Namespace) -> None:
     facts = {**vars(setting), "card": card, "quick": options.quick, "description": setting.describe()}
     out = options.out or Path(f"gpu_{card.split(',')[0].replace(' ', '_').lower()}_{datetime.date.today():%Y%m%d}")
     started = time.monotonic()
-    deadline, end = started, started + 60 * options.minutes - GRACE_SECONDS
+    deadline, end = started, math.inf if options.quick else started + 60 * options.minutes - GRACE_SECONDS
     sections: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sections:
             file, started = Path(folder) / f"{name}.jsonl", time.monotonic()
-            deadline = min(deadline + SECTIONS[name][1], end)
+            deadline = min(deadline + (QUICK_SECONDS if options.quick else SECTIONS[name][1]), end)
             previous = {key: section["rows"] for key, section in sections.items()}
             print(f"--- {name}, at most {deadline - started:.0f} s", flush=True)
-            if options.quick:
-                problem = in_this_process(name, Context(device, True, started + 3600, file, previous))
+            if options.one_process:
+                problem = in_this_process(name, Context(device, options.quick, deadline, file, previous))
             elif deadline - started < 10:
                 problem = "skipped, no time left"
             else:
                 (Path(folder) / "previous.json").write_text(json.dumps(previous))
-                problem = run_section(name, options.device, file, deadline)
+                problem = run_section(name, options, file, deadline)
             records = read_records(file)
             status = problem or ("finished" if not records["errors"] else f"{len(records['errors'])} items failed")
             sections[name] = {"status": status, "seconds": round(time.monotonic() - started, 1), **records}
@@ -153,10 +157,11 @@ def main(options: argparse.Namespace) -> None:
     print(f"{out}.json, {out}.md: " + "; ".join(f"{n} {s['status'].splitlines()[0]}" for n, s in sections.items()))
 
 
-def child(device: str, name: str, file: str, deadline: str) -> None:
+def child(device: str, is_quick: bool, name: str, file: str, deadline: str) -> None:
     """The process of one section."""
+    signal.alarm(max(1, math.ceil(float(deadline) + GRACE_SECONDS - time.monotonic())) + 1)  # if the parent was killed
     previous = json.loads((Path(file).parent / "previous.json").read_text())
-    context = Context(torch.device(choose_device(device)), False, float(deadline), Path(file), previous)
+    context = Context(torch.device(choose_device(device)), is_quick, float(deadline), Path(file), previous)
     in_this_process(name, context)
 
 
@@ -173,7 +178,8 @@ def task(name: str, *arguments: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
-    parser.add_argument("--quick", action="store_true", help="reduced form")
+    parser.add_argument("--quick", action="store_true", help="reduced form, without a time limit")
+    parser.add_argument("--one-process", action="store_true", help="run all sections in this process")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all sections together")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
@@ -181,7 +187,7 @@ if __name__ == "__main__":
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(given.device, *given.child)
+        child(given.device, given.quick, *given.child)
     elif given.task:
         task(*given.task)
     else:
