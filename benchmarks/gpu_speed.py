@@ -24,16 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mobilevit.benchmark.cost import profile
-from mobilevit.benchmark.models import runner
 from mobilevit.benchmark.rivals import randomize
 from mobilevit.benchmark.timing import Spread, measure
 from mobilevit.data.sampler import PAPER_SIZES_PX, BatchShapes
 from mobilevit.models.fuse import fold_batch_norm
 from mobilevit.models.mobilevit import ARCHITECTURES, Attention, MobileViT
-from mobilevit.recipes import Optimizer
+from mobilevit.recipes import Optimizer, Precision
 from mobilevit.self_check import compare_with_cpu
 from mobilevit.training.optim import build_optimizer
-from mobilevit.weights import NETWORKS
+from mobilevit.weights import NETWORKS, TaskName
 
 OURS = "mobilevit"
 NUM_CLASSES = 1000
@@ -180,9 +179,15 @@ def peaks(context: Context) -> None:
 
 def parity(context: Context) -> None:
     """Outputs, gradients and weight update of every network and head against float32 on the CPU."""
-    modes = (("float32", False), ("float32", True), ("bfloat16", False), ("float16", False))
+    tasks: tuple[tuple[TaskName, int], ...] = (("classify", NUM_CLASSES), ("detect", 80), ("segment", 21))
+    modes: tuple[tuple[Precision, bool], ...] = (
+        ("float32", False),
+        ("float32", True),
+        ("bfloat16", False),
+        ("float16", False),
+    )
     for size in context.sizes:
-        for task, num_classes in (("classify", NUM_CLASSES), ("detect", 80), ("segment", 21)):
+        for task, num_classes in tasks:
             model = randomize(NETWORKS[task](size, num_classes=num_classes), seed=0).to(context.device)
             for precision, tf32 in modes:
                 name = f"{size} {task} {precision}{' TF32' if tf32 else ''}"
@@ -316,7 +321,11 @@ def training(context: Context) -> None:
                 layouts = ("timm, NCHW", "timm, NHWC")
                 fastest_layout[size] = min(layouts, key=lambda layout: np.median(times_ms[layout]))
             record_times(context, {"network": size, "mode": title}, times_ms, batch, work)
-            context.note(f"{name}: {time.monotonic() - started:.0f} s with compilation and measurement")
+            ratio = min(np.median(times_ms[n] / times_ms[OURS]) for n in times_ms if n in ("timm, NCHW", "timm, NHWC"))
+            context.note(
+                f"{name}: timm's faster layout takes {ratio:.2f} times as long as ours (goal: {1.2 if mode else 1.5}); "
+                f"{time.monotonic() - started:.0f} s with compilation and measurement"
+            )
 
 
 def inference(context: Context) -> None:
@@ -337,7 +346,8 @@ def inference(context: Context) -> None:
     def time_all(title: str, size: str, batch: int, runs: dict[str, Callable[[Tensor], Tensor]], num_bytes: float):
         images = images_of(batch)
         inputs = {n: images.contiguous(memory_format=torch.channels_last) if "NHWC" in n else images for n in runs}
-        times = measure([runner(run, inputs[name]) for name, run in runs.items()], context.rounds(25), pause_seconds=0)
+        calls = [synchronized(context, partial(infer, run, inputs[name])) for name, run in runs.items()]
+        times = measure(calls, context.rounds(25), pause_seconds=0)
         work = flops_per_image(MobileViT(size), px, is_training=False), num_bytes
         record_times(context, {"network": size, "mode": title}, dict(zip(runs, times, strict=True)), batch, work)
 
@@ -357,11 +367,11 @@ def inference(context: Context) -> None:
             package = compile_ahead(context, network, images_of(4))
             for batch in batches:
                 images = images_of(batch)
-                with torch.inference_mode():
-                    expected, found = network(images).float(), package(images).float()
+                expected, found = infer(network, images).float(), infer(package, images).float()
                 difference = float((found - expected).norm() / expected.norm())
                 context.note(f"{name}, batch {batch}: relative difference from eager {difference:.1e}")
-                time_all("AOTInductor", size, batch, {OURS: package, "mobilevit, eager": network}, 0)
+                title = "exported" if context.is_quick else "AOTInductor"
+                time_all(title, size, batch, {OURS: package, "mobilevit, eager": network}, 0)
     for batch in batches:
         for size in context.sizes:
             name = f"{size} compiled, batch {batch}"
@@ -370,9 +380,16 @@ def inference(context: Context) -> None:
             with context.item(name):
                 torch.compiler.reset()
                 networks = networks_of(size)
-                mode = "reduce-overhead" if context.is_cuda else "default"
+                mode, title = "default", "compiled"
+                if context.is_cuda:
+                    mode, title = "reduce-overhead", "compiled, CUDA graphs"
                 compiled = {n: context.compile(networks[n], mode) for n in (OURS, "timm, NHWC")}
-                time_all("compiled, CUDA graphs", size, batch, compiled, 0)
+                time_all(title, size, batch, compiled, 0)
+
+
+def infer(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return run(images)
 
 
 def compile_ahead(context: Context, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -424,8 +441,9 @@ def attention(context: Context) -> None:
     """Attention with heads of their own width and zero-padded to a multiple of 8, and its share of the network."""
     batch, px = (2, 64) if context.is_quick else (128, 256)
     for size in context.sizes:
-        for i, stage in enumerate(ARCHITECTURES[size].stages[2:]):
-            dim, num_tokens = stage.transformer.dim, (px // (16 << i)) ** 2
+        transformers = (stage.transformer for stage in ARCHITECTURES[size].stages)
+        for i, dim in enumerate(transformer.dim for transformer in transformers if transformer):
+            num_tokens = (px // (16 << i)) ** 2
             name = f"{size} stage{i + 3}: width {dim // 4}, {num_tokens} tokens"
             if context.has_time(name):
                 with context.item(name):
@@ -497,7 +515,7 @@ def time_share(context: Context, size: str, batch: int, px: int) -> None:
     """The time of an eager forward pass with and without SDPA, which is replaced by its third argument."""
     model = fold_batch_norm(randomize(MobileViT(size), seed=0)).to(context.device, torch.bfloat16)
     images = torch.rand(batch, 3, px, px, device=context.device, dtype=torch.bfloat16)
-    run, sdpa = runner(model, images), F.scaled_dot_product_attention
+    run, sdpa = synchronized(context, partial(infer, model, images)), F.scaled_dot_product_attention
 
     def without() -> None:
         F.scaled_dot_product_attention = lambda q, k, v: v
