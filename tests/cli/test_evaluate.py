@@ -20,19 +20,25 @@ EVALUATE = "evaluate xyz.safetensors --data classes --num-workers 0"
 def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path):
     model = load("xyz.safetensors")
     num_correct, loss = 0, 0.0
+    bins = [0.0] * 15  # the difference of the number of correct predictions and the sum of their probabilities
     for file in sorted((here / "classes").rglob("*.png")):
         probabilities = {p.class_name: p.probability for p in model.predict(file)}
         num_correct += max(probabilities, key=lambda name: probabilities[name]) == file.parent.name
         loss -= float(np.log(probabilities[file.parent.name])) / 6
+        highest = max(probabilities.values())
+        is_correct = probabilities[file.parent.name] == highest
+        bins[int(15 * highest)] += is_correct - highest
     assert run(f"{EVALUATE} --batch-size 4 --json") == 0
     line = json.loads(capsys.readouterr().out)
     assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
-    expected = {"top1": 100 * num_correct / 6, "top5": 100.0, "loss": loss, "num_images": 6}
+    ece = 100 * sum(map(abs, bins)) / 6
+    expected = {"top1": 100 * num_correct / 6, "top5": 100.0, "loss": loss, "ece": ece, "num_images": 6}
     assert line == pytest.approx(expected, rel=1e-4)
     assert run(f"{EVALUATE} --batch-size 4") == 0
     heading, row, note = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
-    assert heading.split() == ["weights", "split", "px", "top-1", "%", "top-5", "%", "loss", "images"]
-    assert row.split() == ["xyz.safetensors", "all", "32", f"{100 * num_correct / 6:.2f}", "100.00", f"{loss:.4f}", "6"]
+    assert heading.split() == ["weights", "split", "px", "top-1", "%", "top-5", "%", "loss", "ECE", "%", "images"]
+    metrics = [f"{100 * num_correct / 6:.2f}", "100.00", f"{loss:.4f}", f"{ece:.2f}", "6"]
+    assert row.split() == ["xyz.safetensors", "all", "32", *metrics]
     assert "all of classes, 6 images" in note
 
 

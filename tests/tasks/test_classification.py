@@ -51,13 +51,15 @@ def batches(labels: Tensor, *sizes: int) -> list[Batch]:
 def test_metrics_against_sklearn(num_classes: int):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(100, num_classes), torch.randint(num_classes, (100,))
-    metrics = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1)).metrics()
+    results = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1))
+    metrics = results.metrics()
     classes = np.arange(num_classes)
     hits = {k: (labels[:, None] == logits.argsort(descending=True)[:, :k]).sum().item() for k in (1, 5)}
     assert metrics == {
         "top1": hits[1],
         "top5": hits[5],
         "loss": pytest.approx(log_loss(labels, logits.double().softmax(dim=1), labels=classes), rel=1e-6),
+        "ece": pytest.approx(results.reliability_of(results.probabilities).error),
         "num_images": 100,
     }
     if num_classes > 5:
@@ -256,7 +258,8 @@ def test_most_confident_errors():
 
 
 def columns(results: ClassificationResults) -> list[np.ndarray]:
-    return [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
+    arrays = [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
+    return [*arrays, results.top_logits, results.label_logits, results.log_partitions]
 
 
 def test_results_do_not_depend_on_batches_and_processes():

@@ -45,13 +45,15 @@ HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU 
         "agreement",
     )
 }
+HEADINGS |= {"ece": "ECE %", "ece_uncalibrated": "ECE % uncalibrated"}
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Evaluate weights on labeled images, at one or several input sizes.
 
-    Metrics: top-1 and top-5 accuracy of classification, AP of detection, mIoU of segmentation.
+    Metrics: top-1 and top-5 accuracy and calibration error (ECE) of classification, AP of detection, mIoU of
+    segmentation.
     """
 
     weights: Annotated[
@@ -126,15 +128,15 @@ class Evaluate:
                 rows.append((name, split, size_px, result.metrics))
                 if self.per_class:
                     class_tables.append((f"{name} at {size_px} px", _class_table(result.per_class)))
-                splits.append(_split_line(weights, split, self.split, result.metrics["num_images"], data))
+                splits.append(split_line(weights, split, self.split, result.metrics["num_images"], data))
         if rows:
             console = stdout()
             console.print(_table(rows))
             for title, table in class_tables:
                 console.print(title)
                 console.print(table)
-            for split_line in dict.fromkeys(splits):
-                console.print(split_line)
+            for text in dict.fromkeys(splits):
+                console.print(text)
         return 0
 
     def _check(self) -> None:
@@ -146,7 +148,7 @@ class Evaluate:
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
 
-def _split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:
+def split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:
     """A line that names the evaluated images."""
     line = f"evaluated: {'all' if split == 'all' else f'the {split} split'} of {data}, {num_images:,} images"
     if split == "all" and requested is None:  # these are not recognized as training data

@@ -16,32 +16,93 @@ from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.confidence import TEMPERATURES, Reliability, fit_temperature, reliability
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
-from mobilevit.weights import Weights
+from mobilevit.weights import UNCALIBRATED, Calibration, Weights
 
 
 @dataclass(frozen=True)
 class ClassificationResults:
-    """Predictions for N images; the `mobilevit.tasks.Results` of classification."""
+    """Predictions for N images; the `mobilevit.tasks.Results` of classification.
+
+    `log_partitions` replaces the logits of all classes: losses and probabilities at any of `TEMPERATURES` follow from
+    it, and its size does not depend on the number of classes.
+    """
 
     indices: np.ndarray  # (N,) of the images in their data source, ascending
     labels: np.ndarray  # (N,)
     predictions: np.ndarray  # (N, min(5, num_classes)) most probable classes, best first
     probabilities: np.ndarray  # (N,) of the most probable class
     losses: np.ndarray  # (N,) cross-entropy
+    top_logits: np.ndarray  # (N,) of the most probable class
+    label_logits: np.ndarray  # (N,) of the label
+    log_partitions: np.ndarray  # (N, T) logsumexp(logits / t) for each t of TEMPERATURES
     num_classes: int
+    calibration: Calibration = UNCALIBRATED  # that of the weights; the fields above do not depend on it
     main_metric = "top1"
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy in percent, mean loss, number of images."""
+        """Top-1 and top-5 accuracy in percent, mean loss of the logits, ECE in percent, number of images.
+
+        With a temperature, "ece" is that of the calibrated probabilities, and "ece_uncalibrated" that without it.
+        """
         is_correct = self.predictions == self.labels[:, None]
+        temperature = self.calibration.temperature
+        errors = {"ece": self.reliability_of(self.probabilities_at(temperature)).error}
+        if temperature != 1:
+            errors["ece_uncalibrated"] = self.reliability_of(self.probabilities).error
         return {
             "top1": 100 * int(is_correct[:, 0].sum()) / len(is_correct),
             "top5": 100 * int(is_correct.any(1).sum()) / len(is_correct),
             "loss": float(self.losses.mean()),
+            **errors,
             "num_images": len(self.labels),
         }
+
+    @property
+    def is_correct(self) -> np.ndarray:
+        """Whether the most probable class is the label, (N,) bool."""
+        return self.predictions[:, 0] == self.labels
+
+    def probabilities_at(self, temperature: float) -> np.ndarray:
+        """The probability of the most probable class at a temperature, (N,).
+
+        Between two of `TEMPERATURES`, logsumexp is interpolated linearly in 1 / temperature.
+        """
+        if temperature == 1:
+            return self.probabilities
+        inverse, inverses = 1 / temperature, 1 / TEMPERATURES[::-1]
+        i = int(np.clip(np.searchsorted(inverses, inverse), 1, len(inverses) - 1))
+        weight = (inverse - inverses[i - 1]) / (inverses[i] - inverses[i - 1])
+        ascending = self.log_partitions[:, ::-1].astype(np.float64)
+        log_partition = (1 - weight) * ascending[:, i - 1] + weight * ascending[:, i]
+        return np.exp(self.top_logits * inverse - log_partition)
+
+    def losses_at_temperatures(self) -> np.ndarray:
+        """The cross-entropy at each of `TEMPERATURES`, (N, T)."""
+        return self.log_partitions - self.label_logits[:, None] / TEMPERATURES
+
+    def cross_fitted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities and losses (N,) of each image at a temperature that was fitted without it.
+
+        The temperature of the images at even positions is fitted on those at odd positions, and vice versa. Each half
+        has images of all classes, also if the data are sorted by class.
+
+        Raises:
+            CalibrationError: a half does not determine the temperature.
+        """
+        losses = self.losses_at_temperatures()
+        probabilities, losses_after = np.empty(len(losses)), np.empty(len(losses))
+        for half, other in ((0, 1), (1, 0)):
+            temperature = fit_temperature(losses[other::2])
+            probabilities[half::2] = self.probabilities_at(temperature)[half::2]
+            losses_after[half::2] = losses[half::2, TEMPERATURES.tolist().index(temperature)]
+        return probabilities, losses_after
+
+    def reliability_of(self, probabilities: np.ndarray) -> Reliability:
+        """The reliability diagram and the ECE of `probabilities` (N,) of the most probable class."""
+        return reliability(probabilities, self.is_correct)
 
     def confusion_matrix(self) -> np.ndarray:
         """Number of images by true class (rows) and predicted class (columns), (C, C) int64."""
@@ -127,7 +188,11 @@ class Classification:
             num_classes = torch.full_like(batch.labels, logits.shape[1])
             top = logits.softmax(1).topk(min(5, logits.shape[1]))
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            rows.append((torch.tensor(batch.indices), batch.labels, top.indices, top.values[:, 0], losses, num_classes))
+            label_logits = logits.gather(1, batch.labels[:, None])[:, 0]
+            log_partitions = torch.stack([(logits / t).logsumexp(1) for t in TEMPERATURES.tolist()], dim=1)
+            indices = torch.tensor(batch.indices)
+            row = indices, batch.labels, top.indices, top.values[:, 0], losses
+            rows.append((*row, logits.amax(1), label_logits, log_partitions, num_classes))
         *columns, num_classes = merge_images(rows, gather)
         return ClassificationResults(*columns, num_classes=int(num_classes[0]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mobilevit.device import choose_device
 from mobilevit.images import ImageError
 from mobilevit.messages import join_names
 from mobilevit.tasks import TASKS
+from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
 
@@ -28,8 +29,9 @@ logger = logging.getLogger(__name__)
 class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
-    a segmentation network, all in percent except the loss; and "num_images". `results` has the predictions.
+    `metrics` are "top1", "top5", "loss", "ece" and others of a classifier, "ap", "ap50" and others of a detector,
+    "miou" and others of a segmentation network, all in percent except the loss; and "num_images". `results` has the
+    predictions.
     """
 
     split: str
@@ -102,6 +104,8 @@ def evaluate(
         )
     if loaded.unreadable:
         _warn_once(f"skipped images that cannot be read: {', '.join(loaded.unreadable)}")
+    if isinstance(results, ClassificationResults):
+        results = replace(results, calibration=weights.calibration)
     return EvaluationResult(
         split, preprocessing.crop_px, results.metrics(), results.per_class(weights.class_names), results
     )

@@ -1,0 +1,84 @@
+"""How far the probabilities of a classifier can be trusted: calibration and rejection.
+
+Temperature scaling and the reliability diagram are those of Guo et al. 2017 (arXiv 1706.04599). The rejection threshold
+is chosen as by Geifman and El-Yaniv 2017 (arXiv 1705.08500). docs/calibration.md explains the figures.
+
+`probabilities` are those of the most probable class of N images, (N,) from 0 to 1; `is_correct` (N,) tells whether that
+class is the label.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_BINS = 15
+TEMPERATURES = 1.025 ** np.arange(-64, 97)
+"""Candidates for the temperature: 0.21 to 10.7, 2.5 % apart. They include 1."""
+
+
+class CalibrationError(ValueError):
+    """The images do not determine a temperature or a threshold."""
+
+
+def fit_temperature(losses: np.ndarray) -> float:
+    """The temperature with the lowest mean loss; `losses` (N, T) at each of `TEMPERATURES`.
+
+    The loss is convex in the inverse of the temperature, so the best candidate is next to the global optimum.
+
+    Raises:
+        CalibrationError: the best candidate is the first or the last.
+    """
+    best = int(losses.mean(0).argmin()) if len(losses) else 0
+    if not 0 < best < len(TEMPERATURES) - 1:
+        problem = (
+            "their predictions are almost all correct" if best == 0 else "the probabilities say nothing about the class"
+        )
+        raise CalibrationError(
+            f"{len(losses):,} images do not determine the temperature, because {problem}: the fit is outside "
+            f"{TEMPERATURES[0]:.2f} to {TEMPERATURES[-1]:.1f}; use other or more images"
+        )
+    return float(TEMPERATURES[best])
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Images by probability, in `NUM_BINS` bins of equal width that include their upper limit."""
+
+    counts: np.ndarray  # (NUM_BINS,) number of images
+    accuracy: np.ndarray  # (NUM_BINS,) in percent; NaN without images
+    error: float  # the expected calibration error (ECE) in percent
+    error_if_calibrated: float  # the mean ECE of a perfectly calibrated classifier with these probabilities
+
+
+def reliability(probabilities: np.ndarray, is_correct: np.ndarray) -> Reliability:
+    """The reliability diagram, and the ECE: the mean distance of accuracy and mean probability over images.
+
+    With few images, the accuracy of a bin deviates by chance, which the ECE counts as an error. `error_if_calibrated`
+    is the size of this bias (the normal approximation of each bin).
+    """
+    p, N = probabilities.astype(np.float64), len(probabilities)
+    bins = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, p)
+    counts, correct, expected, variance = (
+        np.bincount(bins, weights, minlength=NUM_BINS) for weights in (np.ones(N), is_correct, p, p * (1 - p))
+    )
+    accuracy = np.full(NUM_BINS, np.nan)
+    np.divide(100 * correct, counts, out=accuracy, where=counts > 0)
+    error = 100 * float(np.abs(correct - expected).sum()) / N
+    error_if_calibrated = 100 * float(np.sqrt(2 / math.pi * variance).sum()) / N
+    return Reliability(counts.astype(np.int64), accuracy, error, error_if_calibrated)
+
+
+def coverage_curve(
+    probabilities: np.ndarray, is_correct: np.ndarray, coverages: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The accuracy (0 to 1) of the most confident images, at each fraction of the images in `coverages` (above 0).
+
+    Also the lowest probability among these images. A fraction is rounded up to whole images.
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    counts = np.maximum(1, np.ceil(coverages * len(order) - 1e-9).astype(int))
+    accuracy = np.cumsum(is_correct[order]) / np.arange(1, len(order) + 1)
+    return accuracy[counts - 1], probabilities[order][counts - 1]
