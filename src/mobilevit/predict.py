@@ -185,6 +185,14 @@ class Classifier(Predictor, MobileViT):
         self._check_mode()
         return self(pixels).float()
 
+    @staticmethod
+    def energy(logits: Tensor) -> Tensor:
+        """The energy -logsumexp(logits) of each image, (B,): higher for many images unlike the training images.
+
+        After Liu et al. 2020 (arXiv 2010.03759), at temperature 1. docs/calibration.md says what it does not promise.
+        """
+        return -logits.logsumexp(dim=-1)
+
     def decode(self, logits: Tensor, top_k: int = TOP_K) -> list[list[Prediction]]:
         """Logits (B, num_classes) -> the `top_k` most probable classes of each image, with calibrated probabilities."""
         if top_k < 1:

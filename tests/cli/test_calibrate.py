@@ -110,6 +110,46 @@ def test_fine_tuning_starts_uncalibrated(capsys: pytest.CaptureFixture[str], her
     assert "Calibration" in (here / "run/report.html").read_text()
 
 
+def test_a_threshold(capsys: pytest.CaptureFixture[str], here: Path, labels: dict[Path, int]):
+    """`predict` rejects what `calibrate` does not count as accepted; `evaluate` counts the same."""
+    assert run(f"{CALIBRATE} --min-precision 0.6 --out a.safetensors --json") == 0
+    line = json.loads(capsys.readouterr().out)
+    model = load("a.safetensors")
+    assert model.calibration.min_probability == line["min_probability"]
+    assert model.calibration.min_precision == line["min_precision"] == 0.6
+    predictions = [one[0] for one in model.predict(list(labels))]
+    accepted = [(p, label) for p, label in zip(predictions, labels.values(), strict=True) if not p.rejected]
+    assert 0.1 < line["coverage"] < 1
+    assert len(accepted) / NUM_IMAGES == pytest.approx(line["coverage"])
+    precision = np.mean([p.class_index == label for p, label in accepted])
+    assert precision == pytest.approx(line["precision"])
+    assert precision > line["lower_bound"] >= 0.6
+    assert run("evaluate a.safetensors --data labeled --num-workers 0 --json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["coverage"] == pytest.approx(100 * line["coverage"])
+    assert metrics["accepted_top1"] == pytest.approx(100 * precision)
+    assert run("info a.safetensors") == 0
+    assert f"below {100 * line['min_probability']:.1f} % are rejected" in capsys.readouterr().out
+    assert run(f"{CALIBRATE} --min-precision 0.6 --out b.safetensors") == 0
+    assert f"below {100 * line['min_probability']:.1f} %" in capsys.readouterr().out
+    command = f"{CALIBRATE} --out c.safetensors --min-precision"
+    check_refused(capsys, f"{command} 0.999", "0.999 150 images highest lower bound 0. more images")
+    check_refused(capsys, f"{command} 95", "--min-precision 95 between 0 and 1 0.95")
+    assert not (here / "c.safetensors").exists()
+
+
+def test_calibrated_probabilities_need_no_calibration(
+    capsys: pytest.CaptureFixture[str], here: Path, labels: dict[Path, int]
+):
+    model = load("bold.safetensors")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            model.get_parameter(f"classifier.{name}").div_(3)
+    save(model, here / "calm.safetensors")
+    assert run("calibrate calm.safetensors --data labeled --num-workers 0 --out a.safetensors") == 0
+    assert "does not differ from 1" in capsys.readouterr().err
+
+
 MISTAKES = {
     "--out a.pt": "a.pt .safetensors",
     "--out xyz.safetensors": "xyz.safetensors exists --overwrite",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from command_line import check_refused, refused, run
 from mobilevit.images import Preprocessing
@@ -121,6 +122,48 @@ def test_the_validation_split_of_a_run(capsys: pytest.CaptureFixture[str], here:
     check_refused(capsys, f"{evaluate} --split test", "'test'")
     assert run("convert run/model.safetensors again.safetensors") == 0
     assert "transparent" in capsys.readouterr().err
+
+
+def test_images_of_another_source(capsys: pytest.CaptureFixture[str], here: Path):
+    """The AUROC of the energy against scikit-learn; a flat folder, idx files, and what cannot be used."""
+    (here / "photos/c.png").unlink()  # damaged
+    random = np.random.default_rng(0)
+    for i in range(4):
+        Image.new("RGB", (40, 40), tuple(random.integers(0, 256, 3).tolist())).save(here / f"photos/plain{i}.png")
+    pixels = random.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    (here / "idx").mkdir()
+    (here / "idx/train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 5, 0, 0, 0, 28, 0, 0, 0, 28]))
+    with (here / "idx/train-images-idx3-ubyte").open("ab") as file:
+        file.write(pixels.tobytes())
+    (here / "idx/train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 5, 0, 1, 0, 1, 2]))
+    model = load("xyz.safetensors")
+
+    def energies(images: list[Any]) -> list[float]:
+        return Classifier.energy(model.logits(model.preprocess(images))).tolist()
+
+    inside = energies(sorted((here / "classes").rglob("*.png")))
+    for name, images in (
+        ("photos", [p for p in sorted((here / "photos").rglob("*")) if p.is_file()]),
+        ("idx", [Image.fromarray(one) for one in pixels]),
+    ):
+        outside = energies(images)
+        expected = roc_auc_score([0] * len(inside) + [1] * len(outside), inside + outside)
+        assert run(f"{EVALUATE} --json --ood {name}") == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["ood_auroc"] == pytest.approx(100 * expected)
+        assert line["num_ood_images"] == len(outside)
+        assert line["num_images"] == 6
+        assert run(f"{EVALUATE} --ood {name}") == 0
+        assert f"{100 * expected:.2f}" in capsys.readouterr().out
+    (here / "empty").mkdir()
+    (here / "damaged").mkdir()
+    (here / "damaged/a.png").write_bytes(b"nothing")
+    check_refused(capsys, f"{EVALUATE} --ood missing", "missing: no such folder")
+    check_refused(capsys, f"{EVALUATE} --ood empty", "empty: data format not recognized")
+    check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png cannot be read")
+    check_refused(capsys, f"{EVALUATE} --ood damaged --max-unreadable 1", "none of the images other source")
+    evaluate = EVALUATE.replace("xyz", "segmenter")
+    check_refused(capsys, f"{evaluate} --ood photos", "photos 'segment' classifier")
 
 
 def test_a_damaged_image(capsys: pytest.CaptureFixture[str], here: Path):

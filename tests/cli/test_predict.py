@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command_line import CLASS_NAMES, check_refused, files_in, run
@@ -78,6 +79,9 @@ def test_json(capsys: pytest.CaptureFixture[str], here: Path):
     model = load("classifier.safetensors")
     assert (good["rejected"], other["rejected"]) == (False, False)
     for line in (good, other):
+        with torch.no_grad():
+            (logits,) = model(model.preprocess(line["image"])).double().numpy()
+        assert line["energy"] == pytest.approx(-np.log(np.exp(logits).sum()), rel=1e-4)
         predictions = model.predict(line["image"])
         assert [p["index"] for p in line["predictions"]] == [p.class_index for p in predictions]
         assert [p["class"] for p in line["predictions"]] == [p.class_name for p in predictions]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from mobilevit.data.loader import Batch
+from mobilevit.predict import Classifier
 from mobilevit.tasks.calibration import fit_calibration
 from mobilevit.tasks.classification import Classification, ClassificationResults
-from mobilevit.tasks.confidence import TEMPERATURES, CalibrationError, coverage_curve, reliability
+from mobilevit.tasks.confidence import (
+    TEMPERATURES,
+    CalibrationError,
+    auroc,
+    choose_threshold,
+    coverage_curve,
+    reliability,
+)
+from mobilevit.weights import Calibration
 
 
 class Prepared(nn.Module):
@@ -146,3 +159,100 @@ def test_coverage_curve_against_brute_force() -> None:
         accepted = probabilities >= threshold
         assert accepted.sum() == num
         assert one == pytest.approx(is_correct[accepted].mean())
+
+
+@pytest.mark.parametrize(("N", "min_precision"), [(5000, 0.9), (701, 0.8)])
+def test_the_threshold(N: int, min_precision: float) -> None:
+    """Its bound holds on these images, at the corrected confidence level, and the next lower one fails."""
+    logits, labels = sample(N, 5, 2)
+    probabilities, is_correct = softmax(logits / 2, axis=1).max(1), logits.argmax(1) == labels
+    rejection = choose_threshold(probabilities, is_correct, min_precision)
+    num_tests = int(np.ceil(np.log2(N + 1)))
+
+    def bound(threshold: float) -> float:
+        accepted = probabilities >= threshold
+        test = binomtest(int(is_correct[accepted].sum()), int(accepted.sum()), alternative="greater")
+        return test.proportion_ci(1 - 0.05 / num_tests).low
+
+    accepted = probabilities >= rejection.min_probability
+    assert rejection.coverage == pytest.approx(accepted.mean())
+    assert rejection.precision == pytest.approx(is_correct[accepted].mean())
+    assert rejection.lower_bound == pytest.approx(bound(rejection.min_probability))
+    assert rejection.precision > rejection.lower_bound >= min_precision
+    # The search stops where the next lower probability fails.
+    assert bound(np.sort(probabilities[~accepted])[-1]) < min_precision
+    assert not (probabilities == rejection.min_probability).any()
+
+
+def test_the_precision_holds_on_new_images() -> None:
+    """In at least 95 of 100 repetitions; the true precision is the mean probability, since these are calibrated."""
+    random = np.random.default_rng(0)
+    population = random.beta(3, 1, 100_000)
+    num_failures, coverages = 0, []
+    for _ in range(100):
+        probabilities = random.choice(population, 1000)
+        rejection = choose_threshold(probabilities, random.random(1000) < probabilities, 0.9)
+        accepted = population[population >= rejection.min_probability]
+        num_failures += accepted.mean() < 0.9
+        coverages.append(len(accepted) / len(population))
+    assert num_failures <= 5
+    ordered = np.sort(population)[::-1]
+    best = (ordered.cumsum() / np.arange(1, len(ordered) + 1) >= 0.9).mean()  # with the true precisions
+    assert 0.6 * best < np.mean(coverages) < best
+
+
+def test_thresholds_at_the_limits() -> None:
+    probabilities = np.linspace(0.3, 0.9, 500)
+    everything = choose_threshold(probabilities, np.ones(500, bool), 0.9)
+    assert (everything.min_probability, everything.coverage, everything.precision) == (0, 1, 1)
+    with pytest.raises(CalibrationError, match=r"precision of 0.99 .* 500 images; the highest lower bound is 0\.\d+"):
+        choose_threshold(probabilities, np.arange(500) % 2 == 0, 0.99)
+    with pytest.raises(CalibrationError, match=r"is 0\.000"):
+        choose_threshold(probabilities, np.zeros(500, bool), 0.5)
+    tied = choose_threshold(np.repeat([0.5, 0.8], 200), np.repeat([False, True], 200), 0.9)
+    assert (tied.min_probability, tied.coverage) == (pytest.approx(0.65), 0.5)
+    logits, labels = sample(500, 5, 1)
+    with pytest.raises(ValueError, match="min_precision is 95; it must be between 0 and 1"):
+        fit_calibration(results_of(logits, labels), 95)
+
+
+def test_rejection_in_metrics() -> None:
+    """Metrics of another sample, with the temperature and the threshold of the first."""
+    fit = fit_calibration(results_of(*sample(3000, 5, 2)), 0.9)
+    assert fit.rejection
+    logits, labels = sample(2000, 5, 2, seed=1)
+    results = replace(results_of(logits, labels), calibration=fit.calibration)
+    metrics = results.metrics()
+    probabilities = softmax(logits / fit.calibration.temperature, axis=1).max(1)
+    is_correct, accepted = logits.argmax(1) == labels, probabilities >= fit.calibration.min_probability
+    assert metrics["coverage"] == pytest.approx(100 * accepted.mean())
+    assert metrics["accepted_top1"] == pytest.approx(100 * is_correct[accepted].mean())
+    assert metrics["ece"] == pytest.approx(brute_force_ece(probabilities, is_correct), abs=0.01)
+    assert metrics["ece_uncalibrated"] == pytest.approx(brute_force_ece(results.probabilities, is_correct), rel=1e-4)
+    nothing = replace(results, calibration=Calibration(min_probability=1.0)).metrics()
+    assert nothing["coverage"] == 0
+    assert "accepted_top1" not in nothing
+
+
+def test_significance_of_the_temperature() -> None:
+    """At most a few of 100 samples of calibrated logits have a significant temperature; most uncalibrated ones do."""
+    for temperature, low, high in ((1.0, 0, 12), (1.5, 95, 100)):
+        significant = [
+            fit_calibration(results_of(*sample(300, 5, temperature, seed))).is_significant for seed in range(100)
+        ]
+        assert low <= sum(significant) <= high
+
+
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (300, 200), (17, 1000)])
+def test_auroc_against_sklearn(N: int, M: int) -> None:
+    random = np.random.default_rng(0)
+    scores, others = random.normal(0, 1, N).round(1), random.normal(1, 2, M).round(1)  # with ties
+    expected = roc_auc_score(np.repeat([0, 1], [N, M]), np.concatenate([scores, others]))
+    assert auroc(scores, others) == pytest.approx(expected)
+
+
+def test_energy() -> None:
+    logits, labels = sample(50, 6, 1)
+    energies = results_of(logits, labels).energies
+    np.testing.assert_allclose(energies, -np.log(np.exp(logits).sum(1)), rtol=1e-5)
+    np.testing.assert_allclose(Classifier.energy(torch.from_numpy(logits)).numpy(), energies, rtol=1e-5)

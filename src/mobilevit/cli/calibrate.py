@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mobilevit.cli.console import stdout
+from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.evaluate import split_line
 from mobilevit.cli.options import (
     FLAT,
@@ -26,15 +26,17 @@ from mobilevit.cli.options import (
 
 if TYPE_CHECKING:
     from mobilevit.tasks.calibration import CalibrationFit
+    from mobilevit.tasks.confidence import Rejection
 
 Split = Literal["val", "test", "all"]
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Fit the temperature of a classifier, so that its probabilities are frequencies, and store it with the weights.
+    """Calibrate the probabilities of a classifier, and choose a threshold that rejects uncertain predictions.
 
-    Use images that the network was not trained on.
+    The temperature and the threshold are fitted on labeled images that the network was not trained on. They are stored
+    with the weights.
     """
 
     weights: WeightsArgument
@@ -44,6 +46,9 @@ class Calibrate:
     """Output: a .safetensors file with the same tensors and the calibration."""
     overwrite: Flag = False
     """Replace the output file if it exists."""
+    min_precision: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Precision of accepted predictions, between 0 and 1. predict and the demo reject predictions with a probability
+    below the lowest threshold that reaches it with 95 percent confidence. Default: no threshold."""
     split: Annotated[Split | None, tyro.conf.arg(metavar=choices(Split))] = None
     """Split to fit on. Default: as for mobilevit evaluate."""
     json: Flag = False
@@ -62,6 +67,8 @@ class Calibrate:
         """Evaluate, fit, write the weights and print the figures."""
         require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
+        if self.min_precision is not None:
+            require(0 < self.min_precision < 1, "--min-precision", self.min_precision, "between 0 and 1, such as 0.95")
         out = expand(self.out)
         if out.suffix != ".safetensors":
             raise ValueError(f"{out}: --out must end in .safetensors")
@@ -91,16 +98,31 @@ class Calibrate:
             device=device,
         )
         assert isinstance(result.results, ClassificationResults)
-        fit = fit_calibration(result.results)
+        fit = fit_calibration(result.results, self.min_precision)
         write(replace(weights, calibration=fit.calibration), out)
         if self.json:
             print(json.dumps({"weights": str(out), "split": result.split, **fit.to_dict()}))
             return 0
         stdout().print(_table(fit))
         print(f"temperature: {fit.calibration.temperature:.3f}, fitted on {fit.num_images:,} images")
+        if not fit.is_significant:
+            warn(
+                "the temperature does not differ from 1 by more than chance (likelihood-ratio test, 5 %): these images "
+                "show no need for calibration"
+            )
+        if fit.rejection:
+            print(_describe(fit.rejection, fit.calibration.min_precision))
         print(split_line(weights, result.split, self.split, fit.num_images, data))
         print(f"{out}: the weights with this calibration, for predict, evaluate, export and demo")
         return 0
+
+
+def _describe(rejection: Rejection, min_precision: float | None) -> str:
+    return (
+        f"rejection: predictions with a probability below {100 * rejection.min_probability:.1f} %; the other "
+        f"{100 * rejection.coverage:.1f} % of these images have a precision of {100 * rejection.precision:.1f} %, and "
+        f"new images of {100 * (min_precision or 0):g} % or more with 95 % confidence"
+    )
 
 
 def _table(fit: CalibrationFit) -> Any:

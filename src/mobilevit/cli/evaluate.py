@@ -45,7 +45,13 @@ HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU 
         "agreement",
     )
 }
-HEADINGS |= {"ece": "ECE %", "ece_uncalibrated": "ECE % uncalibrated"}
+HEADINGS |= {
+    "ece": "ECE %",
+    "ece_uncalibrated": "ECE % uncalibrated",
+    "coverage": "coverage %",
+    "accepted_top1": "top-1 % accepted",
+    "ood_auroc": "OOD AUROC %",
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class Evaluate:
     weights were trained on them; otherwise all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
     """Input sizes in pixels. Default: the input size in training."""
+    ood: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Classification: images of another source (out of distribution), a folder of images or a dataset. Reports the
+    AUROC of the energy: the probability that such an image has a higher energy than one of --data."""
     per_class: Flag = False
     """Also print the metrics of each class."""
     json: Flag = False
@@ -118,6 +127,7 @@ class Evaluate:
                     num_workers=self.num_workers,
                     max_unreadable=self.max_unreadable,
                     device=device,
+                    ood=expand_data(self.ood) if self.ood else None,
                 )
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}

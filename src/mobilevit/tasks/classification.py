@@ -45,18 +45,25 @@ class ClassificationResults:
     def metrics(self) -> dict[str, float]:
         """Top-1 and top-5 accuracy in percent, mean loss of the logits, ECE in percent, number of images.
 
-        With a temperature, "ece" is that of the calibrated probabilities, and "ece_uncalibrated" that without it.
+        With a temperature, "ece" is that of the calibrated probabilities, and "ece_uncalibrated" that without it. With
+        a rejection threshold, "coverage" is the percentage of accepted images and "accepted_top1" their accuracy.
         """
         is_correct = self.predictions == self.labels[:, None]
         temperature = self.calibration.temperature
-        errors = {"ece": self.reliability_of(self.probabilities_at(temperature)).error}
+        probabilities = self.probabilities_at(temperature)
+        trust = {"ece": self.reliability_of(probabilities).error}
         if temperature != 1:
-            errors["ece_uncalibrated"] = self.reliability_of(self.probabilities).error
+            trust["ece_uncalibrated"] = self.reliability_of(self.probabilities).error
+        if self.calibration.min_probability:
+            accepted = probabilities >= self.calibration.min_probability
+            trust["coverage"] = 100 * float(accepted.mean())
+            if accepted.any():
+                trust["accepted_top1"] = 100 * float(self.is_correct[accepted].mean())
         return {
             "top1": 100 * int(is_correct[:, 0].sum()) / len(is_correct),
             "top5": 100 * int(is_correct.any(1).sum()) / len(is_correct),
             "loss": float(self.losses.mean()),
-            **errors,
+            **trust,
             "num_images": len(self.labels),
         }
 
@@ -64,6 +71,11 @@ class ClassificationResults:
     def is_correct(self) -> np.ndarray:
         """Whether the most probable class is the label, (N,) bool."""
         return self.predictions[:, 0] == self.labels
+
+    @property
+    def energies(self) -> np.ndarray:
+        """The energy of each image, (N,): -logsumexp(logits). Images unlike the training images tend to have more."""
+        return -self.log_partitions[:, TEMPERATURES.tolist().index(1)]
 
     def probabilities_at(self, temperature: float) -> np.ndarray:
         """The probability of the most probable class at a temperature, (N,).

@@ -1,7 +1,8 @@
-"""How far the probabilities of a classifier can be trusted: calibration and rejection.
+"""How far the predictions of a classifier can be trusted: calibration, rejection, images of another source.
 
 Temperature scaling and the reliability diagram are those of Guo et al. 2017 (arXiv 1706.04599). The rejection threshold
-is chosen as by Geifman and El-Yaniv 2017 (arXiv 1705.08500). docs/calibration.md explains the figures.
+is chosen as by Geifman and El-Yaniv 2017 (arXiv 1705.08500), the out-of-distribution score is the energy of Liu et al.
+2020 (arXiv 2010.03759). docs/calibration.md explains the figures.
 
 `probabilities` are those of the most probable class of N images, (N,) from 0 to 1; `is_correct` (N,) tells whether that
 class is the label.
@@ -14,9 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mobilevit.files import require
+
 NUM_BINS = 15
 TEMPERATURES = 1.025 ** np.arange(-64, 97)
 """Candidates for the temperature: 0.21 to 10.7, 2.5 % apart. They include 1."""
+
+CONFIDENCE = 0.95
+"""Confidence level of the lower bound on the precision."""
 
 
 class CalibrationError(ValueError):
@@ -82,3 +88,62 @@ def coverage_curve(
     counts = np.maximum(1, np.ceil(coverages * len(order) - 1e-9).astype(int))
     accuracy = np.cumsum(is_correct[order]) / np.arange(1, len(order) + 1)
     return accuracy[counts - 1], probabilities[order][counts - 1]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A threshold, the fraction of images that it accepts, their precision, and a lower bound on that; all 0 to 1."""
+
+    min_probability: float
+    coverage: float
+    precision: float
+    lower_bound: float
+
+
+def choose_threshold(probabilities: np.ndarray, is_correct: np.ndarray, min_precision: float) -> Rejection:
+    """The lowest threshold whose accepted images have a precision of `min_precision` (0 to 1) or more.
+
+    The precision of new images of the same distribution is at least that with a probability of `CONFIDENCE`. A binary
+    search tests a few thresholds. Each test uses the bound of Clopper and Pearson on the number of correct predictions,
+    at a confidence level that is corrected for the number of tests (Bonferroni), because the search selects among them.
+
+    Raises:
+        CalibrationError: no tested threshold reaches the precision.
+        MissingExtraError: scipy is not installed.
+    """
+    beta = require("scipy.stats", "calibration", "a rejection threshold").beta
+    values = np.unique(probabilities)
+    num_tests = max(1, math.ceil(math.log2(len(values) + 1)))
+    best, highest_bound, low, high = None, 0.0, 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        accepted = probabilities >= values[middle]
+        num, num_correct = int(accepted.sum()), int(is_correct[accepted].sum())
+        bound = (
+            float(beta.ppf((1 - CONFIDENCE) / num_tests, num_correct, num - num_correct + 1)) if num_correct else 0.0
+        )
+        highest_bound = max(highest_bound, bound)
+        if bound < min_precision:
+            low = middle + 1
+            continue
+        # Between two probabilities, so that rounding errors of another device do not change what is accepted.
+        threshold = float(values[middle - 1] + values[middle]) / 2 if middle else 0.0
+        best = Rejection(threshold, num / len(probabilities), num_correct / num, bound)
+        high = middle
+    if best is None:
+        raise CalibrationError(
+            f"no threshold has a precision of {min_precision:g} with {100 * CONFIDENCE:.0f} % confidence on "
+            f"{len(probabilities):,} images; the highest lower bound is {highest_bound:.3f}: request less, or use more "
+            "images"
+        )
+    return best
+
+
+def auroc(scores: np.ndarray, others: np.ndarray) -> float:
+    """The probability that one of `others` is higher than one of `scores`; ties count half.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    test = require("scipy.stats", "calibration", "the AUROC").mannwhitneyu
+    return float(test(others, scores, method="asymptotic").statistic) / (len(scores) * len(others))

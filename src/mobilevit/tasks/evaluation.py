@@ -5,24 +5,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
 
 from mobilevit.data import sources
-from mobilevit.data.loader import ImageDataset, load
+from mobilevit.data.loader import Batch, ImageDataset, Loader, load
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import fingerprint
+from mobilevit.data.transforms import Evaluation
 from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
-from mobilevit.images import ImageError
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.messages import join_names
 from mobilevit.tasks import TASKS
 from mobilevit.tasks.classification import ClassificationResults
+from mobilevit.tasks.confidence import auroc
 from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def evaluate(
     max_unreadable: int = 0,
     device: str = "auto",
     download: bool = False,
+    ood: str | Path | None = None,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
 
@@ -69,6 +79,8 @@ def evaluate(
         max_unreadable: number of unreadable images to skip. Their names are logged.
         device: "auto" is the first available one of cuda, mps and cpu.
         download: fetch a hub id that is not in the local cache.
+        ood: images of another source, for classifiers: a folder of images, or a dataset, whose labels are not used. The
+            metric "ood_auroc" is the AUROC of the energy, in percent; "num_ood_images" is their number.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
@@ -86,29 +98,62 @@ def evaluate(
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
-    loaded = load(
-        dataset,
-        eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
-        num_workers=num_workers,
-        device=device,
-        preprocessing=preprocessing,
-        max_unreadable=max_unreadable,
-        replace_unreadable=False,
-    )
-    with contextlib.closing(loaded):
-        results = task.evaluate(weights.build().to(device), loaded)
-    if len(loaded.unreadable) > max_unreadable:
-        raise ImageError(
-            f"{len(loaded.unreadable)} images cannot be read ({join_names(loaded.unreadable)}), and max_unreadable is "
-            f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
+    others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
+    model = weights.build().to(device)
+
+    def over_images_of(dataset: ImageDataset, function: Callable[[nn.Module, Loader], T]) -> T:
+        loaded = load(
+            dataset,
+            eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
+            num_workers=num_workers,
+            device=device,
+            preprocessing=preprocessing,
+            max_unreadable=max_unreadable,
+            replace_unreadable=False,
         )
-    if loaded.unreadable:
-        _warn_once(f"skipped images that cannot be read: {', '.join(loaded.unreadable)}")
+        with contextlib.closing(loaded):
+            result = function(model, loaded)
+        _check_unreadable(loaded.unreadable, max_unreadable)
+        return result
+
+    results = over_images_of(dataset, task.evaluate)
+    metrics_of_others: dict[str, float] = {}
     if isinstance(results, ClassificationResults):
         results = replace(results, calibration=weights.calibration)
-    return EvaluationResult(
-        split, preprocessing.crop_px, results.metrics(), results.per_class(weights.class_names), results
-    )
+        if others:
+            energies = over_images_of(others, _energies)
+            metrics_of_others = {"ood_auroc": 100 * auroc(results.energies, energies), "num_ood_images": len(energies)}
+    metrics = {**results.metrics(), **metrics_of_others}
+    return EvaluationResult(split, preprocessing.crop_px, metrics, results.per_class(weights.class_names), results)
+
+
+def _images_of_another_source(weights: Weights, data: str | Path, preprocessing: Preprocessing) -> ImageDataset:
+    if weights.task != "classify":
+        raise ValueError(f"ood is {data}, but the weights are for the task {weights.task!r}; it requires a classifier")
+    return ImageDataset(sources.find_any_images(data), Evaluation(preprocessing))
+
+
+@torch.inference_mode()
+def _energies(model: nn.Module, batches: Iterable[Batch]) -> np.ndarray:
+    """The energies of all readable images, (N,); see `ClassificationResults.energies`.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    energies = [-model(batch.pixels).float().logsumexp(1) for batch in batches if batch.indices]
+    if not energies:
+        raise ImageError("none of the images of the other source can be read")
+    return torch.cat(energies).cpu().numpy()
+
+
+def _check_unreadable(names: Sequence[str], max_unreadable: int) -> None:
+    if len(names) > max_unreadable:
+        raise ImageError(
+            f"{len(names)} images cannot be read ({join_names(names)}), and max_unreadable is {max_unreadable}; "
+            f"replace them, or skip them with --max-unreadable {len(names)}"
+        )
+    if names:
+        _warn_once(f"skipped images that cannot be read: {', '.join(names)}")
 
 
 def default_split(weights: Weights, data: str | Path) -> str:
