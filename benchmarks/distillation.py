@@ -13,10 +13,11 @@ Stopped and called again, the script resumes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from mobilevit.images import find_images
 from mobilevit.recipes import RECIPES, Data, Distill, Optimizer, Recipe
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.loop import train
-from mobilevit.training.run import FinishedError
+from mobilevit.training.run import EpochMetrics, FinishedError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 STUDENT_PX, TEACHER_PX = 64, 128
@@ -66,14 +67,12 @@ class Normalized(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
-def fit(recipe: Recipe, data: Path, out: Path, **options: object) -> float:
-    """Train, unless `out` has a finished run; the main metric of the last epoch in per cent."""
+def fit(recipe: Recipe, data: Path, out: Path, **options: object) -> list[EpochMetrics]:
+    """Train, unless `out` has a finished run; the metrics of the epochs."""
     try:
-        result = train(recipe, data, out, **options)  # pyright: ignore[reportArgumentType]
-        return result.epochs[-1][f"val_{result.main_metric}"]
+        return train(recipe, data, out, **options).epochs  # pyright: ignore[reportArgumentType]
     except FinishedError as finished:
-        metrics = finished.epochs[-1]
-        return metrics["val_top1"] if "val_top1" in metrics else metrics["val_agreement"]
+        return finished.epochs
 
 
 def evenly(files: list[Path], num: int) -> list[Path]:
@@ -81,8 +80,8 @@ def evenly(files: list[Path], num: int) -> list[Path]:
     return files if len(files) <= num else [files[i * len(files) // num] for i in range(num)]
 
 
-def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> Path:
-    """Weights distilled without labels."""
+def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> list[EpochMetrics]:
+    """Distil without labels, into the folder "distilled_EPOCHS"."""
     folder = args.out / "unlabeled"
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for source in args.images for file in evenly(find_images([source]), args.max_images)]
@@ -111,9 +110,7 @@ def distill(args: argparse.Namespace, epochs: int, train_files: list[Path]) -> P
         distill=replace(recipe.distill, size_px=TEACHER_PX),
         compute=replace(recipe.compute, precision="bfloat16"),
     )
-    out = args.out / f"distilled_{epochs}"
-    fit(recipe, folder, out, teacher=read_teacher(args.teacher))
-    return out / "model.safetensors"
+    return fit(recipe, folder, args.out / f"distilled_{epochs}", teacher=read_teacher(args.teacher))
 
 
 def finetune_teacher(args: argparse.Namespace, class_names: tuple[str, ...]) -> TeacherNetwork:
@@ -126,8 +123,8 @@ def finetune_teacher(args: argparse.Namespace, class_names: tuple[str, ...]) -> 
     )
     source = read_teacher(args.teacher)
     classifier = PretrainedClassifier(source)
-    accuracy = fit(recipe, STAMPS, args.out / "teacher", classifier=classifier)
-    print(f"fine-tuned teacher: {accuracy:.2f} % top-1")
+    epochs = fit(recipe, STAMPS, args.out / "teacher", classifier=classifier)
+    print(f"fine-tuned teacher: {epochs[-1]['val_top1']:.2f} % top-1")
     network = classifier.build(len(class_names), TEACHER_PX)
     network.load_state_dict(load_file(args.out / "teacher" / "model.safetensors"))
     return TeacherNetwork(network, "fine-tuned teacher", class_names)
@@ -159,30 +156,83 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--figure", type=Path, help="write the chart of the agreement to this file")
     args = parser.parse_args()
     train_split, _ = find_splits("classify", STAMPS, 0.2)
     train_files = [Path(train_split[i].name) for i in range(len(train_split))]
-    weights, *_ = [distill(args, epochs, train_files) for epochs in args.distill_epochs]
+    distilled = {epochs: distill(args, epochs, train_files) for epochs in args.distill_epochs}
+    weights = args.out / f"distilled_{args.distill_epochs[0]}" / "model.safetensors"
     teacher = finetune_teacher(args, train_split.class_names)
-    scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[list[EpochMetrics]]] = {arm: [] for arm in ARMS}
     for seed in range(args.seeds):
         for arm in ARMS:
             pretrained, taught = "distilled" in arm, "teacher" in arm
             recipe = student(seed, args.epochs, pretrained=pretrained, taught=taught)
             options = {"pretrained": weights} if pretrained else {}
             options |= {"teacher": teacher} if taught else {}
-            out = args.out / f"{arm.replace(' ', '_')}_{seed}"
-            scores[arm].append(fit(recipe, STAMPS, out, **options))
+            runs[arm].append(fit(recipe, STAMPS, args.out / f"{arm.replace(' ', '_')}_{seed}", **options))
+    print(machine(torch.get_num_threads()).describe())
+    print(arms_table(runs))
+    for epochs, metrics in distilled.items():
+        print(f"\nDistillation without labels, {epochs} epochs:\n\n{curve_table(metrics)}")
+    if args.figure:
+        draw(distilled, args.figure)
+
+
+def arms_table(runs: dict[str, list[list[EpochMetrics]]]) -> str:
+    """Top-1 of the last epoch over the seeds, against the first arm, as a Markdown table."""
+    scores = {arm: [epochs[-1]["val_top1"] for epochs in of_arm] for arm, of_arm in runs.items()}
     tests = {arm: test for arm in ARMS[1:] if (test := welch(scores[arm], scores[ARMS[0]]))}
     corrected = dict(zip(tests, holm([p for _, _, p in tests.values()]), strict=True))
-    print(machine(torch.get_num_threads()).describe())
-    print(f"{args.epochs} epochs, {args.seeds} seeds, top-1 in per cent on {STAMPS}\n")
-    print("| training | mean | standard deviation | difference | p (Welch, Holm) |\n|---|---|---|---|---|")
+    lines = [
+        "| training | top-1, % | by seed | difference | p (Welch, Holm) | images/s | time in the teacher, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for arm in ARMS:
-        difference = np.mean(scores[arm]) - np.mean(scores[ARMS[0]])
-        p = f"{corrected[arm]:.4f}" if arm in corrected else "-"
-        print(f"| {arm} | {np.mean(scores[arm]):.2f} | {np.std(scores[arm], ddof=1):.2f} | {difference:+.2f} | {p} |")
-    (args.out / "scores.json").write_text(json.dumps({"scores": scores, "p": corrected}, indent=2) + "\n")
+        mean, deviation = np.mean(scores[arm]), np.std(scores[arm], ddof=1)
+        all_epochs = [epoch for epochs in runs[arm] for epoch in epochs]
+        cells = (
+            f"{mean:.1f} ± {deviation:.1f}",
+            ", ".join(f"{score:.1f}" for score in scores[arm]),
+            f"{mean - np.mean(scores[ARMS[0]]):+.1f}" if arm in tests else "",
+            f"{corrected[arm]:.4f}" if arm in corrected else "",
+            f"{median(epoch['images_per_second'] for epoch in all_epochs):.0f}",
+            f"{100 * median(epoch.get('teacher_fraction', 0.0) for epoch in all_epochs):.0f}",
+        )
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hours_of(epochs: list[EpochMetrics]) -> list[float]:
+    """Hours of training up to the end of each epoch, without validation."""
+    return [seconds / 3600 for seconds in accumulate(epoch["seconds"] for epoch in epochs)]
+
+
+def curve_table(epochs: list[EpochMetrics], num_rows: int = 8) -> str:
+    """Agreement with the teacher by hours, as a Markdown table."""
+    lines = ["| hours | crops | agreement, % | among the first five, % | KL divergence |", "|---|---|---|---|---|"]
+    crops = accumulate(epoch["seconds"] * epoch["images_per_second"] for epoch in epochs)
+    rows = list(zip(hours_of(epochs), crops, epochs, strict=True))
+    for hours, seen, epoch in [rows[(i + 1) * len(rows) // num_rows - 1] for i in range(min(num_rows, len(rows)))]:
+        agreement, five, divergence = (epoch[f"val_{name}"] for name in ("agreement", "agreement5", "kl"))
+        lines.append(f"| {hours:.2f} | {seen:,.0f} | {agreement:.1f} | {five:.1f} | {divergence:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(distilled: dict[int, list[EpochMetrics]], file: Path) -> None:
+    """Plot agreement by hours, a line per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for epochs, metrics in distilled.items():
+        axes.plot(hours_of(metrics), [epoch["val_agreement"] for epoch in metrics], label=f"{epochs} epochs")
+    axes.set(xlabel="hours of distillation", ylabel="agreement with the teacher, %", xlim=(0, None), ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

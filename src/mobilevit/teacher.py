@@ -212,6 +212,8 @@ def _read_library_model(library: str, name: str, file: Path | None, download: bo
         with _errors_of(text):
             if timm:
                 return timm.create_model(name, pretrained=file is None, **options)
+            if file and name in ("googlenet", "inception_v3"):  # as torchvision does with its published weights
+                options["transform_input"] = True
             return torchvision.models.get_model(name, weights=None if file else "DEFAULT", **options)
 
     network = build()

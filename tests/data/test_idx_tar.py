@@ -362,7 +362,7 @@ def test_tar_class_missing_in_the_training_split(tmp_path: Path):
             ": labels are .* .0. and names .'b'.",
         ),
         ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "0"}, ": found only class '0'"),
-        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "1"}, ": class 0: one image is too few"),
+        ({"1.png": b"", "1.cls": "0", "2.png": b"", "2.cls": "1"}, r": 2 classes \(0, 1\): one image is too few"),
     ],
 )
 def test_tars_that_cannot_be_trained_on(tmp_path: Path, members: dict[str, bytes | str], message: str):

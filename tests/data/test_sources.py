@@ -110,8 +110,8 @@ def test_ignored_files_are_counted_and_named(tmp_path: Path):
     ("name", "fix"),
     [
         ("x.zip", "extract it"),
-        ("labels.csv", "one folder of images for each class"),
-        ("labels.json", "one folder of images for each class"),
+        ("labels.json", "not a supported file; expected"),
+        ("labels.xml", "not a supported file; expected"),
         ("https://host/flowers", "download it first"),
     ],
 )

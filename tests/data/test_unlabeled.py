@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,8 @@ def test_the_limit_and_the_file(folder: Path):
     del decoded
     gc.collect()
     assert not file.exists()
+    foreign = Path(tempfile.gettempdir()) / "mobilevit-x-y.pixels"  # not written by this package
+    foreign.touch()
     (folder / "0_broken.png").write_bytes(b"\x89PNG broken")
     try:
         train, _ = find_unlabeled(folder, 0.2, ("a",))
@@ -95,7 +98,9 @@ def test_the_limit_and_the_file(folder: Path):
         names = [Path(train[i].name).name for i in range(len(train))]
         if "0_broken.png" in names:
             assert isinstance(decoded[names.index("0_broken.png")].image, Path)
+        assert foreign.exists()
     finally:
+        foreign.unlink()
         (folder / "0_broken.png").unlink()
 
 

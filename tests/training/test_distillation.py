@@ -236,6 +236,7 @@ def test_training_without_labels(data: Path, tmp_path: Path, caplog: pytest.LogC
     assert sum(line["images"] for line in lines(tmp_path / "run" / "steps.jsonl")) == 2 * 2 * 10
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Agreement with the teacher" in report
+    assert "In the teacher" in report
     finetuned = train(RECIPE, data, tmp_path / "finetuned", pretrained=run.weights)
     assert finetuned.main_metric == "top1"
 
@@ -250,13 +251,17 @@ def test_a_student_agrees_with_itself(teacher_file: Path, data: Path):
     _, val_set = task.datasets(replace(UNLABELED, data=replace(UNLABELED.data, val_fraction=0.9)), data / "train")
     batches = eval_batches(len(val_set), batch_size=4, size_px=32)
     preprocessing = read(teacher_file).preprocessing
-    loader = load(val_set, batches, num_workers=0, device="cpu", preprocessing=preprocessing)
+    loader = list(load(val_set, batches, num_workers=0, device="cpu", preprocessing=preprocessing))
     results = task.evaluate(read(teacher_file).build(), loader)
     metrics = results.metrics()
     assert (metrics["agreement"], metrics["agreement5"], metrics["num_images"]) == (100, 100, len(val_set))
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert results.disagreements(5) == []
     assert len(results.agreements(3)) == 3
+    assert len(task._targets) == len(val_set)
+    task.teacher.forward = pytest.fail  # pyright: ignore[reportAttributeAccessIssue] -- its outputs are known now
+    again = task.evaluate(read(teacher_file).build(), loader)
+    np.testing.assert_array_equal(again.divergences, results.divergences)
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])

@@ -94,11 +94,18 @@ def test_another_run_is_rejected_with_both_values(tmp_path: Path):
     for difference in (
         "recipe.epochs was 3, is now 4",
         "recipe.optimizer.freeze was nothing, is now stem",
-        "weights was random, is now None",
+        "other weights",
         "seed was None, is now [1, 2]",
     ):
         assert difference in str(caught.value)
     assert json.loads((tmp_path / "run.json").read_text()) == FACTS
+
+
+def test_a_run_without_the_teacher(tmp_path: Path):
+    taught = {**FACTS, "recipe": {**FACTS["recipe"], "distill": {"temperature": 2.0}}, "teacher": "1a2b"}
+    open_folder(tmp_path, taught).close()
+    with pytest.raises(ValueError, match=r"contains another run \(another teacher\)"):
+        open_folder(tmp_path)
 
 
 def test_tuples_equal_lists_in_a_file(tmp_path: Path):

@@ -120,6 +120,7 @@ class SampleImages:
     def read(self) -> list[Any]:
         """At most 256 images of a dataset; all images of files, folders and patterns."""
         from mobilevit.data.sources import find_splits
+        from mobilevit.data.tables import is_label_file
         from mobilevit.images import find_images, read_image
 
         self.image_options.apply()
@@ -133,7 +134,8 @@ class SampleImages:
                 raise
         if Path(data).is_dir() and not any(Path(data).iterdir()):
             raise ValueError(f"{data}: no images in this folder")
-        source = find_splits("classify", data, val_fraction=0.1)[0]
+        task = "multilabel" if is_label_file(Path(data)) else "classify"  # which also reads single labels
+        source = find_splits(task, data, val_fraction=0.1)[0]
         number = min(256, len(source))
         samples = [source[i * len(source) // number] for i in range(number)]
         return [read_image(sample.image, sample.name) for sample in samples]

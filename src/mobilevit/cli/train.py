@@ -41,9 +41,10 @@ class Train:
     recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
     """Recipe: the defaults of the options."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
-    """Dataset. Classification: a folder per class, optionally below train/ and val/; idx files, tar shards, parquet
-    or arrow files; or hf:OWNER/NAME on the hub. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/
-    and masks/. Recipe distill: a folder of any images."""
+    """Dataset. Classification: a folder per class, optionally below train/ and val/; a label file (.csv, .tsv, .jsonl,
+    .parquet); idx files, tar shards, parquet or arrow files; or hf:OWNER/NAME on the hub. Recipe multilabel: a label
+    file, or tar shards with .json files. Detection: COCO or VOC layout. Segmentation: VOC layout, or images/ and
+    masks/. Recipe distill: a folder of any images."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder: checkpoints, weights, metrics and report. Default: runs/ and the name of the data."""
     weights: Annotated[
@@ -68,6 +69,7 @@ class Train:
 
     def run(self) -> int:
         """Train, then print the results and a next command."""
+        from mobilevit.data.tables import is_label_file
         from mobilevit.report.training import Origin
         from mobilevit.training.loop import train
         from mobilevit.training.run import FinishedError
@@ -75,7 +77,8 @@ class Train:
         self.device_options.set_threads()
         require(self.checkpoint_minutes > 0, "--checkpoint-minutes", self.checkpoint_minutes, "above 0")
         data = expand_data(self.data)
-        out = expand(self.out or Path("runs") / Path(data).resolve().name)
+        path = Path(data).resolve()
+        out = expand(self.out or Path("runs") / (path.stem if is_label_file(path) else path.name))
         pretrained = self.weights_options.read(self.weights) if self.weights else None
         teacher = self.weights_options.read_teacher(self.teacher) if self.teacher else None
         architecture = self.recipe.architecture

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from mobilevit.images import ImageInput
 from mobilevit.messages import first_line, join_classes, join_names
 
-# A class index (`int`) for classification, else an `Annotation`: `Boxes` or a `MaskFile`.
+# A class index (`int`) for classification, else an `Annotation`: a `ClassSet`, `Boxes` or a `MaskFile`.
 Label = TypeVar("Label", covariant=True)
 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
@@ -65,7 +65,7 @@ class ImageFiles:
 
 
 class Annotation(Protocol):
-    """The label of an image for detection or segmentation."""
+    """The label of an image for multi-label classification, detection or segmentation."""
 
     def digest(self) -> str:
         """16 hexadecimal digits that change with the content."""
@@ -239,26 +239,33 @@ Splits = Mapping[str, Callable[[], Split]]
 """Functions that read the splits of a dataset: "train", "val", "test", or "all" if it is not divided."""
 
 
-def divide(source: Source[Label], val_fraction: float, location: str | Path) -> tuple[Source[Label], Source[Label]]:
+def divide(
+    source: Source[Label], val_fraction: float, location: str | Path, strata: Sequence[int] | None = None
+) -> tuple[Source[Label], Source[Label]]:
     """Divide `source` into a training and a validation split.
 
     The validation split is `val_fraction` of the images of each class (of all images for boxes and masks), rounded:
     those whose keys have the smallest SHA-256 hashes. It does not depend on where the data are, and an image that is
     added or removed moves at most one other image between the splits. Each class has an image in both.
 
+    `strata`, a number for each image, replaces the classes. An image that is alone in its stratum is for training.
+
     Raises:
-        ValueError: a fraction outside (0, 1), or a class with a single image.
+        ValueError: a fraction outside (0, 1), a class with a single image, or only such strata.
     """
     check_val_fraction(val_fraction)
     hashes = [_hash(key) for key in source.keys()]  # noqa: SIM118 - not a mapping
     groups: dict[int | None, list[int]] = {}
-    for i, label in enumerate(source.labels):
+    for i, label in enumerate(source.labels if strata is None else strata):
         groups.setdefault(label if isinstance(label, int) else None, []).append(i)
     val: set[int] = set()
-    for label, indices in groups.items():
-        if len(indices) < 2:
-            where = location if label is None else f"{location}: class {source.class_names[label]}"
-            raise ValueError(f"{where}: one image is too few for a training and a validation split; add more")
+    single = [label for label, indices in groups.items() if len(indices) < 2]
+    if single and (strata is None or len(single) == len(groups)):
+        names = [source.class_names[label] for label in single if label is not None and strata is None]
+        many = f"{len(names):,} classes ({join_names(names)})"
+        where = f"{location}: {many if len(names) > 1 else f'class {names[0]}'}" if names else location
+        raise ValueError(f"{where}: one image is too few for a training and a validation split; add more")
+    for indices in groups.values():
         num = min(max(1, round(val_fraction * len(indices))), len(indices) - 1)
         val.update(sorted(indices, key=hashes.__getitem__)[:num])
     train = [i for i in range(len(source)) if i not in val]

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilevit.data.class_sets import ClassSet, rarest_classes
 from mobilevit.data.coco import coco_splits
 from mobilevit.data.folders import class_folder_splits, has_class_folders
 from mobilevit.data.hub_datasets import hub_splits, read_table_files, saved_splits
@@ -31,20 +32,23 @@ from mobilevit.data.samples import (
     divide,
     read_class_names,
 )
+from mobilevit.data.tables import ACCEPTED, LABEL_FILE_SUFFIXES, is_label_file, table_splits
 from mobilevit.data.tar import is_compressed_tar, read_tars, refuse_compressed
 from mobilevit.data.voc import voc_box_splits, voc_mask_splits
 from mobilevit.images import find_images
 from mobilevit.messages import join_classes, join_names
 
-TaskName = Literal["classify", "detect", "segment"]
+TaskName = Literal["classify", "multilabel", "detect", "segment"]
 
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
+MULTILABEL_SUFFIXES = (".tar", *LABEL_FILE_SUFFIXES)
 CLASS_FOLDERS = "class folders"
 EXPECTED: dict[TaskName, str] = {
     "classify": (
         "one folder of images for each of two classes or more, or train/ and val/ of those; or idx files, .parquet or "
-        ".arrow files, or .tar shards"
+        ".arrow files, .tar shards, or a label file (.csv, .tsv, .jsonl, .parquet)"
     ),
+    "multilabel": f"a label file ({', '.join(LABEL_FILE_SUFFIXES)}) with {ACCEPTED}; or .tar shards with .json files",
     "detect": (
         "COCO (annotations/instances_train*.json and train*/; train/_annotations.coco.json; or one .json and images/) "
         "or VOC (JPEGImages/, Annotations/*.xml and ImageSets/Main/)"
@@ -65,7 +69,10 @@ def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[
     - a folder with idx files like MNIST's (train-images-idx3-ubyte, t10k-... and so on, gzipped or not);
     - a folder that `datasets.Dataset.save_to_disk` wrote; .parquet or .arrow files; `hf:owner/name`, a dataset of the
       hub (these require the extra `datasets`);
-    - .tar shards of WebDataset.
+    - .tar shards of WebDataset;
+    - a label file: .csv, .tsv, .jsonl or .parquet with paths and labels, see `table_splits`.
+
+    Formats for multi-label classification: a label file, or .tar shards.
 
     Shards are in `data`, in its `data/`, or in folders named after the splits, and may be named after the splits
     (train-000.tar, validation-00000-of-00001.parquet); or `data` is one such file. classes.txt beside files with class
@@ -109,13 +116,36 @@ def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[
     train = split.source(class_names)
     if name == "all":
         num_images = len(train)
-        train, val = divide(train, val_fraction, data)
+        train, val = _divide(train, val_fraction, data)
         note = f"{data}: has no validation split: {len(val):,} of {num_images:,} images are used for validation"
         train = replace(train, notes=(*train.notes, note))
     else:
         val = splits[name]().source(class_names)
     val = replace(val, notes=tuple(note for note in val.notes if note not in train.notes))
+    if task == "multilabel":
+        return _check_class_sets(train, val, data)
     return (_check_boxes(train, data) if task == "detect" else train), val
+
+
+def _divide(source: Source[Any], val_fraction: float, data: str | Path) -> tuple[Source[Any], Source[Any]]:
+    is_multilabel = isinstance(source.labels[0], ClassSet)
+    return divide(source, val_fraction, data, rarest_classes(source.labels) if is_multilabel else None)
+
+
+def _check_class_sets(
+    train: Source[ClassSet], val: Source[ClassSet], data: str | Path
+) -> tuple[Source[ClassSet], Source[ClassSet]]:
+    """Raise ValueError if no image has a label; add a note for classes that a split does not contain."""
+    sources: list[Source[ClassSet]] = []
+    for name, source in (("training", train), ("validation", val)):
+        used = {index for label in source.labels for index in label.indices}
+        if not used:
+            raise ValueError(f"{data}: none of the {len(source):,} {name} images has a label; add some")
+        missing = [class_name for index, class_name in enumerate(source.class_names) if index not in used]
+        effect = "" if source is train else "; their average precision is undefined and their threshold is 0.5"
+        note = f"no {name} images of {join_classes(missing)}{effect}"
+        sources.append(replace(source, notes=(*source.notes, note)) if missing else source)
+    return sources[0], sources[1]
 
 
 def _check_boxes(train: Source[Any], data: str | Path) -> Source[Any]:
@@ -157,7 +187,7 @@ def find_evaluation_split(
     if split not in ("train", "val") or val_fraction is None:
         hint = ", and the weights do not contain the fraction for a validation split" if split == "val" else ""
         raise ValueError(f"{data}: has no split {split!r}{hint}; evaluate all images with --split all")
-    train, val = divide(splits["all"]().source(class_names), val_fraction, data)
+    train, val = _divide(splits["all"]().source(class_names), val_fraction, data)
     return train if split == "train" else val
 
 
@@ -187,17 +217,27 @@ def _find_format(task: TaskName, data: str | Path) -> tuple[str, Splits]:
     if task == "classify" and str(data).startswith("hf:"):
         return "hub", hub_splits(str(data))
     data = Path(data)
-    _refuse_other_data(data)
-    if task == "classify" and data.is_file():
+    has_classes = task in ("classify", "multilabel")
+    is_multilabel = task == "multilabel"
+    if (is_multilabel and data.suffix.lower() in LABEL_FILE_SUFFIXES and data.is_file()) or (
+        task == "classify" and is_label_file(data)
+    ):
+        return "a label file", table_splits(data, multilabel=is_multilabel)
+    _refuse_other_data(data, task)
+    if has_classes and data.is_file():
         refuse_compressed(data)
-        suffix = data.suffix.lower()
-        if suffix not in SHARD_SUFFIXES:
-            raise ValueError(f"{data}: neither a folder nor a file of type {', '.join(SHARD_SUFFIXES)}")
-        return suffix, _shard_splits(data.parent, suffix, {"all": [data]}, str(data))
+        suffix, suffixes = data.suffix.lower(), SHARD_SUFFIXES if task == "classify" else MULTILABEL_SUFFIXES
+        if suffix not in suffixes:
+            raise ValueError(f"{data}: neither a folder nor a file of type {', '.join(suffixes)}")
+        return suffix, _shard_splits(data.parent, suffix, {"all": [data]}, str(data), task)
     if not data.is_dir():
-        raise ValueError(f"{data}: no such folder")
+        kind = "file" if data.suffix.lower() in LABEL_FILE_SUFFIXES else "folder"
+        raise ValueError(f"{data}: no such {kind}")
     if task == "classify":
         formats = _classification_formats(data)
+    elif is_multilabel:
+        shards = _shards(_files(data), ".tar")
+        formats = {".tar files": _shard_splits(data, ".tar", shards, str(data), task)}
     elif task == "detect":
         formats = {"COCO": coco_splits(data), "VOC": voc_box_splits(data)}
     else:
@@ -207,7 +247,9 @@ def _find_format(task: TaskName, data: str | Path) -> tuple[str, Splits]:
         hint = ", or give one of its files" if task == "classify" else ""
         raise ValueError(f"{data}: contains {' and '.join(formats)}; remove all but one{hint}")
     if not formats:
-        raise ValueError(f"{data}: data format not recognized; expected {EXPECTED[task]}")
+        tables = [file for file, _ in _files(data) if file.suffix.lower() in LABEL_FILE_SUFFIXES]
+        hint = f"; to use a label file, give the file: {join_names(tables)}" if has_classes and tables else ""
+        raise ValueError(f"{data}: data format not recognized; expected {EXPECTED[task]}{hint}")
     name, splits = next(iter(formats.items()))
     return name, splits() if callable(splits) else splits
 
@@ -220,7 +262,7 @@ def _classification_formats(data: Path) -> dict[str, Splits | Callable[[], Split
     else:
         for suffix in SHARD_SUFFIXES:
             if shards := _shards(files, suffix):
-                formats[f"{suffix} files"] = _shard_splits(data, suffix, shards, str(data))
+                formats[f"{suffix} files"] = _shard_splits(data, suffix, shards, str(data), "classify")
     are_class_folders = has_class_folders(data)
     if not any(formats.values()) and not are_class_folders:
         for file, _ in files:
@@ -231,8 +273,8 @@ def _classification_formats(data: Path) -> dict[str, Splits | Callable[[], Split
     return formats
 
 
-def _refuse_other_data(data: Path) -> None:
-    """Raise ValueError with a hint for URLs, archives and label files."""
+def _refuse_other_data(data: Path, task: TaskName) -> None:
+    """Raise ValueError with a hint for URLs, archives and other label files."""
     suffix = data.suffix.lower()
     if re.match(r"[A-Za-z][\w+.-]+:/", str(data)):
         url = re.sub(":/+", "://", str(data), count=1)  # a Path has one slash
@@ -240,17 +282,16 @@ def _refuse_other_data(data: Path) -> None:
     if data.is_file() and suffix in (".zip", ".7z", ".rar"):
         raise ValueError(f"{data}: an archive; extract it (unzip) and give the folder")
     if data.is_file() and suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xml"):
-        raise ValueError(
-            f"{data}: label files are not supported; give a folder: for classification with one folder of images for "
-            "each class, for detection and segmentation in a format of docs/detection_segmentation.md"
-        )
+        raise ValueError(f"{data}: not a supported file; expected {EXPECTED[task]}")
 
 
-def _shard_splits(folder: Path, suffix: str, shards: Mapping[str, list[Path]], data: str) -> Splits:
+def _shard_splits(folder: Path, suffix: str, shards: Mapping[str, list[Path]], data: str, task: TaskName) -> Splits:
     def read(split: str, files: list[Path]) -> Split:
         location = data if split == "all" else f"{data} ({split})"
         names = read_class_names(files[0].parent, folder)
-        return (read_tars if suffix == ".tar" else read_table_files)(files, location, names)
+        if suffix == ".tar":
+            return read_tars(files, location, names, multilabel=task == "multilabel")
+        return read_table_files(files, location, names)
 
     return {split: partial(read, split, files) for split, files in shards.items()}
 

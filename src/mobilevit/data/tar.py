@@ -11,12 +11,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from mobilevit.data.class_sets import labels_of, split_of_labels
 from mobilevit.data.samples import Split
 from mobilevit.images import ImageError
 from mobilevit.messages import first_line
 
 BLOCK_BYTES = 512  # a tar file is a sequence of blocks
 LABEL_SUFFIXES = (".cls", ".json")
+LABEL_KEYS = ("label", "cls", "class", "class_name", "labels", "tags")  # in a .json file
 
 
 @dataclass(frozen=True)
@@ -66,32 +68,48 @@ class _Entry:
     json: bytes | None = None
 
 
-def read_tars(shards: Sequence[Path], location: str, class_names: tuple[str, ...] | None) -> Split:
+def read_tars(
+    shards: Sequence[Path], location: str, class_names: tuple[str, ...] | None, *, multilabel: bool = False
+) -> Split:
     """Images of tar files and their labels, from one pass over the headers.
 
     Files with the same name up to the first dot form a sample: one image, and its label in a .cls file (class index or
-    name) or in a .json file (an object with "label" or "cls"). Other files are ignored.
+    name) or in a .json file (an object with one of `LABEL_KEYS`). Other files are ignored. With `multilabel`, an image
+    has any number of labels: a list in the .json file, or one text with separators.
 
     Raises:
         ValueError: a file that is not an uncompressed tar or is truncated, a label without an image, two images or
-            labels for one key.
+            labels for one key; without `multilabel`, several labels for one image.
     """
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
-    labels: list[int | str | None] = []
+    labels: list[tuple[str, ...] | None] = []
+    several: list[str] = []
     for i, shard in enumerate(shards):
         for key, entry in _read_headers(shard).items():
             if entry.offset >= 0:
                 places.append((i, entry.offset, entry.size))
                 keys.append(key)
-                labels.append(_label(entry, f"{shard}/{key}"))
+                name = f"{shard}/{key}"
+                of_image = _labels(entry, name)
+                if not multilabel and of_image is not None and len(of_image) > 1:
+                    several.append(f"{name}: {'|'.join(of_image)}")
+                labels.append(of_image)
             elif entry.cls is not None:
                 suffixes = ", ".join(entry.suffixes)
                 raise ValueError(f"{shard}/{key}: has a label but no image (found {suffixes}); add or remove it")
     if not keys:
         raise ValueError(f"{location}: no images in the tar; expected pairs like 0001.jpg and 0001.cls")
+    if several:
+        raise ValueError(
+            f"{location}: {len(several):,} of {len(keys):,} images have several labels (first: {several[0]}); train "
+            "them with the recipe multilabel, or keep one label of each"
+        )
     columns = np.array(places, np.int64).T.copy()
-    return Split(location, TarImages(tuple(shards), *columns, keys=tuple(keys)), labels, class_names)
+    images = TarImages(tuple(shards), *columns, keys=tuple(keys))
+    if multilabel:
+        return split_of_labels(location, images, labels, class_names, multilabel=True)
+    return Split(location, images, [_single(of_image) for of_image in labels], class_names)
 
 
 def _read_headers(shard: Path) -> dict[str, _Entry]:
@@ -138,25 +156,33 @@ def _read_headers(shard: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _label(entry: _Entry, name: str) -> int | str | None:
-    label: object = None
+def _labels(entry: _Entry, name: str) -> tuple[str, ...] | None:
+    """The labels of an image; None if it has no file with labels, or one without any of `LABEL_KEYS`."""
     if entry.cls is not None:
         try:
-            label = entry.cls.decode().strip()
+            return tuple(filter(None, [entry.cls.decode().strip()]))
         except UnicodeDecodeError:
             raise ValueError(f"{name}.cls: not UTF-8 text; write the class index or the class name") from None
-    elif entry.json is not None:
-        try:
-            values = json.loads(entry.json)
-        except ValueError as error:
-            raise ValueError(f"{name}.json: not JSON ({first_line(error)}); fix it") from None
-        label = next((values[k] for k in ("label", "cls") if k in values), None) if isinstance(values, dict) else None
-        if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
-            raise ValueError(f"{name}.json: label is {label!r}; it must be a class index or a class name")
-    if isinstance(label, str):
-        return int(label) if label.removeprefix("-").isdecimal() and label.isascii() else label or None
-    assert label is None or isinstance(label, int)
-    return label
+    if entry.json is None:
+        return None
+    try:
+        values = json.loads(entry.json)
+    except ValueError as error:
+        raise ValueError(f"{name}.json: not JSON ({first_line(error)}); fix it") from None
+    key = next((key for key in LABEL_KEYS if key in values), None) if isinstance(values, dict) else None
+    if key is None:
+        return None
+    labels = labels_of(values[key])
+    if labels is None:
+        raise ValueError(f"{name}.json: {key} is {values[key]!r}; it must be a class index, a class name or a list")
+    return labels
+
+
+def _single(labels: tuple[str, ...] | None) -> int | str | None:
+    """The only label as a class index or a class name."""
+    label = labels[0] if labels else None
+    is_index = label is not None and label.removeprefix("-").isdecimal() and label.isascii()
+    return int(label) if label is not None and is_index else label
 
 
 def refuse_compressed(file: Path, start: bytes = b"") -> None:

@@ -114,7 +114,8 @@ def decode_once(source: Source[int], *, min_px: int, max_bytes: float) -> Source
     used = sorted({source.index_of_image(i) for i in range(len(source))})
     slots: list[Slot | None] = [None] * len(images)
     for file in Path(tempfile.gettempdir()).glob("mobilevit-*-*.pixels"):  # of killed processes
-        if not psutil.pid_exists(int(file.name.split("-")[1])):
+        process = file.name.split("-")[1]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             file.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"mobilevit-{os.getpid()}-", suffix=".pixels")
     decoded_images = DecodedImages(images, slots, Path(name))

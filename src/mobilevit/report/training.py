@@ -241,11 +241,12 @@ def _summary(epochs: Epochs, steps: Steps) -> list[tuple[str, str, str]]:
             cards.append(("Training images", _amount(num_images), note))
             note = f"{_amount(num_images / len(steps.step))} images per step, on average"
         cards.append(("Steps", _amount(len(steps.step)), note))
-    waiting = [(_number(record.get("data_wait_fraction")), _number(record.get("seconds"))) for record in epochs]
-    waiting = [(ratio, s if math.isfinite(s) else 1.0) for ratio, s in waiting if math.isfinite(ratio)]
-    if total := sum(s for _, s in waiting):
-        ratio = sum(ratio * s for ratio, s in waiting) / total
-        cards.append(("Waiting for data", f"{100 * ratio:.1f} %", "of the training time"))
+    for title, field in (("Waiting for data", "data_wait_fraction"), ("In the teacher", "teacher_fraction")):
+        fractions = [(_number(record.get(field)), _number(record.get("seconds"))) for record in epochs]
+        fractions = [(ratio, s if math.isfinite(s) else 1.0) for ratio, s in fractions if math.isfinite(ratio)]
+        if total := sum(s for _, s in fractions):
+            ratio = sum(ratio * s for ratio, s in fractions) / total
+            cards.append((title, f"{100 * ratio:.1f} %", "of the training time"))
     return cards
 
 

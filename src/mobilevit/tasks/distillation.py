@@ -76,6 +76,9 @@ class Distillation:
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
+        # Log-probabilities of the teacher (num_classes,) by index of the validation image: they never change, and both
+        # the raw and the EMA weights are compared with them after every epoch.
+        self._targets: dict[int, Tensor] = {}
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         options, sampler = recipe.data, recipe.sampler
@@ -127,12 +130,19 @@ class Distillation:
             if not batch.indices:  # no image of the batch could be read
                 continue
             student = model(student_view(batch.pixels, batch.size_px)).float().log_softmax(1)
-            teacher = self.teacher(batch.pixels)[0].float().log_softmax(1)
+            teacher = self._teacher_of(batch)
             top = student.topk(min(5, student.shape[1]))
             divergences = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
             indices = torch.tensor(batch.indices)
             rows.append((indices, top.indices, top.values[:, 0].exp(), teacher.argmax(1), divergences))
         return DistillationResults(*merge_images(rows, gather))
+
+    def _teacher_of(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the teacher (B, num_classes) for a batch of validation images."""
+        if not all(index in self._targets for index in batch.indices):
+            outputs = self.teacher(batch.pixels)[0].float().log_softmax(1).cpu()
+            self._targets.update(zip(batch.indices, outputs, strict=True))
+        return torch.stack([self._targets[index] for index in batch.indices]).to(batch.pixels.device)
 
 
 def student_view(pixels: Tensor, size_px: int) -> Tensor:

@@ -434,16 +434,21 @@ def _check_same_run(path: Path, facts: Mapping[str, Any]) -> None:
     )
 
 
+# Fields of run.json whose values, fingerprints, would not help the user.
+FINGERPRINTS = {"data": "other data", "weights": "other weights", "teacher": "another teacher"}
+
+
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name in {**before, **now}:
-        if f"{prefix}{name}" == "recipe.data.max_unreadable":  # an earlier version compared it
+        path, old, new = f"{prefix}{name}", before.get(name), now.get(name)
+        if path == "recipe.data.max_unreadable":  # an earlier version compared it
             continue
-        old, new = before.get(name), now.get(name)
+        if path == "recipe.distill" and None in (old, new):  # a run with a teacher and one without
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from _differences(old, new, f"{path}.")
         elif old != new:
-            # A fingerprint in the message would not help the user.
-            yield "other data" if f"{prefix}{name}" == "data" else f"{prefix}{name} was {old}, is now {new}"
+            yield FINGERPRINTS.get(path) or f"{path} was {old}, is now {new}"
 
 
 def _torch_save(state: dict[str, Any], path: Path) -> None:
