@@ -69,7 +69,7 @@ def test_calibrate(capsys: pytest.CaptureFixture[str], here: Path, labels: dict[
     assert (line["weights"], line["split"], line["num_images"]) == ("new/a.safetensors", "all", NUM_IMAGES)
     assert line["temperature"] == pytest.approx(optimum, rel=0.0126)
     assert line["loss_before"] == pytest.approx(loss(1), rel=1e-4)
-    assert line["loss_after"] == pytest.approx(loss(optimum), rel=0.02)
+    assert line["loss_after"] == pytest.approx(loss(optimum), rel=0.06)
     assert line["ece_after"] < line["ece_before"] / 2
     original, calibrated = read("bold.safetensors"), read("new/a.safetensors")
     assert calibrated.calibration.temperature == line["temperature"]
@@ -112,25 +112,25 @@ def test_fine_tuning_starts_uncalibrated(capsys: pytest.CaptureFixture[str], her
 
 def test_a_threshold(capsys: pytest.CaptureFixture[str], here: Path, labels: dict[Path, int]):
     """`predict` rejects what `calibrate` does not count as accepted; `evaluate` counts the same."""
-    assert run(f"{CALIBRATE} --min-precision 0.6 --out a.safetensors --json") == 0
+    assert run(f"{CALIBRATE} --min-precision 0.7 --out a.safetensors --json") == 0
     line = json.loads(capsys.readouterr().out)
     model = load("a.safetensors")
     assert model.calibration.min_probability == line["min_probability"]
-    assert model.calibration.min_precision == line["min_precision"] == 0.6
+    assert model.calibration.min_precision == line["min_precision"] == 0.7
     predictions = [one[0] for one in model.predict(list(labels))]
     accepted = [(p, label) for p, label in zip(predictions, labels.values(), strict=True) if not p.rejected]
     assert 0.1 < line["coverage"] < 1
     assert len(accepted) / NUM_IMAGES == pytest.approx(line["coverage"])
     precision = np.mean([p.class_index == label for p, label in accepted])
     assert precision == pytest.approx(line["precision"])
-    assert precision > line["lower_bound"] >= 0.6
+    assert precision > line["lower_bound"] >= 0.7
     assert run("evaluate a.safetensors --data labeled --num-workers 0 --json") == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["coverage"] == pytest.approx(100 * line["coverage"])
     assert metrics["accepted_top1"] == pytest.approx(100 * precision)
     assert run("info a.safetensors") == 0
     assert f"below {100 * line['min_probability']:.1f} % are rejected" in capsys.readouterr().out
-    assert run(f"{CALIBRATE} --min-precision 0.6 --out b.safetensors") == 0
+    assert run(f"{CALIBRATE} --min-precision 0.7 --out b.safetensors") == 0
     assert f"below {100 * line['min_probability']:.1f} %" in capsys.readouterr().out
     command = f"{CALIBRATE} --out c.safetensors --min-precision"
     check_refused(capsys, f"{command} 0.999", "0.999 150 images highest lower bound 0. more images")

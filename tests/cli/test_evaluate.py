@@ -159,7 +159,7 @@ def test_images_of_another_source(capsys: pytest.CaptureFixture[str], here: Path
     (here / "damaged").mkdir()
     (here / "damaged/a.png").write_bytes(b"nothing")
     check_refused(capsys, f"{EVALUATE} --ood missing", "missing: no such folder")
-    check_refused(capsys, f"{EVALUATE} --ood empty", "empty: data format not recognized")
+    check_refused(capsys, f"{EVALUATE} --ood empty", "empty: no class folders with images")
     check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png cannot be read")
     check_refused(capsys, f"{EVALUATE} --ood damaged --max-unreadable 1", "none of the images other source")
     evaluate = EVALUATE.replace("xyz", "segmenter")

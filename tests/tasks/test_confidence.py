@@ -190,8 +190,8 @@ def test_the_precision_holds_on_new_images() -> None:
     population = random.beta(3, 1, 100_000)
     num_failures, coverages = 0, []
     for _ in range(100):
-        probabilities = random.choice(population, 1000)
-        rejection = choose_threshold(probabilities, random.random(1000) < probabilities, 0.9)
+        probabilities = random.choice(population, 3000)
+        rejection = choose_threshold(probabilities, random.random(3000) < probabilities, 0.9)
         accepted = population[population >= rejection.min_probability]
         num_failures += accepted.mean() < 0.9
         coverages.append(len(accepted) / len(population))
