@@ -24,6 +24,7 @@ from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
 from mobilevit.models.ssdlite import Detections, SSDLite, detect
+from mobilevit.self_check import check_device
 from mobilevit.weights import (
     NETWORKS,
     PREPROCESSING,
@@ -381,6 +382,7 @@ def load(
     num_classes: int | None = None,
     output_stride: int | None = None,
     device: str = "cpu",
+    self_check: bool = True,
 ) -> Classifier:
     """A classifier in eval mode, from a hub id, a file or a folder of any of the four formats.
 
@@ -390,19 +392,26 @@ def load(
         num_classes: the expected number of classes; `reset_classifier` changes it.
         output_stride: replaces that of the weights.
         device: of the model.
+        self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
 
     Raises:
         WeightsError: see `mobilevit.weights.read`; also weights of another task, or another number of classes.
+        DeviceError: the device computes other results than the CPU.
 
     Examples:
         >>> model = mobilevit.load("apple/mobilevit-small", download=True)
         >>> model.predict("cat.jpg")[0].class_name
     """
-    return _load(Classifier, source, download, num_classes, output_stride).to(device)
+    return _to_device(_load(Classifier, source, download, num_classes, output_stride), device, self_check)
 
 
 def load_detector(
-    source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    download: bool = False,
+    num_classes: int | None = None,
+    device: str = "cpu",
+    self_check: bool = True,
 ) -> Detector:
     """A detector in eval mode; arguments and errors as for `load`.
 
@@ -410,7 +419,7 @@ def load_detector(
         >>> model = mobilevit.load_detector("runs/coco/model.safetensors")
         >>> model.predict("street.jpg")[0].box
     """
-    return _load(Detector, source, download, num_classes).to(device)
+    return _to_device(_load(Detector, source, download, num_classes), device, self_check)
 
 
 def load_segmenter(
@@ -420,6 +429,7 @@ def load_segmenter(
     num_classes: int | None = None,
     output_stride: int | None = None,
     device: str = "cpu",
+    self_check: bool = True,
 ) -> Segmenter:
     """A segmentation network in eval mode; arguments and errors as for `load`.
 
@@ -427,7 +437,7 @@ def load_segmenter(
         >>> model = mobilevit.load_segmenter("apple/deeplabv3-mobilevit-small", download=True)
         >>> model.predict("street.jpg").shape
     """
-    return _load(Segmenter, source, download, num_classes, output_stride).to(device)
+    return _to_device(_load(Segmenter, source, download, num_classes, output_stride), device, self_check)
 
 
 def _load(
@@ -444,6 +454,13 @@ def _load(
             f"mobilevit.{_LOADERS[weights.task]}"
         )
     return kind.from_weights(weights if output_stride is None else replace(weights, output_stride=output_stride))
+
+
+def _to_device(model: AnyPredictor, device: str, self_check: bool) -> AnyPredictor:
+    model = model.to(device)
+    if self_check:
+        check_device(model, model.preprocessing.crop_px)
+    return model
 
 
 def load_backbone(

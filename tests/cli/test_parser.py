@@ -50,7 +50,8 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
 
 # Every option of train and its other name. New options must be added here as well.
 TRAIN_OPTIONS = """
---data --out --weights=--backbone --teacher --download --device --num-threads --checkpoint-minutes --tensorboard
+--data --out --weights=--backbone --teacher --download --device --num-threads --self-check --checkpoint-minutes
+--tensorboard
 --task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed
 --data.size-px=--size --data.eval-resize --data.min-scale --data.policy --data.flip=--flip
 --data.val-fraction=--val-fraction --data.num-workers=--num-workers --data.max-unreadable=--max-unreadable

@@ -11,6 +11,7 @@ import tyro
 from mobilevit.cli.console import stdout
 from mobilevit.cli.options import (
     FLAT,
+    SELF_CHECK,
     WEIGHTS,
     DeviceOptions,
     Flag,
@@ -92,6 +93,7 @@ class Evaluate:
     """Maximum number of unreadable images to skip."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    self_check: Annotated[Flag, SELF_CHECK] = True
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
@@ -128,6 +130,7 @@ class Evaluate:
                     max_unreadable=self.max_unreadable,
                     device=device,
                     ood=expand_data(self.ood) if self.ood else None,
+                    self_check=self.self_check,
                 )
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}

@@ -30,6 +30,10 @@ FLAT: Any = tyro.conf.arg(name="")
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A switch: only the name that changes the default exists, --json or --no-open."""
 
+SELF_CHECK: Any = tyro.conf.arg(
+    help="On another device than the CPU, do not compare a batch of synthetic images with the CPU first."
+)
+
 
 def choices(literal: Any) -> str:
     """The metavar of an option with the values of a `Literal`."""

@@ -15,6 +15,7 @@ from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.options import (
     FLAT,
     RUN_FOLDER,
+    SELF_CHECK,
     WEIGHTS,
     DeviceOptions,
     Flag,
@@ -72,6 +73,7 @@ class Predict:
     """Batch size in images."""
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    self_check: Annotated[Flag, SELF_CHECK] = True
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
@@ -145,10 +147,14 @@ class Predict:
     def _network(self) -> Any:
         from mobilevit.models.fuse import fold_batch_norm
         from mobilevit.predict import PREDICTORS
+        from mobilevit.self_check import check_device
 
         device = self.device_options.apply()
         weights = self.weights_options.read_for_inference(self.weights)
-        return fold_batch_norm(PREDICTORS[weights.task].from_weights(weights).to(device), inplace=True)
+        model = fold_batch_norm(PREDICTORS[weights.task].from_weights(weights).to(device), inplace=True)
+        if self.self_check:
+            check_device(model, weights.preprocessing.crop_px)
+        return model
 
     def _artifact(self) -> Any:
         from mobilevit.export.predictor import load_predictor

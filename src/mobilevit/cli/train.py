@@ -15,6 +15,7 @@ from mobilevit.cli.console import warn
 from mobilevit.cli.evaluate import format_metric
 from mobilevit.cli.options import (
     FLAT,
+    SELF_CHECK,
     WEIGHTS,
     DeviceOptions,
     Flag,
@@ -60,6 +61,7 @@ class Train:
     torchvision:NAME; NAME@FILE for weights of that model in a local file."""
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
+    self_check: Annotated[Flag, SELF_CHECK] = True
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints. Every epoch also ends with a checkpoint."""
     tensorboard: Flag = False
@@ -100,6 +102,7 @@ class Train:
                 checkpoint_minutes=self.checkpoint_minutes,
                 tensorboard=self.tensorboard,
                 extend=True,
+                self_check=self.self_check,
                 origin=Origin(self.recipe_name, self.command),
             )
         except FinishedError as finished:  # success, for scripts that repeat the command until it succeeds

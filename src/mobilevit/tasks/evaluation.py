@@ -24,6 +24,7 @@ from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.messages import join_names
+from mobilevit.self_check import check_device
 from mobilevit.tasks import TASKS
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.confidence import auroc
@@ -61,6 +62,7 @@ def evaluate(
     max_unreadable: int = 0,
     device: str = "auto",
     download: bool = False,
+    self_check: bool = True,
     ood: str | Path | None = None,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
@@ -79,12 +81,14 @@ def evaluate(
         max_unreadable: number of unreadable images to skip. Their names are logged.
         device: "auto" is the first available one of cuda, mps and cpu.
         download: fetch a hub id that is not in the local cache.
+        self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
         ood: images of another source, for classifiers: a folder of images, or a dataset, whose labels are not used. The
             metric "ood_auroc" is the AUROC of the energy, in percent; "num_ood_images" is their number.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
-            read; the size is below 32 px; `data` lacks the split; the device is not available.
+            read; the size is below 32 px; `data` lacks the split; the device is not available, or wrong
+            (`mobilevit.self_check.DeviceError`).
         TypeError: `weights` has another type.
     """
     weights = to_weights(weights, download=download)
@@ -100,6 +104,8 @@ def evaluate(
     _warn_of_data(weights, dataset, data, split)
     others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
     model = weights.build().to(device)
+    if self_check:
+        check_device(model, preprocessing.crop_px)
 
     def over_images_of(dataset: ImageDataset, function: Callable[[nn.Module, Loader], T]) -> T:
         loaded = load(

@@ -83,6 +83,7 @@ def train(
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     extend: bool = False,
+    self_check: bool = True,
     origin: Origin | None = None,
 ) -> TrainingResult:
     """Train on the images in `data` and write weights, logs and a report to the folder `out`.
@@ -109,10 +110,13 @@ def train(
         tensorboard: log to TensorBoard as well.
         extend: continue a finished run in `out` if `recipe` has more epochs and is otherwise the same. The learning
             rate of the additional epochs is `optimizer.end_lr`.
+        self_check: on another device than the CPU, first compare a training step with the CPU; see
+            `mobilevit.self_check`.
         origin: recipe name and command line, for the report.
 
     Raises:
-        ValueError: unusable data, weights, recipe or device, a folder `out` that contains another run, a finished run
+        ValueError: unusable data, weights, recipe or device, a device that computes other results than the CPU
+            (`mobilevit.self_check.DeviceError`), a folder `out` that contains another run, a finished run
             (`FinishedError`), or a loss that is not finite (`DivergedError`).
         TypeError: an argument of the wrong type.
         Stopped: Ctrl-C or SIGTERM.
@@ -139,6 +143,7 @@ def train(
         checkpoint_minutes=checkpoint_minutes,
         tensorboard=tensorboard,
         extend=extend,
+        self_check=self_check,
         origin=origin or Origin(),
     )
     with join_processes(choose_device(device)) as processes, megapixel_limit_restored():

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mobilevit.benchmark.rivals import randomize
 from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.samples import fingerprint
 from mobilevit.recipes import Distill, Recipe
 from mobilevit.report.training import Origin
+from mobilevit.self_check import DeviceError, check_device
 from mobilevit.tasks import TASKS, Task
 from mobilevit.tasks.distillation import Distillation
 from mobilevit.teacher import Teacher, TeacherNetwork
@@ -22,6 +24,7 @@ from mobilevit.training.distillation import DistillationLoss, Student
 from mobilevit.training.distributed import Processes
 from mobilevit.training.external import ExternalClassifier, ExternalWeights, check_recipe, initial_weights
 from mobilevit.training.memory import max_micro_batch_pixels
+from mobilevit.training.optim import build_optimizer
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Identity
 from mobilevit.training.step import Loss, autocast, prepare_model
@@ -41,6 +44,7 @@ class TrainOptions:
     checkpoint_minutes: float
     tensorboard: bool
     extend: bool
+    self_check: bool
     origin: Origin
 
 
@@ -92,6 +96,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
         else task.build(recipe, train_set, options.pretrained)
     )
     model = initial.build().to(device)
+    if options.self_check:
+        _check_device(model, recipe, processes)
     loss: Loss = partial(task.loss, recipe)
     if teacher:
         loss = DistillationLoss(recipe, task, teacher, initial.class_names)
@@ -148,6 +154,21 @@ def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
             f"teacher {teacher.name}: has no class names, which the trained weights need; give weights with class names"
         )
     return teacher.to(device)
+
+
+def _check_device(model: nn.Module, recipe: Recipe, processes: Processes) -> None:
+    """Compare a training step with the CPU. All processes raise an error if the device of one of them is wrong."""
+    # The activations of a new network lose their scale from layer to layer, which enlarges rounding errors.
+    scaled = randomize(copy.deepcopy(model), seed=0)
+    message = ""
+    try:
+        check_device(
+            scaled, recipe.data.size_px, recipe.compute.precision, partial(build_optimizer, recipe=recipe.optimizer)
+        )
+    except DeviceError as error:
+        message = str(error)
+    for found in filter(None, processes.gather(message)):
+        raise DeviceError(found)
 
 
 def _check_recipe(options: TrainOptions) -> None:
