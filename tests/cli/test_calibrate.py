@@ -60,7 +60,7 @@ def test_calibrate(capsys: pytest.CaptureFixture[str], here: Path, labels: dict[
     def loss(t: float) -> float:
         return -float(log_softmax(logits / t, axis=1)[np.arange(NUM_IMAGES), classes].mean())
 
-    optimum = minimize_scalar(loss, bounds=(0.2, 10), method="bounded").x
+    optimum = minimize_scalar(loss, bounds=(0.2, 10), method="bounded").x  # pyright: ignore[reportAttributeAccessIssue]
     assert 2 < optimum < 4.5
     before = files_in(here)
     assert run(f"{CALIBRATE} --out new/a.safetensors --json") == 0

@@ -73,7 +73,7 @@ def test_the_fit_against_scipy(N: int, C: int, temperature: float) -> None:
     def loss(t: float) -> float:
         return -float(log_softmax(logits / t, axis=1)[np.arange(N), labels].mean())
 
-    optimum = minimize_scalar(loss, bounds=(0.2, 10), method="bounded").x
+    optimum = minimize_scalar(loss, bounds=(0.2, 10), method="bounded").x  # pyright: ignore[reportAttributeAccessIssue]
     fit = fit_calibration(results_of(logits, labels))
     assert fit.calibration.temperature == pytest.approx(optimum, rel=0.0126)  # half a step of the candidates
     assert fit.calibration.temperature == pytest.approx(temperature, rel=0.1)
