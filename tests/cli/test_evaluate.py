@@ -160,7 +160,7 @@ def test_images_of_another_source(capsys: pytest.CaptureFixture[str], here: Path
     (here / "damaged/a.png").write_bytes(b"nothing")
     check_refused(capsys, f"{EVALUATE} --ood missing", "missing: no such folder")
     check_refused(capsys, f"{EVALUATE} --ood empty", "empty: no class folders with images")
-    check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png cannot be read")
+    check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png: not an image --max-unreadable")
     check_refused(capsys, f"{EVALUATE} --ood damaged --max-unreadable 1", "none of the images other source")
     evaluate = EVALUATE.replace("xyz", "segmenter")
     check_refused(capsys, f"{evaluate} --ood photos", "photos 'segment' classifier")
