@@ -241,11 +241,11 @@ def test_header(tmp_path: Path, mode: str, suffix: str, has_transparency: bool):
     file = tmp_path / f"x.{suffix}"
     Image.new(mode, (5, 3)).save(file)
     for image in (file, file.read_bytes(), Image.open(io.BytesIO(file.read_bytes()))):
-        assert read_header(image) == Header((5, 3), "PNG", has_transparency)
+        assert read_header(image) == Header((5, 3), "PNG", has_transparency, mode)
     rotated = Image.Exif()
     rotated[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (5, 3)).save(tmp_path / "x.jpg", exif=rotated)
-    assert read_header(tmp_path / "x.jpg") == Header((3, 5), "JPEG", False)
+    assert read_header(tmp_path / "x.jpg") == Header((3, 5), "JPEG", False, "RGB")
     with pytest.raises(ImageError, match=r"^here: not an image"):
         read_header(b"none", "here")
 

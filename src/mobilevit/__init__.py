@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mobilevit.embed import embed_images
     from mobilevit.explain import explain_image
     from mobilevit.images import Preprocessing
+    from mobilevit.inspect import inspect_data
     from mobilevit.models.mobilevit import XS, XXS, Architecture, Backbone, MobileViT, S
     from mobilevit.predict import (
         Classifier,
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 # Public name -> its module, imported on first use, so that `mobilevit --help` does not import torch.
 _MODULES = {
+    "embed_images": "embed",
     "explain_image": "explain",
+    "inspect_data": "inspect",
     "Architecture": "models.mobilevit",
     "Backbone": "models.mobilevit",
     "MobileViT": "models.mobilevit",
@@ -68,8 +72,10 @@ __all__ = [
     "Recipe",
     "S",
     "Segmenter",
+    "embed_images",
     "evaluate",
     "explain_image",
+    "inspect_data",
     "load",
     "load_backbone",
     "load_detector",

@@ -103,11 +103,12 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image file: upright (width, height) in pixels, format, transparency."""
+    """The header of an image file: upright (width, height) in pixels, format, transparency, mode of Pillow."""
 
     size: tuple[int, int]
     format: str | None
     has_transparency: bool
+    mode: str
 
     @property
     def megapixels(self) -> float:
@@ -125,7 +126,7 @@ def read_header(source: ImageInput | bytes, name: str = "", *, of_any_size: bool
     name = name or _name(source)
     if isinstance(source, Image.Image | np.ndarray):
         image = _open(source, name)
-        return Header(image.size, image.format, image.has_transparency_data)
+        return Header(image.size, image.format, image.has_transparency_data, image.mode)
     with (
         _errors_named(name),
         io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
@@ -137,7 +138,7 @@ def read_header(source: ImageInput | bytes, name: str = "", *, of_any_size: bool
         has_exif = image.format != "PNG" or "exif" in image.info
         swaps_sides = has_exif and _orientation(image) in SWAPS_SIDES
         size = (image.height, image.width) if swaps_sides else image.size
-        return Header(size, image.format, image.has_transparency_data)
+        return Header(size, image.format, image.has_transparency_data, image.mode)
 
 
 def read_image(source: ImageInput | bytes, name: str = "") -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 from rich.console import Console
 
@@ -36,3 +37,24 @@ def log_to_stderr(*, force: bool = False) -> None:
         logger.addHandler(_StderrHandler())
         # Of the processes of torchrun, rank 0 reports progress; every process reports its own problems.
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+class Progress:
+    """Logs how many images of a long task are done, every 15 seconds, such as "embedded 512 of 70,000 images"."""
+
+    interval_seconds = 15.0
+
+    def __init__(self, verb: str, total: int):
+        self._verb, self._total, self._num_done = verb, total, 0
+        self._started = self._logged = time.monotonic()
+
+    def add(self, num: int) -> None:
+        """`num` more images are done."""
+        self._num_done += num
+        now = time.monotonic()
+        if now - self._logged >= self.interval_seconds:
+            self._logged = now
+            speed = self._num_done / (now - self._started)
+            logging.getLogger(__name__).info(
+                f"{self._verb} {self._num_done:,} of {self._total:,} images, {speed:,.0f} images/s"
+            )

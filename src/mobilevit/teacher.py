@@ -23,6 +23,7 @@ from mobilevit.files import require
 from mobilevit.images import Preprocessing, first_line
 from mobilevit.messages import join_names, nearest
 from mobilevit.weights import OTHER, Weights, imagenet_class_names, to_weights
+from mobilevit.weights.record import hash_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Color = tuple[float, float, float]
@@ -131,8 +132,7 @@ class Teacher(nn.Module):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the weights, the normalization and the classes."""
         digest = hashlib.sha256(repr((self.class_names, self.size_px)).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        hash_tensors(digest, self.state_dict())
         return digest.hexdigest()[:16]
 
     def _probe(self, images: Tensor) -> tuple[int, str]:

@@ -162,6 +162,7 @@ def test_images_of_another_source(capsys: pytest.CaptureFixture[str], here: Path
     check_refused(capsys, f"{EVALUATE} --ood empty", "empty: no class folders with images")
     check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png: not an image --max-unreadable")
     check_refused(capsys, f"{EVALUATE} --ood damaged --max-unreadable 1", "none of the images other source")
+    check_refused(capsys, f"{EVALUATE} --ood photos --knn", "--ood photos --knn leave one out")
     evaluate = EVALUATE.replace("xyz", "segmenter")
     check_refused(capsys, f"{evaluate} --ood photos", "photos 'segment' classifier")
 
@@ -210,3 +211,27 @@ MISTAKES = {
 def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, facts: str):
     check_refused(capsys, f"evaluate {args} --data classes --json", facts)
     check_refused(capsys, "evaluate xyz.safetensors --data missing", "missing: no such folder")
+
+
+def test_knn(capsys: pytest.CaptureFixture[str], here: Path):
+    model = load("xyz.safetensors")
+    model.reset_classifier(0)
+    save(model, here / "none.safetensors")
+    knn = "evaluate none.safetensors xyz.safetensors --data classes --num-workers 0 --knn"
+    assert run(f"{knn} --k 2 --json --per-class") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line.pop("weights"), line["num_images"], line["split"]) for line in lines] == [
+        ("none.safetensors", 2, "val"),
+        ("xyz.safetensors", 2, "val"),
+    ]
+    assert lines[0] == lines[1]  # the classifier is not used
+    assert lines[0]["knn_top1"] in (0, 50, 100)
+    assert [one["class"] for one in lines[0]["classes"]] == ["x", "y"]
+    assert run(f"{knn} --k 1") == 0
+    out = capsys.readouterr().out
+    assert "k-NN top-1 %" in out
+    assert "the val split of classes, 2 images" in out
+    check_refused(capsys, f"{knn} --k 5", "k 5 classes 4")
+    check_refused(capsys, f"{knn} --k 0", "--k 0 1")
+    check_refused(capsys, f"{knn} --split all --k 1", "all val test")
+    check_refused(capsys, "evaluate detector.safetensors --data classes --knn --k 1", "detect classifier")

@@ -259,7 +259,7 @@ def test_most_confident_errors():
 
 def columns(results: ClassificationResults) -> list[np.ndarray]:
     arrays = [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
-    return [*arrays, results.top_logits, results.label_logits, results.log_partitions]
+    return [*arrays, *vars(results.require_logits()).values()]
 
 
 def test_results_do_not_depend_on_batches_and_processes():

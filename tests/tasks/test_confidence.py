@@ -251,8 +251,15 @@ def test_auroc_against_sklearn(N: int, M: int) -> None:
     assert auroc(scores, others) == pytest.approx(expected)
 
 
+def test_results_without_logits() -> None:
+    results = replace(results_of(*sample(50, 6, 1)), logits=None)
+    assert results.metrics()["ece"] > 0
+    with pytest.raises(ValueError, match="no logits"):
+        fit_calibration(results)
+
+
 def test_energy() -> None:
     logits, labels = sample(50, 6, 1)
-    energies = results_of(logits, labels).energies
+    energies = results_of(logits, labels).require_logits().energies()
     np.testing.assert_allclose(energies, -np.log(np.exp(logits).sum(1)), rtol=1e-5)
     np.testing.assert_allclose(Classifier.energy(torch.from_numpy(logits)).numpy(), energies, rtol=1e-5)

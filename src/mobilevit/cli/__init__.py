@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shlex
 import signal
 import sys
+from inspect import getdoc  # not the module, whose name is that of a command
 from typing import Any
 
 import tyro
@@ -19,10 +19,12 @@ from mobilevit.cli.compare import Compare
 from mobilevit.cli.console import warn
 from mobilevit.cli.convert import Convert
 from mobilevit.cli.demo import Demo
+from mobilevit.cli.embed import Embed
 from mobilevit.cli.evaluate import Evaluate
 from mobilevit.cli.explain import Explain
 from mobilevit.cli.export import Export
 from mobilevit.cli.info import Info
+from mobilevit.cli.inspect import Inspect
 from mobilevit.cli.predict import Predict
 from mobilevit.cli.train import Train, recipe_list
 from mobilevit.logs import log_to_stderr
@@ -40,6 +42,8 @@ COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
     "explain": Explain,
     "compare": Compare,
+    "embed": Embed,
+    "inspect": Inspect,
 }
 
 
@@ -95,7 +99,7 @@ def parse(args: list[str]) -> Any:
     train = Train(
         data=tyro.MISSING, recipe=RECIPES[recipe], recipe_name=recipe, command=shlex.join(["mobilevit", *args])
     )
-    descriptions = {name: inspect.getdoc(command) or "" for name, command in COMMANDS.items()}
+    descriptions = {name: getdoc(command) or "" for name, command in COMMANDS.items()}
     if args[0] in COMMANDS:
         descriptions = {name: parser.wrapped(text) for name, text in descriptions.items()}
         descriptions["train"] += f"\n{parser.wrapped(f'Recipe {recipe}: {describe(recipe)}')}\n{recipe_list()}"

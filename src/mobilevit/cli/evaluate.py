@@ -26,12 +26,20 @@ from mobilevit.cli.options import (
 from mobilevit.defaults import MIN_SIZE_PX
 
 if TYPE_CHECKING:
+    from mobilevit.tasks.evaluation import EvaluationResult
     from mobilevit.tasks.task import ClassMetrics
     from mobilevit.weights import Weights
 
 Split = Literal["train", "val", "test", "all"]
 # Headings and decimals of metrics. Others are counts.
-HEADINGS = {"loss": "loss", "top1": "top-1 %", "top5": "top-5 %", "miou": "mIoU %", "iou": "IoU %"} | {
+HEADINGS = {
+    "loss": "loss",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "knn_top1": "k-NN top-1 %",
+    "miou": "mIoU %",
+    "iou": "IoU %",
+} | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
     for name in (
         "recall",
@@ -81,6 +89,11 @@ class Evaluate:
     ood: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     """Classification: images of another source (out of distribution), a folder of images or a dataset. Reports the
     AUROC of the energy: the probability that such an image has a higher energy than one of --data."""
+    knn: Flag = False
+    """Classification: predict the most frequent class of the nearest training images, by the cosine of the pooled
+    features, instead of that of the classifier. The weights need no classifier."""
+    k: int = 20
+    """Number of nearest training images for --knn."""
     per_class: Flag = False
     """Also print the metrics of each class."""
     json: Flag = False
@@ -98,7 +111,6 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate, and print the metrics."""
-        from mobilevit.tasks.evaluation import default_split, evaluate
         from mobilevit.weights import read
 
         self._check()
@@ -118,20 +130,9 @@ class Evaluate:
         splits: list[str] = []
         for name, weights in named.items():
             warn_of_assumptions(name, weights)
-            split = self.split or default_split(weights, data)
             for size_px in self.size or (weights.preprocessing.crop_px,):
-                result = evaluate(
-                    weights,
-                    data,
-                    split=split,
-                    size_px=size_px,
-                    batch_size=self.batch_size,
-                    num_workers=self.num_workers,
-                    max_unreadable=self.max_unreadable,
-                    device=device,
-                    ood=expand_data(self.ood) if self.ood else None,
-                    self_check=self.self_check,
-                )
+                result = self._evaluate(weights, data, size_px, device)
+                split = result.split
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}
                     if self.per_class:
@@ -152,7 +153,37 @@ class Evaluate:
                 console.print(text)
         return 0
 
+    def _evaluate(self, weights: Weights, data: str, size_px: int, device: str) -> EvaluationResult:
+        from mobilevit.embed import EmbedOptions
+        from mobilevit.tasks.evaluation import evaluate
+        from mobilevit.tasks.knn import evaluate_knn
+
+        if self.knn:
+            return evaluate_knn(
+                weights,
+                data,
+                k=self.k,
+                split=self.split,
+                size_px=size_px,
+                max_unreadable=self.max_unreadable,
+                options=EmbedOptions(self.batch_size, self.num_workers, device),
+            )
+        return evaluate(
+            weights,
+            data,
+            split=self.split,
+            size_px=size_px,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            max_unreadable=self.max_unreadable,
+            device=device,
+            ood=expand_data(self.ood) if self.ood else None,
+            self_check=self.self_check,
+        )
+
     def _check(self) -> None:
+        if self.knn and self.ood:
+            raise ValueError(f"--ood is {self.ood}, but --knn has no logits to compute energies from; leave one out")
         if not self.weights:
             raise ValueError("no weights are given; give files, hub ids or a run folder")
         for size_px in self.size:

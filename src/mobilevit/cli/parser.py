@@ -57,7 +57,10 @@ RECIPE_OPTIONS = _recipe_options()
 # The same for arguments of the Python API, as its messages write them.
 ARGUMENT_OPTIONS = {"size_px": "--size"} | {
     name: f"--{re.sub('[ _]', '-', name)}"
-    for name in ("batch size", "class", "num threads", "port", "score_threshold", "seeds", "size", "top_k")
+    for name in (
+        *("batch size", "class", "k", "num threads", "num workers"),
+        *("port", "score_threshold", "seeds", "size", "top_k"),
+    )
 }
 
 

@@ -209,6 +209,30 @@ def find_any_images(data: str | Path) -> Source[int]:
     return replace(source, labels=(0,) * len(source))
 
 
+def read_splits(data: str | Path, task: TaskName | None = None) -> tuple[TaskName, dict[str, Split]]:
+    """All splits of `data` as they are, without the checks of `find_splits`, and their task.
+
+    Without `task`, it is "detect" or "segment" if `data` is a folder in one of their formats, otherwise "classify".
+
+    Raises:
+        ValueError: no or several formats found, damaged or missing files, no images.
+    """
+    task = task or _find_task(data)
+    splits = {name: read() for name, read in _find_format(task, data)[1].items()}
+    if not any(len(split.images) for split in splits.values()):
+        raise ValueError(f"{data}: contains no images")
+    return task, splits
+
+
+def _find_task(data: str | Path) -> TaskName:
+    path = Path(data)
+    if not path.is_dir():
+        return "classify"
+    if coco_splits(path) or voc_box_splits(path):
+        return "detect"
+    return "segment" if voc_mask_splits(path) or mask_folder_splits(path) else "classify"
+
+
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 

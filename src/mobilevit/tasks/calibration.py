@@ -53,11 +53,11 @@ def fit_calibration(results: ClassificationResults, min_precision: float | None 
 
     Raises:
         CalibrationError: the images do not determine the temperature, or no threshold has the precision.
-        ValueError: `min_precision` is not between 0 and 1.
+        ValueError: `min_precision` is not between 0 and 1; results without logits, such as those of `evaluate_knn`.
     """
     if min_precision is not None and not 0 < min_precision < 1:
         raise ValueError(f"min_precision is {min_precision}; it must be between 0 and 1, such as 0.95")
-    losses = results.losses_at_temperatures()
+    losses = results.require_logits().losses()
     temperature = fit_temperature(losses)
     probabilities, losses_after = results.cross_fitted()
     after = results.reliability_of(probabilities)

@@ -16,7 +16,7 @@ from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
-from mobilevit.tasks.confidence import TEMPERATURES, Reliability, fit_temperature, reliability
+from mobilevit.tasks.confidence import TEMPERATURES, LogitSummary, Reliability, fit_temperature, reliability
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
 from mobilevit.weights import UNCALIBRATED, Calibration, Weights
@@ -24,21 +24,15 @@ from mobilevit.weights import UNCALIBRATED, Calibration, Weights
 
 @dataclass(frozen=True)
 class ClassificationResults:
-    """Predictions for N images; the `mobilevit.tasks.Results` of classification.
-
-    `log_partitions` replaces the logits of all classes: losses and probabilities at any of `TEMPERATURES` follow from
-    it, and its size does not depend on the number of classes.
-    """
+    """Predictions for N images; the `mobilevit.tasks.Results` of classification."""
 
     indices: np.ndarray  # (N,) of the images in their data source, ascending
     labels: np.ndarray  # (N,)
     predictions: np.ndarray  # (N, min(5, num_classes)) most probable classes, best first
     probabilities: np.ndarray  # (N,) of the most probable class
     losses: np.ndarray  # (N,) cross-entropy
-    top_logits: np.ndarray  # (N,) of the most probable class
-    label_logits: np.ndarray  # (N,) of the label
-    log_partitions: np.ndarray  # (N, T) logsumexp(logits / t) for each t of TEMPERATURES
     num_classes: int
+    logits: LogitSummary | None = None  # of classifiers
     calibration: Calibration = UNCALIBRATED  # that of the weights; the fields above do not depend on it
     main_metric = "top1"
 
@@ -72,28 +66,15 @@ class ClassificationResults:
         """Whether the most probable class is the label, (N,) bool."""
         return self.predictions[:, 0] == self.labels
 
-    @property
-    def energies(self) -> np.ndarray:
-        """The energy of each image, (N,): -logsumexp(logits). Images unlike the training images tend to have more."""
-        return -self.log_partitions[:, TEMPERATURES.tolist().index(1)]
-
     def probabilities_at(self, temperature: float) -> np.ndarray:
-        """The probability of the most probable class at a temperature, (N,).
+        """The probability of the most probable class at a temperature, (N,)."""
+        return self.probabilities if temperature == 1 else self.require_logits().probabilities_at(temperature)
 
-        Between two of `TEMPERATURES`, logsumexp is interpolated linearly in 1 / temperature.
-        """
-        if temperature == 1:
-            return self.probabilities
-        inverse, inverses = 1 / temperature, 1 / TEMPERATURES[::-1]
-        i = int(np.clip(np.searchsorted(inverses, inverse), 1, len(inverses) - 1))
-        weight = (inverse - inverses[i - 1]) / (inverses[i] - inverses[i - 1])
-        ascending = self.log_partitions[:, ::-1].astype(np.float64)
-        log_partition = (1 - weight) * ascending[:, i - 1] + weight * ascending[:, i]
-        return np.exp(self.top_logits * inverse - log_partition)
-
-    def losses_at_temperatures(self) -> np.ndarray:
-        """The cross-entropy at each of `TEMPERATURES`, (N, T)."""
-        return self.log_partitions - self.label_logits[:, None] / TEMPERATURES
+    def require_logits(self) -> LogitSummary:
+        """`logits`. Raises ValueError if there are none."""
+        if self.logits is None:
+            raise ValueError("these results are not those of a network with a classifier, so they have no logits")
+        return self.logits
 
     def cross_fitted(self) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities and losses (N,) of each image at a temperature that was fitted without it.
@@ -104,7 +85,7 @@ class ClassificationResults:
         Raises:
             CalibrationError: a half does not determine the temperature.
         """
-        losses = self.losses_at_temperatures()
+        losses = self.require_logits().losses()
         probabilities, losses_after = np.empty(len(losses)), np.empty(len(losses))
         for half, other in ((0, 1), (1, 0)):
             temperature = fit_temperature(losses[other::2])
@@ -204,9 +185,9 @@ class Classification:
             log_partitions = torch.stack([(logits / t).logsumexp(1) for t in TEMPERATURES.tolist()], dim=1)
             indices = torch.tensor(batch.indices)
             row = indices, batch.labels, top.indices, top.values[:, 0], losses
-            rows.append((*row, logits.amax(1), label_logits, log_partitions, num_classes))
-        *columns, num_classes = merge_images(rows, gather)
-        return ClassificationResults(*columns, num_classes=int(num_classes[0]))
+            rows.append((*row, num_classes, logits.amax(1), label_logits, log_partitions))
+        *columns, num_classes, top, label, log_partitions = merge_images(rows, gather)
+        return ClassificationResults(*columns, int(num_classes[0]), LogitSummary(top, label, log_partitions))
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:

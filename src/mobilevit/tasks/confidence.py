@@ -50,6 +50,38 @@ def fit_temperature(losses: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
+class LogitSummary:
+    """What the loss and the highest probability of N images at any of `TEMPERATURES` depend on.
+
+    Its size does not depend on the number of classes.
+    """
+
+    top: np.ndarray  # (N,) logit of the most probable class
+    label: np.ndarray  # (N,) logit of the label
+    log_partitions: np.ndarray  # (N, T) logsumexp(logits / t) for each t of TEMPERATURES
+
+    def losses(self) -> np.ndarray:
+        """The cross-entropy at each of `TEMPERATURES`, (N, T)."""
+        return self.log_partitions - self.label[:, None] / TEMPERATURES
+
+    def energies(self) -> np.ndarray:
+        """The energy of each image, (N,): -logsumexp(logits). Images unlike the training images tend to have more."""
+        return -self.log_partitions[:, TEMPERATURES.tolist().index(1)]
+
+    def probabilities_at(self, temperature: float) -> np.ndarray:
+        """The probability of the most probable class, (N,).
+
+        Between two of `TEMPERATURES`, logsumexp is interpolated linearly in 1 / temperature.
+        """
+        inverse, inverses = 1 / temperature, 1 / TEMPERATURES[::-1]
+        i = int(np.clip(np.searchsorted(inverses, inverse), 1, len(inverses) - 1))
+        weight = (inverse - inverses[i - 1]) / (inverses[i] - inverses[i - 1])
+        ascending = self.log_partitions[:, ::-1].astype(np.float64)
+        log_partition = (1 - weight) * ascending[:, i - 1] + weight * ascending[:, i]
+        return np.exp(self.top * inverse - log_partition)
+
+
+@dataclass(frozen=True)
 class Reliability:
     """Images by probability, in `NUM_BINS` bins of equal width that include their upper limit."""
 

@@ -128,7 +128,10 @@ def evaluate(
         results = replace(results, calibration=weights.calibration)
         if others:
             energies = over_images_of(others, _energies)
-            metrics_of_others = {"ood_auroc": 100 * auroc(results.energies, energies), "num_ood_images": len(energies)}
+            metrics_of_others = {
+                "ood_auroc": 100 * auroc(results.require_logits().energies(), energies),
+                "num_ood_images": len(energies),
+            }
     metrics = {**results.metrics(), **metrics_of_others}
     return EvaluationResult(split, preprocessing.crop_px, metrics, results.per_class(weights.class_names), results)
 
@@ -141,7 +144,7 @@ def _images_of_another_source(weights: Weights, data: str | Path, preprocessing:
 
 @torch.inference_mode()
 def _energies(model: nn.Module, batches: Iterable[Batch]) -> np.ndarray:
-    """The energies of all readable images, (N,); see `ClassificationResults.energies`.
+    """The energies of all readable images, (N,); see `LogitSummary.energies`.
 
     Raises:
         ImageError: none can be read.

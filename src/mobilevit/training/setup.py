@@ -29,6 +29,7 @@ from mobilevit.training.plan import Plan
 from mobilevit.training.run import Identity
 from mobilevit.training.step import Loss, autocast, prepare_model
 from mobilevit.weights import Weights
+from mobilevit.weights.record import hash_tensors
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,5 @@ def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None
 
 def _fingerprint(weights: Weights) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.tensors.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    hash_tensors(digest, weights.tensors)
     return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from mobilevit.images import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.models.mobilevit import Architecture, MobileViT
 from mobilevit.models.ssdlite import NUM_ANCHORS, SSDLite
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -179,3 +182,9 @@ def backbone_tensors(weights: Weights) -> dict[str, Tensor]:
     """The backbone's state dict, from weights of any task: a detector can start from a classifier."""
     prefix = "backbone."
     return {key.removeprefix(prefix): value for key, value in weights.tensors.items() if key.startswith(prefix)}
+
+
+def hash_tensors(digest: _Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Update `digest`, such as `hashlib.sha256()`, with the names and the values of tensors, in the order of names."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
