@@ -128,10 +128,8 @@ def evaluate(
         results = replace(results, calibration=weights.calibration)
         if others:
             energies = over_images_of(others, _energies)
-            metrics_of_others = {
-                "ood_auroc": 100 * auroc(results.require_logits().energies(), energies),
-                "num_ood_images": len(energies),
-            }
+            area = auroc(results.require_logits().energies(), energies)
+            metrics_of_others = {"ood_auroc": 100 * area, "num_ood_images": len(energies)}
     metrics = {**results.metrics(), **metrics_of_others}
     return EvaluationResult(split, preprocessing.crop_px, metrics, results.per_class(weights.class_names), results)
 
