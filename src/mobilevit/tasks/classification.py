@@ -186,8 +186,9 @@ class Classification:
             indices = torch.tensor(batch.indices)
             row = indices, batch.labels, top.indices, top.values[:, 0], losses
             rows.append((*row, num_classes, logits.amax(1), label_logits, log_partitions))
-        *columns, num_classes, top, label, log_partitions = merge_images(rows, gather)
-        return ClassificationResults(*columns, int(num_classes[0]), LogitSummary(top, label, log_partitions))
+        *columns, num_classes, top_logit, label_logit, partitions = merge_images(rows, gather)
+        summary = LogitSummary(top_logit, label_logit, partitions)
+        return ClassificationResults(*columns, num_classes=int(num_classes[0]), logits=summary)
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:
