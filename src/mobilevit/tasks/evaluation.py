@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mobilevit.data import sources
+from mobilevit.data.corruptions import Corrupted, Corruption
 from mobilevit.data.loader import Batch, ImageDataset, Loader, load
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import fingerprint
@@ -39,9 +40,9 @@ T = TypeVar("T")
 class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` are "top1", "top5", "loss", "ece" and others of a classifier, "ap", "ap50" and others of a detector,
-    "miou" and others of a segmentation network, all in percent except the loss; and "num_images". `results` has the
-    predictions.
+    `metrics` are "top1", "top5", "balanced_accuracy", "macro_f1", "loss", "ece" and others of a classifier, "ap",
+    "ap50" and others of a detector, "miou" and others of a segmentation network, all in percent except the loss; and
+    "num_images". `results` has the predictions.
     """
 
     split: str
@@ -63,6 +64,7 @@ def evaluate(
     device: str = "auto",
     download: bool = False,
     self_check: bool = True,
+    corruption: Corruption | None = None,
     ood: str | Path | None = None,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
@@ -82,6 +84,7 @@ def evaluate(
         device: "auto" is the first available one of cuda, mps and cpu.
         download: fetch a hub id that is not in the local cache.
         self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
+        corruption: corrupt every image after resizing and cropping, to measure robustness.
         ood: images of another source, for classifiers: a folder of images, or a dataset, whose labels are not used. The
             metric "ood_auroc" is the AUROC of the energy, in percent; "num_ood_images" is their number.
 
@@ -102,6 +105,8 @@ def evaluate(
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
+    if corruption:
+        dataset.prepare = Corrupted(dataset.prepare, corruption)
     others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
     model = weights.build().to(device)
     if self_check:
