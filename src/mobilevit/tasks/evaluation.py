@@ -101,13 +101,13 @@ def evaluate(
     if size_px is not None and size_px < MIN_SIZE_PX:
         raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
     preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
+    others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
     task = TASKS[weights.task]
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
     if corruption:
         dataset.prepare = Corrupted(dataset.prepare, corruption)
-    others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
     model = weights.build().to(device)
     if self_check:
         check_device(model, preprocessing.crop_px)
