@@ -82,11 +82,12 @@ def read_mlflow(out: Path) -> Values:
 
 def read_trackio(out: Path) -> Values:
     import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     (run,) = trackio.Api().runs("mobilevit")
     assert run.name.startswith(f"{out.name}-")
     values: Values = {}
-    for row in run.history():
+    for row in SQLiteStorage.get_logs("mobilevit", run.name):
         for name, value in row.items():
             if "/" in name:
                 values.setdefault(name, []).append((row["step"], value))

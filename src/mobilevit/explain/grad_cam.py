@@ -44,18 +44,20 @@ def compute_class_evidence(
     image: Tensor,
     class_names: Sequence[str],
     class_index: int | None = None,
+    temperature: float = 1.0,
     thresholds: Sequence[float] = (),
 ) -> tuple[ClassEvidence, ...]:
     """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W).
 
-    With the `thresholds` of a multi-label classifier, these include up to 20 predicted classes.
+    Probabilities are softmax(logits / temperature); the evidence is that for the logits. With the `thresholds` of a
+    multi-label classifier, probabilities are sigmoids, and the classes include up to 20 predicted ones.
     """
     with torch.enable_grad():
         modules = {"last": model.head, "fine": model.backbone.get_submodule(LAYER_CAM_STAGE)}
         logits, maps = capture_outputs(model, image.detach().clone().requires_grad_(), modules)
         last, fine = maps["last"], maps["fine"]
         logits_C = logits[0].detach().float()
-        probabilities = logits_C.sigmoid() if thresholds else logits_C.softmax(dim=0)
+        probabilities = logits_C.sigmoid() if thresholds else (logits_C / temperature).softmax(dim=0)
         is_predicted = (
             probabilities >= torch.tensor(thresholds, device=probabilities.device)
             if thresholds

@@ -64,6 +64,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -80,6 +82,8 @@ __all__ = [
     "PUBLISHED_STRIDES",
     "TASK_FORMATS",
     "TIMM_PREPROCESSING",
+    "UNCALIBRATED",
+    "Calibration",
     "Format",
     "TaskName",
     "Weights",
@@ -154,6 +158,7 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
         class_names=described.class_names,
         category_ids=described.category_ids,
         thresholds=described.thresholds,
+        calibration=described.calibration,
     )
 
 

@@ -21,6 +21,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -28,6 +30,7 @@ from mobilevit.weights.record import (
 )
 
 METADATA = "mobilevit"  # key in the metadata of a .safetensors file: the description
+CALIBRATION = "calibration"  # key in the description; files without it are not calibrated
 OTHER = "mobilevit.other"  # the same for a network that is not MobileViT
 MULTILABEL_PROBLEM = "multi_label_classification"  # transformers' problem_type
 PUBLISHED_STRIDES = {PAPER_HEAD: 16, LATER_HEAD: 8}  # output strides of Apple's two segmentation networks
@@ -48,6 +51,7 @@ class Description:
     category_ids: tuple[int, ...] = ()
     task: TaskName | None = None  # None: that of the tensors
     thresholds: tuple[float, ...] = ()
+    calibration: Calibration = UNCALIBRATED
 
 
 def describe(
@@ -99,7 +103,12 @@ def metadata_of(weights: Weights) -> dict[str, Any]:
         "head": asdict(weights.head) if weights.head else None,
         "category_ids": weights.category_ids,
         **({"thresholds": weights.thresholds} if weights.thresholds else {}),
+        **_calibration_of(weights),
     }
+
+
+def _calibration_of(weights: Weights) -> dict[str, Any]:
+    return {} if weights.calibration == UNCALIBRATED else {CALIBRATION: asdict(weights.calibration)}
 
 
 def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[str, Any]) -> Description:
@@ -131,6 +140,7 @@ def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[st
             category_ids=category_ids,
             task=described_task,
             thresholds=thresholds,
+            calibration=Calibration(**values.get(CALIBRATION, {})),
         )
 
 
@@ -154,6 +164,7 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         thresholds = tuple(map(float, config.get("thresholds", ()))) if is_multilabel else ()
         if thresholds and len(thresholds) != len(labels):
             raise ValueError(f"{len(thresholds)} thresholds for {len(labels)} entries of id2label")
+        calibration = Calibration(**config.get(f"mobilevit_{CALIBRATION}", {}))
         if task == "segment":
             head = DeepLabHead(
                 channels=config.get("aspp_out_channels", 256),
@@ -181,6 +192,7 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         head=head,
         task="multilabel" if is_multilabel else task,
         thresholds=thresholds,
+        calibration=calibration,
     )
 
 
@@ -262,6 +274,8 @@ def transformers_config(weights: Weights) -> dict[str, Any]:
         "qkv_bias": True,
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
+        # Unknown to transformers, which keeps it.
+        **{f"mobilevit_{name}": values for name, values in _calibration_of(weights).items()},
     }
     if weights.task == "multilabel":
         # transformers ignores the thresholds, which are ours.

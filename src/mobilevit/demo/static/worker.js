@@ -4,6 +4,7 @@ import { preprocess, sigmoid, softmax } from "./preprocessing.js";
 
 let task;
 let preprocessing;
+let temperature;
 let session;
 let Tensor;
 
@@ -37,15 +38,16 @@ async function predict(image) {
   if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
     throw new Error("the network returned NaN or infinity");
   }
-  const activation = { classify: softmax, multilabel: sigmoid }[task];
-  const prediction = activation ? { probabilities: activation(outputs.logits) } : outputs;
+  let prediction = outputs;
+  if (task === "classify") prediction = { probabilities: softmax(outputs.logits, temperature) };
+  if (task === "multilabel") prediction = { probabilities: sigmoid(outputs.logits) };
   return { ...prediction, cropped, preprocessingMilliseconds, milliseconds };
 }
 
 self.onmessage = async ({ data }) => {
   try {
     if (data.start) {
-      ({ task, preprocessing } = data);
+      ({ task, preprocessing, temperature } = data);
       self.postMessage({ started: data.start, threads: await start(data.start, data.url) });
     } else {
       const result = await predict(data.image);
