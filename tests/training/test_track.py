@@ -120,10 +120,10 @@ def interrupted(data: Path, out: Path, trackers: Sequence[TrackerName], epoch: i
 
 @pytest.mark.parametrize("name", get_args(TrackerName))
 def test_a_resumed_run_read_back(name: TrackerName, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip(PACKAGES[name][1])
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
+    pytest.importorskip(PACKAGES[name][1])
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     run = interrupted(data, out, [name])
