@@ -109,16 +109,18 @@ def compare(before: Inspection, after: Inspection, duplicates: Groups, leaks: Gr
     false = [group for group in groups if group not in original and group not in planted]
     joined = [group for group in false if group & copies]
     expected = {keys for group in original for keys in group}
-    labels_before, labels_after = (
-        {one.collection.key(error.image) for error in one.label_check.errors} if one.label_check else set()
+    ranked = [
+        [one.collection.key(error.image) for error in one.label_check.errors] if one.label_check else []
         for one in (before, after)
-    )
+    ]
+    labels_before, labels_after = map(set, ranked)
     return {
         "duplicates_found": sum(any(pair <= group for group in groups) for pair in duplicates),
         "leaks_found": sum(any(pair <= group for group in leak_keys(after)) for pair in leaks),
         "false_groups": len(false) - len(joined),
         "groups_with_another_image": sum(not (group - copies) <= expected for group in joined),
         "wrong_labels_found": len(wrong & labels_after),
+        "wrong_labels_among_as_many_first": len(wrong & set(ranked[1][: len(wrong)])),
         "other_labels_reported": len(labels_after - wrong),
         "other_labels_also_reported_before": len(labels_after & labels_before),
         "accuracy": round(after.label_check.accuracy, 1) if after.label_check else None,
