@@ -18,6 +18,7 @@ from mobilevit.recipes import (
     Compute,
     Data,
     Distill,
+    Imbalance,
     Optimizer,
     Recipe,
     Sampler,
@@ -55,6 +56,8 @@ OTHER = Recipe(
         lr=1e-5,
         end_lr=3e-7,
         warmup_steps=0,
+        schedule="wsd",
+        cooldown_fraction=0.5,
         cosine="epoch",
         weight_decay=0.0,
         decay_all=False,
@@ -64,6 +67,9 @@ OTHER = Recipe(
     ),
     compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
     distill=Distill(0.25, 3.5, 1.5, 96),
+    imbalance=Imbalance(logit_adjustment=0.5),
+    patience=4,
+    metric="macro_f1",
 )
 CLASSES: dict[str, Callable[..., Any]] = {
     "": Recipe,
@@ -72,6 +78,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "optimizer.": Optimizer,
     "compute.": Compute,
     "distill.": Distill,
+    "imbalance.": Imbalance,
 }
 
 
@@ -154,6 +161,15 @@ OUT_OF_RANGE = [
     ("distill.temperature", 0.0),
     ("distill.feature_weight", -0.1),
     ("distill.size_px", -1),
+    ("imbalance.class_weights", 1.01),
+    ("imbalance.class_weights", -0.1),
+    ("imbalance.logit_adjustment", -0.1),
+    ("imbalance.logit_adjustment", math.inf),
+    ("metric", "top5"),
+    ("patience", -1),
+    ("optimizer.schedule", "linear"),
+    ("optimizer.cooldown_fraction", 0.0),
+    ("optimizer.cooldown_fraction", 1.0),
 ]
 
 
@@ -183,6 +199,25 @@ def test_values_of_the_wrong_type(make: Callable[..., Any], name: str, value: ob
     with pytest.raises(TypeError, match=rf"{name} is {re.escape(shown)}; it must be of type {type_}$"):
         make(**{name: value})
     assert Optimizer(lr=1).lr == 1  # a whole number is a float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"class_weights": 0.5, "balanced_sampler": True},
+            "class_weights is 0.5 and imbalance.balanced_sampler is True",
+        ),
+        ({"class_weights": 1.0, "logit_adjustment": 1.0}, "class_weights is 1.0 and imbalance.logit_adjustment is 1.0"),
+        (
+            {"balanced_sampler": True, "logit_adjustment": 1},
+            "balanced_sampler is True and imbalance.logit_adjustment is 1",
+        ),
+    ],
+)
+def test_several_corrections_of_imbalance(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=rf"^imbalance.{message}, .*; use one of them$"):
+        Imbalance(**values)
 
 
 def test_every_field_is_checked():

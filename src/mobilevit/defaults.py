@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 MIN_SIZE_PX = 32
 """Smallest height or width of an input: the output stride of the network."""
 MAX_MEGAPIXELS = 180.0
@@ -18,3 +20,23 @@ NUM_THREADS = 2
 """CPU threads of a benchmark, and of the check of an exported artifact."""
 NUM_ROUNDS = 40
 """Interleaved rounds of a benchmark."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""Tools for experiment tracking; see `mobilevit.training.track`."""
+CorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
+"""Common corruptions; see `mobilevit.data.corruptions`."""

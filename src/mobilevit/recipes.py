@@ -16,7 +16,9 @@ Size = Literal["xxs", "xs", "s"]
 Task = Literal["classify", "detect", "segment", "distill"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
+Schedule = Literal["cosine", "wsd"]
 Cosine = Literal["step", "epoch"]
+Metric = Literal["auto", "top1", "balanced_accuracy", "macro_f1"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -124,7 +126,7 @@ class Sampler(_Checked):
 
 @dataclass(frozen=True)
 class Optimizer(_Checked):
-    """AdamW with a linear warm-up and a cosine schedule."""
+    """AdamW with a linear warm-up and a learning rate schedule."""
 
     start_lr: Annotated[float, Range(min=0)] = 2e-4
     """Learning rate of the first step."""
@@ -134,8 +136,13 @@ class Optimizer(_Checked):
     """Learning rate of the last step."""
     warmup_steps: Annotated[int, Range(min=0)] = 3000
     """Number of warm-up steps, limited to a tenth of the run."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: a cosine from lr to end_lr; or wsd (warmup-stable-decay), a constant lr and then a cooldown to
+    end_lr. wsd suits early stopping, because the cooldown can start at any epoch."""
+    cooldown_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
+    """wsd: length of the cooldown as a fraction of the run, rounded up to whole epochs."""
     cosine: Cosine = "step"
-    """Update the learning rate every step or, as in v0.1, every epoch."""
+    """Cosine: update the learning rate every step or, as in v0.1, every epoch."""
     weight_decay: Annotated[float, Range(min=0)] = 0.01
     """Weight decay of AdamW, multiplied by the learning rate in each step."""
     decay_all: bool = True
@@ -183,6 +190,30 @@ class Distill(_Checked):
 
 
 @dataclass(frozen=True)
+class Imbalance(_Checked):
+    """Classification of imbalanced data. At most one of the options can be used (docs/training.md)."""
+
+    class_weights: Annotated[float, Range(min=0, max=1)] = 0.0
+    """Weights of the images in the loss: the inverse number of images of the class, to this power. 1: inverse
+    frequency; 0.5: its square root; 0: equal weights."""
+    balanced_sampler: bool = False
+    """Sample all classes equally often. An epoch has as many images as without the option."""
+    logit_adjustment: Annotated[float, Range(min=0)] = 0.0
+    """Training: add the logarithm of the class frequencies, times this factor, to the logits. 1: predictions then
+    optimize the balanced accuracy; 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        used = [name for name, value in vars(self).items() if value]
+        if len(used) > 1:
+            values = " and ".join(f"imbalance.{name} is {getattr(self, name)}" for name in used)
+            raise ValueError(
+                f"{values}, but each of them corrects the class frequencies by itself, and together they overcorrect; "
+                "use one of them"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe(_Checked):
     """A training run."""
 
@@ -201,11 +232,17 @@ class Recipe(_Checked):
     """EMA decay per step; reduced in short runs."""
     seed: Annotated[int, Range(min=0, below=2**64)] = 0
     """Random seed of the initial weights, the order of the images and their augmentation."""
+    patience: Annotated[int, Range(min=0)] = 0
+    """Early stopping: end the run after this number of epochs without an improvement of the metric; 0: never."""
+    metric: Metric = "auto"
+    """Validation metric for the best epoch and for early stopping. auto: that of the task, such as top1;
+    balanced_accuracy: mean recall of the classes; macro_f1: mean F1 of the classes."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
     distill: Distill = field(default_factory=Distill)
+    imbalance: Imbalance = field(default_factory=Imbalance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

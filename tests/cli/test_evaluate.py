@@ -1,6 +1,7 @@
 """`mobilevit evaluate`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import f1_score, recall_score
 
 from command_line import check_refused, refused, run
+from mobilevit.data.corruptions import Corruption
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier, load, save
 from mobilevit.tasks import evaluation
@@ -20,19 +23,27 @@ EVALUATE = "evaluate xyz.safetensors --data classes --num-workers 0"
 def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path):
     model = load("xyz.safetensors")
     num_correct, loss = 0, 0.0
+    labels, predicted = [], []
     for file in sorted((here / "classes").rglob("*.png")):
         probabilities = {p.class_name: p.probability for p in model.predict(file)}
-        num_correct += max(probabilities, key=lambda name: probabilities[name]) == file.parent.name
+        labels.append(file.parent.name)
+        predicted.append(max(probabilities, key=lambda name: probabilities[name]))
+        num_correct += predicted[-1] == labels[-1]
         loss -= float(np.log(probabilities[file.parent.name])) / 6
     assert run(f"{EVALUATE} --batch-size 4 --json") == 0
     line = json.loads(capsys.readouterr().out)
     assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
-    expected = {"top1": 100 * num_correct / 6, "top5": 100.0, "loss": loss, "num_images": 6}
+    balanced = 100 * recall_score(labels, predicted, labels=sorted({*labels}), average="macro")
+    macro_f1 = 100 * f1_score(labels, predicted, average="macro")
+    metrics = {"top1": 100 * num_correct / 6, "top5": 100.0, "balanced_accuracy": balanced, "macro_f1": macro_f1}
+    expected = {**metrics, "loss": loss, "num_images": 6}
     assert line == pytest.approx(expected, rel=1e-4)
     assert run(f"{EVALUATE} --batch-size 4") == 0
     heading, row, note = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
-    assert heading.split() == ["weights", "split", "px", "top-1", "%", "top-5", "%", "loss", "images"]
-    assert row.split() == ["xyz.safetensors", "all", "32", f"{100 * num_correct / 6:.2f}", "100.00", f"{loss:.4f}", "6"]
+    names = ["top-1", "%", "top-5", "%", "balanced", "accuracy", "%", "macro", "F1", "%"]
+    assert heading.split() == ["weights", "split", "px", *names, "loss", "images"]
+    values = [f"{value:.2f}" for value in metrics.values()]
+    assert row.split() == ["xyz.safetensors", "all", "32", *values, f"{loss:.4f}", "6"]
     assert "all of classes, 6 images" in note
 
 
@@ -161,6 +172,41 @@ MISTAKES = {
 def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, facts: str):
     check_refused(capsys, f"evaluate {args} --data classes --json", facts)
     check_refused(capsys, "evaluate xyz.safetensors --data missing", "missing: no such folder")
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning")
+def test_corrupted_images(capsys: pytest.CaptureFixture[str], here: Path):
+    pytest.importorskip("imagecorruptions")
+    command = f"{EVALUATE} --corrupt brightness gaussian_noise"
+    assert run(f"{command} --json") == 0
+    line = json.loads(capsys.readouterr().out)
+    robustness = line["robustness"]
+    assert (robustness["metric"], robustness["clean"]) == ("top1", line["top1"])
+    assert list(robustness["corruptions"]) == ["brightness", "gaussian_noise"]
+    for name, values in robustness["corruptions"].items():
+        corruption = Corruption(name, 3)
+        assert len(values) == 5
+        result = evaluation.evaluate("xyz.safetensors", "classes", corruption=corruption)
+        assert values[2] == result.metrics["top1"]
+    every = [value for values in robustness["corruptions"].values() for value in values]
+    assert robustness["mean"] == pytest.approx(np.mean(every))
+    assert robustness["package"].startswith("imagecorruptions-imaug 1.")
+
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if "gaussian noise" in line)
+    values = robustness["corruptions"]["gaussian_noise"]
+    assert row[2:] == [f"{value:.2f}" for value in (*values, np.mean(values))]
+    assert "2 of the 15 common corruptions" in " ".join(out.split())
+
+
+def test_unknown_and_missing_corruptions(
+    capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    check_refused(capsys, f"{EVALUATE} --corrupt rain", "--corrupt rain fog")
+    check_refused(capsys, f"{EVALUATE} --corrupt fog --knn", "--corrupt --knn")
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    check_refused(capsys, f"{EVALUATE} --corrupt", "imagecorruptions mobilevit[corruptions]")
 
 
 def test_knn(capsys: pytest.CaptureFixture[str], here: Path):

@@ -51,17 +51,19 @@ for args in (["--help"], ["--version"], ["trian"], ["train", "--help"], ["predic
 # Every option of train and its other name. New options must be added here as well.
 TRAIN_OPTIONS = """
 --data --out --weights=--backbone --teacher --download --device --num-threads --self-check --checkpoint-minutes
---tensorboard
---task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed
+--track --tensorboard
+--task --architecture --epochs --batch-size --label-smoothing --ema-decay --seed --patience --metric
 --data.size-px=--size --data.eval-resize --data.min-scale --data.policy --data.flip=--flip
 --data.val-fraction=--val-fraction --data.num-workers=--num-workers --data.max-unreadable=--max-unreadable
 --data.max-megapixels=--max-megapixels --data.crops-per-image --data.cache-mb
 --sampler.variant --sampler.sizes-px
 --optimizer.start-lr --optimizer.lr=--lr --optimizer.end-lr --optimizer.warmup-steps --optimizer.cosine
+--optimizer.schedule --optimizer.cooldown-fraction
 --optimizer.weight-decay --optimizer.decay-all --optimizer.clip-norm=--clip-norm --optimizer.freeze=--freeze
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
+--imbalance.class-weights --imbalance.balanced-sampler --imbalance.logit-adjustment
 """
 
 

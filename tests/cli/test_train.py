@@ -104,7 +104,7 @@ def test_arguments_of_train(here: Path, monkeypatch: pytest.MonkeyPatch, given: 
         "teacher": None,
         "device": "cpu",
         "checkpoint_minutes": 7.0,
-        "tensorboard": False,
+        "trackers": (),
         "extend": True,
     }
     options["origin"] = Origin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,72 @@ def test_pairs_of_images_are_independent():
     assert together == pytest.approx(1000 * 10 / 20 * 9 / 19, abs=55)  # four standard deviations
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Balanced classes
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 50), (40, 7, 2, 1, 19), (97, 1, 1)])
+@pytest.mark.parametrize("variant", ["standard", "main"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_classes_are_balanced(counts: tuple[int, ...], variant: Variant, world_size: int):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    uses, total = np.zeros(len(labels), np.int64), 0
+    for epoch in range(20):
+        ranks = [
+            EpochBatches(
+                len(labels), shapes(variant, 4), seed=5, epoch=epoch, rank=rank, world_size=world_size, labels=labels
+            )
+            for rank in range(world_size)
+        ]
+        picks = [pick for step in range(len(ranks[0])) for rank in ranks for pick in rank[step]]
+        assert len(picks) == len(labels)
+        of_class = np.bincount(labels[[pick.image_index for pick in picks]], minlength=len(counts))
+        assert of_class.max() - of_class.min() <= 1
+        # Uses of an image in an epoch have different numbers, so they get different crops.
+        for index in {pick.image_index for pick in picks}:
+            repeats = sorted(pick.repeat for pick in picks if pick.image_index == index)
+            assert repeats == list(range(len(repeats)))
+        for pick in picks:
+            uses[pick.image_index] += 1
+        total += len(picks)
+        for label in range(len(counts)):  # no image waits while another of its class is used twice
+            of_images = uses[labels == label]
+            assert of_images.max() - of_images.min() <= 1
+    by_class = np.bincount(labels, weights=uses)
+    assert by_class.sum() == total
+    assert by_class.max() - by_class.min() <= 1  # over all epochs, too
+
+
+def test_balanced_steps_do_not_depend_on_the_number_of_processes():
+    labels = np.repeat(np.arange(5), (700, 200, 90, 10, 5))
+    alone = EpochBatches(1005, shapes("standard", 12), epoch=3, labels=labels)
+    ranks = [
+        EpochBatches(1005, shapes("standard", 3), epoch=3, rank=rank, world_size=4, labels=labels) for rank in range(4)
+    ]
+    assert len(alone) == len(ranks[0])
+    for step in reversed(range(len(alone))):
+        assert sorted(alone[step]) == sorted(pick for rank in ranks for pick in rank[step])
+
+
+def test_balanced_order_depends_on_epoch_and_seed():
+    labels = np.repeat(np.arange(3), (30, 15, 5))
+    orders = {
+        tuple(
+            pick.image_index
+            for batch in EpochBatches(50, shapes("main", 8), seed=s, epoch=e, labels=labels)
+            for pick in batch
+        )
+        for s in range(4)
+        for e in range(4)
+    }
+    assert len(orders) == 16
+
+
+def test_labels_of_another_number_of_images():
+    with pytest.raises(ValueError, match=r"labels has 3 entries; it must have one for each of the 4 images"):
+        EpochBatches(4, shapes("standard", 2), labels=np.array([0, 1, 1]))
+
+
 class Sizes(Dataset):
     """A dataset that returns the pick."""
 
@@ -188,7 +255,7 @@ def test_batch_sampler_of_a_data_loader(num_workers: int):
 def test_wrong_arguments(wrong: dict, message: str):
     rule = BatchShapes((32,), 4, 32)
     of_shapes = {name: wrong[name] for name in wrong.keys() & vars(rule).keys()}
-    others = {"num_images": 10} | {name: value for name, value in wrong.items() if name not in of_shapes}
+    others: Any = {"num_images": 10} | {name: value for name, value in wrong.items() if name not in of_shapes}
     with pytest.raises(ValueError, match=message):
         EpochBatches(shapes=replace(rule, **of_shapes), **others)
 

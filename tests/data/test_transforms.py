@@ -137,12 +137,13 @@ def coordinates(width: int, height: int) -> np.ndarray:
 def test_random_numbers_depend_on_seed_epoch_and_index_only(policy: Policy):
     image = sample(noise(100, 90))
 
-    def augment(seed: int = 3, epoch: int = 4, number: int = 5) -> bytes:
+    def augment(seed: int = 3, epoch: int = 4, number: int = 5, repeat: int = 0) -> bytes:
         augmentation = Augmentation(min_scale=0.08, flip=True, seed=seed, policy=policy)
-        return augmentation(image, Pick(number, epoch, 32))[0].tobytes()
+        return augmentation(image, Pick(number, epoch, 32, repeat))[0].tobytes()
 
     first = augment()
     assert len({first, augment(seed=4), augment(epoch=5), augment(number=4), augment(epoch=5, number=4)}) == 5
+    assert len({first, augment(repeat=1), augment(repeat=2)}) == 3
     np.random.seed(0)
     torch.manual_seed(0)
     before = np.random.get_state()[1].tobytes(), torch.get_rng_state()  # type: ignore[union-attr]

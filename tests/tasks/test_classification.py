@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch
@@ -57,11 +64,23 @@ def test_metrics_against_sklearn(num_classes: int):
     assert metrics == {
         "top1": hits[1],
         "top5": hits[5],
+        "balanced_accuracy": pytest.approx(100 * balanced_accuracy_score(labels, logits.argmax(1))),
+        "macro_f1": pytest.approx(100 * f1_score(labels, logits.argmax(1), average="macro")),
         "loss": pytest.approx(log_loss(labels, logits.double().softmax(dim=1), labels=classes), rel=1e-6),
         "num_images": 100,
     }
     if num_classes > 5:
         assert metrics["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=classes))
+
+
+def test_metrics_without_images_of_some_classes():
+    # Class 3 is predicted but has no images; class 4 does not occur at all.
+    labels, predicted = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 3, 1, 1, 0])
+    metrics = TASK.evaluate(Prepared(5 * torch.eye(5)[predicted]), batches(labels, 5)).metrics()
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        balanced = balanced_accuracy_score(labels, predicted)
+    assert metrics["balanced_accuracy"] == pytest.approx(100 * balanced)
+    assert metrics["macro_f1"] == pytest.approx(100 * f1_score(labels, predicted, average="macro"))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])

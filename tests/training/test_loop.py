@@ -571,7 +571,7 @@ def test_tensorboard(data: Path, tmp_path: Path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = train(RECIPE, data, tmp_path, tensorboard=True)
+    done = train(RECIPE, data, tmp_path, trackers=("tensorboard",))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("loss", "lr"):
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
@@ -585,7 +585,7 @@ def test_without_tensorboard(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match=re.escape("pip install 'mobilevit[tensorboard]'")):
-        train(RECIPE, data, tmp_path, tensorboard=True)
+        train(RECIPE, data, tmp_path, trackers=("tensorboard",))
     assert len(train(RECIPE, data, tmp_path).epochs) == 2  # the folder remains usable
 
 

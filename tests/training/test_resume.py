@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.recipes import Compute, Data, Optimizer, Recipe, Sampler, to_dict
+from mobilevit.recipes import Compute, Data, Imbalance, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.training.loop import TIMES, Stopped, train
 from mobilevit.weights import read
 from small_runs import scenes
@@ -200,6 +200,8 @@ def test_a_run_of_an_earlier_version_resumes(uninterrupted: dict[str, Any], data
     os.kill(child, signal.SIGKILL)
     assert end(child) == -signal.SIGKILL
     facts = json.loads((tmp_path / "run.json").read_text())
+    assert not {"imbalance", "metric", "patience"} & facts["recipe"].keys()  # its recipes did not have these
+    assert not {"schedule", "cooldown_fraction"} & facts["recipe"]["optimizer"].keys()
     compute = facts["recipe"]["compute"]
     compute["pictures_at_once"] = compute.pop("micro_batch_size")
     facts["recipe"]["data"]["max_unreadable"] = 3
@@ -212,11 +214,14 @@ def test_a_run_of_an_earlier_version_resumes(uninterrupted: dict[str, Any], data
     for file in tmp_path.glob("checkpoints/*.pt"):
         state = torch.load(file, weights_only=True)
         position = state.pop("progress")
+        del position["main_metric"]
         position["waited"] = position.pop("data_wait_seconds")
         for record in position["history"]:
             record["val_num_pictures"] = record.pop("val_num_images")
             record["pictures_per_second"] = record.pop("images_per_second")
             record["waiting_share"] = record.pop("data_wait_fraction")
+            for name in ("balanced_accuracy", "macro_f1"):
+                del record[f"val_{name}"], record[f"raw_{name}"]
         torch.save({**state, "position": position, "average": state.pop("ema")}, file)
     assert end(start(lambda: train(RECIPE, data, tmp_path))) == 0
     assert results_of(tmp_path) == uninterrupted
@@ -305,6 +310,59 @@ def test_two_processes_match_one(two: dict[str, Any], data: Path, tmp_path: Path
                 np.testing.assert_allclose(theirs, np.frombuffer(value, np.float32), rtol=1e-4, atol=1e-6, err_msg=key)
 
 
+def train_in_processes(world: int, recipe: Recipe, data: Path, out: Path) -> dict[str, Any]:
+    """The results of a run in `world` forked processes."""
+
+    def train_as(rank: int, port: int) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in where.items()})
+        signal.alarm(100)  # if one fails, the other waits for it
+        train(recipe, data, out)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(partial(train_as, rank, port)) for rank in range(world)]
+    assert [end(child) for child in children] == [0] * world
+    return results_of(out)
+
+
+@pytest.fixture(scope="module")
+def imbalanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes with 22, 7 and 3 training images."""
+    folder = tmp_path_factory.mktemp("imbalanced")
+    draw = np.random.default_rng(0)
+    for split, counts in (("train", (22, 7, 3)), ("val", (2, 2, 2))):
+        for label, num in enumerate(counts):
+            for i in range(num):
+                file = folder / split / "abc"[label] / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draw.integers(0, 100 + 70 * label, (40, 36, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Imbalance(balanced_sampler=True),
+        Imbalance(class_weights=0.5),
+        pytest.param(Imbalance(logit_adjustment=1.0), marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_match_one_and_a_killed_run_resumes_with_imbalanced_classes(
+    options: Imbalance, imbalanced: Path, tmp_path: Path
+):
+    recipe = replace(IN_TWO, imbalance=options)
+    one, two = (train_in_processes(world, recipe, imbalanced, tmp_path / str(world)) for world in (1, 2))
+    assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
+    child = start(lambda: train(recipe, imbalanced, tmp_path / "killed", checkpoint_minutes=1e-9))
+    wait_for_step(tmp_path / "killed", 5, child)
+    os.kill(child, signal.SIGKILL)
+    assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(recipe, imbalanced, tmp_path / "killed"))) == 0
+    assert results_of(tmp_path / "killed") == one
+
+
 @pytest.mark.parametrize(
     ("task", "metric"), [("detect", "ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)]
 )
@@ -312,21 +370,7 @@ def test_two_processes_match_one_for_boxes_and_masks(task: str, metric: str, tmp
     data = scenes(tmp_path / "data", task)
     recipe = replace(IN_TWO, task=task, data=Data(size_px=64, num_workers=0), optimizer=Optimizer(warmup_steps=1))
 
-    def train_as(rank: int, world: int, port: int, out: Path) -> None:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
-        os.environ.update({name: str(value) for name, value in where.items()})
-        signal.alarm(100)  # if one fails, the other waits for it
-        train(recipe, data, out)
-
-    found = []
-    for world in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        out = tmp_path / str(world)
-        children = [start(partial(train_as, rank, world, port, out)) for rank in range(world)]
-        assert [end(child) for child in children] == [0] * world
-        found.append(results_of(out))
+    found = [train_in_processes(world, recipe, data, tmp_path / str(world)) for world in (1, 2)]
     one, two = found
     assert len(one["steps"]) == 4
     for ours, theirs in zip(one["steps"] + one["epochs"], two["steps"] + two["epochs"], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -23,9 +24,10 @@ from mobilevit.cli.options import (
     warn_of_assumptions,
     weights_of_run,
 )
-from mobilevit.defaults import MIN_SIZE_PX
+from mobilevit.defaults import MIN_SIZE_PX, CorruptionName
 
 if TYPE_CHECKING:
+    from mobilevit.data.corruptions import Corruption
     from mobilevit.tasks.evaluation import EvaluationResult
     from mobilevit.tasks.task import ClassMetrics
     from mobilevit.weights import Weights
@@ -39,12 +41,14 @@ HEADINGS = {
     "knn_top1": "k-NN top-1 %",
     "miou": "mIoU %",
     "iou": "IoU %",
+    "macro_f1": "macro F1 %",
 } | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
     for name in (
         "recall",
         "precision",
         "pixel_accuracy",
+        "balanced_accuracy",
         "ap",
         "ap50",
         "ap75",
@@ -60,7 +64,7 @@ HEADINGS = {
 class Evaluate:
     """Evaluate weights on labeled images, at one or several input sizes.
 
-    Metrics: top-1 and top-5 accuracy of classification, AP of detection, mIoU of segmentation.
+    Metrics: top-1, top-5 and balanced accuracy and macro F1 of classification, AP of detection, mIoU of segmentation.
     """
 
     weights: Annotated[
@@ -83,6 +87,11 @@ class Evaluate:
     features, instead of that of the classifier. The weights need no classifier."""
     k: int = 20
     """Number of nearest training images for --knn."""
+    corrupt: Annotated[
+        tuple[CorruptionName, ...] | None, tyro.conf.arg(metavar="[CORRUPTION...]", help_behavior_hint="")
+    ] = None
+    """Also evaluate on corrupted images, at severities 1 to 5: the 15 common corruptions of ImageNet-C, or those named,
+    such as gaussian_noise fog (docs/training.md). Takes 5 evaluations per corruption."""
     per_class: Flag = False
     """Also print the metrics of each class."""
     json: Flag = False
@@ -115,34 +124,67 @@ class Evaluate:
                 f"the weights are for several tasks: {', '.join(sorted(tasks))}; evaluate one task at a time"
             )
         rows: list[tuple[str, str, int, dict[str, float]]] = []
-        class_tables: list[tuple[str, Any]] = []
+        tables: list[tuple[str, Any]] = []
+        self._corruptions()  # reports a missing package before the first evaluation
         splits: list[str] = []
         for name, weights in named.items():
             warn_of_assumptions(name, weights)
             for size_px in self.size or (weights.preprocessing.crop_px,):
                 result = self._evaluate(weights, data, size_px, device)
                 split = result.split
+                robustness = self._robustness(weights, data, result, device)
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}
                     if self.per_class:
                         line["classes"] = [row.as_dict() for row in result.per_class]
+                    if robustness:
+                        line["robustness"] = robustness.as_dict()
                     print(json.dumps(line), flush=True)
                     continue
                 rows.append((name, split, size_px, result.metrics))
                 if self.per_class:
-                    class_tables.append((f"{name} at {size_px} px", _class_table(result.per_class)))
+                    tables.append((f"{name} at {size_px} px", _class_table(result.per_class)))
+                if robustness:
+                    tables.append((f"{name} at {size_px} px, {robustness.describe()}", _corruption_table(robustness)))
                 splits.append(_split_line(weights, split, self.split, result.metrics["num_images"], data))
         if rows:
             console = stdout()
             console.print(_table(rows))
-            for title, table in class_tables:
+            for title, table in tables:
                 console.print(title)
                 console.print(table)
             for split_line in dict.fromkeys(splits):
                 console.print(split_line)
         return 0
 
-    def _evaluate(self, weights: Weights, data: str, size_px: int, device: str) -> EvaluationResult:
+    def _corruptions(self) -> list[Corruption]:
+        """Each corruption at five severities. Raises ValueError if the package is missing."""
+        if self.corrupt is None:
+            return []
+        from mobilevit.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+
+        names = tuple(dict.fromkeys(self.corrupt)) or CORRUPTIONS
+        return [Corruption(name, severity) for name in names for severity in SEVERITIES]
+
+    def _robustness(self, weights: Weights, data: str, clean: EvaluationResult, device: str) -> _Robustness | None:
+        """The metrics on corrupted images, if they are requested. Shows a progress bar."""
+        if self.corrupt is None:
+            return None
+        from rich.progress import track
+
+        from mobilevit.data.corruptions import describe_package
+        from mobilevit.logs import CONSOLE
+
+        metric = clean.results.main_metric
+        values: dict[str, list[float]] = {}
+        for corruption in track(self._corruptions(), "corruptions", console=CONSOLE):
+            result = self._evaluate(weights, data, clean.size_px, device, corruption)
+            values.setdefault(corruption.name, []).append(result.metrics[metric])
+        return _Robustness(metric, clean.metrics[metric], values, describe_package())
+
+    def _evaluate(
+        self, weights: Weights, data: str, size_px: int, device: str, corruption: Corruption | None = None
+    ) -> EvaluationResult:
         from mobilevit.embed import EmbedOptions
         from mobilevit.tasks.evaluation import evaluate
         from mobilevit.tasks.knn import evaluate_knn
@@ -166,16 +208,59 @@ class Evaluate:
             num_workers=self.num_workers,
             max_unreadable=self.max_unreadable,
             device=device,
-            self_check=self.self_check,
+            self_check=self.self_check and corruption is None,
+            corruption=corruption,
         )
 
     def _check(self) -> None:
+        if self.knn and self.corrupt is not None:
+            raise ValueError("--corrupt evaluates the classifier, and --knn replaces it; give only one of them")
         if not self.weights:
             raise ValueError("no weights are given; give files, hub ids or a run folder")
         for size_px in self.size:
             require(size_px >= MIN_SIZE_PX, "--size", size_px, f"{MIN_SIZE_PX} px or more")
         require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class _Robustness:
+    """The main metric in percent: on the images as they are, and by corruption, at severities 1 to 5."""
+
+    metric: str
+    clean: float
+    by_corruption: dict[str, list[float]]
+    package: str
+
+    @property
+    def mean(self) -> float:
+        """The mean over all corruptions and severities."""
+        return fmean(value for values in self.by_corruption.values() for value in values)
+
+    def describe(self) -> str:
+        return (
+            f"{_heading(self.metric)} on corrupted images: mean {self.mean:.2f}, without corruption {self.clean:.2f} "
+            f"({len(self.by_corruption)} of the 15 common corruptions at 5 severities, {self.package})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {"metric": self.metric, "clean": self.clean, "mean": self.mean, "package": self.package}
+        return {**values, "corruptions": self.by_corruption}
+
+
+def _corruption_table(robustness: _Robustness) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    table = Table(
+        "corruption",
+        *(Column(f"severity {i}", justify="right") for i in range(1, 6)),
+        Column("mean", justify="right"),
+        box=SIMPLE,
+    )
+    for name, values in robustness.by_corruption.items():
+        table.add_row(name.replace("_", " "), *(f"{value:.2f}" for value in (*values, fmean(values))))
+    return table
 
 
 def _split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:

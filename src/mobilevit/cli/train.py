@@ -20,10 +20,12 @@ from mobilevit.cli.options import (
     DeviceOptions,
     Flag,
     WeightsOptions,
+    choices,
     expand,
     expand_data,
     require,
 )
+from mobilevit.defaults import TrackerName
 from mobilevit.recipes import RECIPES, Recipe, describe
 
 if TYPE_CHECKING:
@@ -64,8 +66,10 @@ class Train:
     self_check: Annotated[Flag, SELF_CHECK] = True
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints. Every epoch also ends with a checkpoint."""
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.arg(metavar=f"{choices(TrackerName)}...")] = ()
+    """Send the logs to these experiment trackers as well, after each checkpoint (docs/training.md)."""
     tensorboard: Flag = False
-    """Also log to TensorBoard."""
+    """The same as --track tensorboard."""
     recipe: Annotated[Recipe, FLAT] = Recipe()
     command: tyro.conf.Suppress[str] = ""
 
@@ -91,6 +95,9 @@ class Train:
                 f"--architecture is {architecture}, but {self.weights} is {pretrained.name}; leave out --architecture, "
                 f"or use weights of MobileViT-{architecture.upper()}"
             )
+        trackers = self.track
+        if self.tensorboard and "tensorboard" not in trackers:
+            trackers = (*trackers, "tensorboard")
         try:
             run = train(
                 self.recipe,
@@ -100,7 +107,7 @@ class Train:
                 teacher=teacher,
                 device=self.device_options.device,
                 checkpoint_minutes=self.checkpoint_minutes,
-                tensorboard=self.tensorboard,
+                trackers=trackers,
                 extend=True,
                 self_check=self.self_check,
                 origin=Origin(self.recipe_name, self.command),

@@ -24,11 +24,15 @@ MIN_IMAGES = 2  # of a micro-batch, if possible: batch normalization fails on on
 
 
 class Pick(NamedTuple):
-    """One image of a batch: its index in the source, the epoch, and the requested side in pixels."""
+    """One image of a batch: its index in the source, the epoch, and the requested side in pixels.
+
+    `repeat` counts the earlier uses of the image in the epoch. A balanced sampler uses images of rare classes again.
+    """
 
     image_index: int
     epoch: int
     size_px: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class EpochBatches(Sequence[list[Pick]]):
     The last batch contains the remaining images. If these are fewer than `min_last`, they are added to the previous
     batch. The processes get equal numbers of images in each step; in the last step, these differ by at most one.
 
+    With `labels`, the classes occur equally often instead: their numbers of images in an epoch differ by at most one.
+    Across epochs, the images of a class are used in shuffled passes, so none is left out. See `balanced_order`.
+
     Args:
         num_images: number of images in the source.
         shapes: image sizes and batch sizes.
@@ -95,6 +102,7 @@ class EpochBatches(Sequence[list[Pick]]):
         rank: index of this process.
         world_size: number of processes.
         min_last: minimum size of the last batch over all processes; the default is two images per process.
+        labels: class index of every image, (num_images,), for balanced classes; None: every image once.
 
     Attributes:
         batch_sizes: images per step over all processes, by image size.
@@ -113,6 +121,7 @@ class EpochBatches(Sequence[list[Pick]]):
         rank: int = 0,
         world_size: int = 1,
         min_last: int | None = None,
+        labels: np.ndarray | None = None,
     ):
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}; it must be 1 or more")
@@ -120,11 +129,14 @@ class EpochBatches(Sequence[list[Pick]]):
             raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
         if num_images < world_size:
             raise ValueError(f"{num_images} images are too few for {world_size} processes")
+        if labels is not None and len(labels) != num_images:
+            raise ValueError(f"labels has {len(labels)} entries; it must have one for each of the {num_images} images")
         self.epoch = epoch
         self.rank = rank
         self.world_size = world_size
         self._seed = seed
         self._num_images = num_images
+        self._labels = labels
         sizes = sorted(shapes.sizes_px)
         self.batch_sizes = {size: world_size * shapes.batch_size_at(size, world_size) for size in sizes}
         batch_sizes = np.array([self.batch_sizes[size] for size in sizes])
@@ -140,7 +152,15 @@ class EpochBatches(Sequence[list[Pick]]):
 
     @cached_property
     def _order(self) -> np.ndarray:
-        return np.random.default_rng((self._seed, self.epoch)).permutation(self._num_images)
+        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._num_images)
+        if self._labels is None:
+            return order
+        return balanced_order(self._labels, seed=self._seed, epoch=self.epoch)[order]
+
+    @cached_property
+    def _repeats(self) -> np.ndarray:
+        """The number of earlier uses of each image of `_order`."""
+        return np.zeros(self._num_images, np.int64) if self._labels is None else count_earlier(self._order)
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -154,8 +174,9 @@ class EpochBatches(Sequence[list[Pick]]):
             return [self[i] for i in range(*step.indices(len(self)))]
         step = range(len(self))[step]  # resolves negative steps, raises IndexError
         start = self._stops[step - 1] if step else 0
-        indices = self._order[start + self.rank : self._stops[step] : self.world_size]
-        return [Pick(index, self.epoch, int(self._sizes_px[step])) for index in indices.tolist()]
+        chosen = slice(start + self.rank, self._stops[step], self.world_size)
+        uses = zip(self._order[chosen].tolist(), self._repeats[chosen].tolist(), strict=True)
+        return [Pick(index, self.epoch, int(self._sizes_px[step]), repeat) for index, repeat in uses]
 
     def global_batch_size(self, step: int) -> int:
         """Images of a step over all processes."""
@@ -164,6 +185,42 @@ class EpochBatches(Sequence[list[Pick]]):
     def size_px(self, step: int) -> int:
         """Side of the images of a step in pixels."""
         return int(self._sizes_px[step])
+
+
+def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch with balanced classes, not shuffled: image indices (N,) for N labels.
+
+    The places of all epochs form one sequence, and the classes that have images take turns in it. The images of a
+    class follow in passes. A pass is a permutation that depends on the seed, the class and the number of the pass. So
+    any epoch can be computed directly, and no two images of a class differ by more than one use.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    images = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    places = np.arange(epoch * len(labels), (epoch + 1) * len(labels))
+    order = np.empty(len(labels), np.int64)
+    for i, (name, of_class) in enumerate(zip(classes.tolist(), images, strict=True)):
+        is_own = places % len(classes) == i
+        uses = places[is_own] // len(classes)  # of images of this class, counted from the first epoch on
+        passes, position = np.divmod(uses, len(of_class))
+        first = int(passes[0]) if len(passes) else 0
+        last = int(passes[-1]) if len(passes) else -1
+        # The last number sets these generators apart: numpy pads seeds with zeros.
+        shuffled = [
+            np.random.default_rng((seed, name, number, 2**31)).permutation(of_class)
+            for number in range(first, last + 1)
+        ]
+        order[is_own] = np.array(shuffled)[passes - first, position] if shuffled else []
+    return order
+
+
+def count_earlier(values: np.ndarray) -> np.ndarray:
+    """For each of N values: how many of the values before it are equal. (N,) int64."""
+    by_value = np.argsort(values, kind="stable")
+    is_first = np.append(True, np.diff(values[by_value]) > 0)
+    positions = np.arange(len(values))
+    earlier = np.empty(len(values), np.int64)
+    earlier[by_value] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+    return earlier
 
 
 @dataclass(frozen=True)

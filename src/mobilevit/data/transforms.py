@@ -1,7 +1,8 @@
 """Transforms for classification: augmentation of an image, and Mixup and CutMix of a batch.
 
-The random numbers of an image come from a generator that is seeded with (seed, epoch, index of the image). So the
-result depends on these three only: not on the worker, the order of images, or other users of random numbers.
+The random numbers of an image come from a generator that is seeded with (seed, epoch, index of the image), and with the
+number of the use if an epoch uses the image again. So the result depends on these only: not on the worker, the order of
+images, or other users of random numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Augmentation:
 
     def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
         """An image of any size -> uint8 (size_px, size_px, 3), and its class index. Raises ImageError."""
-        random = np.random.default_rng((self.seed, pick.epoch, pick.image_index))
+        repeat = (pick.repeat,) if pick.repeat else ()  # an image that is used again in an epoch gets another crop
+        random = np.random.default_rng((self.seed, pick.epoch, pick.image_index, *repeat))
         size_px = max(pick.size_px, self.min_size_px)
         crop = read_crop(
             sample.image,

@@ -29,16 +29,18 @@ UNITS = {
     "max_unreadable": "images",
     "micro_batch_size": "images",
     "epochs": "epochs",
+    "patience": "epochs",
     "px": "px",
     "steps": "steps",
     "workers": "processes",
     **dict.fromkeys(("top1", "top5", "ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
-    **dict.fromkeys(("agreement", "agreement5"), "%"),
+    **dict.fromkeys(("agreement", "agreement5", "f1"), "%"),
 }
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
     "miou": "mIoU",
+    "macro_f1": "macro F1",
     "agreement5": "top-5 agreement",
     "kl": "KL",
     "unreadable": "unreadable images",
@@ -97,7 +99,7 @@ def write_report(path: Path, report: Report) -> None:
     page = render(
         "training.html",
         title=report.title,
-        summary=_summary(epochs, records),
+        summary=_summary(epochs, records, report.recipe.metric),
         epoch_charts=_epoch_charts(epochs),
         epoch_interval=math.ceil(len(epochs) / MAX_POINTS),
         epoch_table=_epoch_table(epochs),
@@ -217,10 +219,11 @@ def _size_table(steps: Steps) -> Markup | str:
 # Epochs
 
 
-def _summary(epochs: Epochs, steps: Steps) -> list[tuple[str, str, str]]:
-    """(label, value, note) of the most important numbers."""
+def _summary(epochs: Epochs, steps: Steps, metric: str) -> list[tuple[str, str, str]]:
+    """(label, value, note) of the most important numbers; `metric` as in `Recipe`."""
     cards: list[tuple[str, str, str]] = []
-    metric = (_metrics(epochs) or ["val_loss"])[0]  # a task's main metric comes first
+    # A task's main metric comes first.
+    metric = (_metrics(epochs) or ["val_loss"])[0] if metric == "auto" else f"val_{metric}"
     values = _values(epochs, metric)
     if values:
         best_epoch, best = _best(metric, values)

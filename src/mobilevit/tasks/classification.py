@@ -17,6 +17,7 @@ from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
+from mobilevit.tasks.imbalance import LossCorrection
 from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
 from mobilevit.weights import Weights
 
@@ -34,11 +35,20 @@ class ClassificationResults:
     main_metric = "top1"
 
     def metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy in percent, mean loss, number of images."""
+        """Top-1, top-5 and balanced accuracy, and macro F1, in percent; mean loss; number of images.
+
+        The balanced accuracy is the mean recall of the classes that have images. The macro F1 is the mean F1 of the
+        classes that have images or are predicted.
+        """
         is_correct = self.predictions == self.labels[:, None]
+        matrix = self.confusion_matrix()
+        correct, num_true, num_predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+        has_images, occurs = num_true > 0, num_true + num_predicted > 0
         return {
             "top1": 100 * int(is_correct[:, 0].sum()) / len(is_correct),
             "top5": 100 * int(is_correct.any(1).sum()) / len(is_correct),
+            "balanced_accuracy": 100 * float((correct[has_images] / num_true[has_images]).mean()),
+            "macro_f1": 100 * float((2 * correct[occurs] / (num_true + num_predicted)[occurs]).mean()),
             "loss": float(self.losses.mean()),
             "num_images": len(self.labels),
         }
@@ -71,8 +81,11 @@ class ClassificationResults:
         return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:num].tolist()
 
 
+@dataclass(frozen=True)
 class Classification:
-    """The `mobilevit.tasks.Task` of classification."""
+    """The `mobilevit.tasks.Task` of classification, with a correction of the training loss for imbalanced classes."""
+
+    correction: LossCorrection | None = None
 
     def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
         options = recipe.data
@@ -107,13 +120,14 @@ class Classification:
         return torch.zeros(batch_size, dtype=torch.long)
 
     def loss(self, recipe: Recipe, model: nn.Module, batch: Batch) -> Tensor:
+        cross_entropy = self.correction.cross_entropy if self.correction else F.cross_entropy
         if recipe.data.policy == "basic":
-            return F.cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
+            return cross_entropy(model(batch.pixels), batch.labels, label_smoothing=recipe.label_smoothing)
         # Mix one-hot rows of image indices: row i has the weights of the original images in mixed image i.
         pixels, weights = mix(batch.pixels, torch.eye(len(batch.labels), device=batch.labels.device))
         logits = model(pixels)
         targets = weights @ F.one_hot(batch.labels, logits.shape[1]).float()
-        return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        return cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
 
     @torch.inference_mode()
     def evaluate(

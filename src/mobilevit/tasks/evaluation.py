@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from mobilevit.data import sources
+from mobilevit.data.corruptions import Corrupted, Corruption
 from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import fingerprint
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` are "top1", "top5" and "loss" of a classifier, "ap", "ap50" and others of a detector, "miou" and others of
-    a segmentation network, all in percent except the loss; and "num_images". `results` has the predictions.
+    `metrics` are "top1", "top5", "balanced_accuracy", "macro_f1" and "loss" of a classifier, "ap", "ap50" and others of
+    a detector, "miou" and others of a segmentation network, all in percent except the loss; and "num_images".
+    `results` has the predictions.
     """
 
     split: str
@@ -52,6 +54,7 @@ def evaluate(
     device: str = "auto",
     download: bool = False,
     self_check: bool = True,
+    corruption: Corruption | None = None,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
 
@@ -70,6 +73,7 @@ def evaluate(
         device: "auto" is the first available one of cuda, mps and cpu.
         download: fetch a hub id that is not in the local cache.
         self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
+        corruption: corrupt every image after resizing and cropping, to measure robustness.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
@@ -88,6 +92,8 @@ def evaluate(
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
+    if corruption:
+        dataset.prepare = Corrupted(dataset.prepare, corruption)
     model = weights.build().to(device)
     if self_check:
         check_device(model, preprocessing.crop_px)

@@ -21,6 +21,7 @@ from torch import nn
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
+from mobilevit.defaults import TrackerName
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.logs import CONSOLE, log_to_stderr
@@ -31,6 +32,7 @@ from mobilevit.tasks import Results
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.distillation import DistillationLoss, network_of
 from mobilevit.training.distributed import join_processes
+from mobilevit.training.ending import Ending
 from mobilevit.training.external import ExternalClassifier, ExternalWeights
 from mobilevit.training.optim import learning_rate_at
 from mobilevit.training.run import EpochMetrics, Run, StepRecord, open_run
@@ -81,7 +83,7 @@ def train(
     teacher: TeacherNetwork | nn.Module | str | os.PathLike[str] | None = None,
     device: str = "auto",
     checkpoint_minutes: float = 5.0,
-    tensorboard: bool = False,
+    trackers: Sequence[TrackerName] = (),
     extend: bool = False,
     self_check: bool = True,
     origin: Origin | None = None,
@@ -107,7 +109,7 @@ def train(
             or a module that maps images in [0, 1] (B, 3, H, W) to logits; see docs/distill.md.
         device: "auto" is the first available one of cuda, mps and cpu.
         checkpoint_minutes: interval between checkpoints. Every epoch ends with a checkpoint, too.
-        tensorboard: log to TensorBoard as well.
+        trackers: send the logs to these experiment trackers as well; see `mobilevit.training.track`.
         extend: continue a finished run in `out` if `recipe` has more epochs and is otherwise the same. The learning
             rate of the additional epochs is `optimizer.end_lr`.
         self_check: on another device than the CPU, first compare a training step with the CPU; see
@@ -141,7 +143,7 @@ def train(
         classifier=classifier,
         teacher=read_teacher(teacher, download=download) if isinstance(teacher, str | os.PathLike) else teacher,
         checkpoint_minutes=checkpoint_minutes,
-        tensorboard=tensorboard,
+        trackers=tuple(trackers),
         extend=extend,
         self_check=self_check,
         origin=origin or Origin(),
@@ -154,7 +156,7 @@ def train(
             processes,
             num_bytes=setup.checkpoint_bytes,
             extend=extend,
-            tensorboard=tensorboard,
+            trackers=options.trackers,
         ) as run:
             return _Loop(setup, run).fit()
 
@@ -197,6 +199,7 @@ class _Loop:
         if self.recipe.compute.compile:
             device, shapes = self.processes.device, sorted(self.plan.shapes())
             self.step.compile([blank_batch(setup.task, self.recipe, device, shape) for shape in shapes])
+        self.ending, self.cooldown = self._find_ending()
         self.stop = StopOnSignal()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
         is_hidden = self.processes.rank > 0
@@ -209,15 +212,23 @@ class _Loop:
         progress = self.run.progress
         self.bar.add_task(
             f"epoch {progress.epoch + 1}",
-            total=self.plan.num_steps(self.recipe.epochs),
+            total=self.plan.num_steps(self.ending.num_epochs),
             completed=progress.total_step,
         )
-        main_metric = ""
         with self.bar, self.stop:
-            while self.run.progress.epoch < self.recipe.epochs:
+            while self.run.progress.epoch < self.ending.num_epochs:
                 self._train_epoch()
-                main_metric = self._finish_epoch()
-        return TrainingResult(self.options.out / "model.safetensors", self.run.progress.history, main_metric)
+                self._finish_epoch()
+        progress = self.run.progress
+        return TrainingResult(self.options.out / "model.safetensors", progress.history, progress.main_metric)
+
+    def _find_ending(self) -> tuple[Ending, range]:
+        """When the run ends, and the steps of the cooldown. Decided by rank 0, so that all processes agree."""
+        ending = self.processes.from_rank_0(lambda: self.run.progress.ending(self.recipe, self.run.schedule_epochs))
+        if ending.cooldown_start == ending.num_epochs:
+            return ending, range(0)
+        last_epoch = min(ending.num_epochs, self.run.schedule_epochs)
+        return ending, range(self.plan.num_steps(ending.cooldown_start), self.plan.num_steps(last_epoch))
 
     # --- An epoch of steps -------------------------------------------------------------------------------------------
 
@@ -256,6 +267,7 @@ class _Loop:
             self.num_schedule_steps,
             epoch=progress.epoch,
             num_epochs=self.run.schedule_epochs,
+            cooldown=self.cooldown,
         )
 
     def _load(self, dataset: ImageDataset, picks: Iterable[list[Pick]], *, replace_unreadable: bool = True) -> Loader:
@@ -299,7 +311,7 @@ class _Loop:
         self.bar.update(
             self.bar.task_ids[0],
             completed=progress.total_step,
-            description=f"epoch {epoch + 1}/{self.recipe.epochs}  {batches.size_px(pending[-1].step)} px  "
+            description=f"epoch {epoch + 1}/{self.ending.num_epochs}  {batches.size_px(pending[-1].step)} px  "
             f"loss {progress.loss / progress.step:.3f}  {images_per_second:,.0f} images/s",
         )
         is_stopped = any(num_stopped for *_, num_stopped in sums)
@@ -329,8 +341,8 @@ class _Loop:
 
     # --- The end of an epoch -----------------------------------------------------------------------------------------
 
-    def _finish_epoch(self) -> str:
-        """Evaluate; write weights, metrics, a checkpoint and the report. Returns the name of the main metric."""
+    def _finish_epoch(self) -> None:
+        """Evaluate; write weights, metrics, a checkpoint and the report; decide on early stopping."""
         progress = self.run.progress
         ema, raw, num_unreadable = self._evaluate()
         metrics = ema.metrics()
@@ -351,21 +363,34 @@ class _Loop:
         }
         if isinstance(self.setup.loss, DistillationLoss):
             record["teacher_fraction"] = progress.teacher_seconds / progress.seconds
-        main = f"val_{ema.main_metric}"
+        main_metric = ema.main_metric if self.recipe.metric == "auto" else self.recipe.metric
+        main = f"val_{main_metric}"
         if self.run.folder:
             self._write_weights(record, is_best=all(record[main] > past[main] for past in progress.history))
         self.run.log_epoch(record)
         logger.info(
-            f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {ema.main_metric} "
+            f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {main_metric} "
             f"{record[main]:.2f} %  {record['images_per_second']:,.0f} images/s, "
             f"{100 * record['data_wait_fraction']:.0f} % of the time waiting for data"
             + (f", {100 * record['teacher_fraction']:.0f} % in the teacher" if "teacher_fraction" in record else "")
         )
-        self.run.progress = progress.next_epoch(record)
-        if self.run.folder and self.run.progress.epoch == self.recipe.epochs:
+        self.run.progress = progress.next_epoch(record, main_metric)
+        self._stop_early()
+        if self.run.folder and self.run.progress.epoch == self.ending.num_epochs:
             self._write_report(ema)
         self._save_checkpoint()
-        return ema.main_metric
+
+    def _stop_early(self) -> None:
+        """Shorten the run if the metric has not improved for `patience` epochs."""
+        before = self.ending
+        self.ending, self.cooldown = self._find_ending()
+        if self.ending != before:
+            num_left = self.ending.num_epochs - self.ending.stopped_after
+            logger.info(
+                f"no improvement of {self.run.progress.main_metric} in {self.recipe.patience} epochs: the run ends "
+                + (f"after a cooldown until epoch {self.ending.num_epochs}" if num_left else "here")
+            )
+            self.bar.update(self.bar.task_ids[0], total=self.plan.num_steps(self.ending.num_epochs))
 
     def _evaluate(self) -> tuple[Results, Results, int]:
         """Results of the EMA weights and the raw weights, and the number of unreadable images."""
@@ -418,7 +443,7 @@ class _Loop:
                 epochs=run.progress.history,
                 steps=options.out / "steps.jsonl",
                 sections=sections(results, self.setup.val_set.source),
-                facts=environment(self.processes, self.plan, run.schedule_epochs),
+                facts=environment(self.processes, self.plan, run.schedule_epochs, self.ending),
                 commands=() if options.classifier else next_commands(self.recipe, options.data, options.out),
             ),
         )

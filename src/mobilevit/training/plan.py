@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from mobilevit.data.sampler import BatchShapes, EpochBatches, MicroBatch, count_micro_batches, micro_batches
 from mobilevit.recipes import Recipe
 
@@ -17,12 +19,14 @@ class Plan:
         num_images: in the training split.
         world_size: number of processes.
         max_pixels: height times width times images of the largest micro-batch.
+        labels: class index of every image, (num_images,), to sample the classes equally often; None: no balancing.
     """
 
     recipe: Recipe
     num_images: int
     world_size: int
     max_pixels: int
+    labels: np.ndarray | None = None
 
     def epoch(self, epoch: int) -> EpochBatches:
         """The batches of an epoch, of all processes together."""
@@ -41,6 +45,7 @@ class Plan:
             epoch=epoch,
             # Half a batch has two images per process, so the division does not depend on the number of processes.
             min_last=max(2, smallest // 2),
+            labels=self.labels,
         )
 
     def num_steps(self, num_epochs: int) -> int:

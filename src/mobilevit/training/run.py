@@ -8,6 +8,7 @@
     metrics.jsonl       a line per epoch
     steps.jsonl         a line per step
     report.html         charts, confusion matrix, most confident errors
+    tracking.json       what the experiment trackers have received, if there are any
 
 Every file is written atomically: a process killed at any time leaves either the old or the new version. The two logs
 can be ahead of the newest checkpoint. On resume they are truncated to it, and the steps after it are computed again,
@@ -23,21 +24,24 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from mobilevit.files import require, write_atomic
+from mobilevit.defaults import TrackerName
+from mobilevit.files import write_atomic
 from mobilevit.messages import first_line
-from mobilevit.recipes import MAX_MEGAPIXELS, Recipe, to_dict
+from mobilevit.recipes import MAX_MEGAPIXELS, Imbalance, Recipe, to_dict
 from mobilevit.training.distributed import Processes
+from mobilevit.training.ending import Ending, find_ending
+from mobilevit.training.track import Tracking
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "best.safetensors", "raw.safetensors")
-FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html")
+FILES = ("run.json", *WEIGHTS, "metrics.jsonl", "steps.jsonl", "report.html", "tracking.json")
 NUM_CHECKPOINTS = 2  # a disk failure that ends the run can damage the newest one
 # Keys in folders of earlier versions -> their current names. They can be resumed and read.
 RENAMED_KEYS = {
@@ -93,6 +97,14 @@ class Identity:
             del recipe["data"]["max_megapixels"]
         if self.teacher is None:  # these options have no effect, and earlier versions did not have them
             del recipe["distill"]
+        if self.recipe.imbalance == Imbalance():  # earlier versions did not have these options
+            del recipe["imbalance"]
+        if self.recipe.metric == "auto":
+            del recipe["metric"]
+        if self.recipe.patience == 0:
+            del recipe["patience"]
+        if self.recipe.optimizer.schedule == "cosine":
+            del recipe["optimizer"]["schedule"], recipe["optimizer"]["cooldown_fraction"]
         if self.recipe.task != "distill":
             del recipe["data"]["crops_per_image"], recipe["data"]["cache_mb"]
         values = {"recipe": recipe, "data": self.data, "weights": self.weights}
@@ -121,10 +133,16 @@ class Progress:
     teacher_seconds: float = 0.0
     num_unreadable: int = 0
     history: list[EpochMetrics] = field(default_factory=list)  # metrics of the finished epochs
+    main_metric: str = ""  # selects the best epoch; "" before the end of the first one
 
-    def next_epoch(self, record: EpochMetrics) -> Progress:
+    def next_epoch(self, record: EpochMetrics, main_metric: str) -> Progress:
         """The start of the next epoch."""
-        return Progress(self.epoch + 1, total_step=self.total_step, history=[*self.history, record])
+        history = [*self.history, record]
+        return Progress(self.epoch + 1, total_step=self.total_step, history=history, main_metric=main_metric)
+
+    def ending(self, recipe: Recipe, schedule_epochs: int) -> Ending:
+        """When the run ends, as far as its metrics determine it."""
+        return find_ending(recipe, schedule_epochs, self.history, f"val_{self.main_metric}")
 
 
 class RunFolder:
@@ -262,39 +280,30 @@ class Run:
         self.progress, self._state, self.schedule_epochs, self.folder = progress, state, schedule_epochs, folder
         self._steps: JsonLines | None = None
         self._epochs: JsonLines | None = None
-        self._tensorboard: Any = None
+        self._tracking: Tracking | None = None
 
     def take_state(self) -> dict[str, Any]:
         """Return the state and release the memory that it takes."""
         state, self._state = self._state, {}
         return state
 
-    def open_logs(self, stack: contextlib.ExitStack, *, tensorboard: bool) -> None:
+    def open_logs(self, stack: contextlib.ExitStack, trackers: Sequence[TrackerName], facts: Mapping[str, Any]) -> None:
         if self.folder is None:
             return
         path, progress = self.folder.path, self.progress
         self._epochs = stack.enter_context(contextlib.closing(JsonLines(path / "metrics.jsonl", len(progress.history))))
         self._steps = stack.enter_context(contextlib.closing(JsonLines(path / "steps.jsonl", progress.total_step)))
-        if tensorboard:
-            writer = require("torch.utils.tensorboard", "tensorboard", "logging to TensorBoard").SummaryWriter
-            self._tensorboard = stack.enter_context(
-                contextlib.closing(writer(str(path / "tensorboard"), purge_step=progress.total_step + 1))
-            )
+        if trackers:
+            self._tracking = stack.enter_context(contextlib.closing(Tracking(trackers, path, facts)))
+            self._tracking.send()  # lines that an earlier process could not send, or from before tracking was enabled
 
     def log_step(self, record: StepRecord) -> None:
         if self._steps:
             self._steps.add(vars(record))
-        if self._tensorboard:
-            for name in ("loss", "lr", "images_per_second"):
-                self._tensorboard.add_scalar(f"train/{name}", vars(record)[name], record.step)
 
     def log_epoch(self, record: EpochMetrics) -> None:
         if self._epochs:
             self._epochs.add(record)
-        if self._tensorboard:
-            for name, value in record.items():
-                self._tensorboard.add_scalar(f"epoch/{name}", value, record["step"])
-            self._tensorboard.flush()
 
     def sync_logs(self) -> None:
         for lines in (self._epochs, self._steps):
@@ -306,6 +315,13 @@ class Run:
         if self.folder:
             self.sync_logs()
             self.folder.save({"progress": vars(self.progress), **state}, self.progress.total_step)
+        if self._tracking:  # after the checkpoint, so that these steps are never computed again
+            self._tracking.send()
+
+    def complete(self) -> None:
+        """Mark the run as finished."""
+        if self._tracking:
+            self._tracking.complete()
 
 
 @contextlib.contextmanager
@@ -316,13 +332,13 @@ def open_run(
     *,
     num_bytes: int,
     extend: bool,
-    tensorboard: bool,
+    trackers: Sequence[TrackerName],
 ) -> Iterator[Run]:
     """Start the run in `out` or resume it.
 
     Raises:
         FinishedError: all epochs are done.
-        ValueError: see `RunFolder`; with `extend`, a run that cannot be extended.
+        ValueError: see `RunFolder` and `Tracking`; with `extend`, a run that cannot be extended.
     """
     recipe = identity.recipe
     with contextlib.ExitStack() as stack:
@@ -336,15 +352,18 @@ def open_run(
         checkpoint, schedule_epochs = processes.from_rank_0(open_folder)
         state = read_checkpoint(checkpoint) if checkpoint else {}
         progress = Progress(**state.pop("progress", {}))
-        if progress.epoch == recipe.epochs:
-            raise FinishedError(
-                f"{out}: this run has finished; continue it with more --epochs (in Python with extend=True), or name "
-                "another folder",
-                progress.history,
-            )
+        ending = progress.ending(recipe, schedule_epochs)
+        if progress.epoch == ending.num_epochs:
+            more = "continue it with more --epochs (in Python with extend=True), or name another folder"
+            if ending.stopped_after:
+                more = (
+                    f"stopped early after epoch {progress.epoch} of {recipe.epochs}; name another folder for a new run"
+                )
+            raise FinishedError(f"{out}: this run has finished; {more}", progress.history)
         run = Run(progress, state, schedule_epochs, folder)
-        run.open_logs(stack, tensorboard=tensorboard)
+        processes.from_rank_0(lambda: run.open_logs(stack, trackers, identity.to_json()))
         yield run
+        run.complete()
 
 
 def _open_folder(
@@ -360,13 +379,19 @@ def _open_folder(
     checkpoint = folder.latest()
     if epochs_before < recipe.epochs:
         facts.setdefault("schedule_epochs", epochs_before)
-        num_done = read_checkpoint(checkpoint)["progress"]["epoch"] if checkpoint else 0
-        _check_extension(recipe, out, num_done, facts["schedule_epochs"])
+        progress = Progress(**read_checkpoint(checkpoint)["progress"]) if checkpoint else Progress()
+        _check_extension(recipe, out, progress, facts["schedule_epochs"])
         folder.write_facts(facts)
     return folder, checkpoint, facts.get("schedule_epochs", recipe.epochs)
 
 
-def _check_extension(recipe: Recipe, out: Path, num_done: int, schedule_epochs: int) -> None:
+def _check_extension(recipe: Recipe, out: Path, progress: Progress, schedule_epochs: int) -> None:
+    num_done = progress.epoch
+    if stopped_after := progress.ending(replace(recipe, epochs=schedule_epochs), schedule_epochs).stopped_after:
+        raise ValueError(
+            f"{out}: epochs are {recipe.epochs}, but the metric of this run has not improved for {recipe.patience} "
+            f"epochs after epoch {stopped_after}, so it cannot be extended; choose another folder"
+        )
     if num_done < schedule_epochs:
         raise ValueError(
             f"{out}: epochs are {recipe.epochs}, but this run has done {num_done} of the {schedule_epochs} epochs of "

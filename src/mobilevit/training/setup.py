@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from mobilevit.benchmark.rivals import randomize
 from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.samples import fingerprint
-from mobilevit.recipes import Distill, Recipe
+from mobilevit.defaults import TrackerName
+from mobilevit.recipes import Distill, Imbalance, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.self_check import DeviceError, check_device
 from mobilevit.tasks import TASKS, Task
+from mobilevit.tasks.classification import Classification
 from mobilevit.tasks.distillation import Distillation
+from mobilevit.tasks.imbalance import LossCorrection, advice, check, count_classes
 from mobilevit.teacher import Teacher, TeacherNetwork
 from mobilevit.training.distillation import DistillationLoss, Student
 from mobilevit.training.distributed import Processes
@@ -28,8 +33,11 @@ from mobilevit.training.optim import build_optimizer
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Identity
 from mobilevit.training.step import Loss, autocast, prepare_model
+from mobilevit.training.track import TRACKERS, import_package
 from mobilevit.weights import Weights
 from mobilevit.weights.record import hash_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class TrainOptions:
     classifier: ExternalClassifier | None
     teacher: TeacherNetwork | nn.Module | None
     checkpoint_minutes: float
-    tensorboard: bool
+    trackers: tuple[TrackerName, ...]
     extend: bool
     self_check: bool
     origin: Origin
@@ -83,6 +91,12 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     """
     recipe, device = options.recipe, processes.device
     _check_recipe(options)
+    for name in options.trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"trackers has {name!r}; the trackers are {', '.join(TRACKERS)}")
+        if processes.rank == 0:
+            import_package(name)
+    check(recipe, has_teacher=options.teacher is not None)
     teacher = _teacher(options, device)
     if teacher and teacher.size_px:  # also of a teacher that accepts one size only
         recipe = replace(recipe, distill=replace(recipe.distill, size_px=teacher.size_px))
@@ -90,6 +104,9 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     task = Distillation(teacher) if recipe.task == "distill" and teacher else TASKS[recipe.task]
     train_set, val_set = task.datasets(recipe, options.data)
     _check_data(options, len(train_set), processes.world_size)
+    labels = None
+    if recipe.task == "classify":
+        task, labels = _balance(recipe, train_set, processes)
     torch.manual_seed(recipe.seed)
     initial = (
         initial_weights(options.classifier, recipe, train_set)
@@ -116,7 +133,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
         initial=initial,
         model=prepare_model(model, recipe, device),
         loss=loss,
-        plan=Plan(recipe, len(train_set), processes.world_size, min(processes.gather(max_pixels))),
+        plan=Plan(recipe, len(train_set), processes.world_size, min(processes.gather(max_pixels)), labels),
         val_fingerprint=val_fingerprint,
         identity=Identity(
             recipe=recipe,
@@ -126,6 +143,22 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
             teacher=teacher.fingerprint() if teacher else None,
         ),
     )
+
+
+def _balance(recipe: Recipe, train_set: ImageDataset, processes: Processes) -> tuple[Classification, np.ndarray | None]:
+    """The task with the recipe's correction for imbalanced classes, and the labels if they are to be sampled equally.
+
+    Logs a warning if the classes are imbalanced and the recipe has no correction.
+    """
+    options, source = recipe.imbalance, train_set.source
+    counts = count_classes(source.labels, len(source.class_names))
+    if options == Imbalance():
+        if processes.rank == 0 and (text := advice(counts, source.class_names)):
+            logger.warning(text)
+        return Classification(), None
+    if options.balanced_sampler:
+        return Classification(), np.array(source.labels)
+    return Classification(LossCorrection.from_counts(options, counts, processes.device)), None
 
 
 def blank_batch(task: Task, recipe: Recipe, device: torch.device, shape: tuple[int, ...]) -> Batch:
@@ -174,6 +207,10 @@ def _check_device(model: nn.Module, recipe: Recipe, processes: Processes) -> Non
 
 def _check_recipe(options: TrainOptions) -> None:
     assert not (options.pretrained and options.classifier)
+    if options.recipe.metric != "auto" and options.recipe.task != "classify":
+        raise ValueError(
+            f"metric is {options.recipe.metric}, which the task {options.recipe.task} does not have; it must be auto"
+        )
     if options.classifier:
         check_recipe(options.recipe)
     if options.pretrained is None:

@@ -14,6 +14,7 @@ from mobilevit.device import thread_advice
 from mobilevit.recipes import Recipe
 from mobilevit.training.distillation import DistillationLoss
 from mobilevit.training.distributed import Processes
+from mobilevit.training.ending import Ending
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Run
 from mobilevit.training.setup import Setup
@@ -38,6 +39,11 @@ def describe_run(setup: Setup, run: Run) -> Iterator[str]:
         yield (
             f"the learning rate schedule ends after epoch {run.schedule_epochs}; later epochs use the constant "
             f"learning rate {recipe.optimizer.end_lr:g} (optimizer.end_lr)"
+        )
+    if recipe.patience and recipe.optimizer.schedule == "cosine":
+        yield (
+            f"early stopping: after {recipe.patience} epochs without an improvement, the run ends in the middle of the "
+            "cosine schedule; --optimizer.schedule wsd would end it with a cooldown of the learning rate"
         )
     if run.progress.total_step:
         yield f"resuming after step {run.progress.total_step:,}, in epoch {run.progress.epoch + 1}"
@@ -76,12 +82,17 @@ def _describe_pretrained(recipe: Recipe, pretrained: Weights, class_names: tuple
         yield f"classifier: new, with random weights, for {len(class_names)} classes"
 
 
-def environment(processes: Processes, plan: Plan, schedule_epochs: int) -> dict[str, str]:
+def environment(processes: Processes, plan: Plan, schedule_epochs: int, ending: Ending) -> dict[str, str]:
     """Software and hardware, for the report."""
     device, recipe = processes.device, plan.recipe
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     extended = {"learning rate": f"schedule of {schedule_epochs} epochs, then constant at optimizer.end_lr"}
+    early = {
+        "early stopping": f"after {ending.num_epochs} of {recipe.epochs} epochs; no improvement for {recipe.patience} "
+        f"epochs in epoch {ending.stopped_after}"
+    }
     return {
+        **(early if ending.stopped_after else {}),
         **(extended if schedule_epochs < recipe.epochs else {}),
         "mobilevit": version("mobilevit"),
         "Python": platform.python_version(),
