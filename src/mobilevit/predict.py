@@ -28,6 +28,8 @@ from mobilevit.self_check import check_device
 from mobilevit.weights import (
     NETWORKS,
     PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -44,11 +46,12 @@ Size = tuple[int, int]  # (width, height) of an image in pixels
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and its probability, 0 to 1."""
+    """A class and its probability, 0 to 1. It is rejected if the probability is too low; see `Calibration`."""
 
     class_name: str
     probability: float
     class_index: int
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,23 @@ class Predictor(nn.Module):
 class Classifier(Predictor, MobileViT):
     """A `MobileViT` with preprocessing and class names; see `load`.
 
-    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes).
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes). `calibration` holds for
+    the weights that it was fitted for: set it to `UNCALIBRATED` after training them.
     """
 
     task = "classify"
     preprocessing: Preprocessing = PREPROCESSING["classify"]
+    calibration: Calibration = UNCALIBRATED
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        model = super().from_weights(weights)
+        model.calibration = weights.calibration
+        return model
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a newly initialized one; its class names are unknown until they are set."""
-        self._class_names = ()
+        """Replace the classifier by a newly initialized one, without class names and without calibration."""
+        self._class_names, self.calibration = (), UNCALIBRATED
         super().reset_classifier(num_classes)
 
     @overload
@@ -159,18 +170,41 @@ class Classifier(Predictor, MobileViT):
         predictions = self.predict_pixels(*self._read_all(images), top_k)
         return predictions[0] if _is_one(images) else predictions
 
-    @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size] = (), top_k: int = TOP_K) -> list[list[Prediction]]:
         """The `top_k` most probable classes of each preprocessed image of a batch (B, 3, H, W); `sizes` is not used."""
+        return self.decode(self.logits(pixels), top_k)
+
+    @torch.inference_mode()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """The network's output for preprocessed images (B, 3, H, W): float32 logits (B, num_classes).
+
+        Raises:
+            ValueError: no classifier. RuntimeError: training mode.
+        """
         if not self.num_classes:
             raise ValueError("this network has no classifier; call reset_classifier(num_classes) and train it")
+        self._check_mode()
+        return self(pixels).float()
+
+    @staticmethod
+    def energy(logits: Tensor) -> Tensor:
+        """The energy -logsumexp(logits) of each image, (B,): higher for many images unlike the training images.
+
+        After Liu et al. 2020 (arXiv 2010.03759), at temperature 1. docs/calibration.md says what it does not promise.
+        """
+        return -logits.logsumexp(dim=-1)
+
+    def decode(self, logits: Tensor, top_k: int = TOP_K) -> list[list[Prediction]]:
+        """Logits (B, num_classes) -> the `top_k` most probable classes of each image, with calibrated probabilities."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be 1 or more")
-        self._check_mode()
-        probabilities = self(pixels).float().softmax(dim=-1)
+        probabilities = (logits / self.calibration.temperature).softmax(dim=-1)
         values, indices = probabilities.topk(min(top_k, self.num_classes))
         return [
-            [Prediction(self.class_name(i), p, i) for p, i in zip(row_values, row_indices, strict=True)]
+            [
+                Prediction(self.class_name(i), p, i, rejected=p < self.calibration.min_probability)
+                for p, i in zip(row_values, row_indices, strict=True)
+            ]
             for row_values, row_indices in zip(values.tolist(), indices.tolist(), strict=True)
         ]
 
@@ -466,6 +500,7 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
             task=task,
             head=model.head if isinstance(model, DeepLabV3) else None,
             category_ids=model.category_ids if isinstance(model, Detector) else (),
+            calibration=model.calibration if isinstance(model, Classifier) else UNCALIBRATED,
         ),
         path,
         format,

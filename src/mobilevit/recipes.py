@@ -412,7 +412,8 @@ def distill() -> Recipe:
 
     Command: mobilevit train distill --data photos/ --teacher apple/mobilevit-small --download (docs/distill.md)
     The student learns the classes of the teacher. It serves as --weights or --backbone of other recipes.
-    Time: depends on the number of crops. Accuracy: not measured yet.
+    Time: 0.6 hours for 286,000 crops at 64 px with a teacher at 128 px, on two cores. Weights distilled that way raise
+    the top-1 accuracy of XXS on 17 classes with few images from 51.1 to 66.5 % (docs/distill.md).
     """
     return Recipe(
         task="distill",

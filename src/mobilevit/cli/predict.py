@@ -184,21 +184,38 @@ class _Classes:
 
     def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
         top_k = TOP_K if command.top_k is None else command.top_k
-        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, top_k)
+        self.model, self.top_k = model, top_k
+        self.num_rejected = 0
 
-    def write(self, one: ImageResult[list[Prediction]]) -> tuple[dict[str, Any], Rows]:
+    def predict(self, pixels: Any, sizes: Any) -> list[tuple[list[Prediction], float]]:
+        """Predictions and energy of each image of a batch."""
+        logits = self.model.logits(pixels)
+        return list(zip(self.model.decode(logits, self.top_k), self.model.energy(logits).tolist(), strict=True))
+
+    def write(self, one: ImageResult[tuple[list[Prediction], float]]) -> tuple[dict[str, Any], Rows]:
         """JSON values and table rows.
 
         Raises:
             ImageError: the image could not be read.
         """
-        predictions = one.value()
+        predictions, energy = one.value()
         line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in predictions]
-        return {"predictions": line}, [(p.class_name, f"{100 * p.probability:.1f} %") for p in predictions]
+        rows = [(p.class_name, f"{100 * p.probability:.1f} %") for p in predictions]
+        rejected = predictions[0].rejected
+        if rejected:
+            self.num_rejected += 1
+            rows[0] = (f"{rows[0][0]} (rejected)", rows[0][1])
+        return {"predictions": line, "rejected": rejected, "energy": energy}, rows
 
     def finish(self) -> str:
-        """A line about the written files; there are none."""
-        return ""
+        """A line about rejected images, if there are any."""
+        c = self.model.calibration
+        return (
+            f"rejected: {self.num_rejected} with a probability below {100 * c.min_probability:.1f} %"
+            + ("" if c.min_precision is None else f", the threshold for a precision of {100 * c.min_precision:g} %")
+            if self.num_rejected
+            else ""
+        )
 
 
 class _Boxes:

@@ -7,6 +7,7 @@ detects a quarter turn.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +22,20 @@ from mobilevit.data.folders import class_folder_splits, has_class_folders
 from mobilevit.data.hub_datasets import hub_splits, read_table_files, saved_splits
 from mobilevit.data.idx import idx_splits
 from mobilevit.data.masks import mask_folder_splits
-from mobilevit.data.samples import SPLIT_NAMES, Source, Split, Splits, check_val_fraction, divide, read_class_names
+from mobilevit.data.samples import (
+    SPLIT_NAMES,
+    ImageFiles,
+    Source,
+    Split,
+    Splits,
+    check_val_fraction,
+    divide,
+    read_class_names,
+)
 from mobilevit.data.tables import ACCEPTED, LABEL_FILE_SUFFIXES, is_label_file, table_splits
 from mobilevit.data.tar import is_compressed_tar, read_tars, refuse_compressed
 from mobilevit.data.voc import voc_box_splits, voc_mask_splits
+from mobilevit.images import find_images
 from mobilevit.messages import join_classes, join_names
 
 TaskName = Literal["classify", "multilabel", "detect", "segment"]
@@ -178,6 +189,24 @@ def find_evaluation_split(
         raise ValueError(f"{data}: has no split {split!r}{hint}; evaluate all images with --split all")
     train, val = _divide(splits["all"]().source(class_names), val_fraction, data)
     return train if split == "train" else val
+
+
+def find_any_images(data: str | Path) -> Source[int]:
+    """Images whose labels do not matter: all files of a folder, or the evaluation split of a dataset. Labels are 0.
+
+    Raises:
+        ValueError: no images; as `find_splits`.
+    """
+    folder = Path(data)
+    if folder.is_dir():
+        with contextlib.suppress(ValueError):  # no image files: a dataset of another format
+            files = tuple(find_images([str(folder)]))
+            return Source(ImageFiles(files, folder), (0,) * len(files), ())
+    splits = _find_format("classify", data)[1]
+    name = _evaluation_split(splits)
+    split = splits[name if name in splits else "train"]()
+    source = split.source(split.training_class_names())
+    return replace(source, labels=(0,) * len(source))
 
 
 def read_splits(data: str | Path, task: TaskName | None = None) -> tuple[TaskName, dict[str, Split]]:

@@ -133,6 +133,7 @@ def write_page(
         "num_parameters": sum(parameter.numel() for parameter in weights.build().parameters()),
         "num_bytes": artifact.num_bytes,
         "preprocessing": p.to_dict(),
+        "calibration": asdict(weights.calibration),
         "validation": _validation(weights),
         "drawing": asdict(DRAWINGS[drawing]) if drawing else None,
         "palette": PALETTE if is_dense else None,

@@ -82,7 +82,9 @@ def explain_image(
         size_px=preprocessing.crop_px,
         attention=compute_attention(model.backbone, tensor),
         receptive_fields=compute_receptive_fields(model.backbone, tensor, *point),
-        class_evidence=compute_class_evidence(model, tensor, weights.class_names, class_index)
+        class_evidence=compute_class_evidence(
+            model, tensor, weights.class_names, class_index, weights.calibration.temperature
+        )
         if has_classes and isinstance(model, MobileViT)
         else (),
     )

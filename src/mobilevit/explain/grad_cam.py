@@ -38,14 +38,21 @@ class ClassEvidence:
 
 
 def compute_class_evidence(
-    model: MobileViT, image: Tensor, class_names: Sequence[str], class_index: int | None = None
+    model: MobileViT,
+    image: Tensor,
+    class_names: Sequence[str],
+    class_index: int | None = None,
+    temperature: float = 1.0,
 ) -> tuple[ClassEvidence, ...]:
-    """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W)."""
+    """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W).
+
+    Probabilities are softmax(logits / temperature); the evidence is that for the logits.
+    """
     with torch.enable_grad():
         modules = {"last": model.head, "fine": model.backbone.get_submodule(LAYER_CAM_STAGE)}
         logits, maps = capture_outputs(model, image.detach().clone().requires_grad_(), modules)
         last, fine = maps["last"], maps["fine"]
-        probabilities = logits[0].detach().float().softmax(dim=0)
+        probabilities = (logits[0].detach().float() / temperature).softmax(dim=0)
         most_likely = probabilities.topk(min(TOP_K, model.num_classes)).indices.tolist()
         result = []
         for index in most_likely if class_index is None else dict.fromkeys((class_index, *most_likely)):

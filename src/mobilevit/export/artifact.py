@@ -17,7 +17,7 @@ from mobilevit.export_options import Precision
 from mobilevit.images import ImageInput, Preprocessing, read_image
 from mobilevit.models.ssdlite import CENTER_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
 from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
-from mobilevit.weights import TaskName, Weights
+from mobilevit.weights import UNCALIBRATED, TaskName, Weights
 
 T = TypeVar("T")
 # Names of the outputs, in order: the network's outputs, and the decoded outputs.
@@ -264,5 +264,6 @@ def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, 
         "preprocessing": json.dumps(weights.preprocessing.to_dict() | {"scaled_inside": spec.uint8}),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
         **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
+        **({"calibration": json.dumps(asdict(weights.calibration))} if weights.calibration != UNCALIBRATED else {}),
         "source": source,
     }

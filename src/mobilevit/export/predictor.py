@@ -17,6 +17,7 @@ from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
 from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
+from mobilevit.weights import Calibration
 
 
 class Artifact(Predictor):
@@ -71,7 +72,11 @@ class Artifact(Predictor):
 
 
 class ArtifactClassifier(Artifact, Classifier):
-    """An exported classifier."""
+    """An exported classifier; the calibration is in the metadata."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.calibration = Calibration(**json.loads(read_metadata(path).get("calibration", "{}")))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes)."""

@@ -17,6 +17,7 @@ from mobilevit.data.sources import Source
 from mobilevit.draw import class_color, draw_boxes
 from mobilevit.images import ImageError, read_image, to_rgb
 from mobilevit.report import jpeg_url, render
+from mobilevit.report.confidence import confidence_html
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.detection import SHOWN_SCORE, DetectionResults, ImageDetections
 from mobilevit.tasks.distillation import DistillationResults
@@ -99,6 +100,7 @@ def _classification(results: ClassificationResults, source: Source[Any]) -> list
     return [
         Section("Confusion matrix", confusion_html(matrix, names)),
         Section("Classes", class_table(results.per_class(names), headings, by=("recall", "precision"))),
+        Section("Calibration", confidence_html(results)),
         Section("Most confident errors", _examples(error, results.most_confident_errors(MAX_ERRORS), "No errors.")),
     ]
 

@@ -114,6 +114,12 @@ def next_commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str
         ("Predict", f"mobilevit predict {weights} IMAGE..."),
         ("Export, verified against PyTorch on these images", f"mobilevit export {weights} --to onnx --images {data}"),
     ]
+    if recipe.task == "classify":
+        calibrated = shlex.quote(str(out / "calibrated.safetensors"))
+        commands.insert(
+            1,
+            ("Calibrate the probabilities", f"mobilevit calibrate {weights} --data {data} --out {calibrated}"),
+        )
     if recipe.task == "distill":  # its data have no labels
         commands[0] = (
             "Fine-tune on labelled images",

@@ -64,6 +64,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -80,6 +82,8 @@ __all__ = [
     "PUBLISHED_STRIDES",
     "TASK_FORMATS",
     "TIMM_PREPROCESSING",
+    "UNCALIBRATED",
+    "Calibration",
     "Format",
     "TaskName",
     "Weights",
@@ -149,7 +153,12 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
             f"{path}: {classifier} has {weights.num_classes} classes, but there are {len(described.class_names)} class "
             f"names; fix the class names in its {described.source}"
         )
-    return replace(weights, class_names=described.class_names, category_ids=described.category_ids)
+    return replace(
+        weights,
+        class_names=described.class_names,
+        category_ids=described.category_ids,
+        calibration=described.calibration,
+    )
 
 
 def to_weights(source: Weights | str | os.PathLike[str], *, download: bool = False) -> Weights:

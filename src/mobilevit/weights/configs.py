@@ -21,6 +21,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -28,6 +30,7 @@ from mobilevit.weights.record import (
 )
 
 METADATA = "mobilevit"  # key in the metadata of a .safetensors file: the description
+CALIBRATION = "calibration"  # key in the description; files without it are not calibrated
 OTHER = "mobilevit.other"  # the same for a network that is not MobileViT
 PUBLISHED_STRIDES = {PAPER_HEAD: 16, LATER_HEAD: 8}  # output strides of Apple's two segmentation networks
 
@@ -45,6 +48,7 @@ class Description:
     training: Mapping[str, Any] = field(default_factory=dict)
     head: DeepLabHead | None = None
     category_ids: tuple[int, ...] = ()
+    calibration: Calibration = UNCALIBRATED
 
 
 def describe(
@@ -95,7 +99,12 @@ def metadata_of(weights: Weights) -> dict[str, Any]:
         "task": weights.task,
         "head": asdict(weights.head) if weights.head else None,
         "category_ids": weights.category_ids,
+        **_calibration_of(weights),
     }
+
+
+def _calibration_of(weights: Weights) -> dict[str, Any]:
+    return {} if weights.calibration == UNCALIBRATED else {CALIBRATION: asdict(weights.calibration)}
 
 
 def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[str, Any]) -> Description:
@@ -121,6 +130,7 @@ def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[st
             training=values["training"],
             head=head,
             category_ids=category_ids,
+            calibration=Calibration(**values.get(CALIBRATION, {})),
         )
 
 
@@ -140,6 +150,7 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         if class_names == tuple(f"LABEL_{index}" for index in labels):  # transformers' placeholders
             class_names = ()
         output_stride = config.get("output_stride", 32)
+        calibration = Calibration(**config.get(f"mobilevit_{CALIBRATION}", {}))
         if task == "segment":
             head = DeepLabHead(
                 channels=config.get("aspp_out_channels", 256),
@@ -165,6 +176,7 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         output_stride=output_stride,
         bgr=bgr,
         head=head,
+        calibration=calibration,
     )
 
 
@@ -246,6 +258,8 @@ def transformers_config(weights: Weights) -> dict[str, Any]:
         "qkv_bias": True,
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
+        # Unknown to transformers, which keeps it.
+        **{f"mobilevit_{name}": values for name, values in _calibration_of(weights).items()},
     }
     if (head := weights.head) is not None:
         if head.auxiliary_channels or head.align_corners:

@@ -61,7 +61,8 @@ function start(provider) {
     };
   });
   const url = new URL(network.model, import.meta.url).href;
-  worker.postMessage({ start: provider, url, task: network.task, preprocessing: network.preprocessing });
+  const { task, preprocessing, calibration } = network;
+  worker.postMessage({ start: provider, url, task, preprocessing, temperature: calibration.temperature });
   return ready;
 }
 

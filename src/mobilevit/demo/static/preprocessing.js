@@ -155,10 +155,10 @@ export function preprocess(image, preprocessing) {
   return { cropped, input };
 }
 
-/** Logits -> probabilities. */
-export function softmax(logits) {
+/** Logits -> probabilities, calibrated by the temperature. */
+export function softmax(logits, temperature) {
   const max = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const powers = Float64Array.from(logits, (x) => Math.exp(x - max));
+  const powers = Float64Array.from(logits, (x) => Math.exp((x - max) / temperature));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((x) => x / sum);
 }

@@ -69,16 +69,24 @@ export class ClassificationView extends View {
     }));
   }
 
+  /** Why a prediction is rejected, or "". */
+  #rejection(fraction) {
+    const { min_probability: threshold } = this.network.calibration;
+    return fraction < threshold ? `rejected, below ${percent(threshold, 1)}` : "";
+  }
+
   summary(result) {
-    const [{ name, text }] = this.#top(result);
-    return [name, `${name}, ${text}`];
+    const [{ name, text, fraction }] = this.#top(result);
+    const rejection = this.#rejection(fraction);
+    return rejection ? ["rejected", `${name}, ${text}, ${rejection}`] : [name, `${name}, ${text}`];
   }
 
   show(result) {
     const top = this.#top(result);
-    this.headline(top[0].name, top[0].text);
+    const rejection = this.#rejection(top[0].fraction);
+    this.headline(top[0].name, rejection ? `${top[0].text}, ${rejection}` : top[0].text);
     this.rows(top);
-    this.announcement = `${top[0].name}, ${percentText(top[0].fraction)}`;
+    this.announcement = `${top[0].name}, ${percentText(top[0].fraction)}${rejection && `, ${rejection}`}`;
   }
 
   clear(text) {
