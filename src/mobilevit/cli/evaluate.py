@@ -212,7 +212,7 @@ class Evaluate:
                 split=self.split,
                 size_px=size_px,
                 max_unreadable=self.max_unreadable,
-                options=EmbedOptions(self.batch_size, self.num_workers, device),
+                options=EmbedOptions(self.batch_size, self.num_workers, device, self.self_check),
             )
         return evaluate(
             weights,
