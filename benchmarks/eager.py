@@ -15,9 +15,7 @@ keeps freed memory, for all models. --no-keep-memory leaves the allocator at its
 
 from __future__ import annotations
 
-import ctypes
 import json
-import platform
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +25,7 @@ import timm
 import torch
 import torchvision
 import transformers
-import tyro
+from memory import keep_freed_memory
 from results import print_table, write_results
 from torch import Tensor
 
@@ -87,13 +85,6 @@ def check_agreement(runs: dict[str, Callable[[], Tensor]]) -> float:
     difference = max((logits[OURS] - other).abs().max() for other in logits.values()) / logits[OURS].std()
     assert difference < 1e-4, f"the models differ by {difference:.1e} of the logits' standard deviation"
     return float(difference)
-
-
-def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory; False where that is not possible."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    return mallopt is not None and mallopt(mmap_max, 0) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 def cells(row: dict) -> tuple[str, ...]:
@@ -166,4 +157,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

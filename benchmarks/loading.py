@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-import tyro
 from PIL import Image
 from results import print_table, write_results
 from sklearn.datasets import load_sample_images
@@ -174,4 +173,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

@@ -18,10 +18,15 @@ def print_table(title: str, note: str, columns: Sequence[str], rows: Iterable[Se
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
+
+
 def write_results(
     out: Path, title: str, facts: str, note: str, columns: Sequence[str], rows: Iterable[Sequence[str]], result: str
 ) -> None:
     """Write OUT.md, a table below its `facts`, and OUT.json with `result`, which is JSON already."""
-    lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
+    lines = markdown_table(columns, rows)
     out.with_name(out.name + ".md").write_text("\n".join([f"# {title}", "", facts, "", note, "", *lines, ""]))
     out.with_name(out.name + ".json").write_text(result + "\n")

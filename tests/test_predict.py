@@ -28,7 +28,7 @@ from mobilevit.predict import (
     predict_images,
     save,
 )
-from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, Format, WeightsError, read
+from mobilevit.weights import FORMATS, PAPER_PREPROCESSING, UNCALIBRATED, Calibration, Format, WeightsError, read
 from mobilevit.weights import PREPROCESSING as ASSUMED
 from small_networks import randomize
 
@@ -397,6 +397,28 @@ def test_network_without_classifier(tmp_path: Path):
     loaded = load(tmp_path / "features.safetensors")
     assert loaded.num_classes == 0
     assert loaded(torch.rand(1, 3, 33, 32)).shape == (1, 320)
+
+
+def test_calibration(model: Classifier, images: list[Path], tmp_path: Path):
+    """The temperature scales the logits; predictions below the threshold are rejected; a new classifier has neither."""
+    save(model, tmp_path / "plain.safetensors")
+    assert load(tmp_path / "plain.safetensors").calibration == UNCALIBRATED
+    calibrated = load(tmp_path / "plain.safetensors")
+    calibrated.calibration = Calibration(1.7)
+    save(calibrated, tmp_path / "calibrated.safetensors")
+    calibrated = load(tmp_path / "calibrated.safetensors")
+    assert calibrated.calibration == Calibration(1.7)
+    pixels = torch.rand(2, 3, 37, 37)
+    assert calibrated(pixels).equal(model(pixels))
+    powers = by_hand(model, images[0]) ** (1 / 1.7)
+    predictions = calibrated.predict(images[0])
+    assert is_close(predictions, powers / powers.sum())
+    assert not any(p.rejected for p in predictions)
+    between = (predictions[0].probability + predictions[1].probability) / 2
+    calibrated.calibration = Calibration(1.7, min_probability=between)
+    assert [p.rejected for p in calibrated.predict(images[0])] == [False, True, True, True, True]
+    calibrated.reset_classifier(2)
+    assert calibrated.calibration == UNCALIBRATED
 
 
 def test_a_new_classifier_has_no_old_names(model: Classifier, images: list[Path], tmp_path: Path):

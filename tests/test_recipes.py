@@ -19,6 +19,7 @@ from mobilevit.recipes import (
     Data,
     Distill,
     Imbalance,
+    Multilabel,
     Optimizer,
     Recipe,
     Sampler,
@@ -67,6 +68,7 @@ OTHER = Recipe(
     ),
     compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
     distill=Distill(0.25, 3.5, 1.5, 96),
+    multilabel=Multilabel("asymmetric", 2.0, 1.0, 0.1),
     imbalance=Imbalance(logit_adjustment=0.5),
     patience=4,
     metric="macro_f1",
@@ -78,6 +80,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "optimizer.": Optimizer,
     "compute.": Compute,
     "distill.": Distill,
+    "multilabel.": Multilabel,
     "imbalance.": Imbalance,
 }
 
@@ -94,6 +97,7 @@ def test_the_round_trip_covers_every_field():
         (OTHER.sampler, Sampler()),
         (OTHER.optimizer, Optimizer()),
         (OTHER.distill, Distill()),
+        (OTHER.multilabel, Multilabel()),
         (OTHER.compute, Compute()),
     ):
         for field in fields(cast(Any, other)):
@@ -161,6 +165,10 @@ OUT_OF_RANGE = [
     ("distill.temperature", 0.0),
     ("distill.feature_weight", -0.1),
     ("distill.size_px", -1),
+    ("multilabel.loss", "focal"),
+    ("multilabel.gamma_negative", -0.1),
+    ("multilabel.gamma_positive", -1.0),
+    ("multilabel.margin", 1.0),
     ("imbalance.class_weights", 1.01),
     ("imbalance.class_weights", -0.1),
     ("imbalance.logit_adjustment", -0.1),

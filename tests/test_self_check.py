@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def ignores_strides(model: nn.Module) -> None:
 
 
 def not_a_number(model: nn.Module) -> None:
-    convolutions(model)[-1].register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    convolutions(model)[-1].weight.data.fill_(torch.nan)
 
 
 def no_gradient(model: nn.Module) -> None:
@@ -73,7 +74,7 @@ def no_gradient(model: nn.Module) -> None:
 
 def wrong_update(model: nn.Module) -> None:
     """The optimizer does not write to channels-last weights."""
-    model.skips_channels_last = True
+    model.register_buffer("skips_channels_last", torch.tensor(True))
 
 
 def optimizer_of_device(model: nn.Module) -> torch.optim.Optimizer:
@@ -173,7 +174,7 @@ def test_all_processes_stop(monkeypatch: pytest.MonkeyPatch):
     """A process whose device is correct also raises the error of another process."""
 
     class Two(Processes):
-        def gather(self, value: str) -> list[str]:
+        def gather(self, value: Any) -> list[Any]:
             return [value, "device 'cuda:1' computes other results"]
 
     recipe = replace(RECIPES["tiny"], architecture="xxs")

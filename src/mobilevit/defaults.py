@@ -12,6 +12,8 @@ TOP_K = 5
 """Classes that a prediction lists."""
 SCORE_THRESHOLD = 0.3
 """Detections below this score are not shown."""
+LABEL_THRESHOLD = 0.5
+"""Probability of a label in multi-label classification, for weights without thresholds of their own."""
 PREDICT_BATCH_SIZE = 16
 """Images per batch of predictions."""
 MAX_PER_IMAGE = 100

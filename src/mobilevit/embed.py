@@ -26,6 +26,7 @@ from mobilevit.files import require, write_atomic
 from mobilevit.images import ImageError, find_images, read_image
 from mobilevit.logs import Progress
 from mobilevit.messages import first_line, join_names
+from mobilevit.self_check import check_device
 from mobilevit.weights import Weights, to_weights
 from mobilevit.weights.record import hash_tensors
 
@@ -42,11 +43,13 @@ class EmbedOptions:
         batch_size: images per batch.
         num_workers: processes that read images; 0 reads them in this process.
         device: "auto" is the first available one of cuda, mps and cpu.
+        self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
     """
 
     batch_size: int = 32
     num_workers: int = 0
     device: str = "auto"
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -87,11 +90,13 @@ def feature_batches(
     """The input of the classifier for the images of each batch, one after the other.
 
     Raises:
-        ValueError: weights of another task; the device is not available.
+        ValueError: weights of another task; the device is not available or computes other results than the CPU.
     """
     _check_task(weights)
     device = choose_device(options.device)
     model = weights.build().to(device)
+    if options.self_check:
+        check_device(model, weights.preprocessing.crop_px)
     dataset = ImageDataset(source, Evaluation(weights.preprocessing), stack=list)
     loader = load(
         dataset,

@@ -1,7 +1,7 @@
 """Classify, detect and segment images: networks with preprocessing and class names.
 
-`load`, `load_detector` and `load_segmenter` return a `Classifier`, `Detector` or `Segmenter`. Boxes and masks are in
-pixels of the upright image at its original size.
+`load`, `load_multilabel`, `load_detector` and `load_segmenter` return a `Classifier`, `MultilabelClassifier`,
+`Detector` or `Segmenter`. Boxes and masks are in pixels of the upright image at its original size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mobilevit.defaults import MAX_PER_IMAGE, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import LABEL_THRESHOLD, MAX_PER_IMAGE, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 from mobilevit.images import ImageError, ImageInput, Preprocessing, read_image
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import Backbone, MobileViT
@@ -28,6 +28,8 @@ from mobilevit.self_check import check_device
 from mobilevit.weights import (
     NETWORKS,
     PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -44,11 +46,12 @@ Size = tuple[int, int]  # (width, height) of an image in pixels
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and its probability, 0 to 1."""
+    """A class and its probability, 0 to 1. It is rejected if the probability is too low; see `Calibration`."""
 
     class_name: str
     probability: float
     class_index: int
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Detection:
 
 
 class Predictor(nn.Module):
-    """Base class of `Classifier`, `Detector` and `Segmenter`: preprocessing and class names."""
+    """Base class of `Classifier`, `MultilabelClassifier`, `Detector` and `Segmenter`: preprocessing and class names."""
 
     task: TaskName
     preprocessing: Preprocessing
@@ -137,15 +140,23 @@ class Predictor(nn.Module):
 class Classifier(Predictor, MobileViT):
     """A `MobileViT` with preprocessing and class names; see `load`.
 
-    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes).
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes). `calibration` holds for
+    the weights that it was fitted for: set it to `UNCALIBRATED` after training them.
     """
 
     task = "classify"
     preprocessing: Preprocessing = PREPROCESSING["classify"]
+    calibration: Calibration = UNCALIBRATED
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        model = super().from_weights(weights)
+        model.calibration = weights.calibration
+        return model
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a newly initialized one; its class names are unknown until they are set."""
-        self._class_names = ()
+        """Replace the classifier by a newly initialized one, without class names and without calibration."""
+        self._class_names, self.calibration = (), UNCALIBRATED
         super().reset_classifier(num_classes)
 
     @overload
@@ -159,19 +170,99 @@ class Classifier(Predictor, MobileViT):
         predictions = self.predict_pixels(*self._read_all(images), top_k)
         return predictions[0] if _is_one(images) else predictions
 
-    @torch.inference_mode()
     def predict_pixels(self, pixels: Tensor, sizes: Sequence[Size] = (), top_k: int = TOP_K) -> list[list[Prediction]]:
         """The `top_k` most probable classes of each preprocessed image of a batch (B, 3, H, W); `sizes` is not used."""
+        return self.decode(self.logits(pixels), top_k)
+
+    @torch.inference_mode()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """The network's output for preprocessed images (B, 3, H, W): float32 logits (B, num_classes).
+
+        Raises:
+            ValueError: no classifier. RuntimeError: training mode.
+        """
         if not self.num_classes:
             raise ValueError("this network has no classifier; call reset_classifier(num_classes) and train it")
+        self._check_mode()
+        return self(pixels).float()
+
+    @staticmethod
+    def energy(logits: Tensor) -> Tensor:
+        """The energy -logsumexp(logits) of each image, (B,): higher for many images unlike the training images.
+
+        After Liu et al. 2020 (arXiv 2010.03759), at temperature 1. docs/calibration.md says what it does not promise.
+        """
+        return -logits.logsumexp(dim=-1)
+
+    def decode(self, logits: Tensor, top_k: int = TOP_K) -> list[list[Prediction]]:
+        """Logits (B, num_classes) -> the `top_k` most probable classes of each image, with calibrated probabilities."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be 1 or more")
-        self._check_mode()
-        probabilities = self(pixels).float().softmax(dim=-1)
+        probabilities = (logits / self.calibration.temperature).softmax(dim=-1)
         values, indices = probabilities.topk(min(top_k, self.num_classes))
         return [
-            [Prediction(self.class_name(i), p, i) for p, i in zip(row_values, row_indices, strict=True)]
+            [
+                Prediction(self.class_name(i), p, i, rejected=p < self.calibration.min_probability)
+                for p, i in zip(row_values, row_indices, strict=True)
+            ]
             for row_values, row_indices in zip(values.tolist(), indices.tolist(), strict=True)
+        ]
+
+
+class MultilabelClassifier(Predictor, MobileViT):
+    """A `MobileViT` with a probability and a threshold for each class; see `load_multilabel`.
+
+    `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes). The probability of a class
+    is the sigmoid of its logit.
+    """
+
+    task = "multilabel"
+    preprocessing: Preprocessing = PREPROCESSING["multilabel"]
+    thresholds: tuple[float, ...] = ()  # by class index; empty: `LABEL_THRESHOLD` for all classes
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        model = super().from_weights(weights)
+        model.thresholds = weights.thresholds
+        return model
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a newly initialized one, without class names and thresholds."""
+        self._class_names = self.thresholds = ()
+        super().reset_classifier(num_classes)
+
+    @overload
+    def predict(self, images: ImageInput, score_threshold: float | None = None) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Sequence[ImageInput], score_threshold: float | None = None) -> list[list[Prediction]]: ...
+    def predict(
+        self, images: ImageInput | Sequence[ImageInput], score_threshold: float | None = None
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """The classes of one image, most probable first and possibly none, or a list of them for several images.
+
+        These are the classes whose probability is at least their threshold; `score_threshold` (0 to 1) replaces the
+        thresholds of all classes.
+        """
+        predictions = self.predict_pixels(*self._read_all(images), score_threshold)
+        return predictions[0] if _is_one(images) else predictions
+
+    @torch.inference_mode()
+    def predict_pixels(
+        self, pixels: Tensor, sizes: Sequence[Size] = (), score_threshold: float | None = None
+    ) -> list[list[Prediction]]:
+        """The classes of each preprocessed image of a batch (B, 3, H, W); see `predict`. `sizes` is not used."""
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; it must be from 0 to 1")
+        self._check_mode()
+        thresholds = self.thresholds if score_threshold is None else (score_threshold,) * self.num_classes
+        thresholds = thresholds or (LABEL_THRESHOLD,) * self.num_classes
+        return [
+            [
+                Prediction(self.class_name(i), row[i], i)
+                for i in sorted(range(len(row)), key=row.__getitem__, reverse=True)
+                if row[i] >= thresholds[i]
+            ]
+            for row in self(pixels).float().sigmoid().tolist()
         ]
 
 
@@ -332,12 +423,18 @@ def _is_one(images: ImageInput | Sequence[ImageInput]) -> TypeGuard[ImageInput]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Load and save
 
-PREDICTORS: dict[TaskName, type[Classifier | Detector | Segmenter]] = {
+PREDICTORS: dict[TaskName, type[Classifier | MultilabelClassifier | Detector | Segmenter]] = {
     "classify": Classifier,
+    "multilabel": MultilabelClassifier,
     "detect": Detector,
     "segment": Segmenter,
 }
-_LOADERS: dict[TaskName, str] = {"classify": "load", "detect": "load_detector", "segment": "load_segmenter"}
+_LOADERS: dict[TaskName, str] = {
+    "classify": "load",
+    "multilabel": "load_multilabel",
+    "detect": "load_detector",
+    "segment": "load_segmenter",
+}
 AnyPredictor = TypeVar("AnyPredictor", bound=Predictor)
 
 
@@ -369,6 +466,18 @@ def load(
         >>> model.predict("cat.jpg")[0].class_name
     """
     return _to_device(_load(Classifier, source, download, num_classes, output_stride), device, self_check)
+
+
+def load_multilabel(
+    source: str | os.PathLike[str], *, download: bool = False, num_classes: int | None = None, device: str = "cpu"
+) -> MultilabelClassifier:
+    """A multi-label classifier in eval mode; arguments and errors as for `load`.
+
+    Examples:
+        >>> model = mobilevit.load_multilabel("runs/photos/model.safetensors")
+        >>> [label.class_name for label in model.predict("beach.jpg")]
+    """
+    return _load(MultilabelClassifier, source, download, num_classes).to(device)
 
 
 def load_detector(
@@ -455,7 +564,10 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
     Raises:
         WeightsError: `format` cannot express this network, or `path` has the wrong ending for it.
     """
-    task: TaskName = next(task for task, network in NETWORKS.items() if isinstance(model, network))
+    if isinstance(model, Predictor):
+        task: TaskName = model.task
+    else:
+        task = next(name for name, network in NETWORKS.items() if isinstance(model, network))
     write(
         Weights(
             architecture=model.architecture,
@@ -466,6 +578,8 @@ def save(model: MobileViT | SSDLite | DeepLabV3, path: str | os.PathLike[str], f
             task=task,
             head=model.head if isinstance(model, DeepLabV3) else None,
             category_ids=model.category_ids if isinstance(model, Detector) else (),
+            thresholds=model.thresholds if isinstance(model, MultilabelClassifier) else (),
+            calibration=model.calibration if isinstance(model, Classifier) else UNCALIBRATED,
         ),
         path,
         format,

@@ -13,11 +13,12 @@ from mobilevit.defaults import MAX_MEGAPIXELS, MIN_SIZE_PX
 from mobilevit.messages import nearest
 
 Size = Literal["xxs", "xs", "s"]
-Task = Literal["classify", "detect", "segment", "distill"]
+Task = Literal["classify", "multilabel", "detect", "segment", "distill"]
 Variant = Literal["standard", "equation", "listing", "v0.1", "main"]
 Policy = Literal["basic", "advanced"]
 Schedule = Literal["cosine", "wsd"]
 Cosine = Literal["step", "epoch"]
+MultilabelLoss = Literal["bce", "asymmetric"]
 Metric = Literal["auto", "top1", "balanced_accuracy", "macro_f1"]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -190,6 +191,32 @@ class Distill(_Checked):
 
 
 @dataclass(frozen=True)
+class Multilabel(_Checked):
+    """The loss for several labels per image. The options apply to the task multilabel."""
+
+    loss: MultilabelLoss = "bce"
+    """bce: binary cross-entropy of each class; asymmetric: the loss of Ridnik et al. 2021 (arXiv 2009.14119), which
+    reduces the effect of the many classes that an image does not have."""
+    gamma_negative: Annotated[float, Range(min=0)] = 4.0
+    """Asymmetric loss: exponent of the probability p of a class that the image does not have. Higher values reduce the
+    effect of classes with a low p."""
+    gamma_positive: Annotated[float, Range(min=0)] = 0.0
+    """Asymmetric loss: exponent of 1 - p of a class that the image has."""
+    margin: Annotated[float, Range(min=0, below=1)] = 0.05
+    """Asymmetric loss: p of a class that the image does not have is reduced by this value, to 0 or more. Classes with a
+    lower p have no effect."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            if self.loss == "bce" and value != option.default:
+                raise ValueError(
+                    f"multilabel.{option.name} is {value}, but multilabel.loss is bce; set it to asymmetric"
+                )
+
+
+@dataclass(frozen=True)
 class Imbalance(_Checked):
     """Classification of imbalanced data. At most one of the options can be used (docs/training.md)."""
 
@@ -218,8 +245,8 @@ class Recipe(_Checked):
     """A training run."""
 
     task: Task = "classify"
-    """Task: image classification, object detection (SSDLite), semantic segmentation (DeepLabv3), or distillation of a
-    classifier without labels."""
+    """Task: image classification with one label or with several labels per image, object detection (SSDLite), semantic
+    segmentation (DeepLabv3), or distillation of a classifier without labels."""
     architecture: Size = "s"
     """Network size. Default with pretrained weights: their size."""
     epochs: Annotated[int, Range(min=1)] = 300
@@ -242,6 +269,7 @@ class Recipe(_Checked):
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
     distill: Distill = field(default_factory=Distill)
+    multilabel: Multilabel = field(default_factory=Multilabel)
     imbalance: Imbalance = field(default_factory=Imbalance)
 
 
@@ -276,6 +304,20 @@ def finetune() -> Recipe:
             start_lr=1e-5, lr=1e-3, end_lr=1e-5, warmup_steps=100, clip_norm=1.0, backbone_lr_scale=0.1
         ),
     )
+
+
+def multilabel() -> Recipe:
+    """Photographs with several labels per image, from pretrained weights: the recipe finetune with a sigmoid per class.
+
+    Command: mobilevit train multilabel --data photos/labels.csv --weights apple/mobilevit-x-small --download
+    (docs/data.md)
+
+    Images may have no label. --multilabel.loss asymmetric is an alternative for many classes with few labels each.
+    The threshold of each class is chosen on the validation split and stored with the weights.
+
+    Time: as finetune. Accuracy: not measured on photographs.
+    """
+    return replace(finetune(), task="multilabel", label_smoothing=0.0)
 
 
 def tiny() -> Recipe:
@@ -471,6 +513,7 @@ def deeplabv3(architecture: Size) -> Recipe:
 NAMED: dict[str, Callable[[], Recipe]] = {
     "plain": plain,
     "finetune": finetune,
+    "multilabel": multilabel,
     "tiny": tiny,
     "small": small,
     "detect": detect,

@@ -130,16 +130,16 @@ def _compute(model: nn.Module, images: Tensor, precision: Precision, is_training
         # Divided by the root, so that gradients are neither too small nor too large for float16.
         loss = torch.stack([output.square().sum() / output.numel() ** 0.5 for output in outputs]).sum()
         loss.backward()
-        results["gradients"] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+        results["gradients"] = torch.cat([gradient.flatten() for gradient in gradients])
     return {name: value.detach().cpu() for name, value in results.items()}
 
 
 def _update(model: nn.Module, gradients: Tensor, build_optimizer: Optimizer) -> Tensor:
     """The change of all weights by one step of the optimizer, a vector on the CPU."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter, gradient in zip(parameters, gradients.split([p.numel() for p in parameters]), strict=True):
-        assert parameter.grad is not None
-        parameter.grad.copy_(gradient.view(parameter.shape))
+        parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))  # with its memory layout
     before = [p.detach().clone() for p in parameters]
     build_optimizer(model).step()
     return torch.cat([(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)]).cpu()

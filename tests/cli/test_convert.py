@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from command_line import check_refused, files_in, run
-from mobilevit.weights import read
+from mobilevit.predict import load, save
+from mobilevit.weights import Calibration, read
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,22 @@ def test_convert(capsys: pytest.CaptureFixture[str], here: Path, to: str, target
     assert stamps == {file: (here / file).stat().st_mtime_ns for file in files}
     assert run(f"{convert} --overwrite") == 0
     assert files_in(here) - before == files
+
+
+def test_calibration(capsys: pytest.CaptureFixture[str], here: Path):
+    """It is converted, too, except to Apple's format, which has no place for it."""
+    model = load("classifier.safetensors")
+    model.calibration = Calibration(1.5)
+    save(model, here / "calibrated.safetensors")
+    assert run("convert calibrated.safetensors folder --to transformers") == 0
+    assert run("convert folder back.safetensors") == 0
+    assert read("back.safetensors").calibration == Calibration(1.5)
+    assert run("info back.safetensors") == 0
+    out, err = capsys.readouterr()
+    assert "temperature 1.5" in out
+    assert err == ""
+    assert run("convert calibrated.safetensors a.pt --to apple") == 0
+    assert "a.pt: without the calibration of calibrated.safetensors" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import f1_score, recall_score
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from command_line import check_refused, refused, run
 from mobilevit.data.corruptions import Corruption
@@ -24,26 +24,31 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path):
     model = load("xyz.safetensors")
     num_correct, loss = 0, 0.0
     labels, predicted = [], []
+    bins = [0.0] * 15  # the difference of the number of correct predictions and the sum of their probabilities
     for file in sorted((here / "classes").rglob("*.png")):
         probabilities = {p.class_name: p.probability for p in model.predict(file)}
         labels.append(file.parent.name)
         predicted.append(max(probabilities, key=lambda name: probabilities[name]))
         num_correct += predicted[-1] == labels[-1]
         loss -= float(np.log(probabilities[file.parent.name])) / 6
+        highest = max(probabilities.values())
+        is_correct = probabilities[file.parent.name] == highest
+        bins[int(15 * highest)] += is_correct - highest
     assert run(f"{EVALUATE} --batch-size 4 --json") == 0
     line = json.loads(capsys.readouterr().out)
     assert (line.pop("weights"), line.pop("size_px"), line.pop("split")) == ("xyz.safetensors", 32, "all")
     balanced = 100 * recall_score(labels, predicted, labels=sorted({*labels}), average="macro")
     macro_f1 = 100 * f1_score(labels, predicted, average="macro")
     metrics = {"top1": 100 * num_correct / 6, "top5": 100.0, "balanced_accuracy": balanced, "macro_f1": macro_f1}
-    expected = {**metrics, "loss": loss, "num_images": 6}
+    ece = 100 * sum(map(abs, bins)) / 6
+    expected = {**metrics, "loss": loss, "ece": ece, "num_images": 6}
     assert line == pytest.approx(expected, rel=1e-4)
     assert run(f"{EVALUATE} --batch-size 4") == 0
     heading, row, note = (line for line in capsys.readouterr().out.splitlines() if line.strip(" ─"))
     names = ["top-1", "%", "top-5", "%", "balanced", "accuracy", "%", "macro", "F1", "%"]
-    assert heading.split() == ["weights", "split", "px", *names, "loss", "images"]
+    assert heading.split() == ["weights", "split", "px", *names, "loss", "ECE", "%", "images"]
     values = [f"{value:.2f}" for value in metrics.values()]
-    assert row.split() == ["xyz.safetensors", "all", "32", *values, f"{loss:.4f}", "6"]
+    assert row.split() == ["xyz.safetensors", "all", "32", *values, f"{loss:.4f}", f"{ece:.2f}", "6"]
     assert "all of classes, 6 images" in note
 
 
@@ -126,6 +131,49 @@ def test_the_validation_split_of_a_run(capsys: pytest.CaptureFixture[str], here:
     check_refused(capsys, f"{evaluate} --split test", "'test'")
     assert run("convert run/model.safetensors again.safetensors") == 0
     assert "transparent" in capsys.readouterr().err
+
+
+def test_images_of_another_source(capsys: pytest.CaptureFixture[str], here: Path):
+    """The AUROC of the energy against scikit-learn; a flat folder, idx files, and what cannot be used."""
+    (here / "photos/c.png").unlink()  # damaged
+    random = np.random.default_rng(0)
+    for i in range(4):
+        Image.new("RGB", (40, 40), tuple(random.integers(0, 256, 3).tolist())).save(here / f"photos/plain{i}.png")
+    pixels = random.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    (here / "idx").mkdir()
+    (here / "idx/train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 5, 0, 0, 0, 28, 0, 0, 0, 28]))
+    with (here / "idx/train-images-idx3-ubyte").open("ab") as file:
+        file.write(pixels.tobytes())
+    (here / "idx/train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 5, 0, 1, 0, 1, 2]))
+    model = load("xyz.safetensors")
+
+    def energies(images: list[Any]) -> list[float]:
+        return Classifier.energy(model.logits(model.preprocess(images))).tolist()
+
+    inside = energies(sorted((here / "classes").rglob("*.png")))
+    for name, images in (
+        ("photos", [p for p in sorted((here / "photos").rglob("*")) if p.is_file()]),
+        ("idx", [Image.fromarray(one) for one in pixels]),
+    ):
+        outside = energies(images)
+        expected = roc_auc_score([0] * len(inside) + [1] * len(outside), inside + outside)
+        assert run(f"{EVALUATE} --json --ood {name}") == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["ood_auroc"] == pytest.approx(100 * expected)
+        assert line["num_ood_images"] == len(outside)
+        assert line["num_images"] == 6
+        assert run(f"{EVALUATE} --ood {name}") == 0
+        assert f"{100 * expected:.2f}" in capsys.readouterr().out
+    (here / "empty").mkdir()
+    (here / "damaged").mkdir()
+    (here / "damaged/a.png").write_bytes(b"nothing")
+    check_refused(capsys, f"{EVALUATE} --ood missing", "missing: no such folder")
+    check_refused(capsys, f"{EVALUATE} --ood empty", "empty: no class folders with images")
+    check_refused(capsys, f"{EVALUATE} --ood damaged", "damaged/a.png: not an image --max-unreadable")
+    check_refused(capsys, f"{EVALUATE} --ood damaged --max-unreadable 1", "none of the images other source")
+    check_refused(capsys, f"{EVALUATE} --ood photos --knn", "--ood photos --knn leave one out")
+    evaluate = EVALUATE.replace("xyz", "segmenter")
+    check_refused(capsys, f"{evaluate} --ood photos", "photos 'segment' classifier")
 
 
 def test_a_damaged_image(capsys: pytest.CaptureFixture[str], here: Path):

@@ -63,6 +63,7 @@ TRAIN_OPTIONS = """
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
+--multilabel.loss --multilabel.gamma-negative --multilabel.gamma-positive --multilabel.margin
 --imbalance.class-weights --imbalance.balanced-sampler --imbalance.logit-adjustment
 """
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command_line import CLASS_NAMES, check_refused, files_in, run
 from mobilevit import logs
 from mobilevit.predict import Classifier, Detector, load, load_detector, load_segmenter, save
+from mobilevit.weights import Calibration
 
 
 def test_imports_only_what_it_needs(here: Path):
@@ -50,13 +52,36 @@ def test_table(capsys: pytest.CaptureFixture[str], here: Path):
     assert [line.split() for line in out.splitlines() if "%" in line] == expected
 
 
+def test_rejected_images(capsys: pytest.CaptureFixture[str], here: Path):
+    model = load("classifier.safetensors")
+    files = ["photos/[old]/b.png", "photos/a.png"]
+    first, second = (model.predict(here / file, top_k=1)[0].probability for file in files)
+    threshold = (first + second) / 2
+    model.calibration = Calibration(min_probability=threshold, min_precision=0.95)
+    save(model, here / "strict.safetensors")
+    command = "predict strict.safetensors photos/a.png 'photos/*/b.png'"
+    assert run(f"{command} --json") == 0
+    lines = {line["image"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    for file, probability in zip(files, (first, second), strict=True):
+        assert lines[file]["rejected"] == (probability < threshold)
+    assert run(f"{command} --top-k 1") == 0
+    *rows, note = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert sorted(["(rejected)" in row for row in rows]) == [False, True]
+    assert f"1 with a probability below {100 * threshold:.1f} %" in note
+    assert "precision of 95 %" in note
+
+
 def test_json(capsys: pytest.CaptureFixture[str], here: Path):
     assert run("predict classifier.safetensors photos/d.jpg photos/c.png 'photos/*/b.png' --json --batch-size 2") == 1
     out, err = capsys.readouterr()
     good, bad, other = map(json.loads, out.splitlines())
     assert bad == {"image": "photos/c.png", "error": err.removeprefix("mobilevit: ").rstrip()}
     model = load("classifier.safetensors")
+    assert (good["rejected"], other["rejected"]) == (False, False)
     for line in (good, other):
+        with torch.no_grad():
+            (logits,) = model(model.preprocess(line["image"])).double().numpy()
+        assert line["energy"] == pytest.approx(-np.log(np.exp(logits).sum()), rel=1e-4)
         predictions = model.predict(line["image"])
         assert [p["index"] for p in line["predictions"]] == [p.class_index for p in predictions]
         assert [p["class"] for p in line["predictions"]] == [p.class_name for p in predictions]

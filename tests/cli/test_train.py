@@ -105,6 +105,7 @@ def test_arguments_of_train(here: Path, monkeypatch: pytest.MonkeyPatch, given: 
         "device": "cpu",
         "checkpoint_minutes": 7.0,
         "trackers": (),
+        "self_check": True,
         "extend": True,
     }
     options["origin"] = Origin(

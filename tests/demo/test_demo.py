@@ -39,7 +39,7 @@ from mobilevit.models.ssdlite import SSDLite
 from mobilevit.predict import Classifier, Detector, Segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
-from mobilevit.weights import Weights, read
+from mobilevit.weights import Calibration, Weights, read
 from small_networks import randomize
 
 if TYPE_CHECKING:
@@ -60,11 +60,23 @@ DIGIT_STROKES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits as image files, with data/test/ as the test split, and model.safetensors."""
+    """scikit-learn's digits as image files, with data/test/ as the test split, and model.safetensors.
+
+    It is calibrated: half of the images of `digit_files` are rejected.
+    """
     folder = tmp_path_factory.mktemp("digits")
     runpy.run_path(str(ROOT / "examples" / "digits.py"))["write_images"](folder / "data")
     train(replace(RECIPES["tiny"], epochs=8), folder / "data", folder)
+    model = mobilevit.load(folder / "model.safetensors")
+    model.calibration = Calibration(1.5)
+    probabilities = [one[0].probability for one in model.predict(digit_files(folder))]
+    model.calibration = Calibration(1.5, min_probability=float(np.median(probabilities)))
+    mobilevit.save(model, folder / "model.safetensors")
     return folder
+
+
+def digit_files(folder: Path) -> list[Path]:
+    return [file for digit in range(10) for file in sorted((folder / "data" / "test" / str(digit)).iterdir())[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +177,19 @@ def assert_same(shown: list[tuple[str, float]], model: Classifier, image: Any) -
 
 def test_predictions_match_torch(page: Page, folder: Path):
     model = mobilevit.load(folder / "model.safetensors")
-    files = [file for digit in range(10) for file in sorted((folder / "data" / "test" / str(digit)).iterdir())[:3]]
+    files = digit_files(folder)
     assert len(files) == 30
-    num_right = 0
+    num_right = num_rejected = 0
     for file in files:
         shown = open_file(page, file)
         assert_same(shown, model, file)
         num_right += shown[0][0] == file.parent.name
+        is_rejected = model.predict(file)[0].rejected
+        threshold = f"below {100 * model.calibration.min_probability:.1f} %"
+        assert (f"rejected, {threshold}" in page.locator("#headline-value").inner_text()) == is_rejected
+        num_rejected += is_rejected
     assert num_right >= 24  # otherwise the comparison would be weak
+    assert num_rejected == 15
     assert page.locator("#thumbnails button").count() == 30
     page.locator("#thumbnails button").first.click()
     assert_same(predictions(page), model, files[0])

@@ -18,7 +18,7 @@ from mobilevit.export.predictor import ArtifactClassifier, ArtifactDetector, Art
 from mobilevit.export.verify import synthetic_images
 from mobilevit.images import Preprocessing
 from mobilevit.predict import Classifier, Detector, Segmenter
-from mobilevit.weights import Weights
+from mobilevit.weights import Calibration, Weights
 
 IMAGES = [Image.fromarray(image) for image in synthetic_images(3, (90, 75))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -33,13 +33,16 @@ def exported(weights: Weights, backend: str, out: Path, **options) -> Path:
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "litert", slow("executorch")])
 def test_classes(weights: Weights, backend: str, tmp_path: Path):
-    """Three images in batches of two, for ONNX as uint8 pixels."""
+    """Three images in batches of two, for ONNX as uint8 pixels; with a calibration."""
+    weights = replace(weights, calibration=Calibration(2.5, min_probability=0.2, min_precision=0.9))
     path = exported(weights, backend, tmp_path, batch_size=2, uint8=backend == "onnx")
     model = load_predictor(path)
     assert isinstance(model, ArtifactClassifier)
+    assert model.calibration == weights.calibration
     expected = Classifier.from_weights(weights).predict(IMAGES, top_k=7)
     for found, wanted in zip(model.predict(IMAGES, top_k=7), expected, strict=True):
         assert found[0].class_name == wanted[0].class_name
+        assert [p.rejected for p in found] == [p.rejected for p in wanted]
         by_class = {p.class_name: p.probability for p in found}
         assert by_class == pytest.approx({p.class_name: p.probability for p in wanted}, abs=1e-4)
 

@@ -71,11 +71,11 @@ def test_many_classes_are_collapsed(C: int, num_shown: int) -> None:
 
 def test_curves() -> None:
     curves = np.stack([np.full(101, 0.5), np.full(101, np.nan), np.linspace(1, 0, 101)])
-    html = curves_html(curves, ["cat", "<dog>", "emu"])
+    html = curves_html(curves, ["cat", "<dog>", "emu"], ".")
     assert html.count("<svg") == 3  # the mean of all classes, and two classes with boxes
     assert html.count("<b>cat</b> 50.0") == html.count("<b>emu</b> 50.0") == 1
     assert "dog" not in html
-    assert "<svg" not in curves_html(np.full((2, 101), np.nan), ["a", "b"])
+    assert "<svg" not in curves_html(np.full((2, 101), np.nan), ["a", "b"], ".")
 
 
 def read_url(url: str) -> Image.Image:

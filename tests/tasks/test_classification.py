@@ -58,7 +58,8 @@ def batches(labels: Tensor, *sizes: int) -> list[Batch]:
 def test_metrics_against_sklearn(num_classes: int):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(100, num_classes), torch.randint(num_classes, (100,))
-    metrics = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1)).metrics()
+    results = TASK.evaluate(Prepared(logits), batches(labels, 64, 35, 1))
+    metrics = results.metrics()
     classes = np.arange(num_classes)
     hits = {k: (labels[:, None] == logits.argsort(descending=True)[:, :k]).sum().item() for k in (1, 5)}
     assert metrics == {
@@ -67,6 +68,7 @@ def test_metrics_against_sklearn(num_classes: int):
         "balanced_accuracy": pytest.approx(100 * balanced_accuracy_score(labels, logits.argmax(1))),
         "macro_f1": pytest.approx(100 * f1_score(labels, logits.argmax(1), average="macro")),
         "loss": pytest.approx(log_loss(labels, logits.double().softmax(dim=1), labels=classes), rel=1e-6),
+        "ece": pytest.approx(results.reliability_of(results.probabilities).error),
         "num_images": 100,
     }
     if num_classes > 5:
@@ -275,7 +277,8 @@ def test_most_confident_errors():
 
 
 def columns(results: ClassificationResults) -> list[np.ndarray]:
-    return [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
+    arrays = [results.indices, results.labels, results.predictions, results.probabilities, results.losses]
+    return [*arrays, *vars(results.require_logits()).values()]
 
 
 def test_results_do_not_depend_on_batches_and_processes():

@@ -82,11 +82,12 @@ def read_mlflow(out: Path) -> Values:
 
 def read_trackio(out: Path) -> Values:
     import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     (run,) = trackio.Api().runs("mobilevit")
     assert run.name.startswith(f"{out.name}-")
     values: Values = {}
-    for row in run.history():
+    for row in SQLiteStorage.get_logs("mobilevit", run.name):
         for name, value in row.items():
             if "/" in name:
                 values.setdefault(name, []).append((row["step"], value))
@@ -119,10 +120,10 @@ def interrupted(data: Path, out: Path, trackers: Sequence[TrackerName], epoch: i
 
 @pytest.mark.parametrize("name", get_args(TrackerName))
 def test_a_resumed_run_read_back(name: TrackerName, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip(PACKAGES[name][1])
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
+    pytest.importorskip(PACKAGES[name][1])
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     run = interrupted(data, out, [name])

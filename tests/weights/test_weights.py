@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import transformers
 from torch import Tensor
 
 from mobilevit.images import Preprocessing
@@ -28,6 +29,7 @@ from mobilevit.models.mobilevit import ARCHITECTURES, XXS, Backbone, MobileViT, 
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.weights import (
     FORMATS,
+    Calibration,
     Format,
     Weights,
     WeightsError,
@@ -335,9 +337,38 @@ def test_invalid_records(weights: Weights) -> None:
         ({"task": "detect", "output_stride": 16}, "output_stride is 16"),
         ({"task": "detect", "category_ids": (1, 2)}, "category_ids are 2 for 6 class names"),
         ({"category_ids": (1, 2, 3, 4, 5, 6)}, "category_ids are 6 for 6 class names and the task 'classify'"),
+        ({"task": "detect", "calibration": Calibration(1.5)}, "calibration is .*1.5.* task is 'detect'"),
     ):
         with pytest.raises(ValueError, match=part):
             replace(weights, **changed)
+    for values, part in (
+        ({"temperature": 0.0}, "temperature is 0.0; it must be from 0.2 to 11"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"min_probability": 1.5}, "min_probability is 1.5; it must be from 0 to 1"),
+        ({"min_precision": -0.1}, "min_precision is -0.1"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            Calibration(**values)
+
+
+@pytest.mark.parametrize("format", ["mobilevit", "timm", "transformers"])
+def test_calibration(weights: Weights, format: Format, tmp_path: Path) -> None:
+    path = tmp_path / ENDINGS[format]
+    write(weights, path, format)
+    content = {file.name: file.read_bytes() for file in (path.iterdir() if path.is_dir() else [path])}
+    assert not any(b"calibration" in part for part in content.values())  # as files of earlier versions
+    assert read(path).calibration == Calibration()
+    calibrated = replace(weights, calibration=Calibration(1.375, min_probability=0.83, min_precision=0.95))
+    write(calibrated, path, format)
+    assert read(path).calibration == calibrated.calibration
+    if format == "transformers":
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.save_pretrained(path)
+        assert read(path).calibration == calibrated.calibration
+        wrong = json.loads((path / "config.json").read_text())
+        wrong["mobilevit_calibration"]["temperature"] = -1
+        (path / "config.json").write_text(json.dumps(wrong))
+        refused(path, "config.json", "temperature is -1")
 
 
 def test_formats_without_the_task(detector: Weights, segmenter: Weights, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import tyro
 import mobilevit
 from mobilevit.cli import parser
 from mobilevit.cli.benchmark import Benchmark
+from mobilevit.cli.calibrate import Calibrate
 from mobilevit.cli.compare import Compare
 from mobilevit.cli.console import warn
 from mobilevit.cli.convert import Convert
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type[Any]] = {
     "predict": Predict,
     "train": Train,
     "evaluate": Evaluate,
+    "calibrate": Calibrate,
     "info": Info,
     "convert": Convert,
     "export": Export,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,5 +131,8 @@ class Benchmark:
         architecture, _, suffix = name.lower().partition(":")
         task: Any = suffix or "classify"
         if architecture in ARCHITECTURES and task in NETWORKS:
-            return random_weights(architecture, task=task)
-        return self.weights_options.read(name)
+            weights = random_weights(architecture, task=task)
+        else:
+            weights = self.weights_options.read(name)
+        # The network for several labels per image is that of a classifier.
+        return replace(weights, task="classify", thresholds=()) if weights.task == "multilabel" else weights

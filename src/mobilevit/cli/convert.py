@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mobilevit.cli.console import warn
 from mobilevit.cli.options import FLAT, Flag, WeightsArgument, WeightsOptions, expand, warn_of_transparency
 
 
@@ -25,7 +26,7 @@ class Convert:
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
 
     def run(self) -> int:
-        from mobilevit.weights import write
+        from mobilevit.weights import UNCALIBRATED, write
 
         target = expand(self.target)
         if target.exists() and not self.overwrite:
@@ -36,4 +37,6 @@ class Convert:
         warn_of_transparency(weights)
         if self.to == "apple":
             print("Apple's format does not contain class names and preprocessing; readers assume those of the paper")
+            if weights.calibration != UNCALIBRATED:
+                warn(f"{target}: without the calibration of {self.source}, which Apple's format cannot contain")
         return 0

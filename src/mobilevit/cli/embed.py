@@ -9,7 +9,16 @@ from typing import Annotated
 import tyro
 
 from mobilevit.cli.console import warn
-from mobilevit.cli.options import FLAT, DeviceOptions, Flag, ImageOptions, WeightsArgument, WeightsOptions, expand
+from mobilevit.cli.options import (
+    FLAT,
+    SELF_CHECK,
+    DeviceOptions,
+    Flag,
+    ImageOptions,
+    WeightsArgument,
+    WeightsOptions,
+    expand,
+)
 from mobilevit.messages import join_names
 
 
@@ -32,6 +41,7 @@ class Embed:
     """Batch size in images."""
     num_workers: int = 2
     """Number of processes that read images; 0 reads them in the main process."""
+    self_check: Annotated[Flag, SELF_CHECK] = True
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
@@ -44,7 +54,7 @@ class Embed:
         from mobilevit.embed import EmbedOptions, embed_images
 
         out = expand(self.out)
-        options = EmbedOptions(self.batch_size, self.num_workers, self.device_options.apply())
+        options = EmbedOptions(self.batch_size, self.num_workers, self.device_options.apply(), self.self_check)
         try:
             embedded = embed_images(weights, self.images, out, options=options, overwrite=self.overwrite)
         except KeyboardInterrupt as interrupt:

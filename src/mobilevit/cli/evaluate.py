@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mobilevit.weights import Weights
 
 Split = Literal["train", "val", "test", "all"]
+PROBABILITIES = ("threshold",)  # metrics from 0 to 1
 # Headings and decimals of metrics. Others are counts.
 HEADINGS = {
     "loss": "loss",
@@ -41,7 +42,10 @@ HEADINGS = {
     "knn_top1": "k-NN top-1 %",
     "miou": "mIoU %",
     "iou": "IoU %",
+    "map": "mAP %",
+    "micro_f1": "micro F1 %",
     "macro_f1": "macro F1 %",
+    "f1": "F1 %",
 } | {
     name: f"{name.replace('ap', 'AP', 1) if name.startswith('ap') else name} %".replace("_", " ")
     for name in (
@@ -58,13 +62,21 @@ HEADINGS = {
         "agreement",
     )
 }
+HEADINGS |= {
+    "ece": "ECE %",
+    "ece_uncalibrated": "ECE % uncalibrated",
+    "coverage": "coverage %",
+    "accepted_top1": "top-1 % accepted",
+    "ood_auroc": "OOD AUROC %",
+}
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Evaluate weights on labeled images, at one or several input sizes.
 
-    Metrics: top-1, top-5 and balanced accuracy and macro F1 of classification, AP of detection, mIoU of segmentation.
+    Metrics: top-1, top-5 and balanced accuracy, macro F1 and calibration error (ECE) of classification, mAP and F1 of
+    several labels per image, AP of detection, mIoU of segmentation.
     """
 
     weights: Annotated[
@@ -82,6 +94,9 @@ class Evaluate:
     weights were trained on them; otherwise all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
     """Input sizes in pixels. Default: the input size in training."""
+    ood: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Classification: images of another source (out of distribution), a folder of images or a dataset. Reports the
+    AUROC of the energy: the probability that such an image has a higher energy than one of --data."""
     knn: Flag = False
     """Classification: predict the most frequent class of the nearest training images, by the cosine of the pooled
     features, instead of that of the classifier. The weights need no classifier."""
@@ -146,15 +161,15 @@ class Evaluate:
                     tables.append((f"{name} at {size_px} px", _class_table(result.per_class)))
                 if robustness:
                     tables.append((f"{name} at {size_px} px, {robustness.describe()}", _corruption_table(robustness)))
-                splits.append(_split_line(weights, split, self.split, result.metrics["num_images"], data))
+                splits.append(split_line(weights, split, self.split, result.metrics["num_images"], data))
         if rows:
             console = stdout()
             console.print(_table(rows))
             for title, table in tables:
                 console.print(title)
                 console.print(table)
-            for split_line in dict.fromkeys(splits):
-                console.print(split_line)
+            for text in dict.fromkeys(splits):
+                console.print(text)
         return 0
 
     def _corruptions(self) -> list[Corruption]:
@@ -197,7 +212,7 @@ class Evaluate:
                 split=self.split,
                 size_px=size_px,
                 max_unreadable=self.max_unreadable,
-                options=EmbedOptions(self.batch_size, self.num_workers, device),
+                options=EmbedOptions(self.batch_size, self.num_workers, device, self.self_check),
             )
         return evaluate(
             weights,
@@ -210,9 +225,12 @@ class Evaluate:
             device=device,
             self_check=self.self_check and corruption is None,
             corruption=corruption,
+            ood=expand_data(self.ood) if self.ood and corruption is None else None,
         )
 
     def _check(self) -> None:
+        if self.knn and self.ood:
+            raise ValueError(f"--ood is {self.ood}, but --knn has no logits to compute energies from; leave one out")
         if self.knn and self.corrupt is not None:
             raise ValueError("--corrupt evaluates the classifier, and --knn replaces it; give only one of them")
         if not self.weights:
@@ -263,7 +281,7 @@ def _corruption_table(robustness: _Robustness) -> Any:
     return table
 
 
-def _split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:
+def split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:
     """A line that names the evaluated images."""
     line = f"evaluated: {'all' if split == 'all' else f'the {split} split'} of {data}, {num_images:,} images"
     if split == "all" and requested is None:  # these are not recognized as training data
@@ -285,6 +303,8 @@ def _heading(name: str) -> str:
 def _text(name: str, value: float | None) -> str:
     if value is None:
         return "-"
+    if name in PROBABILITIES:
+        return f"{value:.3f}"
     if name not in HEADINGS:
         return f"{value:,}"
     return f"{value:.4f}" if name == "loss" else f"{value:.2f}"

@@ -52,9 +52,12 @@ class Info:
 
 def _description(source: str, weights: Weights) -> str:
     p = weights.preprocessing
+    c = weights.calibration
+    calibrated = "" if c.temperature == 1 else f"\ncalibration: temperature {c.temperature:.3g}"
+    rejected = f", predictions below {100 * c.min_probability:.1f} % are rejected" if c.min_probability else ""
     names = f" ({join_names(weights.class_names)})" if weights.class_names else ", names unknown"
     return (
         f"{weights.name} from {source}, output stride {weights.output_stride}\n"
         f"input: RGB, {format_resize(p)}, / 255, mean {p.mean}, std {p.std}\n"
-        f"classes: {weights.num_classes}{names}"
+        f"classes: {weights.num_classes}{names}{calibrated}{rejected}"
     )

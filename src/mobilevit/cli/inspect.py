@@ -13,6 +13,7 @@ from mobilevit.cli.console import stdout, warn
 from mobilevit.cli.options import (
     FLAT,
     RUN_FOLDER,
+    SELF_CHECK,
     WEIGHTS,
     DeviceOptions,
     Flag,
@@ -75,6 +76,7 @@ class Inspect:
     """Batch size in images, for WEIGHTS."""
     num_workers: int = 2
     """Number of processes that read images, for WEIGHTS; 0 reads them in the main process."""
+    self_check: Annotated[Flag, SELF_CHECK] = True
     image_options: Annotated[ImageOptions, FLAT] = ImageOptions()
     device_options: Annotated[DeviceOptions, FLAT] = DeviceOptions()
     weights_options: Annotated[WeightsOptions, FLAT] = WeightsOptions()
@@ -100,7 +102,7 @@ class Inspect:
             task=self.task,
             near=self.near,
             num_threads=self.device_options.num_threads,
-            options=EmbedOptions(self.batch_size, self.num_workers, device),
+            options=EmbedOptions(self.batch_size, self.num_workers, device, self.self_check),
         )
         if out:
             write_atomic(out, render_page(inspection))

@@ -132,7 +132,8 @@ class SampleImages:
             return list(find_images(self.images))
         data = expand_data(self.images[0])
         try:
-            return list(find_images([data]))
+            if not is_label_file(Path(data)):
+                return list(find_images([data]))
         except ValueError:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise
@@ -199,7 +200,7 @@ def import_torch() -> None:
 def warn_of_assumptions(source: str, weights: Weights) -> None:
     """Warn if the file does not contain the preprocessing and the class names."""
     if not weights.has_description:
-        names = {"classify": "ImageNet", "detect": "COCO", "segment": "PASCAL VOC"}[weights.task]
+        names = {"detect": "COCO", "segment": "PASCAL VOC"}.get(weights.task, "ImageNet")
         warn(
             f"{source}: does not contain the preprocessing; the published one is assumed: "
             + format_resize(weights.preprocessing)

@@ -23,13 +23,21 @@ from mobilevit.cli.options import (
     WeightsOptions,
     expand,
 )
-from mobilevit.defaults import PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
+from mobilevit.defaults import LABEL_THRESHOLD, PREDICT_BATCH_SIZE, SCORE_THRESHOLD, TOP_K
 from mobilevit.export_options import ARTIFACT_SUFFIXES
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mobilevit.predict import Classifier, Detection, Detector, ImageResult, Prediction, Segmenter
+    from mobilevit.predict import (
+        Classifier,
+        Detection,
+        Detector,
+        ImageResult,
+        MultilabelClassifier,
+        Prediction,
+        Segmenter,
+    )
 
 Rows = list[tuple[str, ...]]  # of the table, without the column of the image
 Predictions = Callable[[Any, Any], list[Any]]  # (pixels, sizes) of a batch -> a result per image
@@ -39,7 +47,7 @@ ARTIFACTS = tuple(ARTIFACT_SUFFIXES.values())
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict the classes, boxes or masks of images.
+    """Predict the classes, labels, boxes or masks of images.
 
     The weights determine the task. The exit code is 1 if some images cannot be read.
     """
@@ -60,7 +68,11 @@ class Predict:
     ] = None
     score_threshold: Annotated[
         float | None,
-        tyro.conf.arg(metavar="FLOAT", help=f"Detection: minimum score, from 0 to 1. Default: {SCORE_THRESHOLD}."),
+        tyro.conf.arg(
+            metavar="FLOAT",
+            help=f"Minimum score, from 0 to 1. Detection: of a box. Default: {SCORE_THRESHOLD}. Several labels per "
+            "image: of a label. Default: the thresholds of the weights.",
+        ),
     ] = None
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Detection and segmentation: output folder; existing files are replaced. Default: predictions. Detection writes
@@ -85,10 +97,11 @@ class Predict:
         paths = find_images(self.images)  # before the import of torch, so that a wrong path is reported at once
         model = self._artifact() if Path(self.weights).suffix in ARTIFACTS else self._network()
         self._check_options(model.task)
-        output = {"classify": _Classes, "detect": _Boxes, "segment": _Masks}[model.task](self, model, paths)
+        outputs = {"classify": _Classes, "multilabel": _Labels, "detect": _Boxes, "segment": _Masks}
+        output = outputs[model.task](self, model, paths)
         return self._print(model, paths, output)
 
-    def _print(self, model: Any, paths: list[Path], output: _Classes | _Boxes | _Masks) -> int:
+    def _print(self, model: Any, paths: list[Path], output: _Classes | _Labels | _Boxes | _Masks) -> int:
         from rich.box import SIMPLE
         from rich.table import Column, Table
 
@@ -168,7 +181,7 @@ class Predict:
         """Check that the given options apply to the task."""
         for option, value, tasks in (
             ("--top-k", self.top_k, ("classify",)),
-            ("--score-threshold", self.score_threshold, ("detect",)),
+            ("--score-threshold", self.score_threshold, ("multilabel", "detect")),
             ("--out", self.out, ("detect", "segment")),
         ):
             if value is not None and task not in tasks:
@@ -184,7 +197,52 @@ class _Classes:
 
     def __init__(self, command: Predict, model: Classifier, paths: list[Path]):
         top_k = TOP_K if command.top_k is None else command.top_k
-        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, top_k)
+        self.model, self.top_k = model, top_k
+        self.num_rejected = 0
+
+    def predict(self, pixels: Any, sizes: Any) -> list[tuple[list[Prediction], float]]:
+        """Predictions and energy of each image of a batch."""
+        logits = self.model.logits(pixels)
+        return list(zip(self.model.decode(logits, self.top_k), self.model.energy(logits).tolist(), strict=True))
+
+    def write(self, one: ImageResult[tuple[list[Prediction], float]]) -> tuple[dict[str, Any], Rows]:
+        """JSON values and table rows.
+
+        Raises:
+            ImageError: the image could not be read.
+        """
+        predictions, energy = one.value()
+        line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in predictions]
+        rows = [(p.class_name, f"{100 * p.probability:.1f} %") for p in predictions]
+        rejected = predictions[0].rejected
+        if rejected:
+            self.num_rejected += 1
+            rows[0] = (f"{rows[0][0]} (rejected)", rows[0][1])
+        return {"predictions": line, "rejected": rejected, "energy": energy}, rows
+
+    def finish(self) -> str:
+        """A line about rejected images, if there are any."""
+        c = self.model.calibration
+        return (
+            f"rejected: {self.num_rejected} with a probability below {100 * c.min_probability:.1f} %"
+            + ("" if c.min_precision is None else f", the threshold for a precision of {100 * c.min_precision:g} %")
+            if self.num_rejected
+            else ""
+        )
+
+
+class _Labels:
+    """The output of multi-label classification."""
+
+    columns = ("probability", "threshold")
+
+    def __init__(self, command: Predict, model: MultilabelClassifier, paths: list[Path]):
+        threshold = command.score_threshold
+        self.predict: Predictions = lambda pixels, sizes: model.predict_pixels(pixels, sizes, threshold)
+        self.thresholds = model.thresholds if threshold is None else (threshold,) * model.num_classes
+        if not self.thresholds:
+            warn(f"{command.weights}: no thresholds; {LABEL_THRESHOLD} is used for all classes")
+            self.thresholds = (LABEL_THRESHOLD,) * model.num_classes
 
     def write(self, one: ImageResult[list[Prediction]]) -> tuple[dict[str, Any], Rows]:
         """JSON values and table rows.
@@ -192,9 +250,13 @@ class _Classes:
         Raises:
             ImageError: the image could not be read.
         """
-        predictions = one.value()
-        line = [{"class": p.class_name, "index": p.class_index, "probability": p.probability} for p in predictions]
-        return {"predictions": line}, [(p.class_name, f"{100 * p.probability:.1f} %") for p in predictions]
+        labels = [(p, self.thresholds[p.class_index]) for p in one.value()]
+        line = [
+            {"class": p.class_name, "index": p.class_index, "probability": p.probability, "threshold": threshold}
+            for p, threshold in labels
+        ]
+        rows: Rows = [(p.class_name, f"{100 * p.probability:.1f} %", f"{100 * t:.1f} %") for p, t in labels]
+        return {"labels": line}, rows or [("no label", "", "")]
 
     def finish(self) -> str:
         """A line about the written files; there are none."""

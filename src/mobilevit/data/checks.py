@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from mobilevit.data.python_data import DatasetImages
 from mobilevit.data.samples import Source
 from mobilevit.data.tar import TarImages
 from mobilevit.images import BACKGROUND, Header, ImageError, read_header
@@ -63,7 +64,8 @@ def check_images(*sources: Source[Any], max_unreadable: int = 0) -> Scan:
     """Read the header of every image, and compare its size with that of its annotation.
 
     This reads the first bytes of files and tar members, but whole images of tables. Truncated images and wrong values
-    in masks are found later, when they are read. Up to `max_unreadable` images may be unreadable or too large.
+    in masks are found later, when they are read; so are the images of a dataset in Python that returns pixels, because
+    it may not allow threads. Up to `max_unreadable` images may be unreadable or too large.
 
     Raises:
         ImageError: more unreadable images, or annotations of another size; names five of them.
@@ -71,6 +73,8 @@ def check_images(*sources: Source[Any], max_unreadable: int = 0) -> Scan:
     scan = Scan()
     with ThreadPoolExecutor() as pool:
         for source in sources:
+            if isinstance(source.images, DatasetImages):
+                continue
             # In chunks: a task for each of a million images would fill the memory.
             ranges = (range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK))
             for of_chunk in pool.map(partial(_scan, source), ranges):

@@ -240,7 +240,7 @@ Splits = Mapping[str, Callable[[], Split]]
 
 
 def divide(
-    source: Source[Label], val_fraction: float, location: str | Path, strata: Sequence[int] | None = None
+    source: Source[Label], val_fraction: float, location: object, strata: Sequence[int] | None = None
 ) -> tuple[Source[Label], Source[Label]]:
     """Divide `source` into a training and a validation split.
 

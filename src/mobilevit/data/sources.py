@@ -7,6 +7,7 @@ detects a quarter turn.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +22,21 @@ from mobilevit.data.folders import class_folder_splits, has_class_folders
 from mobilevit.data.hub_datasets import hub_splits, read_table_files, saved_splits
 from mobilevit.data.idx import idx_splits
 from mobilevit.data.masks import mask_folder_splits
-from mobilevit.data.samples import SPLIT_NAMES, Source, Split, Splits, check_val_fraction, divide, read_class_names
+from mobilevit.data.python_data import Data, PythonData, python_splits
+from mobilevit.data.samples import (
+    SPLIT_NAMES,
+    ImageFiles,
+    Source,
+    Split,
+    Splits,
+    check_val_fraction,
+    divide,
+    read_class_names,
+)
 from mobilevit.data.tables import ACCEPTED, LABEL_FILE_SUFFIXES, is_label_file, table_splits
 from mobilevit.data.tar import is_compressed_tar, read_tars, refuse_compressed
 from mobilevit.data.voc import voc_box_splits, voc_mask_splits
+from mobilevit.images import find_images
 from mobilevit.messages import join_classes, join_names
 
 TaskName = Literal["classify", "multilabel", "detect", "segment"]
@@ -49,7 +61,7 @@ EXPECTED: dict[TaskName, str] = {
 }
 
 
-def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[Source[Any], Source[Any]]:
+def find_splits(task: TaskName, data: Data, val_fraction: float) -> tuple[Source[Any], Source[Any]]:
     """Training and validation split of `data`, with class indices, `Boxes` or `MaskFile`s as labels.
 
     Formats for classification:
@@ -62,6 +74,8 @@ def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[
     - a label file: .csv, .tsv, .jsonl or .parquet with paths and labels, see `table_splits`.
 
     Formats for multi-label classification: a label file, or .tar shards.
+
+    Datasets in Python, see `PythonData`, are for both kinds of classification.
 
     Shards are in `data`, in its `data/`, or in folders named after the splits, and may be named after the splits
     (train-000.tar, validation-00000-of-00001.parquet); or `data` is one such file. classes.txt beside files with class
@@ -116,13 +130,13 @@ def find_splits(task: TaskName, data: str | Path, val_fraction: float) -> tuple[
     return (_check_boxes(train, data) if task == "detect" else train), val
 
 
-def _divide(source: Source[Any], val_fraction: float, data: str | Path) -> tuple[Source[Any], Source[Any]]:
+def _divide(source: Source[Any], val_fraction: float, data: Data) -> tuple[Source[Any], Source[Any]]:
     is_multilabel = isinstance(source.labels[0], ClassSet)
     return divide(source, val_fraction, data, rarest_classes(source.labels) if is_multilabel else None)
 
 
 def _check_class_sets(
-    train: Source[ClassSet], val: Source[ClassSet], data: str | Path
+    train: Source[ClassSet], val: Source[ClassSet], data: Data
 ) -> tuple[Source[ClassSet], Source[ClassSet]]:
     """Raise ValueError if no image has a label; add a note for classes that a split does not contain."""
     sources: list[Source[ClassSet]] = []
@@ -137,7 +151,7 @@ def _check_class_sets(
     return sources[0], sources[1]
 
 
-def _check_boxes(train: Source[Any], data: str | Path) -> Source[Any]:
+def _check_boxes(train: Source[Any], data: Data) -> Source[Any]:
     """Raise ValueError if there are no boxes to train on; add a note for classes without boxes."""
     counts = Counter(label for boxes in train.labels for label in boxes.labels[~boxes.crowd].tolist())
     if not counts:
@@ -147,7 +161,7 @@ def _check_boxes(train: Source[Any], data: str | Path) -> Source[Any]:
     return replace(train, notes=(*train.notes, *notes))
 
 
-def default_split(task: TaskName, data: str | Path) -> str:
+def default_split(task: TaskName, data: Data) -> str:
     """The split that evaluation uses by default: "val", else "test", else "all" images of data that is not divided."""
     return _evaluation_split(_find_format(task, data)[1])
 
@@ -157,7 +171,7 @@ def _evaluation_split(splits: Iterable[str]) -> str:
 
 
 def find_evaluation_split(
-    task: TaskName, data: str | Path, class_names: tuple[str, ...], split: str, val_fraction: float | None = None
+    task: TaskName, data: Data, class_names: tuple[str, ...], split: str, val_fraction: float | None = None
 ) -> Source[Any]:
     """The images of a split ("train", "val", "test" or "all") for a model with `class_names`; see `Split.source`.
 
@@ -178,6 +192,24 @@ def find_evaluation_split(
         raise ValueError(f"{data}: has no split {split!r}{hint}; evaluate all images with --split all")
     train, val = _divide(splits["all"]().source(class_names), val_fraction, data)
     return train if split == "train" else val
+
+
+def find_any_images(data: str | Path) -> Source[int]:
+    """Images whose labels do not matter: all files of a folder, or the evaluation split of a dataset. Labels are 0.
+
+    Raises:
+        ValueError: no images; as `find_splits`.
+    """
+    folder = Path(data)
+    if folder.is_dir():
+        with contextlib.suppress(ValueError):  # no image files: a dataset of another format
+            files = tuple(find_images([str(folder)]))
+            return Source(ImageFiles(files, folder), (0,) * len(files), ())
+    splits = _find_format("classify", data)[1]
+    name = _evaluation_split(splits)
+    split = splits[name if name in splits else "train"]()
+    source = split.source(split.training_class_names())
+    return replace(source, labels=(0,) * len(source))
 
 
 def read_splits(data: str | Path, task: TaskName | None = None) -> tuple[TaskName, dict[str, Split]]:
@@ -207,8 +239,12 @@ def _find_task(data: str | Path) -> TaskName:
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 
-def _find_format(task: TaskName, data: str | Path) -> tuple[str, Splits]:
+def _find_format(task: TaskName, data: Data) -> tuple[str, Splits]:
     """The name of the format of `data`, and how to read its splits. Raises ValueError for no or several formats."""
+    if isinstance(data, PythonData):
+        if task not in ("classify", "multilabel"):
+            raise ValueError(f"{data}: is a dataset in Python, which the task {task!r} does not support; give a folder")
+        return "a dataset in Python", python_splits(data, multilabel=task == "multilabel")
     if task == "classify" and str(data).startswith("hf:"):
         return "hub", hub_splits(str(data))
     data = Path(data)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from mobilevit.data.sampler import Pick
-from mobilevit.data.samples import Sample
+from mobilevit.data.samples import Label, Sample
 from mobilevit.images import Preprocessing, read_crop, read_image
 
 Crop = tuple[int, int, int, int]  # left, top, right, bottom
@@ -41,8 +41,8 @@ class Augmentation:
     policy: Policy = "basic"
     min_size_px: int = 0  # of the result, for a teacher whose input is larger than that of the network
 
-    def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
-        """An image of any size -> uint8 (size_px, size_px, 3), and its class index. Raises ImageError."""
+    def __call__(self, sample: Sample[Label], pick: Pick) -> tuple[np.ndarray, Label]:
+        """An image of any size -> uint8 (size_px, size_px, 3), and its label. Raises ImageError."""
         repeat = (pick.repeat,) if pick.repeat else ()  # an image that is used again in an epoch gets another crop
         random = np.random.default_rng((self.seed, pick.epoch, pick.image_index, *repeat))
         size_px = max(pick.size_px, self.min_size_px)
@@ -66,8 +66,8 @@ class Evaluation:
 
     preprocessing: Preprocessing
 
-    def __call__(self, sample: Sample[int], pick: Pick) -> tuple[np.ndarray, int]:
-        """An image of any size -> uint8 (crop_px, crop_px, 3), and its class index. Raises ImageError."""
+    def __call__(self, sample: Sample[Label], pick: Pick) -> tuple[np.ndarray, Label]:
+        """An image of any size -> uint8 (crop_px, crop_px, 3), and its label. Raises ImageError."""
         image = read_image(sample.image, sample.name)
         return np.asarray(self.preprocessing.resize_and_crop(image)), sample.label
 

@@ -16,7 +16,7 @@ from mobilevit.defaults import SCORE_THRESHOLD
 from mobilevit.demo.runtime import FILES, find_runtime
 from mobilevit.demo.server import ISOLATION_HEADERS
 from mobilevit.draw import MASK_OPACITY, PALETTE
-from mobilevit.export import ExportOptions, export
+from mobilevit.export import ExportOptions, export, thresholds_of
 from mobilevit.images import ImageInput
 from mobilevit.report import render
 from mobilevit.weights import TaskName, Weights
@@ -29,6 +29,7 @@ GENERATOR = '<meta name="generator" content="mobilevit demo">'  # in index.html:
 # The training metric of a task, in percent, and its name on the page.
 VALIDATION_METRICS: Mapping[TaskName, tuple[str, str]] = {
     "classify": ("val_top1", "top-1 accuracy"),
+    "multilabel": ("val_map", "mean average precision"),
     "detect": ("val_ap", "AP"),
     "segment": ("val_miou", "mean IoU"),
 }
@@ -91,9 +92,9 @@ def write_page(
             task; a detector or segmentation network crops its input; `out` contains files of something else.
     """
     out = Path(out)
-    is_dense = weights.task != "classify"
+    is_dense = weights.task in ("detect", "segment")
     p = weights.preprocessing
-    if is_dense and drawing:
+    if weights.task != "classify" and drawing:
         raise ValueError(f"drawing is {drawing!r}, but the task is {weights.task!r}; drawings require a classifier")
     if is_dense and p.resize_px != (p.crop_px, p.crop_px):
         raise ValueError(
@@ -129,10 +130,12 @@ def write_page(
         "name": weights.name,
         "model": MODEL,
         "class_names": weights.class_names,
+        "thresholds": thresholds_of(weights) or None,
         "num_classes": weights.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in weights.build().parameters()),
         "num_bytes": artifact.num_bytes,
         "preprocessing": p.to_dict(),
+        "calibration": asdict(weights.calibration),
         "validation": _validation(weights),
         "drawing": asdict(DRAWINGS[drawing]) if drawing else None,
         "palette": PALETTE if is_dense else None,

@@ -14,6 +14,7 @@ from mobilevit.explain.grad_cam import compute_class_evidence, find_class
 from mobilevit.explain.input_region import InputRegion
 from mobilevit.explain.page import render_page
 from mobilevit.explain.receptive_field import compute_receptive_fields
+from mobilevit.export import thresholds_of
 from mobilevit.files import write_atomic
 from mobilevit.images import ImageInput, read_image
 from mobilevit.models.mobilevit import MobileViT
@@ -41,7 +42,8 @@ def explain_image(
         image: a path, a PIL image or a uint8 array (H, W, 3).
         at: the query point of attention and receptive fields, as a pixel (x, y) of the upright image. Default: the
             center.
-        class_name: the class to show the evidence for. Default: the most likely class.
+        class_name: the class to show the evidence for. Default: the most likely class. Evidence for the other likely
+            classes, and for all labels of a multi-label classifier, is on the page as well.
         size_px: side of the network's input. Default: the size that the weights were trained for. A larger input gives
             finer maps.
         out: a .html or .png file to write. An existing file is overwritten.
@@ -61,9 +63,9 @@ def explain_image(
     if size_px is not None and size_px < MIN_SIZE_PX:
         raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
     preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
-    has_classes = weights.task == "classify" and weights.num_classes > 0
+    has_classes = weights.task in ("classify", "multilabel") and weights.num_classes > 0
     if class_name is not None and not has_classes:
-        reason = "these weights have no classifier" if weights.task == "classify" else f"the task is {weights.task!r}"
+        reason = "these weights have no classifier" if not weights.num_classes else f"the task is {weights.task!r}"
         raise ValueError(f"class is {class_name!r}, but {reason}; class evidence requires a classifier")
     class_index = None if class_name is None else find_class(class_name, weights.class_names, weights.num_classes)
     upright = read_image(image)
@@ -82,7 +84,9 @@ def explain_image(
         size_px=preprocessing.crop_px,
         attention=compute_attention(model.backbone, tensor),
         receptive_fields=compute_receptive_fields(model.backbone, tensor, *point),
-        class_evidence=compute_class_evidence(model, tensor, weights.class_names, class_index)
+        class_evidence=compute_class_evidence(
+            model, tensor, weights.class_names, class_index, weights.calibration.temperature, thresholds_of(weights)
+        )
         if has_classes and isinstance(model, MobileViT)
         else (),
     )

@@ -110,7 +110,6 @@ def draw_figure(explanation: Explanation) -> Image.Image:
 
 
 def _evidence_row(e: Explanation) -> Row:
-    best = max(e.class_evidence, key=lambda one: one.probability)
     first = e.class_evidence[0]
     maps = {
         "Grad-CAM of the last feature map": first.grad_cam,
@@ -122,11 +121,11 @@ def _evidence_row(e: Explanation) -> Row:
         # A single value covers the whole input: the panel then shows no location.
         size = f"{columns} x {rows} positions" if values.numel() > 1 else "1 x 1: uniform by construction"
         panels.append(Panel(f"Evidence for {first.class_name}", f"{name}, {size}", scale(values), has_marker=False))
-    return Row(f"{e.network}: {best.class_name}, {100 * best.probability:.0f} %", panels, EVIDENCE_LEGEND)
+    return Row(f"{e.network}: {e.prediction}", panels, EVIDENCE_LEGEND)
 
 
 def _rollout_row(e: Explanation) -> Row:
-    network = {"classify": "without a classifier", "detect": "for detection", "segment": "for segmentation"}[e.task]
+    network = {"detect": "for detection", "segment": "for segmentation"}.get(e.task, "without a classifier")
     panels = [
         Panel(block.title, "attention rollout", scale_attention(block.rollout(*e.point))) for block in e.attention
     ]

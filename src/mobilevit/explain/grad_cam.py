@@ -19,12 +19,13 @@ from mobilevit.messages import nearest
 from mobilevit.models.mobilevit import MobileViT
 
 MAX_LISTED_CLASSES = 20  # error messages list up to this many class names
+MAX_PREDICTED = 20  # predicted classes of a multi-label classifier with evidence
 LAYER_CAM_STAGE = "stage4"
 
 
 @dataclass(frozen=True)
 class ClassEvidence:
-    """Evidence for one class with the predicted `probability` (0 to 1).
+    """Evidence for one class with its `probability` (0 to 1), and whether it is the prediction, or one of several.
 
     `grad_cam` (h, w) is the contribution of each position of the last feature map to the logit, positive or negative;
     with the classifier's bias it sums to the logit. `layer_cam` (h, w) of stage 4 is non-negative and has no unit.
@@ -35,18 +36,36 @@ class ClassEvidence:
     probability: float
     grad_cam: Tensor
     layer_cam: Tensor
+    is_predicted: bool
 
 
 def compute_class_evidence(
-    model: MobileViT, image: Tensor, class_names: Sequence[str], class_index: int | None = None
+    model: MobileViT,
+    image: Tensor,
+    class_names: Sequence[str],
+    class_index: int | None = None,
+    temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
 ) -> tuple[ClassEvidence, ...]:
-    """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W)."""
+    """Evidence for `class_index`, if given, and for the most likely classes, in a preprocessed image (1, 3, H, W).
+
+    Probabilities are softmax(logits / temperature); the evidence is that for the logits. With the `thresholds` of a
+    multi-label classifier, probabilities are sigmoids, and the classes include up to 20 predicted ones.
+    """
     with torch.enable_grad():
         modules = {"last": model.head, "fine": model.backbone.get_submodule(LAYER_CAM_STAGE)}
         logits, maps = capture_outputs(model, image.detach().clone().requires_grad_(), modules)
         last, fine = maps["last"], maps["fine"]
-        probabilities = logits[0].detach().float().softmax(dim=0)
-        most_likely = probabilities.topk(min(TOP_K, model.num_classes)).indices.tolist()
+        logits_C = logits[0].detach().float()
+        probabilities = logits_C.sigmoid() if thresholds else (logits_C / temperature).softmax(dim=0)
+        is_predicted = (
+            probabilities >= torch.tensor(thresholds, device=probabilities.device)
+            if thresholds
+            else torch.arange(len(probabilities), device=probabilities.device) == probabilities.argmax()
+        )
+        num_listed = max(TOP_K, min(MAX_PREDICTED, int(is_predicted.sum())))
+        predicted_first = probabilities + is_predicted  # probabilities are at most 1
+        most_likely = predicted_first.topk(min(num_listed, model.num_classes)).indices.tolist()
         result = []
         for index in most_likely if class_index is None else dict.fromkeys((class_index, *most_likely)):
             last_gradient, fine_gradient = torch.autograd.grad(logits[0, index], (last, fine), retain_graph=True)
@@ -59,6 +78,7 @@ def compute_class_evidence(
                     probabilities[index].item(),
                     grad_cam.detach().float().cpu(),
                     layer_cam.detach().float().cpu(),
+                    bool(is_predicted[index]),
                 )
             )
     return tuple(result)

@@ -50,7 +50,6 @@ def render_page(explanation: Explanation) -> str:
     return render(
         "explain.html",
         explanation=e,
-        best=max(e.class_evidence, key=lambda one: one.probability, default=None),
         image_url=jpeg_url(e.region.crop(e.image, IMAGE_PX), quality=82),
         data=data,
     )

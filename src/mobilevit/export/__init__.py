@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobilevit.benchmark.timing import measure
-from mobilevit.defaults import MIN_SIZE_PX
+from mobilevit.defaults import LABEL_THRESHOLD, MIN_SIZE_PX
 from mobilevit.export.artifact import (
     ArtifactSpec,
     ExportModel,
@@ -101,6 +101,7 @@ class _Job:
     inputs: list[Tensor]
     other_inputs: list[tuple[ArtifactSpec, list[Tensor]]]  # of other sizes, if there are dynamic axes
     num_threads: int
+    thresholds: tuple[float, ...]  # of a multi-label classifier
 
 
 def export(
@@ -172,6 +173,7 @@ def export_each(
         inputs_for(spec, selected),
         [(other, inputs_for(other, selected[:4])) for other in _other_specs(spec)],
         options.num_threads,
+        thresholds_of(weights),
     )
     out.mkdir(parents=True, exist_ok=True)
     for name, backend in modules.items():
@@ -193,7 +195,12 @@ def sensitivity(weights: Weights, images: Sequence[ImageInput]) -> list[Sensitiv
     spec = ArtifactSpec("int8", size_px, size_px, task=weights.task)
     selected = evenly_spaced(images, NUM_CALIBRATION_IMAGES)
     inputs = [artifact_input(image, weights.preprocessing, spec) for image in selected]
-    return int8_sensitivity(build_export_model(weights, spec), inputs, spec.outputs)
+    return int8_sensitivity(build_export_model(weights, spec), inputs, spec.outputs, thresholds_of(weights))
+
+
+def thresholds_of(weights: Weights) -> tuple[float, ...]:
+    """The threshold of each class of a multi-label classifier; empty for other tasks."""
+    return weights.thresholds or (LABEL_THRESHOLD,) * weights.num_classes if weights.task == "multilabel" else ()
 
 
 def _spec_of(weights: Weights, options: ExportOptions) -> ArtifactSpec:
@@ -231,10 +238,10 @@ def _export_to(name: str, backend: Backend, job: _Job, out: Path) -> Artifact:
         infer = backend.load(path, job.num_threads)
         agreement = latency_ms = speedup = None
         if infer is not None:
-            agreement = compare(job.network, infer, evenly_spaced(job.inputs, NUM_VERIFY_IMAGES), spec)
+            agreement = compare(job.network, infer, evenly_spaced(job.inputs, NUM_VERIFY_IMAGES), spec, job.thresholds)
             _check(name, spec, agreement)
             for other, inputs in job.other_inputs:
-                _check(name, other, compare(job.network, infer, inputs, other))
+                _check(name, other, compare(job.network, infer, inputs, other, job.thresholds))
             latency_ms, speedup = _time(backend, job, infer, path.name)
         num_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         for file in Path(folder).iterdir():  # OpenVINO has a second file with the weights

@@ -17,12 +17,13 @@ from mobilevit.export_options import Precision
 from mobilevit.images import ImageInput, Preprocessing, read_image
 from mobilevit.models.ssdlite import CENTER_VARIANCE, MAX_GROWTH, SIZE_VARIANCE, SSDLite, detect
 from mobilevit.tasks.detection import MAX_PER_IMAGE, SCORE_THRESHOLD
-from mobilevit.weights import TaskName, Weights
+from mobilevit.weights import UNCALIBRATED, TaskName, Weights
 
 T = TypeVar("T")
 # Names of the outputs, in order: the network's outputs, and the decoded outputs.
 RAW_OUTPUTS: Mapping[TaskName, tuple[str, ...]] = {
     "classify": ("logits",),
+    "multilabel": ("logits",),
     "detect": ("boxes", "scores"),
     "segment": ("logits",),
 }
@@ -88,7 +89,7 @@ class ArtifactSpec:
 
     def file_stem(self, prefix: str) -> str:
         """File name of the artifact, without its ending."""
-        task = [] if self.task == "classify" else [self.task]
+        task = [] if self.task in ("classify", "multilabel") else [self.task]  # the same network
         flags = [name for name, enabled in (("uint8", self.uint8), ("postprocess", self.postprocess)) if enabled]
         return "_".join([prefix, *task, f"{self.height}x{self.width}", self.precision, *flags])
 
@@ -263,6 +264,8 @@ def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, 
         "input": layout,
         "preprocessing": json.dumps(weights.preprocessing.to_dict() | {"scaled_inside": spec.uint8}),
         "class_names": json.dumps(list(weights.class_names), ensure_ascii=False),
+        **({"thresholds": json.dumps(weights.thresholds)} if weights.thresholds else {}),
         **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
+        **({"calibration": json.dumps(asdict(weights.calibration))} if weights.calibration != UNCALIBRATED else {}),
         "source": source,
     }

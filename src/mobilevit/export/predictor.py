@@ -16,7 +16,8 @@ from mobilevit.export.artifact import RAW_OUTPUTS, SCORE_THRESHOLD, ArtifactSpec
 from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
-from mobilevit.predict import Classifier, Detector, Predictor, Segmenter
+from mobilevit.predict import Classifier, Detector, MultilabelClassifier, Predictor, Segmenter
+from mobilevit.weights import Calibration
 
 
 class Artifact(Predictor):
@@ -71,7 +72,24 @@ class Artifact(Predictor):
 
 
 class ArtifactClassifier(Artifact, Classifier):
-    """An exported classifier."""
+    """An exported classifier; the calibration is in the metadata."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.calibration = Calibration(**json.loads(read_metadata(path).get("calibration", "{}")))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        (logits,) = self.outputs(images)
+        return logits
+
+
+class ArtifactMultilabelClassifier(Artifact, MultilabelClassifier):
+    """An exported multi-label classifier; the thresholds are in the metadata."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.thresholds = tuple(json.loads(read_metadata(path).get("thresholds", "[]")))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
@@ -110,14 +128,21 @@ class ArtifactSegmenter(Artifact, Segmenter):
         return logits  # part of the artifact
 
 
-def load_predictor(path: str | Path) -> ArtifactClassifier | ArtifactDetector | ArtifactSegmenter:
+def load_predictor(
+    path: str | Path,
+) -> ArtifactClassifier | ArtifactMultilabelClassifier | ArtifactDetector | ArtifactSegmenter:
     """The predictor of an artifact, by the task in its metadata; errors as for `Artifact`."""
     path = Path(path)
     try:
         task = read_metadata(path)["task"]
     except KeyError as error:
         raise _incomplete(path, error) from None
-    predictors = {"classify": ArtifactClassifier, "detect": ArtifactDetector, "segment": ArtifactSegmenter}
+    predictors = {
+        "classify": ArtifactClassifier,
+        "multilabel": ArtifactMultilabelClassifier,
+        "detect": ArtifactDetector,
+        "segment": ArtifactSegmenter,
+    }
     return predictors[task](path)
 
 

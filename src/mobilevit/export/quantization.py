@@ -38,7 +38,11 @@ class Sensitivity:
 
 
 def int8_sensitivity(
-    network: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[str] = ("logits",), batch_size: int = 16
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[str] = ("logits",),
+    thresholds: Sequence[float] = (),
+    batch_size: int = 16,
 ) -> list[Sensitivity]:
     """Measure each group of layers of `network`, and all layers together.
 
@@ -46,6 +50,7 @@ def int8_sensitivity(
         network: in eval mode; it is not modified.
         inputs: (1, ...) each; they also calibrate the ranges.
         outputs: names, see `ArtifactSpec.outputs`.
+        thresholds: of a multi-label classifier; empty for other tasks.
         batch_size: inputs per forward pass.
     """
     model = optimize_for_inference(network)
@@ -70,7 +75,7 @@ def int8_sensitivity(
             hooks = [layers[name].register_forward_pre_hook(_rounder(*ranges[name])) for name in names]
             for name in names:
                 layers[name].weight.data = _rounded_weight(weights[name])
-            comparison = OutputComparison(outputs)
+            comparison = OutputComparison(outputs, thresholds)
             for before, after in zip(expected, predict(), strict=True):
                 comparison.update(before, after, len(after[0]))
             for name, hook in zip(names, hooks, strict=True):

@@ -19,6 +19,7 @@ from mobilevit.models.ssdlite import suppress
 
 LOG_EPSILON = 1e-4  # added to scores before the logarithm, so that differences of smaller scores do not count
 MATCH_IOU = 0.5  # boxes that detect the same object
+PredictionUnit = Literal["images", "labels", "pixels", "boxes"]
 SAME_BOX_IOU = 0.9  # boxes of the same anchor: their difference is a numerical error
 
 
@@ -28,24 +29,32 @@ class Agreement:
 
     `max_error` is the largest difference of an output value, in standard deviations of torch's output; scores are
     compared by their logarithms. `prediction_agreement` is the fraction of equal predictions: the top-1 class of an
-    image or pixel, or a detected box. A box counts if either model scores it above `SHOWN_SCORE`; if there is no such
-    box, all boxes count.
+    image or pixel; for several labels per image, whether it has a label; or a detected box. A box counts if either
+    model scores it above `SHOWN_SCORE`; if there is no such box, all boxes count.
     """
 
     num_images: int
     max_error: float
     prediction_agreement: float
     num_predictions: int
-    prediction_unit: Literal["images", "pixels", "boxes"]
+    prediction_unit: PredictionUnit
 
 
-def compare(network: nn.Module, infer: InferenceFn, inputs: Sequence[Tensor], spec: ArtifactSpec) -> Agreement:
+def compare(
+    network: nn.Module,
+    infer: InferenceFn,
+    inputs: Sequence[Tensor],
+    spec: ArtifactSpec,
+    thresholds: Sequence[float] = (),
+) -> Agreement:
     """Compare the outputs of `network` and of the artifact `infer` for `inputs`, (1, ...) each.
+
+    `thresholds` are those of a multi-label classifier, empty for other tasks.
 
     Raises:
         ValueError: a detector without detections on all inputs, if predictions are all that can be compared.
     """
-    comparison = OutputComparison(spec.outputs)
+    comparison = OutputComparison(spec.outputs, thresholds)
     num_left = len(inputs)
     for batch in fill_batches(inputs, spec.batch_size):
         with torch.inference_mode():
@@ -100,12 +109,13 @@ class Boxes(NamedTuple):
 
 
 class OutputComparison:
-    """Compares the outputs that `ArtifactSpec.outputs` names, batch by batch."""
+    """Compares the outputs that `ArtifactSpec.outputs` names, batch by batch; `thresholds` as for `compare`."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], thresholds: Sequence[float] = ()):
         self.names = tuple(names)
+        self._thresholds = np.array(thresholds)
         self.statistics = {name: ErrorStatistics() for name in self.names}
-        self.unit: Literal["images", "pixels", "boxes"] = "boxes" if "boxes" in names else "pixels"
+        self.unit: PredictionUnit = "boxes" if "boxes" in names else "pixels"
         # (equal, all) predictions; of boxes only those above `SHOWN_SCORE`.
         self._counts = np.zeros(2, int)
         self._counts_of_all_boxes = np.zeros(2, int)
@@ -151,7 +161,13 @@ class OutputComparison:
         elif self.names == ("logits",):
             self.unit = "images" if expected[0].ndim == 2 else "pixels"
             self._add_values("logits", expected[0], actual[0])
-            self._add_classes(expected[0].argmax(1), actual[0].argmax(1))
+            if len(self._thresholds):
+                self.unit = "labels"
+                with np.errstate(divide="ignore"):  # of a threshold of 0 or 1
+                    limits = np.log(self._thresholds) - np.log1p(-self._thresholds)
+                self._add_classes(expected[0] >= limits, actual[0] >= limits)
+            else:
+                self._add_classes(expected[0].argmax(1), actual[0].argmax(1))
         elif "labels" in self.names:
             for image in zip(*expected, *actual, strict=True):
                 ours, theirs = (

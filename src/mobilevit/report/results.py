@@ -17,9 +17,11 @@ from mobilevit.data.sources import Source
 from mobilevit.draw import class_color, draw_boxes
 from mobilevit.images import ImageError, read_image, to_rgb
 from mobilevit.report import jpeg_url, render
+from mobilevit.report.confidence import confidence_html
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.detection import SHOWN_SCORE, DetectionResults, ImageDetections
 from mobilevit.tasks.distillation import DistillationResults
+from mobilevit.tasks.multilabel import MultilabelResults
 from mobilevit.tasks.segmentation import SegmentationExample, SegmentationResults
 from mobilevit.tasks.task import ClassMetrics, Results
 
@@ -68,6 +70,8 @@ def sections(results: Results, source: Source[Any]) -> list[Section]:
     match results:
         case ClassificationResults():
             return _classification(results, source)
+        case MultilabelResults():
+            return _multilabel(results, source)
         case DetectionResults():
             return _detection(results, source)
         case SegmentationResults():
@@ -99,6 +103,7 @@ def _classification(results: ClassificationResults, source: Source[Any]) -> list
     return [
         Section("Confusion matrix", confusion_html(matrix, names)),
         Section("Classes", class_table(results.per_class(names), headings, by=("recall", "precision"))),
+        Section("Calibration", confidence_html(results)),
         Section("Most confident errors", _examples(error, results.most_confident_errors(MAX_ERRORS), "No errors.")),
     ]
 
@@ -117,6 +122,38 @@ def _classified(
     return Example(sample.name, [(image, f"{before}{expected}, {between}{predicted}")], lines)
 
 
+def _multilabel(results: MultilabelResults, source: Source[Any]) -> list[Section]:
+    names = source.class_names
+
+    def error(item: tuple[int, int]) -> Example:
+        row, index = item
+        sample, score = source[int(results.indices[row])], float(results.scores[row, index])
+        kind = "false" if results.predictions[row, index] else "missing"
+        annotated = _listed([names[i] for i in np.flatnonzero(results.labels[row])])
+        percents = (f"{100 * value:.0f}\N{NO-BREAK SPACE}%" for value in (score, results.thresholds[index]))
+        lines = (
+            Markup("{}: <b>{}</b>, {} (threshold {})").format(kind, names[index], *percents),
+            f"annotated: {annotated}",
+        )
+        image = thumbnail(read_image(sample.image, sample.name), sample.name)
+        return Example(sample.name, [(image, f"annotated: {annotated}; {kind}: {names[index]}")], lines)
+
+    headings = {"num_images": "images", "ap": "AP, %", "f1": "F1, %", "threshold": "threshold"}
+    curves = np.stack([curve.precisions() for curve in results.curves])
+    of_curves = ", at this recall or a higher one. The number is the mean of the curve."
+    note = (
+        "false: predicted, but not annotated; missing: annotated, but not predicted. Errors whose probability is "
+        "farthest from the threshold first."
+    )
+    return [
+        Section("Classes", class_table(results.per_class(names), headings, by=("ap", "f1"))),
+        Section("Precision and recall", curves_html(curves, names, of_curves)),
+        Section(
+            "Most confident errors", _examples(error, results.most_confident_errors(MAX_ERRORS), "No errors.", note)
+        ),
+    ]
+
+
 def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
     names, metrics = source.class_names, results.metrics()
     rows = {
@@ -131,6 +168,7 @@ def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
     ranked = results.ranked()
     worst = ranked[:MAX_EXAMPLES]
     best = sorted(ranked[len(worst) :], key=lambda image: (-image.f1_score(), -len(image.truth.boxes.labels)))
+    of_boxes = " at an IoU of 0.5. The number is the average precision."
     headings = {"num_boxes": "boxes", "ap50": "AP at IoU 0.5, %", "ap": "AP, %"}
     note = "White frames: annotated boxes. Colored frames with labels: predicted boxes."
 
@@ -138,7 +176,7 @@ def _detection(results: DetectionResults, source: Source[Any]) -> list[Section]:
     none = "No more images with boxes."
     return [
         Section("Average precision", table(("Boxes", "AP, %"), cells)),
-        Section("Precision and recall", curves_html(results.precision_recall_curves(), names)),
+        Section("Precision and recall", curves_html(results.precision_recall_curves(), names, of_boxes)),
         Section("Classes", class_table(results.per_class(names), headings, by=("ap",))),
         Section("Worst images", _examples(example, worst, none, note)),
         Section("Best images", _examples(example, best[:MAX_EXAMPLES], none, note)),
@@ -230,10 +268,11 @@ def class_table(rows: Sequence[ClassMetrics], headings: Mapping[str, str], by: S
     return Markup(render("table.html", columns=columns, rows=first, more=more, caption=caption, is_text=False))
 
 
-def curves_html(curves: np.ndarray, class_names: Sequence[str]) -> Markup:
+def curves_html(curves: np.ndarray, class_names: Sequence[str], note: str) -> Markup:
     """Precision-recall curves as small charts: the mean of all classes, then the classes with the lowest AP.
 
-    `curves` (C, 101) are precisions at recall 0, 0.01 ... 1; NaN for a class without boxes.
+    `note` ends the sentence about the axes. `curves` (C, 101) are precisions at recall 0, 0.01 ... 1; NaN for a class
+    without boxes or images.
     """
     areas = curves.mean(1)
     measured = [i for i in np.argsort(areas, kind="stable").tolist() if not math.isnan(areas[i])]
@@ -241,7 +280,7 @@ def curves_html(curves: np.ndarray, class_names: Sequence[str]) -> Markup:
     if len(named) > 1:
         named.insert(0, ("all classes", curves[measured].mean(0)))
     shown = [(name, 100 * curve.mean(), (100 * curve).tolist()) for name, curve in named[: MAX_CLASSES + 1]]
-    return Markup(render("curves.html", curves=shown, num_hidden=len(named) - len(shown)))
+    return Markup(render("curves.html", curves=shown, note=note, num_hidden=len(named) - len(shown)))
 
 
 def _percent_bar(percent: float) -> Bar:
@@ -251,6 +290,8 @@ def _percent_bar(percent: float) -> Bar:
 def _metric_cell(name: str, value: float | None) -> str | Bar:
     if value is None:
         return DASH
+    if name == "threshold":  # a probability
+        return f"{value:.3f}"
     return f"{value:,}" if name.startswith("num_") else _percent_bar(value)
 
 

@@ -34,14 +34,17 @@ UNITS = {
     "steps": "steps",
     "workers": "processes",
     **dict.fromkeys(("top1", "top5", "ap", "ap50", "ap75", "small", "medium", "large", "miou", "accuracy"), "%"),
-    **dict.fromkeys(("agreement", "agreement5", "f1"), "%"),
+    **dict.fromkeys(("agreement", "agreement5", "ece", "map", "f1"), "%"),
 }
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
     "miou": "mIoU",
+    "map": "mAP",
+    "micro_f1": "micro F1",
     "macro_f1": "macro F1",
     "agreement5": "top-5 agreement",
+    "ece": "calibration error (ECE)",
     "kl": "KL",
     "unreadable": "unreadable images",
 }
@@ -334,7 +337,7 @@ def _metrics(epochs: Epochs) -> list[str]:
 
 def _best(field: str, values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The first best (epoch, value); a loss or an error is best where it is lowest."""
-    sign = -1 if field.endswith(("loss", "error", "kl")) else 1
+    sign = -1 if field.endswith(("loss", "error", "kl", "ece")) else 1
     return max(values, key=lambda pair: (sign * pair[1], -pair[0]))
 
 

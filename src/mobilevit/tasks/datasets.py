@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mobilevit.data.checks import check_images
 from mobilevit.data.loader import ImageDataset
+from mobilevit.data.python_data import Data
 from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.images import Preprocessing, limit_megapixels
 from mobilevit.recipes import Recipe
@@ -21,7 +21,7 @@ Stack = Callable[[list[Any]], Any]
 
 
 def training_sets(
-    recipe: Recipe, data: str | Path, train: tuple[Prepare, Stack], val: tuple[Prepare, Stack]
+    recipe: Recipe, data: Data, train: tuple[Prepare, Stack], val: tuple[Prepare, Stack]
 ) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation sets of the recipe's task, with `prepare` and `stack` of each. All images are checked."""
     assert recipe.task != "distill"  # its images have no labels
@@ -35,7 +35,7 @@ def training_sets(
     )
 
 
-def evaluation_set(weights: Weights, data: str | Path, split: str, prepare: Prepare, stack: Stack) -> ImageDataset:
+def evaluation_set(weights: Weights, data: Data, split: str, prepare: Prepare, stack: Stack) -> ImageDataset:
     """The images of a split of `data`, with the classes in the order of `weights`."""
     if not weights.class_names:
         raise ValueError("these weights have no class names, which are required to match the classes of the data")

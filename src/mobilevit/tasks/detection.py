@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from mobilevit.data.box_transforms import BoxAugmentation, BoxBatch, BoxEvaluation, BoxTruth, stack_boxes
 from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.data.python_data import Data
 from mobilevit.data.transforms import warp
 from mobilevit.files import require
 from mobilevit.images import ImageError, Preprocessing
@@ -164,15 +164,13 @@ class DetectionResults:
 class Detection:
     """The `mobilevit.tasks.Task` of detection."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
         _pycocotools()  # report a missing library before the first epoch
         augmentation = BoxAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
         return training_sets(recipe, data, (augmentation, stack_boxes), (evaluation, list))
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         _pycocotools()
         return evaluation_set(weights, data, split, BoxEvaluation(whole_image(preprocessing)), list)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mobilevit.data.checks import check_images
 from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.data.python_data import Data, PythonData
 from mobilevit.data.transforms import Augmentation, Evaluation, mix
 from mobilevit.data.unlabeled import cached_short_side, decode_once, find_unlabeled, repeat
 from mobilevit.images import Preprocessing, limit_megapixels
@@ -80,7 +80,8 @@ class Distillation:
         # the raw and the EMA weights are compared with them after every epoch.
         self._targets: dict[int, Tensor] = {}
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
+        assert not isinstance(data, PythonData)  # checked before
         options, sampler = recipe.data, recipe.sampler
         limit_megapixels(options.max_megapixels)
         train, val = find_unlabeled(data, options.val_fraction, self.teacher.class_names)
@@ -106,9 +107,7 @@ class Distillation:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return Classification().build(recipe, train_set, pretrained)
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         raise AssertionError("the trained weights are those of a classifier")
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:

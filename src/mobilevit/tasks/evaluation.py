@@ -5,34 +5,46 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
 
 from mobilevit.data import sources
 from mobilevit.data.corruptions import Corrupted, Corruption
-from mobilevit.data.loader import ImageDataset, load
+from mobilevit.data.loader import Batch, ImageDataset, Loader, load
+from mobilevit.data.python_data import Data, MapDataset, PythonData, to_data
 from mobilevit.data.sampler import eval_batches
 from mobilevit.data.samples import fingerprint
+from mobilevit.data.transforms import Evaluation
 from mobilevit.defaults import MIN_SIZE_PX
 from mobilevit.device import choose_device
-from mobilevit.images import ImageError
+from mobilevit.images import ImageError, Preprocessing
 from mobilevit.messages import join_names
 from mobilevit.self_check import check_device
 from mobilevit.tasks import TASKS
+from mobilevit.tasks.classification import ClassificationResults
+from mobilevit.tasks.confidence import auroc
+from mobilevit.tasks.multilabel import MultilabelResults
 from mobilevit.tasks.task import ClassMetrics, Results
 from mobilevit.weights import Weights, to_weights
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Metrics of weights on a split of the data; `mobilevit evaluate --json --per-class` prints the same numbers.
 
-    `metrics` are "top1", "top5", "balanced_accuracy", "macro_f1" and "loss" of a classifier, "ap", "ap50" and others of
-    a detector, "miou" and others of a segmentation network, all in percent except the loss; and "num_images".
-    `results` has the predictions.
+    `metrics` are "top1", "top5", "balanced_accuracy", "macro_f1", "loss", "ece" and others of a classifier, "map",
+    "micro_f1", "macro_f1" and "loss" of a multi-label classifier, "ap", "ap50" and others of a detector, "miou" and
+    others of a segmentation network, all in percent except the loss; and "num_images". `results` has the predictions.
     """
 
     split: str
@@ -44,7 +56,7 @@ class EvaluationResult:
 
 def evaluate(
     weights: Weights | str | os.PathLike[str],
-    data: str | Path,
+    data: str | os.PathLike[str] | MapDataset | tuple[MapDataset, MapDataset] | PythonData,
     *,
     split: str | None = None,
     size_px: int | None = None,
@@ -55,6 +67,7 @@ def evaluate(
     download: bool = False,
     self_check: bool = True,
     corruption: Corruption | None = None,
+    ood: str | Path | None = None,
 ) -> EvaluationResult:
     """Evaluate trained weights on a split of the data.
 
@@ -63,7 +76,7 @@ def evaluate(
 
     Args:
         weights: a path, a hub id or `Weights`.
-        data: a folder or dataset, as for `train`.
+        data: a folder or dataset, or a dataset in Python, as for `train`.
         split: "train", "val", "test" or "all". None: val, or test if there is no val. Data without splits are split as
             in training if the weights were trained on them; otherwise all images are evaluated.
         size_px: input size; None: the size that the weights were trained at.
@@ -74,6 +87,8 @@ def evaluate(
         download: fetch a hub id that is not in the local cache.
         self_check: on another device than the CPU, first compare a batch with the CPU; see `mobilevit.self_check`.
         corruption: corrupt every image after resizing and cropping, to measure robustness.
+        ood: images of another source, for classifiers: a folder of images, or a dataset, whose labels are not used. The
+            metric "ood_auroc" is the AUROC of the energy, in percent; "num_ood_images" is their number.
 
     Raises:
         ValueError: the weights cannot be read or have no class names; the data have other classes; an image cannot be
@@ -81,13 +96,14 @@ def evaluate(
             (`mobilevit.self_check.DeviceError`).
         TypeError: `weights` has another type.
     """
-    weights = to_weights(weights, download=download)
+    weights, data = to_weights(weights, download=download), to_data(data)
     device = choose_device(device)
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
     if size_px is not None and size_px < MIN_SIZE_PX:
         raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
     preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
+    others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
     task = TASKS[weights.task]
     split = split or default_split(weights, data)
     dataset = task.evaluation_set(weights, data, preprocessing, split)
@@ -97,30 +113,66 @@ def evaluate(
     model = weights.build().to(device)
     if self_check:
         check_device(model, preprocessing.crop_px)
-    loaded = load(
-        dataset,
-        eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
-        num_workers=num_workers,
-        device=device,
-        preprocessing=preprocessing,
-        max_unreadable=max_unreadable,
-        replace_unreadable=False,
-    )
-    with contextlib.closing(loaded):
-        results = task.evaluate(model, loaded)
-    if len(loaded.unreadable) > max_unreadable:
-        raise ImageError(
-            f"{len(loaded.unreadable)} images cannot be read ({join_names(loaded.unreadable)}), and max_unreadable is "
-            f"{max_unreadable}; replace them, or skip them with --max-unreadable {len(loaded.unreadable)}"
+
+    def over_images_of(dataset: ImageDataset, function: Callable[[nn.Module, Loader], T]) -> T:
+        loaded = load(
+            dataset,
+            eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
+            num_workers=num_workers,
+            device=device,
+            preprocessing=preprocessing,
+            max_unreadable=max_unreadable,
+            replace_unreadable=False,
         )
-    if loaded.unreadable:
-        _warn_once(f"skipped images that cannot be read: {', '.join(loaded.unreadable)}")
-    return EvaluationResult(
-        split, preprocessing.crop_px, results.metrics(), results.per_class(weights.class_names), results
-    )
+        with contextlib.closing(loaded):
+            result = function(model, loaded)
+        _check_unreadable(loaded.unreadable, max_unreadable)
+        return result
+
+    results = over_images_of(dataset, task.evaluate)
+    if isinstance(results, MultilabelResults):
+        results = replace(results, stored_thresholds=weights.thresholds)
+    metrics_of_others: dict[str, float] = {}
+    if isinstance(results, ClassificationResults):
+        results = replace(results, calibration=weights.calibration)
+        if others:
+            energies = over_images_of(others, _energies)
+            area = auroc(results.require_logits().energies(), energies)
+            metrics_of_others = {"ood_auroc": 100 * area, "num_ood_images": len(energies)}
+    metrics = {**results.metrics(), **metrics_of_others}
+    return EvaluationResult(split, preprocessing.crop_px, metrics, results.per_class(weights.class_names), results)
 
 
-def default_split(weights: Weights, data: str | Path) -> str:
+def _images_of_another_source(weights: Weights, data: str | Path, preprocessing: Preprocessing) -> ImageDataset:
+    if weights.task != "classify":
+        raise ValueError(f"ood is {data}, but the weights are for the task {weights.task!r}; it requires a classifier")
+    return ImageDataset(sources.find_any_images(data), Evaluation(preprocessing))
+
+
+@torch.inference_mode()
+def _energies(model: nn.Module, batches: Iterable[Batch]) -> np.ndarray:
+    """The energies of all readable images, (N,); see `LogitSummary.energies`.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    energies = [-model(batch.pixels).float().logsumexp(1) for batch in batches if batch.indices]
+    if not energies:
+        raise ImageError("none of the images of the other source can be read")
+    return torch.cat(energies).cpu().numpy()
+
+
+def _check_unreadable(names: Sequence[str], max_unreadable: int) -> None:
+    if len(names) > max_unreadable:
+        raise ImageError(
+            f"{len(names)} images cannot be read ({join_names(names)}), and max_unreadable is {max_unreadable}; "
+            f"replace them, or skip them with --max-unreadable {len(names)}"
+        )
+    if names:
+        _warn_once(f"skipped images that cannot be read: {', '.join(names)}")
+
+
+def default_split(weights: Weights, data: Data) -> str:
     """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
 
     Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
@@ -135,7 +187,7 @@ def default_split(weights: Weights, data: str | Path) -> str:
     return split
 
 
-def _warn_of_data(weights: Weights, dataset: ImageDataset, data: str | Path, split: str) -> None:
+def _warn_of_data(weights: Weights, dataset: ImageDataset, data: Data, split: str) -> None:
     for note in dataset.notes:
         _warn_once(note)
     was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"

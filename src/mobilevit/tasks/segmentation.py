@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.mask_transforms import MaskAugmentation, MaskEvaluation, stack_masks
 from mobilevit.data.masks import IGNORE
+from mobilevit.data.python_data import Data
 from mobilevit.data.transforms import warp
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
@@ -81,14 +81,12 @@ class SegmentationResults:
 class Segmentation:
     """The `mobilevit.tasks.Task` of segmentation."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
         augmentation = MaskAugmentation(recipe.data.min_scale, recipe.data.flip, recipe.seed)
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
         return training_sets(recipe, data, (augmentation, stack_masks), (evaluation, list))
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         return evaluation_set(weights, data, split, MaskEvaluation(whole_image(preprocessing)), list)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:

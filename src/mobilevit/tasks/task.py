@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit.data.loader import Batch, ImageDataset
+from mobilevit.data.python_data import Data
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.recipes import Recipe
 from mobilevit.weights import Weights
@@ -72,13 +72,11 @@ class Results(Protocol):
 class Task(Protocol):
     """Datasets, model, loss and metrics of a task."""
 
-    def datasets(self, recipe: Recipe, data: str | Path) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
         """Training and validation sets. Raises ValueError for every problem that can be found before training."""
         ...
 
-    def evaluation_set(
-        self, weights: Weights, data: str | Path, preprocessing: Preprocessing, split: str
-    ) -> ImageDataset:
+    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         """The images of a split of `data`, to evaluate trained `weights` on."""
         ...
 

@@ -107,10 +107,10 @@ class DistillationLoss:
                 f"distill.soft_weight is {options.soft_weight}, but without labels the teacher's class probabilities "
                 "are the only targets of the classifier; it must be 1"
             )
-        if options.soft_weight and recipe.task in ("detect", "segment"):
+        if options.soft_weight and recipe.task in ("multilabel", "detect", "segment"):
             raise ValueError(
-                f"distill.soft_weight is {options.soft_weight}, but soft targets are class probabilities of whole "
-                f"images, which the task {recipe.task!r} does not have; it must be 0 (with distill.feature_weight 1)"
+                f"distill.soft_weight is {options.soft_weight}, but soft targets are probabilities of one class per "
+                f"image, which the task {recipe.task!r} does not have; it must be 0 (with distill.feature_weight 1)"
             )
         self.recipe, self.task, self.teacher, self.options = recipe, task, teacher, options
         self.columns: list[int] | slice = slice(None)  # of the teacher's logits: the student's classes

@@ -20,6 +20,7 @@ from torch import nn
 
 from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
+from mobilevit.data.python_data import MapDataset, PythonData, to_data
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
 from mobilevit.defaults import TrackerName
 from mobilevit.device import choose_device
@@ -29,6 +30,7 @@ from mobilevit.recipes import Recipe
 from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, Report, write_report
 from mobilevit.tasks import Results
+from mobilevit.tasks.multilabel import chosen_thresholds
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.distillation import DistillationLoss, network_of
 from mobilevit.training.distributed import join_processes
@@ -74,7 +76,7 @@ class DivergedError(ValueError):
 
 def train(
     recipe: Recipe | str,
-    data: str | Path,
+    data: str | os.PathLike[str] | MapDataset | tuple[MapDataset, MapDataset] | PythonData,
     out: str | Path,
     *,
     pretrained: Weights | str | os.PathLike[str] | None = None,
@@ -100,7 +102,8 @@ def train(
 
     Args:
         recipe: a `Recipe`, or the name of one such as "small".
-        data: a folder or dataset; see docs/training.md.
+        data: a folder, a file or the name of a dataset, see docs/training.md; or a dataset in Python (`MapDataset`),
+            or a pair of datasets for training and validation, see docs/data.md.
         out: the run folder; see `mobilevit.training.run`.
         pretrained: initial weights: a path, a hub id, or `Weights`. None: random weights.
         download: fetch a hub id that is not in the local cache.
@@ -132,12 +135,11 @@ def train(
             f"recipe is a {type(recipe).__name__}; use the name of a recipe ({', '.join(recipes.RECIPES)}) or a "
             "Recipe, such as dataclasses.replace(mobilevit.RECIPES['small'], epochs=5)"
         )
-    for name, value in (("data", data), ("out", out)):
-        if not isinstance(value, str | os.PathLike):
-            raise TypeError(f"{name} is a {type(value).__name__}; use a path (str or pathlib.Path)")
+    if not isinstance(out, str | os.PathLike):
+        raise TypeError(f"out is a {type(out).__name__}; use a path (str or pathlib.Path)")
     options = TrainOptions(
         recipe=recipe,
-        data=data,
+        data=to_data(data),
         out=Path(out),
         pretrained=None if pretrained is None else to_weights(pretrained, download=download),
         classifier=classifier,
@@ -366,7 +368,7 @@ class _Loop:
         main_metric = ema.main_metric if self.recipe.metric == "auto" else self.recipe.metric
         main = f"val_{main_metric}"
         if self.run.folder:
-            self._write_weights(record, is_best=all(record[main] > past[main] for past in progress.history))
+            self._write_weights(record, ema, raw, is_best=all(record[main] > past[main] for past in progress.history))
         self.run.log_epoch(record)
         logger.info(
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {main_metric} "
@@ -413,8 +415,8 @@ class _Loop:
                 logger.warning(f"cannot be read, left out of validation: {', '.join(unreadable)}")
         return results[0], results[1], len(unreadable)
 
-    def _write_weights(self, record: EpochMetrics, *, is_best: bool) -> None:
-        setup, ema, raw = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
+    def _write_weights(self, record: EpochMetrics, ema: Results, raw: Results, *, is_best: bool) -> None:
+        setup, ema_model, raw_model = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
         training = {
             "recipe": recipes.to_dict(self.recipe),
             # Without times, so that identical runs write identical files.
@@ -424,12 +426,14 @@ class _Loop:
         }
         if self.run.schedule_epochs < self.recipe.epochs:
             training["schedule_epochs"] = self.run.schedule_epochs
-        for name, model in (("model", ema), ("raw", raw), *([("best", ema)] if is_best else [])):
+        files = (("model", ema_model, ema), ("raw", raw_model, raw), *([("best", ema_model, ema)] if is_best else []))
+        for name, model, results in files:
             path = self.options.out / f"{name}.safetensors"
             if isinstance(setup.initial, ExternalWeights):
                 setup.initial.write(model.state_dict(), training, path)
             else:
-                write(replace(setup.initial, tensors=model.state_dict(), training=training), path)
+                weights = replace(setup.initial, tensors=model.state_dict(), training=training)
+                write(replace(weights, thresholds=chosen_thresholds(results)), path)
 
     def _write_report(self, results: Results) -> None:
         options, run, loss = self.options, self.run, self.setup.loss

@@ -99,6 +99,8 @@ class Identity:
             del recipe["distill"]
         if self.recipe.imbalance == Imbalance():  # earlier versions did not have these options
             del recipe["imbalance"]
+        if self.recipe.task != "multilabel":  # the options have no effect
+            del recipe["multilabel"]
         if self.recipe.metric == "auto":
             del recipe["metric"]
         if self.recipe.patience == 0:

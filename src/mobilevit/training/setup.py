@@ -15,9 +15,10 @@ from torch import nn
 
 from mobilevit.benchmark.rivals import randomize
 from mobilevit.data.loader import Batch, ImageDataset, to_device
+from mobilevit.data.python_data import Data, PythonData
 from mobilevit.data.samples import fingerprint
 from mobilevit.defaults import TrackerName
-from mobilevit.recipes import Distill, Imbalance, Recipe
+from mobilevit.recipes import Distill, Imbalance, Multilabel, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.self_check import DeviceError, check_device
 from mobilevit.tasks import TASKS, Task
@@ -45,7 +46,7 @@ class TrainOptions:
     """The arguments of `train`, checked."""
 
     recipe: Recipe
-    data: str | Path
+    data: Data
     out: Path
     pretrained: Weights | None
     classifier: ExternalClassifier | None
@@ -164,7 +165,9 @@ def _balance(recipe: Recipe, train_set: ImageDataset, processes: Processes) -> t
 def blank_batch(task: Task, recipe: Recipe, device: torch.device, shape: tuple[int, ...]) -> Batch:
     """A batch of black images for an input of `shape` (B, 3, size, size); larger if the teacher's input is larger."""
     batch_size, _, size_px, _ = shape
-    loaded_px = max(size_px, recipe.distill.size_px) if recipe.task in ("classify", "distill") else size_px
+    loaded_px = (
+        max(size_px, recipe.distill.size_px) if recipe.task in ("classify", "multilabel", "distill") else size_px
+    )
     pixels = torch.zeros(batch_size, 3, loaded_px, loaded_px, device=device).to(memory_format=torch.channels_last)
     labels = to_device(task.blank_labels(batch_size, size_px), str(device))
     return Batch(pixels, labels, tuple(range(batch_size)), size_px=size_px)
@@ -213,6 +216,10 @@ def _check_recipe(options: TrainOptions) -> None:
         )
     if options.classifier:
         check_recipe(options.recipe)
+    if isinstance(options.data, PythonData) and options.recipe.task == "distill":
+        raise ValueError(f"{options.data}: the recipe distill uses a folder of images, not a dataset in Python")
+    if options.recipe.task != "multilabel" and options.recipe.multilabel != Multilabel():
+        raise ValueError("multilabel.* options need the task multilabel: use the recipe multilabel")
     if options.pretrained is None:
         optimizer = options.recipe.optimizer
         for name, value, default in (
@@ -227,10 +234,13 @@ def _check_recipe(options: TrainOptions) -> None:
 
 
 def _check_data(options: TrainOptions, num_images: int, world_size: int) -> None:
-    data, out = Path(options.data), options.out
+    out = options.out
     if num_images < 2 * world_size:
         crops = " or raise --data.crops-per-image" if options.recipe.task == "distill" else ""
-        raise ValueError(f"{data}: {num_images} training images are too few; add images{crops}")
+        raise ValueError(f"{options.data}: {num_images} training images are too few; add images{crops}")
+    if isinstance(options.data, PythonData):
+        return
+    data = Path(options.data)
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()) and not (data / "train").is_dir():
         raise ValueError(f"{out}: is inside {data}, where it would be read as a class folder; choose another folder")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mobilevit.data.python_data import Data, PythonData
 from mobilevit.device import thread_advice
 from mobilevit.recipes import Recipe
 from mobilevit.training.distillation import DistillationLoss
@@ -105,15 +106,27 @@ def environment(processes: Processes, plan: Plan, schedule_epochs: int, ending: 
     }
 
 
-def next_commands(recipe: Recipe, data: str | Path, out: Path) -> list[tuple[str, str]]:
+def next_commands(recipe: Recipe, data: Data, out: Path) -> list[tuple[str, str]]:
     """What to do with the weights: (purpose, command)."""
-    weights, data = shlex.quote(str(out / "model.safetensors")), shlex.quote(str(data))
+    weights = shlex.quote(str(out / "model.safetensors"))
+    if isinstance(data, PythonData):  # commands cannot name it
+        return [
+            ("Predict", f"mobilevit predict {weights} IMAGE..."),
+            ("Export", f"mobilevit export {weights} --to onnx --images IMAGE..."),
+        ]
+    data = shlex.quote(str(data))
     evaluate = f"mobilevit evaluate {shlex.quote(str(out))} --data {data} --per-class"
     commands = [
         ("Evaluate EMA weights and raw weights", evaluate),
         ("Predict", f"mobilevit predict {weights} IMAGE..."),
         ("Export, verified against PyTorch on these images", f"mobilevit export {weights} --to onnx --images {data}"),
     ]
+    if recipe.task == "classify":
+        calibrated = shlex.quote(str(out / "calibrated.safetensors"))
+        commands.insert(
+            1,
+            ("Calibrate the probabilities", f"mobilevit calibrate {weights} --data {data} --out {calibrated}"),
+        )
     if recipe.task == "distill":  # its data have no labels
         commands[0] = (
             "Fine-tune on labelled images",

@@ -64,6 +64,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -80,6 +82,8 @@ __all__ = [
     "PUBLISHED_STRIDES",
     "TASK_FORMATS",
     "TIMM_PREPROCESSING",
+    "UNCALIBRATED",
+    "Calibration",
     "Format",
     "TaskName",
     "Weights",
@@ -132,7 +136,7 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
         output_stride=described.output_stride,
         training=described.training,
         has_description=described.source is not None,
-        task=task,
+        task=described.task or task,
         head=described.head,
     )
     classifier = key_names(layout)[CLASSIFIERS[task]][0]
@@ -149,7 +153,13 @@ def read(source: str | os.PathLike[str], *, download: bool = False, num_classes:
             f"{path}: {classifier} has {weights.num_classes} classes, but there are {len(described.class_names)} class "
             f"names; fix the class names in its {described.source}"
         )
-    return replace(weights, class_names=described.class_names, category_ids=described.category_ids)
+    return replace(
+        weights,
+        class_names=described.class_names,
+        category_ids=described.category_ids,
+        thresholds=described.thresholds,
+        calibration=described.calibration,
+    )
 
 
 def to_weights(source: Weights | str | os.PathLike[str], *, download: bool = False) -> Weights:
@@ -190,7 +200,8 @@ def write(weights: Weights, path: str | os.PathLike[str], format: Format = "mobi
         raise WeightsError(f"{path}: the file name must end in {' or '.join(_ENDINGS[format])} for format {format}")
     if format in ("apple", "timm"):
         check_published(weights, format)
-    tensors = from_standard(Layout(format, weights.architecture, weights.task, weights.head), weights.tensors)
+    layout_task = "classify" if weights.task == "multilabel" else weights.task  # the tensors are the same
+    tensors = from_standard(Layout(format, weights.architecture, layout_task, weights.head), weights.tensors)
     if format == "apple":
         write_atomic(path, lambda target: torch.save(tensors, target))
         return

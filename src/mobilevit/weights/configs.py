@@ -21,6 +21,8 @@ from mobilevit.weights.record import (
     PREPROCESSING,
     TASK_FORMATS,
     TIMM_PREPROCESSING,
+    UNCALIBRATED,
+    Calibration,
     Format,
     TaskName,
     Weights,
@@ -28,7 +30,9 @@ from mobilevit.weights.record import (
 )
 
 METADATA = "mobilevit"  # key in the metadata of a .safetensors file: the description
+CALIBRATION = "calibration"  # key in the description; files without it are not calibrated
 OTHER = "mobilevit.other"  # the same for a network that is not MobileViT
+MULTILABEL_PROBLEM = "multi_label_classification"  # transformers' problem_type
 PUBLISHED_STRIDES = {PAPER_HEAD: 16, LATER_HEAD: 8}  # output strides of Apple's two segmentation networks
 
 
@@ -45,6 +49,9 @@ class Description:
     training: Mapping[str, Any] = field(default_factory=dict)
     head: DeepLabHead | None = None
     category_ids: tuple[int, ...] = ()
+    task: TaskName | None = None  # None: that of the tensors
+    thresholds: tuple[float, ...] = ()
+    calibration: Calibration = UNCALIBRATED
 
 
 def describe(
@@ -95,18 +102,28 @@ def metadata_of(weights: Weights) -> dict[str, Any]:
         "task": weights.task,
         "head": asdict(weights.head) if weights.head else None,
         "category_ids": weights.category_ids,
+        **({"thresholds": weights.thresholds} if weights.thresholds else {}),
+        **_calibration_of(weights),
     }
+
+
+def _calibration_of(weights: Weights) -> dict[str, Any]:
+    return {} if weights.calibration == UNCALIBRATED else {CALIBRATION: asdict(weights.calibration)}
 
 
 def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[str, Any]) -> Description:
     with _reported(path, "metadata"):
         described_task = values.get("task", "classify")  # files of the first release, all classifiers, have no task
-        if described_task != task:
+        # A multi-label classifier has the tensors of a classifier.
+        if described_task != task and (described_task, task) != ("multilabel", "classify"):
             raise ValueError(f"task is {described_task!r}, but the keys are those of {task!r}")
         head = DeepLabHead(**{**values["head"], "rates": tuple(values["head"]["rates"])}) if task == "segment" else None
         category_ids = tuple(values.get("category_ids", ()))  # older files have none
         if category_ids and len(category_ids) != len(values["class_names"]):
             raise ValueError(f"{len(category_ids)} category_ids for {len(values['class_names'])} class_names")
+        thresholds = tuple(map(float, values.get("thresholds", ())))  # of multi-label classifiers
+        if thresholds and len(thresholds) != len(values["class_names"]):
+            raise ValueError(f"{len(thresholds)} thresholds for {len(values['class_names'])} class_names")
         stages = tuple(
             Stage(**{**stage, "transformer": Transformer(**stage["transformer"]) if stage["transformer"] else None})
             for stage in values["architecture"]["stages"]
@@ -121,6 +138,9 @@ def _describe_own(path: Path, format: Format, task: TaskName, values: Mapping[st
             training=values["training"],
             head=head,
             category_ids=category_ids,
+            task=described_task,
+            thresholds=thresholds,
+            calibration=Calibration(**values.get(CALIBRATION, {})),
         )
 
 
@@ -140,6 +160,11 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         if class_names == tuple(f"LABEL_{index}" for index in labels):  # transformers' placeholders
             class_names = ()
         output_stride = config.get("output_stride", 32)
+        is_multilabel = task == "classify" and config.get("problem_type") == MULTILABEL_PROBLEM
+        thresholds = tuple(map(float, config.get("thresholds", ()))) if is_multilabel else ()
+        if thresholds and len(thresholds) != len(labels):
+            raise ValueError(f"{len(thresholds)} thresholds for {len(labels)} entries of id2label")
+        calibration = Calibration(**config.get(f"mobilevit_{CALIBRATION}", {}))
         if task == "segment":
             head = DeepLabHead(
                 channels=config.get("aspp_out_channels", 256),
@@ -165,6 +190,9 @@ def _describe_transformers(config_path: Path, task: TaskName) -> Description:
         output_stride=output_stride,
         bgr=bgr,
         head=head,
+        task="multilabel" if is_multilabel else task,
+        thresholds=thresholds,
+        calibration=calibration,
     )
 
 
@@ -246,7 +274,12 @@ def transformers_config(weights: Weights) -> dict[str, Any]:
         "qkv_bias": True,
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
+        # Unknown to transformers, which keeps it.
+        **{f"mobilevit_{name}": values for name, values in _calibration_of(weights).items()},
     }
+    if weights.task == "multilabel":
+        # transformers ignores the thresholds, which are ours.
+        config |= {"problem_type": MULTILABEL_PROBLEM, "thresholds": list(weights.thresholds)}
     if (head := weights.head) is not None:
         if head.auxiliary_channels or head.align_corners:
             raise WeightsError(f"transformers' format cannot express {head}; write mobilevit's")

@@ -19,17 +19,24 @@ if TYPE_CHECKING:
 
 Format = Literal["mobilevit", "apple", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-TaskName = Literal["classify", "detect", "segment"]
-NETWORKS: dict[TaskName, type[nn.Module]] = {"classify": MobileViT, "detect": SSDLite, "segment": DeepLabV3}
+TaskName = Literal["classify", "multilabel", "detect", "segment"]
+NETWORKS: dict[TaskName, type[nn.Module]] = {
+    "classify": MobileViT,
+    "multilabel": MobileViT,
+    "detect": SSDLite,
+    "segment": DeepLabV3,
+}
 # Formats that have a network for the task.
 TASK_FORMATS: dict[TaskName, tuple[Format, ...]] = {
     "classify": FORMATS,
+    "multilabel": ("mobilevit", "transformers"),
     "detect": ("mobilevit", "apple"),
     "segment": ("mobilevit", "apple", "transformers"),
 }
 # The tensor whose number of rows gives the number of classes.
 CLASSIFIERS: dict[TaskName, str] = {
     "classify": "classifier.weight",
+    "multilabel": "classifier.weight",
     "detect": f"heads.{len(NUM_ANCHORS) - 1}.out.weight",
     "segment": "classifier.weight",
 }
@@ -41,13 +48,47 @@ PAPER_PREPROCESSING = Preprocessing(resize_px=288, crop_px=256, interpolation="b
 TIMM_PREPROCESSING = Preprocessing(resize_px=284, crop_px=256, interpolation="bicubic")
 PREPROCESSING: dict[TaskName, Preprocessing] = {
     "classify": PAPER_PREPROCESSING,
+    "multilabel": PAPER_PREPROCESSING,
     "detect": Preprocessing(resize_px=(320, 320), crop_px=320, interpolation="bilinear"),
     "segment": Preprocessing(resize_px=(512, 512), crop_px=512, interpolation="bilinear"),
 }
 
 
+# Beyond it, probabilities are almost 0 and 1, or almost uniform.
+TEMPERATURE_RANGE = (0.2, 11.0)
+
+
 class WeightsError(ValueError):
     """Weights that cannot be used. The message is one line: file, key, value found, value expected, fix."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits of a classifier become probabilities, and which predictions are rejected; see docs/calibration.md.
+
+    Attributes:
+        temperature: probabilities are softmax(logits / temperature).
+        min_probability: predictions with a lower probability are rejected.
+        min_precision: the fraction of correct predictions that `min_probability` was chosen for; None without one.
+
+    Raises:
+        ValueError: a temperature outside of `TEMPERATURE_RANGE`; another value that is not from 0 to 1.
+    """
+
+    temperature: float = 1.0
+    min_probability: float = 0.0
+    min_precision: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = TEMPERATURE_RANGE
+        if not low <= self.temperature <= high:
+            raise ValueError(f"temperature is {self.temperature}; it must be from {low} to {high}")
+        for name, value in (("min_probability", self.min_probability), ("min_precision", self.min_precision)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+
+
+UNCALIBRATED = Calibration()
 
 
 @dataclass(frozen=True)
@@ -60,10 +101,14 @@ class Weights:
         has_description: False if the file has no description and the published preprocessing is assumed.
         head: of a segmentation network, else None.
         category_ids: ids of a detector's classes in COCO annotations, which may have gaps; empty if unknown.
+        thresholds: of a multi-label classifier: the lowest probability, 0 to 1, at which an image is predicted to have
+            each class; empty if unknown.
+        calibration: of a classifier; `UNCALIBRATED` unless it was fitted.
 
     Raises:
         ValueError: an unknown task; `head` without segmentation or segmentation without `head`; a detector with an
-            output stride other than 32; a number of class names or category ids that is not the number of classes.
+            output stride other than 32; a calibration without classification; a number of class names, category ids or
+            thresholds that is not the number of classes.
     """
 
     architecture: Architecture
@@ -76,6 +121,8 @@ class Weights:
     task: TaskName = "classify"
     head: DeepLabHead | None = None
     category_ids: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    calibration: Calibration = UNCALIBRATED
 
     def __post_init__(self) -> None:
         if self.task not in NETWORKS:
@@ -91,6 +138,13 @@ class Weights:
                 f"category_ids are {len(self.category_ids)} for {len(self.class_names)} class names and the task "
                 f"{self.task!r}; give one for each named class of a detector, or none"
             )
+        if self.thresholds and (self.task != "multilabel" or len(self.thresholds) != self.num_classes):
+            raise ValueError(
+                f"thresholds are {len(self.thresholds)} for {self.num_classes} classes and the task {self.task!r}; "
+                "give one for each class of a multi-label classifier, or none"
+            )
+        if self.calibration != UNCALIBRATED and self.task != "classify":
+            raise ValueError(f"calibration is {self.calibration}, but the task is {self.task!r}; leave it out")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes; give one per class")
 

@@ -1,6 +1,6 @@
 // The page: image sources, requests to the worker, and the display of predictions.
 
-import { ClassificationView, DetectionView, SegmentationView } from "./views.js";
+import { ClassificationView, DetectionView, MultilabelView, SegmentationView } from "./views.js";
 import { Pad } from "./pad.js";
 
 const $ = (id) => document.getElementById(id);
@@ -61,7 +61,8 @@ function start(provider) {
     };
   });
   const url = new URL(network.model, import.meta.url).href;
-  worker.postMessage({ start: provider, url, task: network.task, preprocessing: network.preprocessing });
+  const { task, preprocessing, calibration } = network;
+  worker.postMessage({ start: provider, url, task, preprocessing, temperature: calibration.temperature });
   return ready;
 }
 
@@ -125,7 +126,12 @@ function liveSource(tab, getImage) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Predictions
 
-const Views = { classify: ClassificationView, detect: DetectionView, segment: SegmentationView };
+const Views = {
+  classify: ClassificationView,
+  multilabel: MultilabelView,
+  detect: DetectionView,
+  segment: SegmentationView,
+};
 const view = new Views[network.task](network, () => {
   announce(view.announcement, true);
   thumbnails.forEach(labelThumbnail);

@@ -155,10 +155,15 @@ export function preprocess(image, preprocessing) {
   return { cropped, input };
 }
 
-/** Logits -> probabilities. */
-export function softmax(logits) {
+/** Probabilities of independent classes. */
+export function sigmoid(logits) {
+  return Float32Array.from(logits, (logit) => 1 / (1 + Math.exp(-logit)));
+}
+
+/** Logits -> probabilities, calibrated by the temperature. */
+export function softmax(logits, temperature) {
   const max = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const powers = Float64Array.from(logits, (x) => Math.exp(x - max));
+  const powers = Float64Array.from(logits, (x) => Math.exp((x - max) / temperature));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((x) => x / sum);
 }

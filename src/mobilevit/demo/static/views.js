@@ -69,21 +69,72 @@ export class ClassificationView extends View {
     }));
   }
 
+  /** Why a prediction is rejected, or "". */
+  #rejection(fraction) {
+    const { min_probability: threshold } = this.network.calibration;
+    return fraction < threshold ? `rejected, below ${percent(threshold, 1)}` : "";
+  }
+
   summary(result) {
-    const [{ name, text }] = this.#top(result);
-    return [name, `${name}, ${text}`];
+    const [{ name, text, fraction }] = this.#top(result);
+    const rejection = this.#rejection(fraction);
+    return rejection ? ["rejected", `${name}, ${text}, ${rejection}`] : [name, `${name}, ${text}`];
   }
 
   show(result) {
     const top = this.#top(result);
-    this.headline(top[0].name, top[0].text);
+    const rejection = this.#rejection(top[0].fraction);
+    this.headline(top[0].name, rejection ? `${top[0].text}, ${rejection}` : top[0].text);
     this.rows(top);
-    this.announcement = `${top[0].name}, ${percentText(top[0].fraction)}`;
+    this.announcement = `${top[0].name}, ${percentText(top[0].fraction)}${rejection && `, ${rejection}`}`;
   }
 
   clear(text) {
     this.headline(text);
     this.rows(Array(this.numRows).fill({ name: "\u00a0", fraction: 0, text: "" }));
+  }
+}
+
+/** The labels of an image: classes whose probability is at least their threshold, then the most likely other ones. */
+export class MultilabelView extends View {
+  constructor(network) {
+    super(network);
+    $("results").setAttribute("aria-label", "Labels and other likely classes, with probabilities");
+    this.clear("");
+  }
+
+  #split({ probabilities }) {
+    const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
+    const isLabel = (index) => probabilities[index] >= this.network.thresholds[index];
+    const labels = order.filter(isLabel);
+    const others = order.filter((index) => !isLabel(index)).slice(0, Math.max(0, TOP_K - labels.length));
+    return [labels, others];
+  }
+
+  summary(result) {
+    const [labels] = this.#split(result);
+    const texts = labels.map((index) => `${this.name(index)}, ${percent(result.probabilities[index], 1)}`);
+    return [labels.map((index) => this.name(index)).join(", ") || "no label", texts.join("; ") || "no label"];
+  }
+
+  show(result) {
+    const [labels, others] = this.#split(result);
+    const row = (index, isLabel) => ({
+      name: isLabel ? this.name(index) : `not ${this.name(index)}`,
+      fraction: result.probabilities[index],
+      text: `${percent(result.probabilities[index], 1)} (from ${percent(this.network.thresholds[index], 1)})`,
+      color: isLabel ? "var(--bar)" : "var(--line)",
+      data: { index, probability: result.probabilities[index], label: isLabel },
+    });
+    this.headline(labels.map((index) => this.name(index)).join(", ") || "No label");
+    this.rows([...labels.map((index) => row(index, true)), ...others.map((index) => row(index, false))]);
+    const texts = labels.slice(0, MAX_ANNOUNCED).map((i) => `${this.name(i)} ${percentText(result.probabilities[i])}`);
+    this.announcement = texts.join(", ") || "no label";
+  }
+
+  clear(text) {
+    this.headline(text);
+    this.rows([]);
   }
 }
 

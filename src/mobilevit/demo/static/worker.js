@@ -1,9 +1,10 @@
 // Runs the network in a worker thread, so that the page stays responsive.
 
-import { preprocess, softmax } from "./preprocessing.js";
+import { preprocess, sigmoid, softmax } from "./preprocessing.js";
 
 let task;
 let preprocessing;
+let temperature;
 let session;
 let Tensor;
 
@@ -37,14 +38,16 @@ async function predict(image) {
   if (!Object.values(outputs).every((numbers) => numbers.every(Number.isFinite))) {
     throw new Error("the network returned NaN or infinity");
   }
-  const prediction = task === "classify" ? { probabilities: softmax(outputs.logits) } : outputs;
+  let prediction = outputs;
+  if (task === "classify") prediction = { probabilities: softmax(outputs.logits, temperature) };
+  if (task === "multilabel") prediction = { probabilities: sigmoid(outputs.logits) };
   return { ...prediction, cropped, preprocessingMilliseconds, milliseconds };
 }
 
 self.onmessage = async ({ data }) => {
   try {
     if (data.start) {
-      ({ task, preprocessing } = data);
+      ({ task, preprocessing, temperature } = data);
       self.postMessage({ started: data.start, threads: await start(data.start, data.url) });
     } else {
       const result = await predict(data.image);
