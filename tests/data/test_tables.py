@@ -156,7 +156,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path):
     file = write_table(tmp_path / "here" / "labels" / "x.csv", {"path": paths, "label": list("abab")})
     train, val = find_splits("classify", file, 0.5)
     assert sorted(labels_by_key(train, val)) == sorted(["../a/1.png", "../a/2.png", "../3.png", paths[3]])
-    assert all(source[i].image.is_file() for source in (train, val) for i in range(len(source)))
+    assert all(Path(source[i].name).is_file() for source in (train, val) for i in range(len(source)))
 
 
 def test_the_fingerprint_depends_on_labels_but_not_on_the_place(tmp_path: Path):

@@ -65,7 +65,8 @@ def test_metrics_against_sklearn(shape: tuple[int, int], ties: bool):
     results = random_results(*shape, ties=ties)
     labels, scores, predictions = results.labels, results.scores, results.predictions
     aps = [average_precision_score(labels[:, i], scores[:, i]) for i in range(1, shape[1])]
-    f1s = f1_score(labels, predictions, average=None, zero_division=0)
+    options: dict[str, Any] = {"average": None, "zero_division": 0}  # the annotations allow text only
+    f1s: Any = f1_score(labels, predictions, **options)
     metrics = results.metrics()
     assert metrics == {
         "map": pytest.approx(100 * np.mean(aps)),
@@ -237,8 +238,8 @@ def test_weights_round_trip(tmp_path: Path):
 def test_prediction_applies_the_thresholds():
     model = MultilabelClassifier(mobilevit.XXS, num_classes=3).eval()
     with torch.no_grad():
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.2, 0.9, 0.6]).logit())
+        nn.init.zeros_(model.get_parameter("classifier.weight"))
+        model.get_parameter("classifier.bias").copy_(torch.tensor([0.2, 0.9, 0.6]).logit())
     model.class_names = ("a", "b", "c")
 
     def names(**options: float) -> list[str]:
