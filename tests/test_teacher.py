@@ -115,6 +115,8 @@ def test_mistakes(tmp_path: Path):
         (f"{tmp_path}/none.onnx", "none.onnx"),
         (f"{tmp_path}/text.onnx", "text.onnx"),
         (f"{tmp_path}/none.safetensors", "none.safetensors"),
+        ("tf_efficientnet_lite0@x.pth", "timm:tf_efficientnet_lite0@x.pth"),
+        ("efficientnet_v2_s", "torchvision:efficientnet_v2_s"),
     ):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the facts are asserted
             read_teacher(f"{source}@{tmp_path}/other.safetensors" if source.endswith(("lite9", "resnet19")) else source)

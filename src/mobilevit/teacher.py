@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -180,8 +181,19 @@ def read_teacher(source: str | os.PathLike[str], *, download: bool = False) -> T
         return _read_library_model(library, name, Path(file) if file else None, download)
     if text.endswith(".onnx"):
         return _read_onnx(Path(text))
-    weights = to_weights(source, download=download)
-    return teacher_from_weights(weights, text)
+    _check_prefix(text)
+    return teacher_from_weights(to_weights(source, download=download), text)
+
+
+def _check_prefix(text: str) -> None:
+    """Raises ValueError for the name of a model of timm or torchvision without the library's prefix."""
+    name, separator, file = text.partition("@")
+    if Path(text).exists() or "/" in name:
+        return
+    if importlib.util.find_spec("timm") and require("timm", "compare", "a teacher from timm").is_model(name):
+        raise ValueError(f"teacher {text}: is a model of timm; write timm:{name}{separator}{file}")
+    if name in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"teacher {text}: is a model of torchvision; write torchvision:{name}{separator}{file}")
 
 
 def teacher_from_weights(weights: Weights, name: str = "") -> TeacherNetwork:

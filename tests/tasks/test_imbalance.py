@@ -128,7 +128,7 @@ def test_advice():
     assert advice(np.array([10, 100, 30]), ("a", "b", "c")) is None
     text = advice(np.array([9, 1100, 30]), ("rare", "frequent", "c"))
     assert text is not None
-    for fact in ("122:1", "frequent has 1,100", "rare has 9", "--imbalance.logit-adjustment 1", "balanced_accuracy"):
+    for fact in ("122:1", "frequent has 1,100", "rare has 9", "--imbalance.balanced-sampler", "balanced_accuracy"):
         assert fact in text
 
 

@@ -36,7 +36,7 @@ def advice(counts: np.ndarray, class_names: Sequence[str]) -> str | None:
     return (
         f"the classes are imbalanced ({counts[largest] / counts[smallest]:,.0f}:1): {class_names[largest]} has "
         f"{counts[largest]:,} training images, {class_names[smallest]} has {counts[smallest]:,}; if rare classes "
-        "matter as much as frequent ones, use --imbalance.logit-adjustment 1 and --metric balanced_accuracy "
+        "matter as much as frequent ones, use --imbalance.balanced-sampler and --metric balanced_accuracy "
         "(docs/training.md)"
     )
 
