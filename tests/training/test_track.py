@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -128,6 +129,11 @@ def test_a_resumed_run_read_back(name: TrackerName, data: Path, tmp_path: Path, 
     out = tmp_path / "run"
     run = interrupted(data, out, [name])
     found = READERS[name](out)
+    for _ in range(50):  # the background process of wandb writes its last records after the run has ended
+        if len(found["train/loss"]) >= 8:
+            break
+        time.sleep(0.2)
+        found = READERS[name](out)
     for value in ("loss", "lr", "images_per_second"):
         expected = [(line["step"], pytest.approx(line[value], rel=1e-6)) for line in lines(out / "steps.jsonl")]
         assert sorted(found[f"train/{value}"]) == expected
