@@ -438,7 +438,7 @@ class PaddedAttention(nn.Module):
 
 
 def attention(context: Context) -> None:
-    """Attention with heads of their own width and zero-padded to a multiple of 8, and its share of the network."""
+    """Attention with heads of their own width and zero-padded to a multiple of 8, and its fraction of the network."""
     batch, px = (2, 64) if context.is_quick else (128, 256)
     for size in context.sizes:
         transformers = (stage.transformer for stage in ARCHITECTURES[size].stages)

@@ -17,7 +17,7 @@ from mobilevit.images import Preprocessing
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.confidence import TEMPERATURES, LogitSummary, Reliability, fit_temperature, reliability
-from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets
+from mobilevit.tasks.datasets import Stack, evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.imbalance import LossCorrection
 from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
 from mobilevit.weights import UNCALIBRATED, Calibration, TaskName, Weights
@@ -144,12 +144,7 @@ class Classification:
     correction: LossCorrection | None = None
 
     def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
-        options = recipe.data
-        augmentation = Augmentation(
-            options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
-        )
-        evaluation = Evaluation(preprocessing_of(recipe))
-        return training_sets(recipe, data, (augmentation, stack_indices), (evaluation, stack_indices))
+        return classifier_sets(recipe, data, stack_indices)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("classify", recipe, train_set, pretrained)
@@ -190,6 +185,16 @@ class Classification:
         *columns, num_classes, top_logit, label_logit, partitions = merge_images(rows, gather)
         summary = LogitSummary(top_logit, label_logit, partitions)
         return ClassificationResults(*columns, num_classes=int(num_classes[0]), logits=summary)
+
+
+def classifier_sets(recipe: Recipe, data: Data, stack: Stack) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation sets of a classifier; `stack` makes a batch of the labels."""
+    options = recipe.data
+    augmentation = Augmentation(
+        options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
+    )
+    evaluation = Evaluation(preprocessing_of(recipe))
+    return training_sets(recipe, data, (augmentation, stack), (evaluation, stack))
 
 
 def build_classifier(task: TaskName, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from mobilevit.data.class_sets import ClassSet
 from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.python_data import Data
-from mobilevit.data.transforms import Augmentation, Evaluation, mix
+from mobilevit.data.transforms import Evaluation, mix
 from mobilevit.defaults import LABEL_THRESHOLD
 from mobilevit.images import Preprocessing
 from mobilevit.recipes import Multilabel, Recipe
-from mobilevit.tasks.classification import build_classifier, preprocessing_of
-from mobilevit.tasks.datasets import evaluation_set, training_sets
+from mobilevit.tasks.classification import build_classifier, classifier_sets
+from mobilevit.tasks.datasets import evaluation_set
 from mobilevit.tasks.task import ClassMetrics, Gather, Results, merge_images, single_process
 from mobilevit.weights import Weights
 
@@ -160,12 +160,7 @@ class MultilabelClassification:
     """The `mobilevit.tasks.Task` of multi-label classification."""
 
     def datasets(self, recipe: Recipe, data: Data) -> tuple[ImageDataset, ImageDataset]:
-        options = recipe.data
-        augmentation = Augmentation(
-            options.min_scale, options.flip, recipe.seed, options.policy, min_size_px=recipe.distill.size_px
-        )
-        evaluation = Evaluation(preprocessing_of(recipe))
-        return training_sets(recipe, data, (augmentation, stack_class_sets), (evaluation, stack_class_sets))
+        return classifier_sets(recipe, data, stack_class_sets)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("multilabel", recipe, train_set, pretrained)
