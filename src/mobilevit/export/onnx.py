@@ -38,7 +38,9 @@ POSTPROCESS_TASKS = ("detect", "segment")
 FORMULATION = Formulation(attention="onnx", norm="layer")
 OPSET = 23  # the first with an attention operator
 CALIBRATION_BATCH = 16
-QUANTIZED = ("Conv", "Gemm", "MatMul")  # in int8, other operators cost accuracy and, between float operators, time
+# Operators in int8. Sigmoid and Mul are the two halves of SiLU: in float, each convolution would be dequantized for it.
+# Other operators cost accuracy and time.
+QUANTIZED = ("Conv", "Gemm", "MatMul", "Sigmoid", "Mul")
 # NMS per class, then the top scores over all classes. The selected scores are scattered into zeros, so that any batch
 # size works and the output shape is fixed: padding has score 0 and label -1.
 NMS = f"""
@@ -170,6 +172,7 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
             _Calibration(batches),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=_not_silu(proto.graph),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -177,6 +180,18 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
         quantized = onnx.load(int8_path)
     _shorten_names(quantized.graph)
     return quantized
+
+
+def _not_silu(graph: onnx.GraphProto) -> list[str]:
+    """Names of the Sigmoid and Mul operators that are no part of a SiLU, such as those that compute scores and boxes."""
+    sigmoids = {node.output[0]: node for node in graph.node if node.op_type == "Sigmoid"}
+    products = [node for node in graph.node if node.op_type == "Mul"]
+    names = {node.name for node in (*sigmoids.values(), *products)}
+    for product in products:
+        for x, factor in (product.input, reversed(product.input)):
+            if factor in sigmoids and list(sigmoids[factor].input) == [x]:
+                names -= {product.name, sigmoids[factor].name}
+    return sorted(names)
 
 
 def _with_nms(proto: onnx.ModelProto) -> onnx.ModelProto:
