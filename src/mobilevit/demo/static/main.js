@@ -71,7 +71,7 @@ function useEngine(started) {
   if (engine !== started) engine?.close();
   engine = started;
   $("provider").value = started.provider;
-  $("engine").textContent = `${started.description}, ${round(started.milliseconds)} ms for a test image`;
+  $("engine").textContent = started.description;
   $("engine").title = self.crossOriginIsolated ? "" : "More threads require the COOP and COEP response headers.";
   document.body.dataset.state = "ready";
   document.body.dataset.provider = started.provider;
