@@ -496,7 +496,7 @@ def test_comparison_of_engines(
 def test_labels_match_torch(browser: Browser, ort: Path, tmp_path: Path):
     """Labels, those of other classes, thresholds, and an image without labels."""
     names = ("roof", "tree", "<b>sky", "wall", "water", "person", "dog")
-    network = randomize(MobileViT("xxs", len(names)), 4)
+    network = randomize(MobileViT("xxs", num_classes=len(names)), 4)
     weights = Weights(network.architecture, network.state_dict(), Preprocessing(64, 64), names, task="multilabel")
     images = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
     photos = [Image.fromarray(image) for image in images]
