@@ -155,6 +155,10 @@ def test_other_weights_or_images(folder: Path):
 
 
 def test_errors(folder: Path):
+    (folder / "labels.csv").write_text("path,label\n")
+    with pytest.raises(ImageError, match=r"none of the 1 images can be read \(.*labels\.csv\)"):
+        embed_images("plain.safetensors", "labels.csv", "u.parquet")
+    assert not list(folder.glob("u.parquet*"))
     with pytest.raises(ValueError, match=r"v\.csv: .*must end in \.parquet"):
         embed_images("plain.safetensors", "photos", "v.csv")
     (folder / "v.parquet").write_text("no table")

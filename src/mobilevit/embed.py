@@ -182,8 +182,8 @@ def embed_images(
         overwrite: replace a file, or finished parts, of other weights or images.
 
     Raises:
-        ValueError: the weights cannot be read or are of another task; no images; `out` has another ending, or is of
-            other weights or images; pyarrow is not installed.
+        ValueError: the weights cannot be read or are of another task; no images, or none can be read; `out` has another
+            ending, or is of other weights or images; pyarrow is not installed.
     """
     pq = require("pyarrow.parquet", "parquet", "writing Parquet files")
     out = Path(out)
@@ -206,8 +206,14 @@ def embed_images(
     for i, indices, vectors in _compute_parts(weights, files, missing, options):
         table = _table(files, i, indices, vectors, description)
         write_atomic(parts[i], partial(pq.write_table, table, use_dictionary=False))
-    write_atomic(out, partial(_merge, pq, parts, description))
+    is_empty = all(pq.read_metadata(part).num_rows == 0 for part in parts)
+    if not is_empty:
+        write_atomic(out, partial(_merge, pq, parts, description))
     shutil.rmtree(folder)
+    if is_empty:
+        raise ImageError(
+            f"none of the {len(files)} images can be read ({join_names(map(files.name, range(len(files))))})"
+        )
     return _read_embedded(out)
 
 

@@ -59,7 +59,7 @@ ARGUMENT_OPTIONS = {"size_px": "--size"} | {
     name: f"--{re.sub('[ _]', '-', name)}"
     for name in (
         *("batch size", "class", "k", "num threads", "num workers"),
-        *("port", "score_threshold", "seeds", "size", "top_k"),
+        *("ood", "port", "score_threshold", "seeds", "size", "top_k"),
     )
 }
 
