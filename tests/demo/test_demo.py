@@ -294,7 +294,8 @@ def test_files_that_are_not_images(page: Page, folder: Path):
 def test_facts_and_names_of_controls(page: Page):
     assert_controls_have_names(page)
     facts = page.locator("#facts").inner_text()
-    for part in ("MobileViT-XXS", "0.95 M", "10", "32 \u00d7 32 px", "threads"):
+    num_threads = page.evaluate("Math.min(4, navigator.hardwareConcurrency)")
+    for part in ("MobileViT-XXS", "0.95 M", "10", "32 \u00d7 32 px", f"WASM SIMD, {num_threads} thread"):
         assert part in facts
     assert page.evaluate("crossOriginIsolated")
     assert page.evaluate("document.body.dataset.provider") == "wasm"
