@@ -62,8 +62,8 @@ def check_recipe(recipe: Recipe) -> None:
     """Check that `recipe` uses no feature that only MobileViT supports.
 
     Raises:
-        ValueError: a task other than classification, several image sizes, a frozen or scaled backbone, or synchronized
-            batch norm.
+        ValueError: a task other than classification, several image sizes, a frozen or scaled backbone, synchronized
+            batch norm, or quantization-aware training.
     """
     for name, value, required in (
         ("task", recipe.task, "classify"),
@@ -71,6 +71,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("optimizer.freeze", recipe.optimizer.freeze, "nothing"),
         ("optimizer.backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1.0),
         ("compute.sync_batch_norm", recipe.compute.sync_batch_norm, False),  # converting drops timm's activations
+        ("compute.quantization_aware", recipe.compute.quantization_aware, False),  # torch's attention skips its layers
     ):
         if value != required:
             raise ValueError(f"{name} is {value}; to train other networks than MobileViT it must be {required}")
