@@ -31,6 +31,7 @@ from mobilevit.recipes import Recipe
 from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, Report, write_report
 from mobilevit.tasks import Results
+from mobilevit.tasks.distillation import student_view
 from mobilevit.tasks.multilabel import chosen_thresholds
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.distillation import DistillationLoss, network_of
@@ -434,7 +435,7 @@ class _Loop:
         num = len(self.setup.val_set)
         picks = eval_batches(num, batch_size=1, size_px=self.recipe.data.size_px)[:: -(-num // NUM_CALIBRATION_IMAGES)]
         with contextlib.closing(self._load(self.setup.val_set, picks, replace_unreadable=False)) as loader:
-            return simulate_int8(network, (batch.pixels for batch in loader if batch.indices))
+            return simulate_int8(network, (student_view(x.pixels, x.size_px) for x in loader if x.indices))
 
     def _write_weights(self, record: EpochMetrics, ema: Results, raw: Results, *, is_best: bool) -> None:
         setup, ema_model, raw_model = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)
