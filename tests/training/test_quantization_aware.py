@@ -14,7 +14,7 @@ from torch import nn
 import mobilevit
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.rounding import RoundedConv2d, RoundedLinear, layers_of, simulate_int8
-from mobilevit.recipes import Compute, Data, Optimizer, Recipe
+from mobilevit.recipes import Compute, Data, Optimizer
 from mobilevit.tasks.evaluation import evaluate
 from mobilevit.training.distillation import Student
 from mobilevit.training.loop import TrainingResult, train
@@ -102,23 +102,6 @@ def test_a_device_without_the_operators():
 def test_mixed_precision(data: Path, tmp_path: Path, precision: Any):
     recipe = replace(AWARE, compute=replace(AWARE.compute, precision=precision))
     assert train(recipe, data, tmp_path).epochs[-1]["train_loss"] > 0
-
-
-@pytest.mark.slow
-def test_compiled(data: Path, tmp_path: Path):
-    initial = without_dropout()
-    recipe = replace(AWARE, epochs=1, batch_size=6, data=replace(AWARE.data, size_px=64))
-    compiled = replace(recipe, compute=replace(recipe.compute, compile=True, micro_batch_size=6))
-    losses = [
-        [step["loss"] for step in steps(one, data, tmp_path / name, initial)]
-        for name, one in (("eager", recipe), ("compiled", compiled))
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-
-
-def steps(recipe: Recipe, data: Path, out: Path, initial: mobilevit.Weights) -> list[dict[str, Any]]:
-    train(recipe, data, out, pretrained=initial)
-    return lines(out / "steps.jsonl")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def int8_sensitivity(
 
     sensitivities = []
     with torch.inference_mode():
-        ranges = calibrate(model, batches)
+        ranges = calibrate(model, layers, batches)
         expected = predict()
         for group, names in {**groups, ALL_LAYERS: list(layers)}.items():
             weights = {name: layers[name].weight.data for name in names}
