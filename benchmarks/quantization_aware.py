@@ -77,7 +77,8 @@ def write_int8(weights: Weights, runtime: str, data: Path, path: Path) -> None:
     spec = ArtifactSpec("int8", size_px, size_px)
     source = Classification().evaluation_set(weights, to_data(data), weights.preprocessing, "train").source
     indices = evenly_spaced(range(len(source)), NUM_CALIBRATION_IMAGES)
-    images = [artifact_input(source[i].image, weights.preprocessing, spec) for i in indices]
+    files = [Path(str(source[i].image)) for i in indices]  # of a folder
+    images = [artifact_input(file, weights.preprocessing, spec) for file in files]
     network = build_export_model(weights, spec)
     find_backend(runtime, spec).write(network, spec, path, metadata_of(weights, spec, ""), images)
 
@@ -127,7 +128,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], runtimes: Sequence[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="a classifier")
-    parser.add_argument("data", type=Path, help="its images, with the splits train and val")
+    parser.add_argument("data", type=Path, help="folder with its images, with the splits train and val")
     parser.add_argument("--train-data", type=Path, help="other images to fine-tune on, with the same classes")
     parser.add_argument("--out", type=Path, default=Path("runs/quantization_aware"))
     parser.add_argument("--runtimes", nargs="+", default=["onnx", "executorch", "openvino"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,8 +98,9 @@ def test_rounded_weights_are_multiples_of_the_scale_and_gradients_have_their_lay
 
 
 def test_folding_batch_norm_does_not_change_the_integers():
-    layer = randomize(nn.Sequential(ConvNorm(5, 7, 3, activation=False)))
-    layer[0].norm.weight.data[2] = -30  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    block = ConvNorm(5, 7, 3, activation=False)
+    layer = randomize(nn.Sequential(block))
+    block.norm.weight.data[2] = -30
     x = torch.randn(2, 5, 9, 9)
     with torch.no_grad():
         rounded_before_folding = round_layers(twin(layer))(x)
@@ -126,7 +129,7 @@ def test_a_twin_shares_parameters_and_buffers_only():
 
 def test_inputs_of_silu_are_rounded():
     model = randomize(nn.Sequential(ConvNorm(3, 4, 1), ConvNorm(4, 4, 1, activation=False)))
-    inputs: list[Tensor] = []
+    inputs: list[Any] = []
     rounded = round_layers(twin(model)).eval()
     seen = [module for module in rounded.modules() if isinstance(module, RoundedPreActivation)]
     assert len(seen) == 1
@@ -142,17 +145,18 @@ def test_inputs_of_silu_are_rounded():
 
 def test_simulation_has_the_range_of_all_calibration_batches():
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(37, 5)).eval()
+    linear = nn.Linear(37, 5)
+    layer = nn.Sequential(linear).eval()
     x = torch.randn(16, 37)
     narrow, wide = 0.1 * x, x[3:]
     simulated = simulate_int8(layer, [narrow, wide[:4], wide[4:], narrow])
-    weight, _, scales, scale, zero = in_int8(layer[0].weight, wide)
+    weight, _, scales, scale, zero = in_int8(linear.weight, wide)
     integers = torch.clamp(torch.round(2 * x.double() / scale) + zero, 0, 255)  # most values of 2 * x are inside
-    expected = (integers - zero) @ weight.T * scale * scales + layer[0].bias.double()
+    expected = (integers - zero) @ weight.T * scale * scales + linear.bias.double()
     with torch.no_grad():
         torch.testing.assert_close(simulated(2 * x).double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(simulated(2 * x[:1]).double(), expected[:1], rtol=1e-5, atol=1e-5)
-        assert torch.equal(layer(x), nn.functional.linear(x, layer[0].weight, layer[0].bias))  # not modified
+        assert torch.equal(layer(x), nn.functional.linear(x, linear.weight, linear.bias))  # not modified
 
 
 def test_simulation_of_a_detector():

@@ -1,9 +1,9 @@
 """int8 rounding of weights and activations in PyTorch: simulation of int8, and quantization-aware training.
 
 The inputs of convolutions, linear layers and SiLU are rounded. SiLU has its own rounding, because ONNX Runtime and
-ExecuTorch compute it in int8. Weights have one scale per output channel, symmetric with 127 steps on each side. Inputs have one scale and a zero
-point, with 255 steps from their smallest to their largest value. PyTorch's `fake_quantize` operators round, and pass
-gradients through the rounding unchanged (straight-through estimator).
+ExecuTorch compute it in int8. Weights have one scale per output channel, symmetric with 127 steps on each side. Inputs
+have one scale and a zero point, with 255 steps from their smallest to their largest value. PyTorch's `fake_quantize`
+operators round, and pass gradients through the rounding unchanged (straight-through estimator).
 
 Batch norm needs no attention: it multiplies each output channel by a factor, which changes the scale of the channel and
 not the integers, so it does not matter whether it is folded into the weights before or after rounding.
@@ -51,8 +51,8 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
 
 
 def round_input(x: Tensor, range_: Range) -> Tensor:
@@ -187,5 +187,5 @@ def _rounded(layer: nn.Module) -> nn.Module:
         new = RoundedLinear(layer.in_features, layer.out_features, device="meta")
     else:
         return RoundedPreActivation() if isinstance(layer, PreActivation) else layer
-    new.weight, new.bias = layer.weight, layer.bias
+    new.weight, new.bias = layer.weight, layer.bias  # pyright: ignore[reportAttributeAccessIssue] - as in `layer`
     return new.train(layer.training)

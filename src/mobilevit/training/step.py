@@ -102,7 +102,7 @@ class TrainStep:
                 component.load_state_dict(state[name])
         self.statistics = BatchNormStatistics(model)
         self.autocast = autocast(recipe, processes.device)
-        self.network = trained_network(model, recipe)  # possibly compiled and wrapped in DDP
+        self.network: nn.Module = trained_network(model, recipe)  # possibly compiled and wrapped in DDP
         if recipe.compute.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph per size and length of a micro-batch
             self.network = torch.compile(self.network, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
