@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,11 +127,11 @@ def test_a_twin_shares_parameters_and_buffers_only():
 
 def test_inputs_of_silu_are_rounded():
     model = randomize(nn.Sequential(ConvNorm(3, 4, 1), ConvNorm(4, 4, 1, activation=False)))
-    inputs: list[Any] = []
+    inputs: list[Tensor] = []
     rounded = round_layers(twin(model)).eval()
     seen = [module for module in rounded.modules() if isinstance(module, RoundedPreActivation)]
     assert len(seen) == 1
-    seen[0].register_forward_hook(lambda _, args, output: inputs.extend([*args, output]))
+    seen[0].register_forward_hook(lambda _, args, output: inputs.extend([args[0].clone(), output.clone()]))
     with torch.no_grad():
         rounded(torch.randn(2, 3, 50, 50))
     before, after = inputs
