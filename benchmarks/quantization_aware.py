@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quantization_aware"))
     parser.add_argument("--runtimes", nargs="+", default=["onnx", "executorch", "openvino"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--min-scale", type=float, default=0.4, help="as --data.min-scale of mobilevit train")
     args = parser.parse_args()
     args.train_data = args.train_data or args.data
