@@ -62,6 +62,7 @@ TRAIN_OPTIONS = """
 --optimizer.weight-decay --optimizer.decay-all --optimizer.clip-norm=--clip-norm --optimizer.freeze=--freeze
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
+--compute.quantization-aware=--quantization-aware
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
 --multilabel.loss --multilabel.gamma-negative --multilabel.gamma-positive --multilabel.margin
 --imbalance.class-weights --imbalance.balanced-sampler --imbalance.logit-adjustment
@@ -109,7 +110,7 @@ MISTAKES = {
     "train --data classes --freeze stage7": "--freeze 'stage7' 'nothing', 'stem', 'stage1'",
     "train --data classes --no-fip": "--no-fip --no-flip",
     "train --data classes --architecture xl": "--architecture 'xl' 'xxs', 'xs', 's'",
-    "train tinny --data classes": "'tinny' 'plain', 'finetune', 'tiny'",
+    "train tinny --data classes": "'tinny' did you mean tiny? plain, finetune",
     "train --data classes tiny": "RECIPE 'tiny'; before",
     "train tiny small --data classes": "small --help",
     "evaluate w": "--data mobilevit evaluate --help",
