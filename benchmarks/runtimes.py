@@ -31,22 +31,28 @@ from mobilevit.export import installed
 
 COLUMNS = (
     *("target", "model", "runtime", "batch", "time / ours", "p10", "p90", "p10, ms", "GFLOP/s", "of peak", "MB"),
-    *("memory, MB", "load, ms"),
+    *("memory, MB", "load, ms", "fp32 / int8"),
 )
 NOTE = (
     "'time / ours' is the time of a model divided by that of our model in the same runtime and precision: above "
     "1, ours is faster. It is the median over the rounds, in which the models are timed interleaved; p10 and p90 "
     "are its percentiles. The next column is the 10th percentile of the time of a batch. 'of peak' is relative "
     "to a float32 matrix product in torch in the same rounds. 'memory' is used by a new process to load and run "
-    "the model. 'load' includes compilation in torch.compile."
+    "the model. 'load' includes compilation in torch.compile. 'fp32 / int8' is the speed-up of int8 over fp32 of the "
+    "same model."
 )
 
 
-def time_pair(target: str, runtime: str, batches: tuple[int, ...], size: int, options: list[str]) -> dict[str, Any]:
+def precisions_of(runtime: str) -> list[str]:
+    """fp32, and int8 if the runtime supports it."""
+    has_int8 = runtime not in TORCH and "int8" in import_module(f"mobilevit.export.{runtime}").PRECISIONS
+    return ["fp32", "int8"] if has_int8 else ["fp32"]
+
+
+def run_benchmark(
+    target: str, runtime: str, precisions: list[str], batches: tuple[int, ...], size: int, options: list[str]
+) -> dict[str, Any]:
     """Run `mobilevit benchmark` for one model in one runtime, in its own process; returns its report."""
-    precisions = ["fp32"]
-    if runtime not in TORCH and "int8" in import_module(f"mobilevit.export.{runtime}").PRECISIONS:
-        precisions.append("int8")
     command = [sys.executable, "-m", "mobilevit", "benchmark", target, "--runtime", runtime, "--size", str(size)]
     command += ["--precision", *precisions, "--batch-size", *map(str, batches), *options]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -70,6 +76,7 @@ def cells(row: dict[str, Any], target: str) -> tuple[str, ...]:
         f"{row['num_bytes'] / 1e6:.2f}",
         "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:.1f}",
         f"{row['load_ms']:.0f}",
+        f"{1 / row['ratio_to_fp32']['median']:.2f}" if row["ratio_to_fp32"] else "",
     )
 
 
@@ -102,7 +109,8 @@ def main(
     reports, lines, notes = [], [], []
     for target in models:
         for runtime in chosen:
-            report = time_pair(target, runtime, eager_batches if runtime == "torch" else (1,), size, options)
+            batches = eager_batches if runtime == "torch" else (1,)
+            report = run_benchmark(target, runtime, precisions_of(runtime), batches, size, options)
             reports.append({"network": target, "runtime": runtime} | report)
             lines += [cells(row, target) for row in report["rows"]]
             notes += report["notes"]

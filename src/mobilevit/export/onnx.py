@@ -183,7 +183,7 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
 
 
 def _not_silu(graph: onnx.GraphProto) -> list[str]:
-    """Names of the Sigmoid and Mul operators that are no part of a SiLU, such as those that compute scores and boxes."""
+    """Names of the Sigmoid and Mul operators outside of SiLU, such as those that compute scores and boxes."""
     sigmoids = {node.output[0]: node for node in graph.node if node.op_type == "Sigmoid"}
     products = [node for node in graph.node if node.op_type == "Mul"]
     names = {node.name for node in (*sigmoids.values(), *products)}

@@ -34,8 +34,9 @@ DYNAMIC = ("batch", "size")
 POSTPROCESS_TASKS = ("detect", "segment")
 # The fused attention is incorrect for fixed shapes (2026.4: errors of a standard deviation).
 FORMULATION = Formulation(attention="rank4", norm="mean")
-# Inference precision. By default OpenVINO computes in bf16 if the processor supports it.
-INFERENCE_PRECISION = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
+# Inference precision of float operators. By default OpenVINO computes in bf16 if the processor supports it.
+DEFAULT_PRECISION = "default"
+INFERENCE_PRECISION = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": DEFAULT_PRECISION}
 METADATA = "mobilevit"  # section of the rt_info
 # Operators that only move data. Their reference implementation is not slower, so they do not count as fallback.
 DATA_MOVEMENT = (
@@ -181,7 +182,9 @@ def _read(path: Path) -> openvino.Model:
 def _compile(path: Path, num_threads: int) -> openvino.CompiledModel:
     model = _read(path)
     computed_in = _metadata(path, model)["computed_in"]
-    options = {"INFERENCE_PRECISION_HINT": computed_in, "INFERENCE_NUM_THREADS": num_threads}
+    options: dict[str, str | int] = {"INFERENCE_NUM_THREADS": num_threads}
+    if computed_in != DEFAULT_PRECISION:
+        options["INFERENCE_PRECISION_HINT"] = computed_in
     return openvino.Core().compile_model(model, "CPU", options)
 
 
