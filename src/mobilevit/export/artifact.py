@@ -58,6 +58,7 @@ class ArtifactSpec:
     uint8: bool = False
     task: TaskName = "classify"
     postprocess: bool = False
+    float_groups: tuple[str, ...] = ()  # of an int8 artifact; see `quantization.group_of`
 
     @property
     def outputs(self) -> tuple[str, ...]:
