@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_evaluation import labeled, photos
 
 from command_line import check_refused, run
+from labeled_data import labeled, photos
 from mobilevit.export import ExportOptions, export, read_metadata
 from mobilevit.export.accuracy import Measured, shortest_prefix
 from mobilevit.export.verify import synthetic_images
@@ -71,16 +71,16 @@ def test_groups_stay_in_float(weights: Weights, backend: str, tmp_path: Path):
 
 @pytest.mark.parametrize("backend", ["onnx", slow("openvino"), slow("executorch")])
 def test_float_layers_are_accurate(weights: Weights, backend: str, tmp_path: Path):
-    """All groups but one in float: the error of the whole network falls below that of int8, but not to 0."""
+    """All groups but the first one in float: the error falls, but not to 0."""
     images = synthetic_images(3, (64, 64))
     expected = torch_outputs(weights, images)
-    groups = (*FLOAT, "stage2 convolutions", "stem", "head")
+    groups = (*FLOAT, "stage2 convolutions", "head", "classifier")
     errors = []
     for float_groups in ((), groups):
         path = _written(weights, backend, tmp_path, float_groups)
         each = [run_artifact(path, normalized(weights, [image]).numpy())[0] for image in images]
         errors.append(difference([np.concatenate(each)], expected))
-    assert 1e-4 < errors[1] < 0.3 * errors[0]
+    assert 1e-4 < errors[1] < 0.7 * errors[0]
 
 
 def test_float_groups_of_executorch(weights: Weights, tmp_path: Path):

@@ -287,21 +287,21 @@ def _limit_loss(name: str, backend: Backend, job: _Job) -> tuple[_Job, Accuracy 
         return job, None
     limit = math.inf if job.max_loss is None else job.max_loss
     trials: dict[tuple[str, ...], Accuracy] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"artifact{ARTIFACT_SUFFIXES[name]}"
 
-        def measured(spec: ArtifactSpec) -> Measured:
+    def measured(spec: ArtifactSpec) -> Measured:
+        with tempfile.TemporaryDirectory() as folder:  # of its own: OpenVINO maps the file of a loaded artifact
+            path = Path(folder) / f"artifact{ARTIFACT_SUFFIXES[name]}"
             _write(backend, replace(job, spec=spec), path)
             return job.labeled.measure(path) if job.labeled else _agreement(backend, job, path)
 
-        fp32 = measured(replace(job.spec, precision="fp32"))
+    fp32 = measured(replace(job.spec, precision="fp32"))
 
-        def is_accurate(groups: tuple[str, ...]) -> bool:
-            trials[groups] = Accuracy.of(fp32, measured(replace(job.spec, float_groups=groups)))
-            logger.info("%s: %s; float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
-            return trials[groups].loss <= limit
+    def is_accurate(groups: tuple[str, ...]) -> bool:
+        trials[groups] = Accuracy.of(fp32, measured(replace(job.spec, float_groups=groups)))
+        logger.info("%s: %s; float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
+        return trials[groups].loss <= limit
 
-        groups = () if is_accurate(()) else shortest_prefix(_most_sensitive_groups(job), is_accurate)
+    groups = () if is_accurate(()) else shortest_prefix(_most_sensitive_groups(job), is_accurate)
     if groups is None:
         best = min(trials.values(), key=lambda accuracy: accuracy.loss)
         raise ValueError(

@@ -104,7 +104,8 @@ class LabeledData:
 def shortest_prefix(groups: Sequence[str], is_accurate: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
     """The first groups, as few as necessary, with which the artifact is accurate; None if all but one do not suffice.
 
-    At least one is necessary. The number is doubled until it suffices, and then bisected, because every trial converts and evaluates an artifact.
+    At least one is necessary. The number is doubled until it suffices, and then bisected, because every trial converts
+    and evaluates an artifact.
     """
     insufficient, num = 0, 1
     while not is_accurate(tuple(groups[:num])):
