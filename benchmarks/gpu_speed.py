@@ -449,7 +449,7 @@ def attention(context: Context) -> None:
                 with context.item(name):
                     time_attention(context, size, f"stage{i + 3}", Attention(dim, 4), (4 * batch, num_tokens, dim))
     for size in context.sizes:
-        with context.item(f"{size} share of attention"):
+        with context.item(f"{size} fraction of attention"):
             time_share(context, size, batch, px)
 
 

@@ -1,6 +1,8 @@
 """`mobilevit.embed`: features in Parquet files, and resume."""
 
 import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,35 @@ def test_description(folder: Path):
     assert description["unreadable"] == []
 
 
+def test_tar_shards(folder: Path):
+    """The vectors are those of the same images in files."""
+    for shard, names in (("0.tar", ("a/0", "a/4")), ("1.tar", ("b/1", "b/3"))):
+        with tarfile.open(folder / shard, "w") as tar:
+            for name in names:
+                tar.add(folder / "photos" / f"{name}.png", f"{name}.png")
+    embedded = embed_images("plain.safetensors", ["0.tar", "1.tar"], "shards.parquet")
+    assert (embedded.num_images, embedded.unreadable) == (3, ("0.tar/a/4",))
+    embed_images("plain.safetensors", "photos", "files.parquet")
+    shards, files = (pd.read_parquet(name).set_index("id")["vector"] for name in ("shards.parquet", "files.parquet"))
+    assert shards.index.tolist() == ["0.tar/a/0", "1.tar/b/1", "1.tar/b/3"]
+    for name in shards.index:
+        np.testing.assert_allclose(shards[name], files[f"{name[6:]}.png"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"photos/a/0\.png: is not a \.tar shard, but .*0\.tar is"):
+        embed_images("plain.safetensors", ["photos/a/0.png", "0.tar"], "v.parquet")
+    (folder / "other").mkdir()
+    (folder / "0.tar").rename(folder / "other" / "1.tar")
+    with pytest.raises(ValueError, match="have the same name"):
+        embed_images("plain.safetensors", ["1.tar", "other/1.tar"], "v.parquet")
+
+
+def test_weights_with_several_labels_have_features(folder: Path):
+    embed_images("classes.safetensors", "photos", "one.parquet")
+    weights = replace(embed.to_weights("classes.safetensors"), task="multilabel", class_names=("a", "b", "c"))
+    embed_images(weights, "photos", "several.parquet")
+    one, several = (pd.read_parquet(name)["vector"].tolist() for name in ("one.parquet", "several.parquet"))
+    assert all((x == y).all() for x, y in zip(one, several, strict=True))
+
+
 def test_resume(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(embed, "PART_IMAGES", 2)
     options = EmbedOptions(batch_size=3)
@@ -124,6 +155,10 @@ def test_other_weights_or_images(folder: Path):
 
 
 def test_errors(folder: Path):
+    (folder / "labels.csv").write_text("path,label\n")
+    with pytest.raises(ImageError, match=r"none of the 1 images can be read \(.*labels\.csv\)"):
+        embed_images("plain.safetensors", "labels.csv", "u.parquet")
+    assert not list(folder.glob("u.parquet*"))
     with pytest.raises(ValueError, match=r"v\.csv: .*must end in \.parquet"):
         embed_images("plain.safetensors", "photos", "v.csv")
     (folder / "v.parquet").write_text("no table")

@@ -19,7 +19,8 @@ import torch
 
 from mobilevit.data.loader import ImageDataset, load
 from mobilevit.data.sampler import Pick, eval_batches
-from mobilevit.data.samples import ImageFiles, Source
+from mobilevit.data.samples import ImageFiles, Images, Source
+from mobilevit.data.tar import read_tars
 from mobilevit.data.transforms import Evaluation
 from mobilevit.device import choose_device
 from mobilevit.files import require, write_atomic
@@ -117,7 +118,7 @@ def feature_batches(
 
 
 def _check_task(weights: Weights) -> None:
-    if weights.task != "classify":
+    if weights.task not in ("classify", "multilabel"):
         raise ValueError(f"weights for the task {weights.task!r} have no pooled features; give those of a classifier")
 
 
@@ -161,9 +162,10 @@ def embed_images(
     """Write the pooled features of images to a Parquet file. An interrupted call is completed by the same call.
 
     The columns are "id", the path of the image relative to the folder `images` (or to the common folder of several
-    arguments), and "vector", a list of D float32: the input of the classifier. Rows are in the order of `find_images`;
-    unreadable images have none. The key "mobilevit" of the file's metadata is a JSON object with the SHA-256 of the
-    weights, the architecture, the preprocessing and the ids of the unreadable images.
+    arguments, or in a tar shard the name of the shard and the key of the image), and "vector", a list of D float32: the
+    input of the classifier. Rows are in the order of `find_images`; unreadable images have none. The key "mobilevit" of
+    the file's metadata is a JSON object with the SHA-256 of the weights, the architecture, the preprocessing and the
+    ids of the unreadable images.
 
     Finished parts are in the folder `out` + ".parts", which is deleted at the end. The memory holds one part of 1,024
     images.
@@ -173,15 +175,15 @@ def embed_images(
 
     Args:
         weights: a path, a hub id or `Weights`, of a classifier; one without classes is sufficient.
-        images: files, folders (searched recursively) or patterns.
+        images: files, folders (searched recursively) or patterns; or .tar shards of WebDataset.
         out: the file to write. If it has the features of the same weights and images, nothing is computed.
         options: batch size, processes and device.
         download: fetch a hub id that is not in the local cache.
         overwrite: replace a file, or finished parts, of other weights or images.
 
     Raises:
-        ValueError: the weights cannot be read or are of another task; no images; `out` has another ending, or is of
-            other weights or images; pyarrow is not installed.
+        ValueError: the weights cannot be read or are of another task; no images, or none can be read; `out` has another
+            ending, or is of other weights or images; pyarrow is not installed.
     """
     pq = require("pyarrow.parquet", "parquet", "writing Parquet files")
     out = Path(out)
@@ -204,25 +206,38 @@ def embed_images(
     for i, indices, vectors in _compute_parts(weights, files, missing, options):
         table = _table(files, i, indices, vectors, description)
         write_atomic(parts[i], partial(pq.write_table, table, use_dictionary=False))
-    write_atomic(out, partial(_merge, pq, parts, description))
+    is_empty = all(pq.read_metadata(part).num_rows == 0 for part in parts)
+    if not is_empty:
+        write_atomic(out, partial(_merge, pq, parts, description))
     shutil.rmtree(folder)
+    if is_empty:
+        raise ImageError(
+            f"none of the {len(files)} images can be read ({join_names(map(files.name, range(len(files))))})"
+        )
     return _read_embedded(out)
 
 
-def _find(images: Sequence[str]) -> ImageFiles:
+def _find(images: Sequence[str]) -> Images:
     paths = find_images(images)
+    if shards := [path for path in paths if path.suffix.lower() == ".tar"]:
+        if len(shards) < len(paths):
+            other = next(path for path in paths if path not in shards)
+            raise ValueError(f"{other}: is not a .tar shard, but {shards[0]} is; embed them into separate files")
+        if len({shard.name for shard in shards}) < len(shards):
+            raise ValueError(f"{join_names(shards)}: shards have the same name; embed them into separate files")
+        return read_tars(shards, join_names(shards), None, multilabel=True).images  # any number of labels
     if len(images) == 1 and (root := Path(os.path.expanduser(images[0]))).is_dir():  # noqa: PTH111
         return ImageFiles(tuple(paths), root)
     paths = [path.absolute() for path in paths]
     return ImageFiles(tuple(paths), Path(os.path.commonpath([path.parent for path in paths])))
 
 
-def _id(files: ImageFiles, index: int) -> str:
+def _id(files: Images, index: int) -> str:
     """The key of an image as UTF-8 text, which Parquet requires; a file name may be other bytes."""
     return os.fsencode(files.key(index)).decode("utf-8", "backslashreplace")
 
 
-def _describe(weights: Weights, files: ImageFiles) -> dict[str, Any]:
+def _describe(weights: Weights, files: Images) -> dict[str, Any]:
     """What determines the vectors, as JSON values."""
     tensors, ids = hashlib.sha256(), hashlib.sha256()
     hash_tensors(tensors, weights.tensors)
@@ -260,7 +275,7 @@ def _is_of(target: Path, path: Path, description: dict[str, Any], overwrite: boo
 
 
 def _compute_parts(
-    weights: Weights, files: ImageFiles, parts: Sequence[int], options: EmbedOptions
+    weights: Weights, files: Images, parts: Sequence[int], options: EmbedOptions
 ) -> Iterator[tuple[int, list[int], np.ndarray]]:
     """Index of the part, indices of its readable images, and their vectors; logs why an image cannot be read."""
     batches: list[list[Pick]] = []
@@ -278,24 +293,22 @@ def _compute_parts(
     for i, batch in enumerate(feature_batches(weights, source, batches, options) if batches else (), 1):
         found.append(batch)
         progress.add(len(batches[i - 1]))
-        for name in batch.unreadable:
-            _warn_unreadable(name)
+        for index in {pick.image_index for pick in batches[i - 1]} - {*batch.indices.tolist()}:
+            _warn_unreadable(files, index)
         if i in ends:
             indices = np.concatenate([one.indices for one in found])
             yield ends[i], indices.tolist(), np.concatenate([one.features for one in found])
             found = []
 
 
-def _warn_unreadable(name: str) -> None:
+def _warn_unreadable(files: Images, index: int) -> None:
     try:
-        read_image(name)
+        read_image(files[index], files.name(index))
     except ImageError as error:
         logger.warning(str(error))
 
 
-def _table(
-    files: ImageFiles, part: int, indices: Sequence[int], vectors: np.ndarray, description: dict[str, Any]
-) -> Any:
+def _table(files: Images, part: int, indices: Sequence[int], vectors: np.ndarray, description: dict[str, Any]) -> Any:
     """A part as a table, with the ids of its unreadable images in the metadata."""
     pa = require("pyarrow", "parquet", "writing Parquet files")
     everything = range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(files)))

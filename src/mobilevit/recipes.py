@@ -19,9 +19,30 @@ Policy = Literal["basic", "advanced"]
 Schedule = Literal["cosine", "wsd"]
 Cosine = Literal["step", "epoch"]
 MultilabelLoss = Literal["bce", "asymmetric"]
-Metric = Literal["auto", "top1", "balanced_accuracy", "macro_f1"]
+Metric = Literal[
+    "auto",
+    "top1",
+    "balanced_accuracy",
+    "macro_f1",
+    "map",
+    "micro_f1",
+    "ap",
+    "ap50",
+    "miou",
+    "pixel_accuracy",
+    "agreement",
+]
 Freeze = Literal["nothing", "stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 Precision = Literal["float32", "bfloat16", "float16"]
+
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "classify": ("top1", "balanced_accuracy", "macro_f1"),
+    "multilabel": ("map", "micro_f1", "macro_f1"),
+    "detect": ("ap", "ap50"),
+    "segment": ("miou", "pixel_accuracy"),
+    "distill": ("agreement",),
+}
+"""The metrics that can select the best epoch, by task. The first one is the default."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +283,9 @@ class Recipe(_Checked):
     patience: Annotated[int, Range(min=0)] = 0
     """Early stopping: end the run after this number of epochs without an improvement of the metric; 0: never."""
     metric: Metric = "auto"
-    """Validation metric for the best epoch and for early stopping. auto: that of the task, such as top1;
-    balanced_accuracy: mean recall of the classes; macro_f1: mean F1 of the classes."""
+    """Validation metric for the best epoch and for early stopping. auto: the first one of the task. Classification:
+    top1, balanced_accuracy (mean recall of the classes) or macro_f1 (mean F1 of the classes); multilabel: map, micro_f1
+    or macro_f1; detection: ap or ap50; segmentation: miou or pixel_accuracy; distill: agreement."""
     data: Data = field(default_factory=Data)
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -101,6 +101,8 @@ MISTAKES = {
     "--data classes --seeds 0 -1": "seed -1",
     "--data classes --no-time --runtime onnx": "--no-time --runtime",
     "--data classes --recipe paper-s": "--recipe 'paper-s' 'small' 'plain' 'tiny'",
+    "--task multilabel": "--task --data",
+    "--data classes --task multilabel": "classes label file .csv",
 }
 
 

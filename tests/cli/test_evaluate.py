@@ -219,6 +219,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("args", "facts"), MISTAKES.items())
 def test_mistakes(capsys: pytest.CaptureFixture[str], here: Path, args: str, facts: str):
     check_refused(capsys, f"evaluate {args} --data classes --json", facts)
+    assert "None" not in refused(capsys, f"evaluate {args} --data classes --json")  # it is not a choice
     check_refused(capsys, "evaluate xyz.safetensors --data missing", "missing: no such folder")
 
 

@@ -116,6 +116,13 @@ def test_arguments_of_train(here: Path, monkeypatch: pytest.MonkeyPatch, given: 
 
 MISTAKES = {
     "--data missing": "missing: no such folder",
+    "samll --data classes": "'samll' did you mean small?",
+    "--data classes samll": "'samll' did you mean small?",
+    "--data classes tiny": "RECIPE 'tiny' before",
+    "--data classes --weights photos/missing": "photos/missing no such file in photos; check the name",
+    "--data classes --metric map": "--metric map classify top1, balanced_accuracy, macro_f1",
+    "--data classes --distill.temperature 3": "--distill.temperature 3.0 --teacher",
+    "--data classes --multilabel.loss asymmetric": "--multilabel.loss asymmetric recipe multilabel",
     "--data 'photos/[old]'": "photos/[old] folders",
     "--data classes/x/0.png": "classes/x/0.png folder",
     "--data https://host/flowers.zip": "https://host/flowers.zip URL download",

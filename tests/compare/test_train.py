@@ -200,9 +200,12 @@ def test_the_report_agrees_with_the_runs(whole: tuple[TrainedReport, Path], data
     for row in report.rows:
         metrics = [lines(out / "runs" / row.name / f"seed-{seed}" / "metrics.jsonl") for seed in (0, 1)]
         last = [epochs[-1]["val_top1"] for epochs in metrics]
-        assert [run.top1 for run in row.runs] == last
-        assert row.top1 == sum(last) / 2
-        assert row.top1_std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
+        assert [run.score for run in row.runs] == last
+        others = ("balanced_accuracy", "macro_f1")
+        assert [run.metrics for run in row.runs] == [{key: of[-1][f"val_{key}"] for key in others} for of in metrics]
+        assert row.mean_of("macro_f1") == pytest.approx(sum(of[-1]["val_macro_f1"] for of in metrics) / 2)
+        assert row.score == sum(last) / 2
+        assert row.score_std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
         seconds = sorted(epoch["seconds"] for epochs in metrics for epoch in epochs)
         assert row.seconds_per_epoch == pytest.approx((seconds[1] + seconds[2]) / 2)
         assert row.images_per_second == pytest.approx(24 / (row.seconds_per_epoch or 0))
@@ -214,6 +217,40 @@ def test_the_report_agrees_with_the_runs(whole: tuple[TrainedReport, Path], data
     # The weights of MobileViT are those of an ordinary run.
     weights = read(out / "runs" / "mobilevit-xxs" / "seed-1" / "model.safetensors")
     assert (weights.architecture.name, weights.class_names, weights.preprocessing.crop_px) == ("xxs", ("0", "1"), 32)
+
+
+def test_several_labels_are_compared_by_map(data: Path, tmp_path: Path) -> None:
+    rows = ["path,labels,split"]
+    for i, path in enumerate(sorted(data.rglob("*.png"))):
+        rows.append(f"{path},{path.parent.name}{'|odd' if i % 3 == 1 else ''},{path.parts[-3]}")
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(rows) + "\n")
+    recipe = replace(RECIPE, task="multilabel", label_smoothing=0.0)
+    report = compare_trained([NARROW, XXS], file, tmp_path / "out", recipe, seeds=(0, 1))
+    assert report.metrics == ("map", "micro_f1", "macro_f1")
+    assert report.constant_score == pytest.approx(100 * (6 + 6 + sum("|odd,test" in row for row in rows)) / 3 / 12)
+    for row in report.rows:
+        last = [lines(tmp_path / "out" / "runs" / row.name / f"seed-{seed}" / "metrics.jsonl")[-1] for seed in (0, 1)]
+        assert [run.score for run in row.runs] == [of["val_map"] for of in last]
+        assert row.mean_of("micro_f1") == pytest.approx(sum(of["val_micro_f1"] for of in last) / 2)
+    (comparison,) = report.comparisons
+    assert comparison.difference == pytest.approx((report.rows[0].score or 0) - (report.rows[1].score or 0))
+    weights = read(tmp_path / "out" / "runs" / "mobilevit-xxs" / "seed-0" / "model.safetensors")
+    assert (weights.task, len(weights.thresholds)) == ("multilabel", 3)
+    text = tables.write(report, tmp_path)[0].read_text()
+    assert "| mAP |" in text
+    assert "| micro F1 |" in text
+    assert "top-1" not in text
+    (axes,) = learning_curves(report).axes
+    assert axes.get_ylabel().startswith("mAP")
+
+
+def test_a_run_of_an_older_version_lacks_metrics() -> None:
+    report_row = row("a", [93.0, 94.0])
+    assert report_row.mean_of("macro_f1") is None
+    first = replace(report_row.runs[0], metrics={"macro_f1": 90.0})
+    assert replace(report_row, runs=(first, report_row.runs[1])).mean_of("macro_f1") is None
+    assert replace(report_row, runs=(first,)).mean_of("macro_f1") == 90
 
 
 def test_a_finished_run_is_read(whole: tuple[TrainedReport, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +315,7 @@ def test_a_failure_does_not_stop_the_others(data: Path, tmp_path: Path, caplog: 
     found = tables.findings(report)
     assert [line.split(",")[0] for line in found[1:5]] == ["bursting", "bursting", "patchy", "clumsy"]
     # Each class has half of the images.
-    idle = {row.name for row in report.rows if any(run.top1 <= 50 for run in row.runs)}
+    idle = {row.name for row in report.rows if any(run.score <= 50 for run in row.runs)}
     assert {line.partition(":")[0] for line in found[5:]} == idle
     assert "mobilevit-xxs" in idle
     cells = dict(tables.columns(report))
@@ -372,7 +409,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def row(name: str, top1: list[float]) -> TrainedRow:
+def row(name: str, scores: list[float]) -> TrainedRow:
     family: Any = "mobilevit" if name.startswith("mobilevit") else "cnn"
     return TrainedRow(
         name=name,
@@ -381,11 +418,11 @@ def row(name: str, top1: list[float]) -> TrainedRow:
         library="ours",
         size_px=32,
         cost=Cost(1, 0, 0, 0),
-        top1=None,
-        top1_std=None,
+        score=None,
+        score_std=None,
         seconds_per_epoch=None,
         images_per_second=None,
-        runs=tuple(SeedRun(i, value, (), (), ()) for i, value in enumerate(top1)),
+        runs=tuple(SeedRun(i, value, {}, (), (), ()) for i, value in enumerate(scores)),
     )
 
 
@@ -429,9 +466,9 @@ def test_written_files_agree(whole: tuple[TrainedReport, Path], tmp_path: Path) 
     for row, line, values in zip(report.rows, flat, cells, strict=True):
         shown = dict(zip(headings, values, strict=True))
         assert line["name"] == shown["model"] == row.name
-        assert float(line["top1"]) == row.top1
-        assert [float(line[f"top1_seed_{seed}"]) for seed in (0, 1)] == [run.top1 for run in row.runs]
-        assert shown["top-1"] == f"{row.top1:.2f} +- {row.top1_std:.2f}"
+        assert float(line["score"]) == row.score
+        assert [float(line[f"score_seed_{seed}"]) for seed in (0, 1)] == [run.score for run in row.runs]
+        assert shown["top-1"] == f"{row.score:.2f} +- {row.score_std:.2f}"
     assert [line["baseline"] for line in flat] == ["mobilevit-xxs", "mobilevit-xxs", ""]
     for comparison in report.comparisons:
         assert f"- {comparison.describe()}\n" in text
@@ -460,7 +497,7 @@ def test_times_of_trained_models(timed: TrainedReport, tmp_path: Path) -> None:
     assert "1 thread, 3 rounds" in tables.header(report)
     (axes,) = accuracy_against_latency(report, "onnx", 1).axes
     points = [np.asarray(points.get_offsets())[0] for points in axes.collections]
-    expected = [(row.timings[1].latency_ms.median, row.top1) for row in report.rows[::2]]
+    expected = [(row.timings[1].latency_ms.median, row.score) for row in report.rows[::2]]
     np.testing.assert_allclose(points, np.array(expected, float))
 
 
@@ -490,15 +527,15 @@ def test_figures(whole: tuple[TrainedReport, Path]) -> None:
     bars = [np.asarray(line.get_xydata()) for line in axes.lines[:3]]
     for row, bar in zip(report.rows, bars, strict=True):
         assert row.cost is not None
-        assert row.top1 is not None
-        assert row.top1_std is not None
+        assert row.score is not None
+        assert row.score_std is not None
         x = row.cost.num_parameters / 1e6
-        np.testing.assert_allclose(bar, [(x, row.top1 - row.top1_std), (x, row.top1 + row.top1_std)])
+        np.testing.assert_allclose(bar, [(x, row.score - row.score_std), (x, row.score + row.score_std)])
     assert sorted(text.get_text() for text in axes.texts) == ["mobilevit-xxs", "narrow", "wide"]
     (axes,) = learning_curves(report).axes
     means = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
     for row in report.rows:
-        first, second = (run.top1_by_epoch for run in row.runs)
+        first, second = (run.score_by_epoch for run in row.runs)
         assert means[row.name] == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
+from mobilevit.cli.options import SampleImages
 from mobilevit.data.class_sets import ClassSet, labels_of, rarest_classes
 from mobilevit.data.samples import Source, fingerprint
-from mobilevit.data.sources import TaskName, default_split, find_evaluation_split, find_splits
+from mobilevit.data.sources import TaskName, default_split, find_any_images, find_evaluation_split, find_splits
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 Columns = dict[str, list[Any]]
@@ -333,6 +335,23 @@ def test_tar_shards_with_labels_in_json(tmp_path: Path, in_folder: bool):
     assert found == [["a", "b"], [], ["a", "c"], ["c"], ["b"], ["a"]]
     with pytest.raises(ValueError, match=r"2 of 6 images have several labels \(first: .*/0: a\|b\).* multilabel"):
         find_splits("classify", file, 0.4)
+
+
+@pytest.mark.parametrize("name", ["shards/x.tar", "shards", "files/labels.csv"])
+def test_images_of_data_with_several_labels(tmp_path: Path, name: str):
+    """As samples for an export, or as images of another source."""
+    members: dict[str, Any] = {}
+    for folder in ("shards", "files"):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 30 + i)).save(file := tmp_path / "files" / f"{i}.png")
+        members |= {f"{i}.png": file.read_bytes(), f"{i}.json": {"tags": ["a", "b"]}}
+    write_tar(tmp_path / "shards/x.tar", members)
+    (tmp_path / "files/labels.csv").write_text("path,label\n" + "".join(f"{i}.png,a|b\n" for i in range(4)))
+    assert len(find_any_images(tmp_path / name)) == 4
+    sizes = {image.size for image in SampleImages((str(tmp_path / name),)).read()}
+    assert sizes < {(40, 30 + i) for i in range(4)}  # one image is in the validation split
+    assert len(sizes) == 3
 
 
 def test_tar_shards_without_labels(tmp_path: Path):

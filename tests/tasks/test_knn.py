@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from mobilevit.data.sources import find_splits
@@ -65,8 +66,14 @@ def test_evaluate_knn(data: Path, folder: str, split: str, size_px: int | None):
     reference = KNeighborsClassifier(5, metric="cosine").fit(vectors[0], train.labels)
     assert result.split == split
     assert result.size_px == (size_px or 32)
-    accuracy = 100 * reference.score(vectors[1], val.labels)
-    assert result.metrics == {"knn_top1": pytest.approx(accuracy), "num_images": len(val)}
+    predictions = reference.predict(vectors[1])
+    accuracy = 100 * accuracy_score(val.labels, predictions)
+    assert result.metrics == {
+        "knn_top1": pytest.approx(accuracy),
+        "balanced_accuracy": pytest.approx(100 * balanced_accuracy_score(val.labels, predictions)),
+        "macro_f1": pytest.approx(100 * f1_score(val.labels, predictions, average="macro")),
+        "num_images": len(val),
+    }
     assert 40 < accuracy <= 100  # above chance
     recalls = [row.metrics["recall"] for row in result.per_class]
     predictions = reference.predict(vectors[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor, nn
 
+from mobilevit.data.class_sets import ClassSet
 from mobilevit.data.loader import Batch
 from mobilevit.models.deeplabv3 import DeepLabV3
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.recipes import Compute, Data, Distill, Recipe
 from mobilevit.tasks import TASKS
+from mobilevit.tasks.multilabel import stack_class_sets
 from mobilevit.teacher import Teacher, TeacherNetwork
 from mobilevit.training.distillation import DistillationLoss, Student, soft_target_loss
 from mobilevit.training.loop import Stopped, train
@@ -111,6 +114,53 @@ def test_loss_with_labels(policy: Any):
     value.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("policy", ["basic", "advanced"])
+def test_features_with_several_labels(policy: Any):
+    """The loss of the labels, and the distance of the features for the images that both networks saw."""
+    data, distill = replace(RECIPE.data, policy=policy), Distill(0.0, feature_weight=0.5)
+    recipe = replace(RECIPE, task="multilabel", data=data, distill=distill)
+    teacher = Teacher(teacher_network())
+    loss = DistillationLoss(recipe, TASKS["multilabel"], teacher, ("x", "y", "z"))  # the classes do not matter
+    student = Student(without_dropout().build(), teacher.num_features)
+    labels = stack_class_sets([ClassSet(indices) for indices in ((0, 2), (), (1,), (0, 1, 2))])
+    batch = Batch(torch.rand(4, 3, 32, 32), labels, (0, 1, 2, 3), size_px=32)
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return student(images)[0]
+
+    torch.manual_seed(5)
+    value = loss(student, batch)
+    spy = teacher.network
+    assert isinstance(spy, Linear)
+    with torch.no_grad():
+        _, features = student(spy.inputs[-1] * torch.tensor([0.25, 0.5, 1.0])[:, None, None] + 0.5)
+        cosine = F.cosine_similarity(features, 4 * spy.inputs[-1].mean(dim=(-2, -1))).mean()
+        torch.manual_seed(5)
+        label = TASKS["multilabel"].loss(recipe, Network(), batch)
+    assert value.item() == pytest.approx(float(label + 0.5 * (1 - cosine)), rel=1e-5)
+
+
+def test_training_with_several_labels_and_a_teacher(data: Path, teacher_file: Path, tmp_path: Path):
+    shutil.copytree(data, tmp_path / "data")
+    images = [path.relative_to(data) for path in sorted(data.rglob("*.png"))]
+    rows = [f"{path.as_posix()},{path.parts[1]}|shape,{path.parts[0]}" for path in images]
+    file = tmp_path / "data" / "labels.csv"
+    file.write_text("\n".join(["path,labels,split", *rows]) + "\n")
+    recipe = replace(RECIPE, task="multilabel", distill=Distill(0.0, feature_weight=1.0))
+    run = train(recipe, file, tmp_path / "with", teacher=teacher_file)
+    without = train(replace(recipe, distill=Distill()), file, tmp_path / "without")
+    assert not same_weights(run.weights, without.weights)
+    assert 0 < run.epochs[-1]["teacher_fraction"] < 1
+    weights = read(run.weights)
+    assert (weights.task, weights.class_names, len(weights.thresholds)) == (
+        "multilabel",
+        (*sorted((*CLASS_NAMES, "shape")),),
+        4,
+    )
+    assert weights.tensors.keys() == read(without.weights).tensors.keys()  # no projection
 
 
 @pytest.mark.parametrize("network_class", [SSDLite, DeepLabV3, MobileViT])
@@ -289,7 +339,7 @@ def test_features_of_dense_tasks(task: Any, tmp_path: Path, teacher_file: Path):
         (RECIPE, TeacherNetwork(Linear(), "t", ("circle", "line", "cube")), ["square", "cube", "--distill"]),
         (RECIPE, Linear(), ["Linear", "class names", "--distill"]),
         (replace(RECIPE, distill=Distill(0.0)), teacher_network(), ["soft_weight is 0", "feature_weight"]),
-        (replace(RECIPE, distill=Distill(temperature=3.0)), None, ["distill", "--teacher"]),
+        (replace(RECIPE, distill=Distill(temperature=3.0)), None, ["distill.temperature is 3.0", "--teacher"]),
         (UNLABELED, None, ["distill", "--teacher"]),
         (UNLABELED, Linear(), ["Linear", "class names"]),
         (DISTILL, TeacherNetwork(nn.Flatten(), "t"), ["feature_weight is 0.5", "t", "--distill.feature-weight 0"]),

@@ -82,7 +82,8 @@ def test_metric_of_the_best_epoch(
 @pytest.mark.parametrize(
     ("recipe", "facts"),
     [
-        (replace(SHORT, task="detect", metric="macro_f1"), "metric macro_f1 detect auto"),
+        (replace(SHORT, task="detect", metric="macro_f1"), "metric macro_f1 detect auto ap, ap50"),
+        (replace(SHORT, metric="map"), "metric map task classify top1, balanced_accuracy, macro_f1"),
         (replace(SHORT, task="segment", imbalance=Imbalance(class_weights=0.5)), "imbalance.class_weights 0.5 segment"),
     ],
 )

@@ -590,11 +590,22 @@ def test_without_tensorboard(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(train(RECIPE, data, tmp_path).epochs) == 2  # the folder remains usable
 
 
-@pytest.mark.parametrize(("name", "has_transformers"), [("tiny", True), ("detect", False), ("segment", True)])
+@pytest.mark.parametrize(
+    ("name", "has_transformers"),
+    [("tiny", True), ("multilabel", True), ("detect", False), ("segment", True), ("distill", True)],
+)
 def test_commands_in_the_report_are_valid(name: str, has_transformers: bool):
     commands = [command for _, command in next_commands(RECIPES[name], "my photos", Path("runs/x"))]
     parsed = [parse(shlex.split(command)[1:]) for command in commands]
     calibrate = ["Calibrate"] * (name == "tiny")
-    names = ["Evaluate", *calibrate, "Predict", "Export", *["Convert"] * has_transformers]
+    names = [
+        "Train" if name == "distill" else "Evaluate",
+        *calibrate,
+        "Predict",
+        "Export",
+        *["Convert"] * has_transformers,
+    ]
     assert [type(one).__name__ for one in parsed] == names
     assert parsed[names.index("Export")].sample_images.images == ("my photos",)
+    if name == "distill":
+        assert parsed[0].recipe.data.size_px == RECIPES[name].data.size_px

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.recipes import Compute, Data, Imbalance, Optimizer, Recipe, Sampler, to_dict
+from mobilevit.recipes import Compute, Data, Imbalance, Multilabel, Optimizer, Recipe, Sampler, to_dict
 from mobilevit.training.loop import TIMES, Stopped, train
 from mobilevit.weights import read
 from small_runs import scenes
@@ -327,6 +327,16 @@ def train_in_processes(world: int, recipe: Recipe, data: Path, out: Path) -> dic
     return results_of(out)
 
 
+def check_killed_and_resumed(recipe: Recipe, data: Any, out: Path, *, step: int, whole: dict[str, Any]) -> None:
+    """Kill a run after a step and resume it: its results are those of an uninterrupted run."""
+    child = start(lambda: train(recipe, data, out, checkpoint_minutes=1e-9))
+    wait_for_step(out, step, child)
+    os.kill(child, signal.SIGKILL)
+    assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(recipe, data, out))) == 0
+    assert results_of(out) == whole
+
+
 @pytest.fixture(scope="module")
 def imbalanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes with 22, 7 and 3 training images."""
@@ -355,12 +365,55 @@ def test_two_processes_match_one_and_a_killed_run_resumes_with_imbalanced_classe
     recipe = replace(IN_TWO, imbalance=options)
     one, two = (train_in_processes(world, recipe, imbalanced, tmp_path / str(world)) for world in (1, 2))
     assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
-    child = start(lambda: train(recipe, imbalanced, tmp_path / "killed", checkpoint_minutes=1e-9))
-    wait_for_step(tmp_path / "killed", 5, child)
-    os.kill(child, signal.SIGKILL)
-    assert end(child) == -signal.SIGKILL
-    assert end(start(lambda: train(recipe, imbalanced, tmp_path / "killed"))) == 0
-    assert results_of(tmp_path / "killed") == one
+    check_killed_and_resumed(recipe, imbalanced, tmp_path / "killed", step=5, whole=one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["bce", "asymmetric"])
+def test_two_processes_match_one_and_a_killed_run_resumes_with_several_labels(loss: Any, tmp_path: Path):
+    draw = np.random.default_rng(0)
+    rows = ["path,labels,split"]
+    for i in range(40):
+        has = draw.random(3) < 0.4 if i > 3 else np.arange(3) == i  # the fourth image has none
+        pixels = draw.integers(0, 90, (40, 36, 3), dtype=np.uint8)
+        pixels[8:32, 4:30, has] = 220
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'|'.join(np.array(['r', 'g', 'b'])[has])},{'train' if i < 32 else 'val'}")
+    data = tmp_path / "labels.csv"
+    data.write_text("\n".join(rows) + "\n")
+    recipe = replace(IN_TWO, task="multilabel", label_smoothing=0.0, multilabel=Multilabel(loss))
+    one, two = (train_in_processes(world, recipe, data, tmp_path / str(world)) for world in (1, 2))
+    assert len(one["steps"]) == 8
+    assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
+    for ours, theirs in zip(one["epochs"], two["epochs"], strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    thresholds = [read(tmp_path / str(world) / "model.safetensors").thresholds for world in (1, 2)]
+    assert thresholds[1] == pytest.approx(thresholds[0], abs=1e-6)
+    check_killed_and_resumed(recipe, data, tmp_path / "killed", step=5, whole=one)
+
+
+class Noise:
+    """A dataset in Python: arrays that depend on the index, brighter for the second class."""
+
+    class_names = ("dark", "bright")
+
+    def __init__(self, num_images: int, seed: int):
+        self.num_images, self.seed = num_images, seed
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        draw = np.random.default_rng((self.seed, index))
+        return draw.integers(0, 100 + 100 * (index % 2), (40, 36, 3), dtype=np.uint8), index % 2
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_run_on_python_datasets_resumes(num_workers: int, tmp_path: Path):
+    recipe = replace(RECIPE, epochs=2, data=replace(RECIPE.data, num_workers=num_workers))
+    data = Noise(32, seed=0), Noise(6, seed=1)
+    assert end(start(lambda: train(recipe, data, tmp_path / "whole"))) == 0
+    check_killed_and_resumed(recipe, data, tmp_path / "killed", step=2, whole=results_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

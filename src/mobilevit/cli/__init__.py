@@ -28,7 +28,7 @@ from mobilevit.cli.inspect import Inspect
 from mobilevit.cli.predict import Predict
 from mobilevit.cli.train import Train, recipe_list
 from mobilevit.logs import log_to_stderr
-from mobilevit.recipes import RECIPES, describe
+from mobilevit.recipes import RECIPES, describe, named
 
 COMMANDS: dict[str, type[Any]] = {
     "predict": Predict,
@@ -92,10 +92,11 @@ def parse(args: list[str]) -> Any:
 
     Raises:
         SystemExit: with code 0 after the help, with code 2 after the message about an invalid command or option.
-        ValueError: a recipe after an option.
+        ValueError: an unknown recipe, or one after an option.
     """
     # The recipe determines the defaults in the help of `train`.
-    recipe = args[1] if args[0] == "train" and args[1:] and args[1] in RECIPES else "plain"
+    recipe = args[1] if args[0] == "train" and args[1:] and not args[1].startswith("-") else "plain"
+    named(recipe)
     train = Train(
         data=tyro.MISSING, recipe=RECIPES[recipe], recipe_name=recipe, command=shlex.join(["mobilevit", *args])
     )
@@ -107,5 +108,6 @@ def parse(args: list[str]) -> Any:
         descriptions = {name: text.partition("\n")[0] for name, text in descriptions.items()}
     command = parser.parse(COMMANDS, args, descriptions, {"train": train})
     if isinstance(command, Train) and command.recipe_name != recipe:
+        named(command.recipe_name)
         raise ValueError(f"RECIPE is {command.recipe_name!r}; name it before the options: mobilevit train RECIPE ...")
     return command

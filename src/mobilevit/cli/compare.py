@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mobilevit.compare.run import TimingOptions
 
 RecipeName = Literal["small", "plain", "tiny"]
+TaskName = Literal["classify", "multilabel"]
 Runtime = Literal["torch", "onnx"]
 
 
@@ -37,6 +38,8 @@ class Compare:
     """Dataset, as for mobilevit train. The models are trained on it, evaluated and timed."""
     recipe: Annotated[RecipeName | None, tyro.conf.arg(metavar=choices(RecipeName))] = None
     """With --data: training recipe of all models; `mobilevit train RECIPE --help` shows it. Default: small."""
+    task: Annotated[TaskName, tyro.conf.arg(metavar=choices(TaskName), help_behavior_hint="")] = "classify"
+    """With --data: classify for one label per image, multilabel for several (docs/data.md). Default: classify."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """With --data: number of epochs. Default: that of the recipe."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...")] = ()
@@ -82,7 +85,7 @@ class Compare:
         training_options = {
             **{"--recipe": self.recipe, "--epochs": self.epochs, "--seeds": self.seeds or None, "--lr": self.lr},
             **{"--no-flip": None if self.flip else True, "--num-workers": self.num_workers},
-            "--clip-norm": self.clip_norm,
+            **{"--clip-norm": self.clip_norm, "--task": None if self.task == "classify" else self.task},
         }
         for option, value in training_options.items():
             if self.data is None and value is not None:
@@ -118,6 +121,8 @@ class Compare:
         flip = None if self.flip else False
         recipe = changed(
             recipe,
+            task=self.task,
+            label_smoothing=0.0 if self.task == "multilabel" else None,  # as in the recipe multilabel
             epochs=self.epochs,
             batch_size=self.batch_size[0] if self.batch_size else None,
             data=changed(recipe.data, size_px=self.size, num_workers=self.num_workers, flip=flip),

@@ -32,7 +32,7 @@ class Embed:
 
     weights: WeightsArgument
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"."""
+    """Image files, folders (searched recursively) or quoted patterns such as "photos/*.jpg"; or .tar shards."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """Parquet file to write. Finished parts are in the folder FILE.parts until the file is complete."""
     overwrite: Flag = False

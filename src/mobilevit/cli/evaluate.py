@@ -337,7 +337,7 @@ def format_metric(name: str, value: float) -> str:
 
 
 def _heading(name: str) -> str:
-    return HEADINGS.get(name, name.removeprefix("num_"))
+    return HEADINGS.get(name, name.removeprefix("num_").replace("_", " "))
 
 
 def _text(name: str, value: float | None) -> str:

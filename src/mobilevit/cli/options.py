@@ -123,7 +123,7 @@ class SampleImages:
 
     def read(self) -> list[Any]:
         """At most 256 images of a dataset; all images of files, folders and patterns."""
-        from mobilevit.data.sources import find_splits
+        from mobilevit.data.sources import SHARD_SUFFIXES, find_splits, task_of_any_labels
         from mobilevit.data.tables import is_label_file
         from mobilevit.images import find_images, read_image
 
@@ -132,15 +132,14 @@ class SampleImages:
             return list(find_images(self.images))
         data = expand_data(self.images[0])
         try:
-            if not is_label_file(Path(data)):
+            if not is_label_file(Path(data)) and Path(data).suffix.lower() not in SHARD_SUFFIXES:
                 return list(find_images([data]))
         except ValueError:
             if not data.startswith("hf:") and not Path(data).exists():
                 raise
         if Path(data).is_dir() and not any(Path(data).iterdir()):
             raise ValueError(f"{data}: no images in this folder")
-        task = "multilabel" if is_label_file(Path(data)) else "classify"  # which also reads single labels
-        source = find_splits(task, data, val_fraction=0.1)[0]
+        source = find_splits(task_of_any_labels(data), data, val_fraction=0.1)[0]
         number = min(256, len(source))
         samples = [source[i * len(source) // number] for i in range(number)]
         return [read_image(sample.image, sample.name) for sample in samples]

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -59,7 +59,7 @@ ARGUMENT_OPTIONS = {"size_px": "--size"} | {
     name: f"--{re.sub('[ _]', '-', name)}"
     for name in (
         *("batch size", "class", "k", "num threads", "num workers"),
-        *("port", "score_threshold", "seeds", "size", "top_k"),
+        *("ood", "port", "score_threshold", "seeds", "size", "top_k"),
     )
 }
 
@@ -89,6 +89,7 @@ def parse(
     program = make_dataclass("Program", [("command", any_command)])
     registry = ConstructorRegistry()
     registry.primitive_rule(_non_empty)
+    registry.primitive_rule(_choice_or_none)
     registry.struct_rule(_dataclass)
     with registry:
         try:
@@ -119,6 +120,22 @@ def _non_empty(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=convert,
         is_instance=lambda value: isinstance(value, info.type),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _choice_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A choice that is None if the option is left out. tyro would list 'None' as a choice."""
+    literals = [one for one in get_args(info.type) if get_origin(one) is Literal]
+    if len(literals) != 1 or set(get_args(info.type)) != {literals[0], type(None)}:
+        return None
+    values = get_args(literals[0])
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(values) + "}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or value in values,
+        str_from_instance=lambda value: [str(value)],
+        choices=values,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -28,11 +28,6 @@ from mobilevit.cli.options import (
 from mobilevit.defaults import TrackerName
 from mobilevit.recipes import RECIPES, Recipe, describe
 
-if TYPE_CHECKING:
-    RecipeName = str
-else:
-    RecipeName = Literal[tuple(RECIPES)]
-
 
 @dataclass(frozen=True)
 class Train:
@@ -41,7 +36,7 @@ class Train:
     Usage: mobilevit train [RECIPE] --data DATA [OPTIONS]. The same command resumes the run.
     """
 
-    recipe_name: Annotated[RecipeName, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
+    recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = "plain"
     """Recipe: the defaults of the options."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
     """Dataset. Classification: a folder per class, optionally below train/ and val/; a label file (.csv, .tsv, .jsonl,

@@ -81,18 +81,18 @@ def draw(report: Report) -> dict[str, Figure]:
 
 
 def accuracy_against_parameters(report: Report, family: Family | None = None) -> Figure:
-    """Top-1 against parameters, of the models of `family` and MobileViT, by default of all."""
+    """Accuracy against parameters, of the models of `family` and MobileViT, by default of all."""
     points = [
         _point(report, row, row.cost.num_parameters / 1e6)
         for row in report.rows
-        if row.cost and _has_top1(row) and (family is None or row.family in (family, "mobilevit"))
+        if row.cost and _has_score(row) and (family is None or row.family in (family, "mobilevit"))
     ]
     title = f"ImageNet top-1 against parameters: MobileViT and {FAMILIES[family]}s" if family else ""
     return _scatter(report, points, "parameters in millions", title)
 
 
 def accuracy_against_latency(report: Report, runtime: Runtime, batch_size: int) -> Figure:
-    """Top-1 against the time in a runtime; error bars from the 10th to the 90th percentile."""
+    """Accuracy against the time in a runtime; error bars from the 10th to the 90th percentile."""
     timed = [(row, timing.latency_ms) for row in report.rows if (timing := row.timing(runtime, batch_size))]
     points = [_point(report, row, x.median, (x.p10, x.p90)) for row, x in timed]
     images = "image" if batch_size == 1 else f"{batch_size} images"
@@ -104,27 +104,28 @@ def accuracy_against_latency(report: Report, runtime: Runtime, batch_size: int) 
 
 
 def learning_curves(report: TrainedReport) -> Figure:
-    """Top-1 after every epoch: the mean over the seeds, and their range."""
+    """The score after every epoch: the mean over the seeds, and their range."""
+    metric = report.metric_title
     several = f", mean and range of {len(report.seeds)} seeds" if len(report.seeds) > 1 else ""
-    figure, axes = _axes(f"Top-1 after every epoch{several}")
+    figure, axes = _axes(f"Validation {metric} after every epoch{several}")
     styles = iter((color, dash) for dash in DASHES for color in LINE_COLORS)
-    for row in sorted((row for row in report.rows if row.runs), key=lambda row: -(row.top1 or 0)):
+    for row in sorted((row for row in report.rows if row.runs), key=lambda row: -(row.score or 0)):
         ours = row.family == "mobilevit"
         color, dash = (COLORS["mobilevit"], "-") if ours else next(styles, (GREY, "-."))
-        top1 = np.array([run.top1_by_epoch for run in row.runs])
-        epochs = np.arange(1, top1.shape[1] + 1)
+        scores = np.array([run.score_by_epoch for run in row.runs])
+        epochs = np.arange(1, scores.shape[1] + 1)
         width = 2.4 if ours else 1.4
-        axes.plot(epochs, top1.mean(axis=0), dash, color=color, linewidth=width, label=row.name, marker=".")
-        axes.fill_between(epochs, top1.min(axis=0), top1.max(axis=0), color=color, alpha=0.15, linewidth=0)
+        axes.plot(epochs, scores.mean(axis=0), dash, color=color, linewidth=width, label=row.name, marker=".")
+        axes.fill_between(epochs, scores.min(axis=0), scores.max(axis=0), color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", color=INK)
-    axes.set_ylabel("top-1 of the EMA weights in percent", color=INK)
+    axes.set_ylabel(f"{metric} of the EMA weights in percent", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
-def _has_top1(row: Row) -> bool:
-    return isinstance(row, PublishedRow) or (isinstance(row, TrainedRow) and row.top1 is not None)
+def _has_score(row: Row) -> bool:
+    return isinstance(row, PublishedRow) or (isinstance(row, TrainedRow) and row.score is not None)
 
 
 def _point(report: Report, row: Row, x: float, x_range: tuple[float, float] | None = None) -> Point:
@@ -133,7 +134,7 @@ def _point(report: Report, row: Row, x: float, x_range: tuple[float, float] | No
         return Point(row.name, row.family, row.augmentation, own_paper, x, row.published_top1, x_range)
     assert isinstance(row, TrainedRow)
     assert isinstance(report, TrainedReport)
-    y, std = row.top1 or 0.0, row.top1_std or 0.0
+    y, std = row.score or 0.0, row.score_std or 0.0
     return Point(row.name, row.family, report.recipe["data"]["policy"], False, x, y, x_range, (y - std, y + std))
 
 
@@ -158,7 +159,7 @@ def _scatter(report: Report, points: Sequence[Point], x_label: str, title: str) 
     y_label = "ImageNet top-1 in percent, published"
     if isinstance(report, TrainedReport):
         num_seeds, recipe = len(report.seeds), report.recipe
-        y_label = f"top-1 in percent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}"
+        y_label = f"{report.metric_title} in percent, mean of {num_seeds} seed{'s' if num_seeds > 1 else ''}"
         title = f"Trained on {Path(report.data).name}: {recipe['epochs']} epochs at {recipe['data']['size_px']} px"
         title += f" ({report.setting.machine.date})"
     figure, axes = _axes(title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 from mobilevit.benchmark.cost import Cost
@@ -14,6 +15,8 @@ from mobilevit.compare.statistics import Comparison
 Runtime = Literal["torch", "onnx"]
 Baseline = Literal["nearest", "mobilevit-xxs", "mobilevit-xs", "mobilevit-s"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+METRIC_TITLES = {"top1": "top-1", "map": "mAP", **{f"{name}_f1": f"{name} F1" for name in ("micro", "macro")}}
+METRIC_TITLES |= {"balanced_accuracy": "balanced accuracy"}
 RUNTIME_TITLES: dict[Runtime, str] = {"torch": "torch", "onnx": "ONNX Runtime"}
 
 
@@ -87,11 +90,15 @@ class PublishedRow(Row):
 
 @dataclass(frozen=True)
 class SeedRun:
-    """The metrics of one training run; `top1` is that of the EMA weights after the last epoch, in percent."""
+    """The metrics of one training run, of the EMA weights, in percent.
+
+    `score` is the metric that is compared, after the last epoch; `metrics` are others after the last epoch.
+    """
 
     seed: int
-    top1: float
-    top1_by_epoch: tuple[float, ...]
+    score: float
+    metrics: dict[str, float]
+    score_by_epoch: tuple[float, ...]
     train_loss_by_epoch: tuple[float, ...]
     seconds_by_epoch: tuple[float, ...]
 
@@ -100,12 +107,17 @@ class SeedRun:
 class TrainedRow(Row):
     """A trained model. Mean and standard deviation are over the seeds; `failures` has a reason by seed."""
 
-    top1: float | None
-    top1_std: float | None
+    score: float | None
+    score_std: float | None
     seconds_per_epoch: float | None
     images_per_second: float | None
     runs: tuple[SeedRun, ...]
     failures: dict[str, str] = field(default_factory=dict)
+
+    def mean_of(self, metric: str) -> float | None:
+        """The mean of another metric over the seeds; None if a run has not computed it."""
+        values = [run.metrics.get(metric) for run in self.runs]
+        return fmean(value for value in values if value is not None) if values and None not in values else None
 
 
 @dataclass(frozen=True)
@@ -225,8 +237,9 @@ class PublishedReport(Report):
 class TrainedReport(Report):
     """Models trained on the same data with the same recipe.
 
-    `val_split` is the folder that the models are evaluated on; None if a fraction of the data is. `majority_top1` is
-    the top-1 in percent of always predicting the most frequent class.
+    `val_split` is the folder that the models are evaluated on; None if a fraction of the data is. The first of
+    `metrics` is compared: "top1", or "map" with several labels per image. `constant_score` is its value in percent for
+    equal predictions for all images.
     """
 
     rows: Sequence[TrainedRow]
@@ -235,7 +248,13 @@ class TrainedReport(Report):
     num_train: int
     num_val: int
     num_classes: int
-    majority_top1: float
+    metrics: Sequence[str]
+    constant_score: float
     recipe: dict[str, Any]
     seeds: Sequence[int]
     comparisons: Sequence[Comparison]
+
+    @property
+    def metric_title(self) -> str:
+        """The metric that is compared, as text."""
+        return METRIC_TITLES[self.metrics[0]]

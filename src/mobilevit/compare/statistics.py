@@ -16,7 +16,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mean top-1 of a model minus that of `baseline`, in percentage points, over `num_seeds` seeds each.
+    """The mean score of a model minus that of `baseline`, in percentage points, over `num_seeds` seeds each.
 
     `low` and `high` are the limits of the 95 % confidence interval, `p` is the p-value of Welch's t-test; None without
     a test, see `welch`. `p_holm` is corrected for all `num_tests` tests of the report.

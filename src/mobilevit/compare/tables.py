@@ -20,6 +20,7 @@ from mobilevit.benchmark.cost import MIB, Cost, format_gmacs
 from mobilevit.benchmark.timing import Spread
 from mobilevit.compare import figures
 from mobilevit.compare.reports import (
+    METRIC_TITLES,
     RUNTIME_TITLES,
     DenseRow,
     PublishedReport,
@@ -42,8 +43,9 @@ PUBLISHED_NOTES = (
     TIMING_NOTE,
 )
 TRAINED_NOTES = (
-    "Top-1: of the EMA weights after the last epoch (no epoch is selected); mean +- standard deviation over the seeds.",
-    "Difference: in points of top-1, with the 95 % confidence interval of Welch's t-test; p is Holm-corrected.",
+    "Accuracy: {metric} of the EMA weights after the last epoch (no epoch is selected).",
+    "+-: standard deviation over the seeds.",
+    "Difference: in points of {metric}, with the 95 % confidence interval of Welch's t-test; p is Holm-corrected.",
     "Seeds change initial weights, order and augmentation. They do not cover other images or other recipes.",
     "Epoch: median time, without evaluation. GMACs: with / without the attention products.",
 )
@@ -70,7 +72,8 @@ def header(report: Report) -> str:
 def notes(report: Report) -> list[str]:
     """Explanations of the columns."""
     if isinstance(report, TrainedReport):
-        return [*TRAINED_NOTES, *([TIMING_NOTE] if report.timed else [])]
+        texts = [text.format(metric=report.metric_title) for text in TRAINED_NOTES]
+        return [*texts, *([TIMING_NOTE] if report.timed else [])]
     return [*PUBLISHED_NOTES]
 
 
@@ -85,10 +88,10 @@ def findings(report: Report) -> list[str]:
         *(f"{row.name}, {when}: {reason}" for row in rows for when, reason in row.failures.items()),
         *(f"{row.name}: not compared, because some of its seeds failed" for row in rows if row.runs and row.failures),
         *(
-            f"{row.name}: not better than predicting the most frequent class ({report.majority_top1:.2f} %); train "
-            "longer, with more --epochs"
+            f"{row.name}: not better than equal predictions for all images ({report.metric_title} "
+            f"{report.constant_score:.2f} %); train longer, with more --epochs"
             for row in rows
-            if row.runs and min(run.top1 for run in row.runs) <= report.majority_top1
+            if row.runs and min(run.score for run in row.runs) <= report.constant_score
         ),
         *report.notes,
     ]
@@ -181,10 +184,10 @@ def _trained_columns(report: TrainedReport) -> Columns:
     rows = report.rows
     comparisons = {comparison.name: comparison for comparison in report.comparisons}
 
-    def top1(row: TrainedRow) -> str:
-        if row.top1 is None:
+    def score(row: TrainedRow) -> str:
+        if row.score is None:
             return "-"
-        return f"{row.top1:.2f}" + ("" if row.top1_std is None else f" +- {row.top1_std:.2f}")
+        return f"{row.score:.2f}" + ("" if row.score_std is None else f" +- {row.score_std:.2f}")
 
     def difference(row: TrainedRow) -> str:
         c = comparisons.get(row.name)
@@ -194,11 +197,17 @@ def _trained_columns(report: TrainedReport) -> Columns:
         return f"{c.difference:+.2f}{interval} {_short(c.baseline)}"
 
     p_values = [comparisons[row.name].p_holm if row.name in comparisons else None for row in rows]
+    title = report.metric_title
+    others = [(name, [row.mean_of(name) for row in rows]) for name in report.metrics[1:]]
     return [
-        ("top-1", [top1(row) for row in rows]),
-        ("top-1 by seed", [", ".join(f"{run.top1:.2f}" for run in row.runs) or "failed" for row in rows]),
+        (title, [score(row) for row in rows]),
+        (f"{title} by seed", [", ".join(f"{run.score:.2f}" for run in row.runs) or "failed" for row in rows]),
         ("difference", [difference(row) for row in rows]),
         ("p", [_or_dash(p, lambda p: f"{p:.2g}") for p in p_values]),
+        *(
+            (METRIC_TITLES[name], [_or_dash(value, lambda value: f"{value:.2f}") for value in of])
+            for name, of in others
+        ),
         ("training: s per epoch", [_or_dash(row.seconds_per_epoch, lambda s: f"{s:.1f}") for row in rows]),
         ("training: images/s", [_or_dash(row.images_per_second, lambda speed: f"{speed:.0f}") for row in rows]),
     ]
@@ -308,8 +317,10 @@ def _csv_line(row: Row, report: Report) -> dict[str, Any]:
     nested = {name: values.pop(name, None) for name in ("cost", "timings", "library_weights", "runs", "failures")}
     values |= nested["cost"] or dict.fromkeys(Cost.__dataclass_fields__)
     if isinstance(report, TrainedReport):
-        top1 = {run["seed"]: run["top1"] for run in nested["runs"]}
-        values |= {f"top1_seed_{seed}": top1.get(seed) for seed in report.seeds}
+        assert isinstance(row, TrainedRow)
+        score = {run.seed: run.score for run in row.runs}
+        values |= {f"score_seed_{seed}": score.get(seed) for seed in report.seeds}
+        values |= {name: row.mean_of(name) for name in report.metrics[1:]}
         comparison = next((asdict(one) for one in report.comparisons if one.name == row.name), {})
         keys = ("baseline", "difference", "low", "high", "p", "p_holm")
         values |= {key: comparison.get(key) for key in keys}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,11 @@ from mobilevit.compare.models import (
 from mobilevit.compare.reports import Baseline, SeedRun, TrainedReport, TrainedRow
 from mobilevit.compare.run import TimingOptions, baseline_of, time_models, timings_of
 from mobilevit.compare.statistics import Comparison, holm, require_scipy, welch
+from mobilevit.data.class_sets import ClassSet
+from mobilevit.data.samples import Source
 from mobilevit.data.sources import default_split
 from mobilevit.messages import first_line
-from mobilevit.recipes import Recipe
+from mobilevit.recipes import METRICS, Recipe
 from mobilevit.tasks import TASKS
 from mobilevit.training.external import check_recipe
 from mobilevit.training.loop import DivergedError, train
@@ -42,7 +45,6 @@ from mobilevit.training.run import FinishedError
 logger = logging.getLogger(__name__)
 
 TRAINABLE: dict[str, Model] = {**MODELS, **SCALED}
-METRIC = "val_top1"  # of the EMA weights
 SEEDS = (0, 1, 2)
 
 
@@ -111,7 +113,8 @@ def compare_trained(
     _check(models, recipe, seeds, options)
     setting = options.setting(torch.get_num_threads())
     recipe_of = {seed: replace(recipe, seed=seed) for seed in seeds}  # checks every seed before the first training
-    train_set, val_set = TASKS["classify"].datasets(recipe, data)  # an error in the data is not a model's failure
+    task = "multilabel" if recipe.task == "multilabel" else "classify"
+    train_set, val_set = TASKS[task].datasets(recipe, data)  # an error in the data is not a model's failure
     num_classes, size_px = len(train_set.source.class_names), recipe.data.size_px
     trainings = [_count(model, num_classes, size_px) for model in models]
     # The outer loop is over seeds, so that an early report has all models.
@@ -124,7 +127,7 @@ def compare_trained(
             training.runs[seed] = _run(training.model, recipe_of[seed], data, folder, options.device)
         except (DivergedError, RuntimeError) as error:  # such as out of memory
             training.fail(f"seed {seed}", first_line(error))
-    rows = [_row(training, size_px, len(train_set)) for training in trainings]
+    rows = [_row(training, size_px, len(train_set), METRICS[task]) for training in trainings]
     timings, notes = time_models([(t.model, size_px) for t in trainings if t.runs], options, num_classes)
     num_parameters = {row.name: row.cost.num_parameters for row in rows if row.cost and row.runs}
     rows = [
@@ -137,11 +140,12 @@ def compare_trained(
         rows=rows,
         notes=notes,
         data=str(data),
-        val_split=None if (split := default_split("classify", data)) == "all" else split,
+        val_split=None if (split := default_split(task, data)) == "all" else split,
         num_train=len(train_set),
         num_val=len(val_set),
         num_classes=num_classes,
-        majority_top1=100 * float(np.bincount(val_set.source.labels).max()) / len(val_set),
+        metrics=METRICS[task],
+        constant_score=_constant_score(val_set.source),
         recipe=shared,
         seeds=seeds,
         comparisons=compare_rows(rows, len(seeds), options.baseline),
@@ -185,9 +189,21 @@ def _run(model: Model, recipe: Recipe, data: str | Path, out: Path, device: str)
         return finished.epochs
 
 
-def _row(training: _Training, size_px: int, num_images: int) -> TrainedRow:
-    model = training.model
-    top1 = [epochs[-1][METRIC] for epochs in training.runs.values()]
+def _constant_score(source: Source[Any]) -> float:
+    """The score of equal predictions for all images, in percent.
+
+    That is the top-1 of the most frequent class, or with several labels per image the mean frequency of the classes
+    that occur, because the average precision of a class is then its frequency.
+    """
+    if isinstance(source.labels[0], ClassSet):
+        counts = Counter(index for label in source.labels for index in label.indices)
+        return 100 * sum(counts.values()) / (len(counts) * len(source))
+    return 100 * max(Counter(source.labels).values()) / len(source)
+
+
+def _row(training: _Training, size_px: int, num_images: int, metrics: Sequence[str]) -> TrainedRow:
+    model, key = training.model, f"val_{metrics[0]}"  # of the EMA weights
+    scores = [epochs[-1][key] for epochs in training.runs.values()]
     seconds = [epoch["seconds"] for epochs in training.runs.values() for epoch in epochs]
     return TrainedRow(
         name=model.name,
@@ -196,15 +212,18 @@ def _row(training: _Training, size_px: int, num_images: int) -> TrainedRow:
         library=model.library,
         size_px=size_px,
         cost=training.cost,
-        top1=float(np.mean(top1)) if top1 else None,
-        top1_std=float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
+        score=float(np.mean(scores)) if scores else None,
+        score_std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
         seconds_per_epoch=float(np.median(seconds)) if seconds else None,
         images_per_second=num_images / float(np.median(seconds)) if seconds else None,
         runs=tuple(
             SeedRun(
                 seed=seed,
-                top1=epochs[-1][METRIC],
-                top1_by_epoch=tuple(epoch[METRIC] for epoch in epochs),
+                score=epochs[-1][key],
+                metrics={  # runs of older versions do not have all of them
+                    name: value for name in metrics[1:] if (value := epochs[-1].get(f"val_{name}")) is not None
+                },
+                score_by_epoch=tuple(epoch[key] for epoch in epochs),
                 train_loss_by_epoch=tuple(epoch["train_loss"] for epoch in epochs),
                 seconds_by_epoch=tuple(epoch["seconds"] for epoch in epochs),
             )
@@ -215,7 +234,7 @@ def _row(training: _Training, size_px: int, num_images: int) -> TrainedRow:
 
 
 def compare_rows(rows: Sequence[TrainedRow], num_seeds: int, baseline: Baseline) -> list[Comparison]:
-    """Compare the top-1 of every model with that of its baseline.
+    """Compare the scores of every model with that of its baseline.
 
     Models with a failed run are excluded, also as baselines: the remaining seeds are not a random sample.
     """
@@ -225,7 +244,7 @@ def compare_rows(rows: Sequence[TrainedRow], num_seeds: int, baseline: Baseline)
     for name, row in complete.items():
         other = baseline_of(name, num_parameters, baseline)
         if other is not None:
-            values, others = ([run.top1 for run in one.runs] for one in (row, complete[other]))
+            values, others = ([run.score for run in one.runs] for one in (row, complete[other]))
             low, high, p = welch(values, others) or (None, None, None)
             difference = float(np.mean(values) - np.mean(others))
             comparisons.append(Comparison(name, other, num_seeds, difference, low, high, p))

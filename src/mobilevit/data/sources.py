@@ -205,11 +205,18 @@ def find_any_images(data: str | Path) -> Source[int]:
         with contextlib.suppress(ValueError):  # no image files: a dataset of another format
             files = tuple(find_images([str(folder)]))
             return Source(ImageFiles(files, folder), (0,) * len(files), ())
-    splits = _find_format("classify", data)[1]
+    splits = _find_format(task_of_any_labels(data), data)[1]
     name = _evaluation_split(splits)
     split = splits[name if name in splits else "train"]()
     source = split.source(split.training_class_names())
     return replace(source, labels=(0,) * len(source))
+
+
+def task_of_any_labels(data: str | Path) -> TaskName:
+    """The task for which images are read whatever their number of labels; "classify" if it does not matter."""
+    path = Path(data)
+    is_tar = bool(_shards(_files(path), ".tar")) if path.is_dir() else path.suffix.lower() == ".tar"
+    return "multilabel" if is_tar or is_label_file(path) else "classify"
 
 
 def read_splits(data: str | Path, task: TaskName | None = None) -> tuple[TaskName, dict[str, Split]]:

@@ -211,7 +211,9 @@ def _check_row(
         fix = "label or remove them; only the recipe multilabel accepts images without a label"
         problems.add("images without a label", fix, f"{row.path}, {row.place}")
     elif len(labels) > 1 and not multilabel:
-        fix = "train them with the recipe multilabel, or keep one label of each"
+        fix = (
+            "train them with the recipe multilabel (compare and inspect: --task multilabel), or keep one label of each"
+        )
         problems.add("images with several labels", fix, f"{row.path}, {row.place}: {'|'.join(labels)}")
 
 

@@ -103,7 +103,7 @@ def read_tars(
     if several:
         raise ValueError(
             f"{location}: {len(several):,} of {len(keys):,} images have several labels (first: {several[0]}); train "
-            "them with the recipe multilabel, or keep one label of each"
+            "them with the recipe multilabel (compare and inspect: --task multilabel), or keep one label of each"
         )
     columns = np.array(places, np.int64).T.copy()
     images = TarImages(tuple(shards), *columns, keys=tuple(keys))

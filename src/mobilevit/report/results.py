@@ -213,7 +213,7 @@ def _distillation(results: DistillationResults, source: Source[Any]) -> list[Sec
     headings = {"num_images": "images", "agreement": "agreement, %"}
     return [
         Section("Agreement with the teacher", table(("Classes", "images, %"), rows)),
-        Section("Classes of the teacher", class_table(results.per_class(names), headings, by=("agreement",))),
+        Section("Agreement by class", class_table(results.per_class(names), headings, by=("agreement",))),
         Section("Most confident disagreements", _examples(example, results.disagreements(MAX_ERRORS), "None.")),
         Section("Agreements", _examples(example, results.agreements(MAX_EXAMPLES), "None.")),
     ]

@@ -47,7 +47,7 @@ def evaluate_knn(
         options: batch size, processes and device.
 
     Returns:
-        The metrics are "knn_top1" in percent and "num_images".
+        The metrics are "knn_top1", "balanced_accuracy" and "macro_f1" in percent, and "num_images".
 
     Raises:
         ValueError: as `mobilevit.evaluate`; or fewer than `k` training images.
@@ -86,7 +86,11 @@ def evaluate_knn(
         np.zeros(len(indices), np.float32),  # a vote has no likelihood
         len(train.class_names),
     )
-    metrics = {"knn_top1": results.metrics()["top1"], "num_images": len(indices)}
+    all_metrics = results.metrics()
+    metrics = {
+        "knn_top1": all_metrics["top1"],
+        **{name: all_metrics[name] for name in ("balanced_accuracy", "macro_f1", "num_images")},
+    }
     return EvaluationResult(
         split, weights.preprocessing.crop_px, metrics, results.per_class(train.class_names), results
     )

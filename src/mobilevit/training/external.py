@@ -62,11 +62,14 @@ def check_recipe(recipe: Recipe) -> None:
     """Check that `recipe` uses no feature that only MobileViT supports.
 
     Raises:
-        ValueError: a task other than classification, several image sizes, a frozen or scaled backbone, or synchronized
-            batch norm.
+        ValueError: a task other than classification with one or several labels per image, several image sizes, a frozen
+            or scaled backbone, or synchronized batch norm.
     """
+    if recipe.task not in ("classify", "multilabel"):
+        raise ValueError(
+            f"task is {recipe.task}; to train other networks than MobileViT it must be classify or multilabel"
+        )
     for name, value, required in (
-        ("task", recipe.task, "classify"),
         ("sampler.variant", recipe.sampler.variant, "standard"),  # transformers are built for one size
         ("optimizer.freeze", recipe.optimizer.freeze, "nothing"),
         ("optimizer.backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1.0),

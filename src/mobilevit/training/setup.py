@@ -18,7 +18,7 @@ from mobilevit.data.loader import Batch, ImageDataset, to_device
 from mobilevit.data.python_data import Data, PythonData
 from mobilevit.data.samples import fingerprint
 from mobilevit.defaults import TrackerName
-from mobilevit.recipes import Distill, Imbalance, Multilabel, Recipe
+from mobilevit.recipes import METRICS, Distill, Imbalance, Multilabel, Recipe
 from mobilevit.report.training import Origin
 from mobilevit.self_check import DeviceError, check_device
 from mobilevit.tasks import TASKS, Task
@@ -178,8 +178,8 @@ def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
     if options.teacher is None:
         if recipe.task == "distill":
             raise ValueError("the recipe distill needs a teacher: name one with --teacher (in Python: teacher=)")
-        if recipe.distill != Distill():
-            raise ValueError("distill.* options need a teacher: name one with --teacher (in Python: teacher=)")
+        if changed := _first_changed(recipe.distill, Distill()):
+            raise ValueError(f"distill.{changed}, which needs a teacher: name one with --teacher (in Python: teacher=)")
         return None
     if options.classifier:
         raise ValueError(f"{options.classifier.name} cannot have a teacher; only MobileViT can")
@@ -191,6 +191,11 @@ def _teacher(options: TrainOptions, device: torch.device) -> Teacher | None:
             f"teacher {teacher.name}: has no class names, which the trained weights need; give weights with class names"
         )
     return teacher.to(device)
+
+
+def _first_changed(options: Distill | Multilabel, defaults: Distill | Multilabel) -> str:
+    """The first option that is not the default, such as "loss is asymmetric"; "" without one."""
+    return next((f"{name} is {value}" for name, value in vars(options).items() if value != getattr(defaults, name)), "")
 
 
 def _check_device(model: nn.Module, recipe: Recipe, processes: Processes) -> None:
@@ -210,16 +215,18 @@ def _check_device(model: nn.Module, recipe: Recipe, processes: Processes) -> Non
 
 def _check_recipe(options: TrainOptions) -> None:
     assert not (options.pretrained and options.classifier)
-    if options.recipe.metric != "auto" and options.recipe.task != "classify":
+    recipe = options.recipe
+    if recipe.metric not in ("auto", *METRICS[recipe.task]):
+        names = ", ".join(METRICS[recipe.task])
         raise ValueError(
-            f"metric is {options.recipe.metric}, which the task {options.recipe.task} does not have; it must be auto"
+            f"metric is {recipe.metric}, which the task {recipe.task} does not have; it must be auto or {names}"
         )
     if options.classifier:
         check_recipe(options.recipe)
     if isinstance(options.data, PythonData) and options.recipe.task == "distill":
         raise ValueError(f"{options.data}: the recipe distill uses a folder of images, not a dataset in Python")
-    if options.recipe.task != "multilabel" and options.recipe.multilabel != Multilabel():
-        raise ValueError("multilabel.* options need the task multilabel: use the recipe multilabel")
+    if recipe.task != "multilabel" and (changed := _first_changed(recipe.multilabel, Multilabel())):
+        raise ValueError(f"multilabel.{changed}, which needs the task multilabel: use the recipe multilabel")
     if options.pretrained is None:
         optimizer = options.recipe.optimizer
         for name, value, default in (

@@ -130,7 +130,7 @@ def next_commands(recipe: Recipe, data: Data, out: Path) -> list[tuple[str, str]
     if recipe.task == "distill":  # its data have no labels
         commands[0] = (
             "Fine-tune on labelled images",
-            f"mobilevit train finetune --architecture {recipe.architecture} --data DATA --weights {weights}",
+            f"mobilevit train finetune --size {recipe.data.size_px} --data DATA --weights {weights}",
         )
     if recipe.task == "distill" or "transformers" in TASK_FORMATS[recipe.task]:
         commands.append(("Convert to the transformers format", f"mobilevit convert {weights} FOLDER --to transformers"))

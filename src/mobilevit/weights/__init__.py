@@ -253,6 +253,8 @@ def _locate(source: str, download: bool) -> Path:
         try:
             return hub.find_model(hub_id[1], hub_id[2], download=download)
         except hub.HubError as error:
+            if path.parent.is_dir() and not download:
+                raise WeightsError(f"{source}: no such file or folder in {path.parent}; {hint}check the name") from None
             raise WeightsError(f"{error}{'; ' if hint else ''}{hint.strip()}") from None
     raise WeightsError(f"{source}: no such file or folder; {hint}a model on the hub has the form owner/name")
 
