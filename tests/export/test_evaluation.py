@@ -87,7 +87,7 @@ def test_command_line(
     weights = replace(weights, training={"recipe": {"data": {"val_fraction": 0.3}}})
     write(weights, tmp_path / "w.safetensors")
     path = exported(weights, "onnx", tmp_path)
-    for split, num_images in (("val", 3), ("all", 11)):
+    for split, num_images in (("val", 4), ("all", 11)):
         command = f"evaluate w.safetensors {path.name} --data data --num-workers 0"
         assert run(f"{command} --split {split} --json --device cpu") == 0
         ours, theirs = (json.loads(line) for line in capsys.readouterr().out.splitlines())

@@ -198,11 +198,6 @@ class Evaluate:
     def _artifact(self, name: str) -> ArtifactPredictor:
         from mobilevit.export.predictor import load_predictor
 
-        if self.knn:
-            raise ValueError(f"{name}: --knn needs features, and an artifact returns none; give weights")
-        device = self.device_options.device
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"--device is {device}, but {name} is an artifact and runs on the CPU; leave out --device")
         return load_predictor(expand(Path(name)))
 
     def _robustness(
@@ -277,6 +272,16 @@ class Evaluate:
             raise ValueError("no weights are given; give files, hub ids or a run folder")
         for size_px in self.size:
             require(size_px >= MIN_SIZE_PX, "--size", size_px, f"{MIN_SIZE_PX} px or more")
+        for name in self.weights:
+            if not backend_of_file(Path(name)):
+                continue
+            if self.knn:
+                raise ValueError(f"{name}: --knn needs features, and an artifact returns none; give weights")
+            device = self.device_options.device
+            if device not in ("auto", "cpu"):
+                raise ValueError(
+                    f"--device is {device}, but {name} is an artifact and runs on the CPU; leave out --device"
+                )
         require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
