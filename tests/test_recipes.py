@@ -66,7 +66,7 @@ OTHER = Recipe(
         freeze="stage3",
         backbone_lr_scale=0.25,
     ),
-    compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2),
+    compute=Compute("float16", compile=True, sync_batch_norm=True, micro_batch_size=2, quantization_aware=True),
     distill=Distill(0.25, 3.5, 1.5, 96),
     multilabel=Multilabel("asymmetric", 2.0, 1.0, 0.1),
     imbalance=Imbalance(logit_adjustment=0.5),

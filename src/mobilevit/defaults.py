@@ -20,6 +20,8 @@ MAX_PER_IMAGE = 100
 """Boxes per image after non-maximum suppression."""
 NUM_THREADS = 2
 """CPU threads of a benchmark, and of the check of an exported artifact."""
+NUM_CALIBRATION_IMAGES = 256
+"""Images that determine the ranges of int8 values."""
 NUM_ROUNDS = 40
 """Interleaved rounds of a benchmark."""
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]

@@ -62,6 +62,7 @@ TRAIN_OPTIONS = """
 --optimizer.weight-decay --optimizer.decay-all --optimizer.clip-norm=--clip-norm --optimizer.freeze=--freeze
 --optimizer.backbone-lr-scale
 --compute.precision=--precision --compute.compile=--compile --compute.sync-batch-norm --compute.micro-batch-size
+--compute.quantization-aware=--quantization-aware
 --distill.soft-weight --distill.temperature --distill.feature-weight --distill.size-px
 --multilabel.loss --multilabel.gamma-negative --multilabel.gamma-positive --multilabel.margin
 --imbalance.class-weights --imbalance.balanced-sampler --imbalance.logit-adjustment

@@ -177,6 +177,7 @@ def test_other_models_train_exactly_like_mobilevit(data: Path, tmp_path: Path) -
         ({"optimizer": Optimizer(freeze="stage2")}, "optimizer.freeze is stage2"),
         ({"optimizer": Optimizer(backbone_lr_scale=0.1)}, "optimizer.backbone_lr_scale is 0.1"),
         ({"compute": Compute(sync_batch_norm=True)}, "compute.sync_batch_norm is True"),
+        ({"compute": Compute(quantization_aware=True)}, "compute.quantization_aware is True"),
     ],
 )
 def test_recipes_for_mobilevit_only(data: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

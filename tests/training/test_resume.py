@@ -416,6 +416,22 @@ def test_a_killed_run_on_python_datasets_resumes(num_workers: int, tmp_path: Pat
     check_killed_and_resumed(recipe, data, tmp_path / "killed", step=2, whole=results_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+def test_two_processes_match_one_and_a_killed_run_resumes_in_quantization_aware_training(data: Path, tmp_path: Path):
+    recipe = replace(IN_TWO, compute=replace(IN_TWO.compute, quantization_aware=True))
+    one, two = (train_in_processes(world, recipe, data, tmp_path / str(world)) for world in (1, 2))
+    assert [line["loss"] for line in two["steps"]] == pytest.approx([line["loss"] for line in one["steps"]], rel=1e-6)
+    assert [line["int8_loss"] for line in two["epochs"]] == pytest.approx(
+        [line["int8_loss"] for line in one["epochs"]], rel=1e-4
+    )
+    child = start(lambda: train(recipe, data, tmp_path / "killed", checkpoint_minutes=1e-9))
+    wait_for_step(tmp_path / "killed", 5, child)
+    os.kill(child, signal.SIGKILL)
+    assert end(child) == -signal.SIGKILL
+    assert end(start(lambda: train(recipe, data, tmp_path / "killed"))) == 0
+    assert results_of(tmp_path / "killed") == one
+
+
 @pytest.mark.parametrize(
     ("task", "metric"), [("detect", "ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)]
 )

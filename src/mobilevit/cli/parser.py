@@ -38,6 +38,7 @@ SHORT_NAMES = {
     "optimizer.freeze": "--freeze",
     "compute.precision": "--precision",
     "compute.compile": "--compile",
+    "compute.quantization_aware": "--quantization-aware",
 }
 
 # As in the other commands. The dataclasses of these fields do not import tyro.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilevit.benchmark.timing import measure
 from mobilevit.data.python_data import to_data
-from mobilevit.defaults import LABEL_THRESHOLD, MIN_SIZE_PX
+from mobilevit.defaults import LABEL_THRESHOLD, MIN_SIZE_PX, NUM_CALIBRATION_IMAGES
 from mobilevit.export.accuracy import AGREEMENT, Accuracy, LabeledData, Measured, shortest_prefix
 from mobilevit.export.artifact import (
     ArtifactSpec,
@@ -67,7 +67,6 @@ logger = logging.getLogger(__name__)
 # Largest allowed `Agreement.max_error`. For int8 only the predictions are compared.
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5, "int8": math.inf}
 MIN_PREDICTION_AGREEMENT = 0.9
-NUM_CALIBRATION_IMAGES = 256
 NUM_VERIFY_IMAGES = 32
 NUM_TIMED_ROUNDS = 15
 MAX_UNSEEN_IMAGES = 1000  # to measure the agreement on

@@ -270,7 +270,11 @@ def _epoch_charts(epochs: Epochs) -> list[Chart]:
     charts = [line_chart("Loss", losses, x_name="epoch", note=_best_note(epochs, "val_loss"))]
     for field in _metrics(epochs):
         unit = _unit(field)
-        lines = [line("EMA weights", field), line("raw weights", field.replace("val_", "raw_", 1), "second")]
+        lines = [
+            line("EMA weights", field),
+            line("raw weights", field.replace("val_", "raw_", 1), "second"),
+            line("EMA weights in int8, simulated", field.replace("val_", "int8_", 1), "third"),  # if there are any
+        ]
         title = f"Validation {_metric_name(field)}" + (f", {unit}" if unit else "")
         charts.append(line_chart(title, lines, x_name="epoch", unit=unit, note=_best_note(epochs, field)))
     speed = line("speed", "images_per_second")

@@ -63,7 +63,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a task other than classification with one or several labels per image, several image sizes, a frozen
-            or scaled backbone, or synchronized batch norm.
+            or scaled backbone, synchronized batch norm, or quantization-aware training.
     """
     if recipe.task not in ("classify", "multilabel"):
         raise ValueError(
@@ -74,6 +74,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("optimizer.freeze", recipe.optimizer.freeze, "nothing"),
         ("optimizer.backbone_lr_scale", recipe.optimizer.backbone_lr_scale, 1.0),
         ("compute.sync_batch_norm", recipe.compute.sync_batch_norm, False),  # converting drops timm's activations
+        ("compute.quantization_aware", recipe.compute.quantization_aware, False),  # torch's attention skips its layers
     ):
         if value != required:
             raise ValueError(f"{name} is {value}; to train other networks than MobileViT it must be {required}")

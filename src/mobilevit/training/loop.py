@@ -22,14 +22,16 @@ from mobilevit import recipes
 from mobilevit.data.loader import ImageDataset, Loader, load
 from mobilevit.data.python_data import MapDataset, PythonData, to_data
 from mobilevit.data.sampler import EpochBatches, Pick, eval_batches
-from mobilevit.defaults import TrackerName
+from mobilevit.defaults import NUM_CALIBRATION_IMAGES, TrackerName
 from mobilevit.device import choose_device
 from mobilevit.images import ImageError, megapixel_limit_restored
 from mobilevit.logs import CONSOLE, log_to_stderr
+from mobilevit.models.rounding import simulate_int8
 from mobilevit.recipes import Recipe
 from mobilevit.report.results import sections
 from mobilevit.report.training import Origin, Report, write_report
 from mobilevit.tasks import Results
+from mobilevit.tasks.distillation import student_view
 from mobilevit.tasks.multilabel import chosen_thresholds
 from mobilevit.teacher import TeacherNetwork, read_teacher
 from mobilevit.training.distillation import DistillationLoss, network_of
@@ -346,7 +348,8 @@ class _Loop:
     def _finish_epoch(self) -> None:
         """Evaluate; write weights, metrics, a checkpoint and the report; decide on early stopping."""
         progress = self.run.progress
-        ema, raw, num_unreadable = self._evaluate()
+        results, num_unreadable = self._evaluate()
+        ema = results["val"]
         metrics = ema.metrics()
         weights = self.step.ema.model.state_dict().values()
         if not all(map(math.isfinite, metrics.values())) or not all(tensor.isfinite().all() for tensor in weights):
@@ -355,8 +358,12 @@ class _Loop:
             "epoch": progress.epoch + 1,
             "step": progress.total_step,
             "train_loss": progress.loss / progress.step,
-            **{f"val_{name}": value for name, value in metrics.items()},
-            **{f"raw_{name}": value for name, value in raw.metrics().items() if name != "num_images"},
+            **{
+                f"{prefix}_{name}": value
+                for prefix, one in results.items()
+                for name, value in one.metrics().items()
+                if prefix == "val" or name != "num_images"
+            },
             "unreadable": progress.num_unreadable,
             "val_unreadable": num_unreadable,
             "seconds": progress.seconds,
@@ -368,11 +375,14 @@ class _Loop:
         main_metric = ema.main_metric if self.recipe.metric == "auto" else self.recipe.metric
         main = f"val_{main_metric}"
         if self.run.folder:
-            self._write_weights(record, ema, raw, is_best=all(record[main] > past[main] for past in progress.history))
+            self._write_weights(
+                record, ema, results["raw"], is_best=all(record[main] > past[main] for past in progress.history)
+            )
         self.run.log_epoch(record)
+        in_int8 = f" ({record[f'int8_{main_metric}']:.2f} % in int8)" if "int8" in results else ""
         logger.info(
             f"epoch {record['epoch']:>3}  loss {record['train_loss']:.3f}  validation {main_metric} "
-            f"{record[main]:.2f} %  {record['images_per_second']:,.0f} images/s, "
+            f"{record[main]:.2f} %{in_int8}  {record['images_per_second']:,.0f} images/s, "
             f"{100 * record['data_wait_fraction']:.0f} % of the time waiting for data"
             + (f", {100 * record['teacher_fraction']:.0f} % in the teacher" if "teacher_fraction" in record else "")
         )
@@ -394,26 +404,38 @@ class _Loop:
             )
             self.bar.update(self.bar.task_ids[0], total=self.plan.num_steps(self.ending.num_epochs))
 
-    def _evaluate(self) -> tuple[Results, Results, int]:
-        """Results of the EMA weights and the raw weights, and the number of unreadable images."""
+    def _evaluate(self) -> tuple[dict[str, Results], int]:
+        """Results by the prefix of their metrics, and the number of unreadable images.
+
+        "val" are the EMA weights, "raw" the raw weights, and "int8" the EMA weights in quantization-aware training.
+        """
         setup, rank, world_size = self.setup, self.processes.rank, self.processes.world_size
         batches = eval_batches(
             len(setup.val_set),
             batch_size=max(1, min(self.recipe.batch_size // world_size, self.plan.max_micro_batch_size())),
             size_px=self.recipe.data.size_px,
         )[rank::world_size]
-        results, unreadable = [], []
-        for model in map(network_of, (self.step.ema.model, setup.model)):
-            model.eval()
+        models = {"val": network_of(self.step.ema.model).eval(), "raw": network_of(setup.model).eval()}
+        if self.recipe.compute.quantization_aware:
+            models["int8"] = self._in_int8(models["val"])
+        results, unreadable = {}, []
+        for prefix, model in models.items():
             with contextlib.closing(self._load(setup.val_set, batches, replace_unreadable=False)) as loader:
-                results.append(setup.task.evaluate(model, loader, self.processes.gather))
+                results[prefix] = setup.task.evaluate(model, loader, self.processes.gather)
             unreadable = [name for names in self.processes.gather(loader.unreadable) for name in names]
         to_train_mode(setup.model, self.recipe)
         if unreadable:
             self._check_unreadable(len(unreadable), "validation")
             if rank == 0:
                 logger.warning(f"cannot be read, left out of validation: {', '.join(unreadable)}")
-        return results[0], results[1], len(unreadable)
+        return results, len(unreadable)
+
+    def _in_int8(self, network: nn.Module) -> nn.Module:
+        """Simulate an int8 artifact. All processes calibrate it on the same validation images."""
+        num = len(self.setup.val_set)
+        picks = eval_batches(num, batch_size=1, size_px=self.recipe.data.size_px)[:: -(-num // NUM_CALIBRATION_IMAGES)]
+        with contextlib.closing(self._load(self.setup.val_set, picks, replace_unreadable=False)) as loader:
+            return simulate_int8(network, (student_view(x.pixels, x.size_px) for x in loader if x.indices))
 
     def _write_weights(self, record: EpochMetrics, ema: Results, raw: Results, *, is_best: bool) -> None:
         setup, ema_model, raw_model = self.setup, network_of(self.step.ema.model), network_of(self.setup.model)

@@ -105,6 +105,8 @@ class Identity:
             del recipe["metric"]
         if self.recipe.patience == 0:
             del recipe["patience"]
+        if not self.recipe.compute.quantization_aware:
+            del recipe["compute"]["quantization_aware"]
         if self.recipe.optimizer.schedule == "cosine":
             del recipe["optimizer"]["schedule"], recipe["optimizer"]["cooldown_fraction"]
         if self.recipe.task != "distill":

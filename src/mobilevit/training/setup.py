@@ -33,7 +33,7 @@ from mobilevit.training.memory import max_micro_batch_pixels
 from mobilevit.training.optim import build_optimizer
 from mobilevit.training.plan import Plan
 from mobilevit.training.run import Identity
-from mobilevit.training.step import Loss, autocast, prepare_model
+from mobilevit.training.step import Loss, autocast, prepare_model, trained_network
 from mobilevit.training.track import TRACKERS, import_package
 from mobilevit.weights import Weights
 from mobilevit.weights.record import hash_tensors
@@ -124,7 +124,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Setup:
     val_fingerprint = fingerprint(val_set.source)
     with autocast(recipe, device), torch.compiler.set_stance("force_eager"):
         blank = blank_batch(task, recipe, device, (2, 3, recipe.data.size_px, recipe.data.size_px))
-        max_pixels = max_micro_batch_pixels(recipe, loss, copy.deepcopy(model).train(), blank, device, teacher)
+        measured = trained_network(copy.deepcopy(model).train(), recipe)
+        max_pixels = max_micro_batch_pixels(recipe, loss, measured, blank, device, teacher)
     return Setup(
         options=options,
         processes=processes,

@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit.data.loader import Batch
 from mobilevit.data.sampler import MicroBatch
+from mobilevit.models.rounding import round_layers, twin
 from mobilevit.recipes import Recipe
+from mobilevit.training.distillation import network_of
 from mobilevit.training.distributed import Processes
 from mobilevit.training.optim import EMA, BatchNormStatistics, build_optimizer, freeze, set_learning_rate
 
@@ -41,6 +43,27 @@ def prepare_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.
     if device.type == "cpu":
         raise ValueError("compute.sync_batch_norm is True, but PyTorch supports it on GPUs only; set it to False")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def trained_network(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The network that a step computes: `model`, or for quantization-aware training its twin with rounded layers.
+
+    `model` itself stays float. It is saved, averaged and evaluated.
+
+    Raises:
+        ValueError: rounding on a device for which PyTorch has no such operators.
+    """
+    if not recipe.compute.quantization_aware:
+        return model
+    device = next(model.parameters()).device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"compute.quantization_aware is True, but PyTorch rounds on cpu and cuda only, not on {device.type}; train "
+            "with --device cpu, or set it to False"
+        )
+    network = twin(model)
+    round_layers(network_of(network))  # not the projection of a student, which is not exported
+    return network
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
@@ -79,10 +102,10 @@ class TrainStep:
                 component.load_state_dict(state[name])
         self.statistics = BatchNormStatistics(model)
         self.autocast = autocast(recipe, processes.device)
-        self.network: nn.Module = model  # possibly compiled and wrapped in DDP
+        self.network: nn.Module = trained_network(model, recipe)  # possibly compiled and wrapped in DDP
         if recipe.compute.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph per size and length of a micro-batch
-            self.network = torch.compile(model, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
+            self.network = torch.compile(self.network, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
         if processes.world_size > 1:
             # torch 2.11 deprecates this name without a replacement.
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
