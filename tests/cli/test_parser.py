@@ -110,7 +110,7 @@ MISTAKES = {
     "train --data classes --freeze stage7": "--freeze 'stage7' 'nothing', 'stem', 'stage1'",
     "train --data classes --no-fip": "--no-fip --no-flip",
     "train --data classes --architecture xl": "--architecture 'xl' 'xxs', 'xs', 's'",
-    "train tinny --data classes": "'tinny' 'plain', 'finetune', 'tiny'",
+    "train tinny --data classes": "'tinny' did you mean tiny? plain, finetune",
     "train --data classes tiny": "RECIPE 'tiny'; before",
     "train tiny small --data classes": "small --help",
     "evaluate w": "--data mobilevit evaluate --help",
