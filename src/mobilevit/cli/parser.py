@@ -59,7 +59,7 @@ RECIPE_OPTIONS = _recipe_options()
 ARGUMENT_OPTIONS = {"size_px": "--size"} | {
     name: f"--{re.sub('[ _]', '-', name)}"
     for name in (
-        *("batch size", "class", "k", "num threads", "num workers"),
+        *("batch size", "class", "k", "max loss", "num threads", "num workers"),
         *("ood", "port", "score_threshold", "seeds", "size", "top_k"),
     )
 }
