@@ -42,7 +42,7 @@ SHORT_NAMES = {
 }
 
 # As in the other commands. The dataclasses of these fields do not import tyro.
-METAVARS = {"exportoptions.size": "PX [PX]", "sampler.sizes_px": "PX..."}
+METAVARS = {"exportoptions.size": "PX [PX]", "exportoptions.max_loss": "POINTS", "sampler.sizes_px": "PX..."}
 
 
 def _recipe_options() -> dict[str, str]:
