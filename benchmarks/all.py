@@ -12,9 +12,11 @@ distillation.py, imbalance.py, inspect_faults.py, sampler.py.
 from __future__ import annotations
 
 import datetime
+import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,6 +41,8 @@ def commands() -> dict[str, list[str]]:
         chosen[f"runtimes_{task}"] = ["runtimes.py", "--models", *models, "--size", size, "--against", *against]
     for name in ("scaling", "eager", "training", "loading"):
         chosen[name] = [f"{name}.py"]
+    if find_spec("playwright") and shutil.which("chromium"):
+        chosen["browser"] = ["browser.py", "--profile"]
     if torch.cuda.is_available():
         chosen["gpu"] = ["gpu.py"]
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,28 @@ if TYPE_CHECKING:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--headless", "--no-sandbox", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 ]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+@contextmanager
+def launched(flags: Sequence[str] = ("--disable-gpu",)) -> Iterator[Browser]:
+    """Chromium with `flags`; skips the test if it is not installed."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
     api = pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*CHROMIUM_FLAGS, *flags])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
 
 
 @contextmanager
@@ -41,15 +48,17 @@ def ready_page(
     *,
     timeout_ms: float = 30_000,
     on_request: Callable[[str], Any] = lambda url: None,
+    init_script: str = "",
     **context: Any,
 ) -> Iterator[Page]:
-    """The page when it is ready. Errors in the browser's console fail the test."""
+    """The page when it is ready. `init_script` runs before its scripts. Errors in the console fail the test."""
     errors: list[str] = []
     with browser.new_context(**context) as one:
         page = one.new_page()
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: on_request(request.url))
+        page.add_init_script(init_script)
         page.goto(url)
         page.wait_for_selector("body[data-state=ready]", timeout=timeout_ms)
         yield page

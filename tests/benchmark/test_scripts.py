@@ -32,4 +32,5 @@ def test_scaling(tmp_path: Path):
 def test_unknown_benchmark_is_named(tmp_path: Path):
     done = run("all.py", "--hardware", "x", "--only", "scalling", "--out", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert "scalling" in done.stderr and "scaling" in done.stderr
+    assert "scalling" in done.stderr
+    assert "scaling" in done.stderr

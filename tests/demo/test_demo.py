@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,22 +29,23 @@ from PIL import __version__ as pillow_version
 from sklearn.datasets import load_sample_image
 
 import mobilevit
-from conftest import ready_page
+from conftest import launched, ready_page
 from mobilevit.cli import parse
 from mobilevit.demo import Server, runtime, write_page
 from mobilevit.demo.page import STATIC, default_drawing
 from mobilevit.draw import MASK_OPACITY, class_color
 from mobilevit.images import FILTERS, Preprocessing
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabV3
+from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite
-from mobilevit.predict import Classifier, Detector, Segmenter
+from mobilevit.predict import Classifier, Detector, MultilabelClassifier, Segmenter
 from mobilevit.recipes import RECIPES
 from mobilevit.training.loop import train
 from mobilevit.weights import Calibration, Weights, read
 from small_networks import randomize
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_MS = 120_000
@@ -292,27 +294,16 @@ def test_files_that_are_not_images(page: Page, folder: Path):
 def test_facts_and_names_of_controls(page: Page):
     assert_controls_have_names(page)
     facts = page.locator("#facts").inner_text()
-    for part in ("MobileViT-XXS", "0.95 M", "10", "32 \u00d7 32 px", "threads"):
+    num_threads = page.evaluate("Math.min(4, navigator.hardwareConcurrency)")
+    for part in ("MobileViT-XXS", "0.95 M", "10", "32 \u00d7 32 px", f"WASM SIMD, {num_threads} thread"):
         assert part in facts
     assert page.evaluate("crossOriginIsolated")
     assert page.evaluate("document.body.dataset.provider") == "wasm"
+    page.wait_for_selector("body[data-trial=done]")
+    assert "WebGPU: no GPU found" in page.locator("#facts").inner_text()
+    assert re.fullmatch(r"CPU \u00b7 [\d.]+ ms", page.locator("#provider option").first.inner_text())
+    assert page.locator("#provider option").last.is_disabled()
     assert page.title().startswith("Which digit is it")
-
-
-def test_fallback_to_the_cpu(page: Page, folder: Path):
-    page.evaluate(
-        """() => {
-            const select = document.getElementById("provider");
-            select.add(new Option("GPU", "webgpu"));
-            select.value = "webgpu";
-            select.dispatchEvent(new Event("change"));
-        }"""
-    )
-    page.wait_for_selector("body[data-state=ready]", timeout=TIMEOUT_MS)
-    assert page.evaluate("document.body.dataset.provider") == "wasm"
-    assert page.locator("#provider").input_value() == "wasm"
-    file = next((folder / "data" / "test" / "6").iterdir())
-    assert_same(open_file(page, file), mobilevit.load(folder / "model.safetensors"), file)
 
 
 def test_a_phone_and_a_server_without_headers(browser: Browser, page_folder: Path, folder: Path):
@@ -334,6 +325,215 @@ def test_a_phone_and_a_server_without_headers(browser: Browser, page_folder: Pat
 class _QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPU: chosen if its results are correct and it is faster
+
+# Chromium finds no GPU here. These changes of worker.js compute on the CPU in place of the GPU.
+FAKE_GPU = {
+    "await import(`./ort/ort.${provider}.js`)": 'await import("./ort/ort.wasm.js")',
+    "executionProviders: [provider]": 'executionProviders: ["wasm"]',
+}
+SLOW_CPU = {"milliseconds: times[times.length >> 1]": 'milliseconds: provider === "webgpu" ? 1 : 1000'}
+SLOW_GPU = {"milliseconds: times[times.length >> 1]": 'milliseconds: provider === "webgpu" ? 1000 : 1'}
+HAS_GPU = """Object.defineProperty(navigator, "gpu", {
+    value: { requestAdapter: async () => ({ info: { isFallbackAdapter: false } }) },
+});"""
+
+
+@contextmanager
+def opened_with_gpu(
+    browser: Browser, page_folder: Path, folder: Path, changes: Mapping[str, str]
+) -> Iterator[tuple[Page, str]]:
+    """The page with `changes` of worker.js when it has tried the GPU, and the text about engines."""
+    for file in page_folder.iterdir():
+        if file.name != "worker.js":
+            (folder / file.name).symlink_to(file)
+    script = (page_folder / "worker.js").read_text()
+    for old, new in {**FAKE_GPU, **changes}.items():
+        assert old in script
+        script = script.replace(old, new)
+    (folder / "worker.js").write_text(script)
+    with running(Server(folder)) as url, opened(browser, url, init_script=HAS_GPU) as page:
+        page.wait_for_selector("body[data-trial=done]", timeout=TIMEOUT_MS)
+        yield page, page.locator("#facts").inner_text()
+
+
+def gpu_option(page: Page) -> Locator:
+    return page.locator("#provider option[value=webgpu]")
+
+
+def provider(page: Page) -> str:
+    used = page.evaluate("document.body.dataset.provider")
+    assert page.locator("#provider").input_value() == used
+    return used
+
+
+def select_provider(page: Page, name: str) -> None:
+    page.select_option("#provider", name)
+    page.wait_for_selector(f"body[data-provider={name}][data-state=ready]", timeout=TIMEOUT_MS)
+
+
+def test_a_faster_gpu_is_used(browser: Browser, page_folder: Path, folder: Path, tmp_path: Path):
+    model, file = mobilevit.load(folder / "model.safetensors"), digit_files(folder)[4]
+    with opened_with_gpu(browser, page_folder, tmp_path, SLOW_CPU) as (page, text):
+        assert provider(page) == "webgpu"
+        assert gpu_option(page).inner_text() == "GPU \u00b7 1.00 ms"
+        assert "WASM: 1000 ms" in text
+        assert_same(open_file(page, file), model, file)
+        select_provider(page, "wasm")
+        assert "WASM SIMD" in page.locator("#facts").inner_text()
+        assert_same(open_file(page, file), model, file)
+
+
+def test_a_slower_gpu_can_be_selected(browser: Browser, page_folder: Path, folder: Path, tmp_path: Path):
+    model, file = mobilevit.load(folder / "model.safetensors"), digit_files(folder)[4]
+    with opened_with_gpu(browser, page_folder, tmp_path, SLOW_GPU) as (page, text):
+        assert provider(page) == "wasm"
+        assert "WebGPU: 1000 ms, not used because it is slower" in text
+        select_provider(page, "webgpu")
+        assert_same(open_file(page, file), model, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            "for (const x of Object.values(outputs)) x[0] += 1;",
+            r"its results are wrong.* by [\d.]+ standard deviations",
+        ),
+        ("for (const x of Object.values(outputs)) x[0] = NaN;", "NaN"),
+        ('throw new Error("no shader for this");', "no shader for this"),
+    ],
+    ids=["wrong", "NaN", "failure"],
+)
+def test_a_faulty_gpu_is_not_used(
+    browser: Browser, page_folder: Path, folder: Path, tmp_path: Path, change: str, expected: str
+):
+    check = "  requireFinite(outputs);\n  const times"
+    changes = {**SLOW_CPU, check: f'  if (provider === "webgpu") {{ {change} }}\n{check}'}
+    with opened_with_gpu(browser, page_folder, tmp_path, changes) as (page, text):
+        assert provider(page) == "wasm"
+        assert re.search(f"WebGPU: not used, .*{expected}", text.replace("\n", " "))
+        assert gpu_option(page).is_disabled()
+        file = digit_files(folder)[4]
+        assert_same(open_file(page, file), mobilevit.load(folder / "model.safetensors"), file)
+
+
+def test_the_cpu_takes_over_when_the_gpu_fails(browser: Browser, page_folder: Path, folder: Path, tmp_path: Path):
+    changes = {
+        "let session;": "let session;\nlet used;",
+        "session = await": "used = provider;\n  session = await",
+        "async function predict(image) {": """async function predict(image) {
+            if (used === "webgpu") throw new Error("device lost");""",
+    }
+    with opened_with_gpu(browser, page_folder, tmp_path, {**SLOW_CPU, **changes}) as (page, _):
+        assert provider(page) == "webgpu"
+        file = digit_files(folder)[4]
+        assert_same(open_file(page, file), mobilevit.load(folder / "model.safetensors"), file)
+        assert provider(page) == "wasm"
+        assert "WebGPU: not used, it failed (device lost)" in page.locator("#facts").inner_text()
+        assert gpu_option(page).is_disabled()
+
+
+@pytest.mark.slow
+def test_webgpu(page_folder: Path, folder: Path):
+    """WebGPU as emulated by Chromium, which the page would not use."""
+    pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
+    flags = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+    script = 'Object.defineProperty(GPUAdapterInfo.prototype, "isFallbackAdapter", { get: () => false });'
+    with (
+        launched(flags) as browser,
+        running(Server(page_folder)) as url,
+        opened(browser, url, init_script=script) as page,
+    ):
+        page.wait_for_selector("body[data-trial=done]", timeout=3 * TIMEOUT_MS)
+        assert not gpu_option(page).is_disabled(), page.locator("#facts").inner_text()
+        if provider(page) == "wasm":
+            page.select_option("#provider", "webgpu")
+            page.wait_for_selector("body[data-provider=webgpu][data-state=ready]", timeout=3 * TIMEOUT_MS)
+        for file in digit_files(folder)[:3]:
+            assert_same(open_file(page, file), mobilevit.load(folder / "model.safetensors"), file)
+
+
+BOXES = {"boxes": [0.1, 0.1, 0.5, 0.5, 0, 0, 0, 0], "scores": [0.9, 0], "labels": [2, -1]}
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+@pytest.mark.parametrize(
+    ("task", "expected", "outputs", "problem"),
+    [
+        ("classify", {"logits": [1, 3, 5]}, {"logits": [1.01, 3, 5]}, ""),
+        ("classify", {"logits": [1, 3, 5]}, {"logits": [1, 3, 4]}, "0.61 standard deviations"),
+        ("multilabel", {"logits": [2]}, {"logits": [2.01]}, ""),
+        ("multilabel", {"logits": [2]}, {"logits": [-2]}, "2.00 standard deviations"),
+        ("segment", {"classes": [1] * 200}, {"classes": [1] * 199 + [0]}, ""),
+        ("segment", {"classes": [1] * 200}, {"classes": [1] * 100 + [0] * 100}, "50 % of the pixels"),
+        ("detect", BOXES, {**BOXES, "scores": [0.89, 0.01]}, ""),
+        ("detect", BOXES, {**BOXES, "labels": [1, -1]}, "100 % of the boxes"),
+        ("detect", BOXES, {**BOXES, "boxes": [0.2, *BOXES["boxes"][1:]]}, "100 % of the boxes"),
+        ("detect", BOXES, {**BOXES, "scores": [0, 0]}, "100 % of the boxes"),
+        ("detect", {**BOXES, "scores": [0, 0]}, {**BOXES, "scores": [0, 0]}, "no objects"),
+    ],
+)
+def test_comparison_of_engines(
+    task: str, expected: dict[str, Any], outputs: dict[str, Any], problem: str, tmp_path: Path
+):
+    shutil.copyfile(STATIC / "trial.js", tmp_path / "trial.mjs")
+    arguments = ", ".join(json.dumps(x) for x in (task, expected, outputs))
+    (tmp_path / "run.mjs").write_text(
+        'import { findDifference } from "./trial.mjs";' + f"console.log(findDifference({arguments}));"
+    )
+    assert NODE is not None
+    out = subprocess.run([NODE, "run.mjs"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    assert problem in out if problem else out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-label classification
+
+
+def test_labels_match_torch(browser: Browser, ort: Path, tmp_path: Path):
+    """Labels, those of other classes, thresholds, and an image without labels."""
+    names = ("roof", "tree", "<b>sky", "wall", "water", "person", "dog")
+    network = randomize(MobileViT("xxs", num_classes=len(names)), 4)
+    weights = Weights(network.architecture, network.state_dict(), Preprocessing(64, 64), names, task="multilabel")
+    images = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    photos = [Image.fromarray(image) for image in images]
+    every = MultilabelClassifier.from_weights(weights).predict(photos[0], 0)
+    probability = {one.class_name: one.probability for one in every}
+    # Two labels, of which one is not among the most likely classes.
+    labels = {every[0].class_name, every[-1].class_name}
+    thresholds = tuple(
+        probability[name] - 0.02 if name in labels else min(1, probability[name] + 0.02) for name in names
+    )
+    weights = replace(weights, thresholds=tuple(max(0.0, t) for t in thresholds))
+    model = MultilabelClassifier.from_weights(weights)
+    with opened_for(browser, weights, ort, tmp_path) as page:
+        for photo in photos:
+            open_file(page, as_file(photo))
+            predicted = model.predict(photo)
+            shown = rows(page)
+            listed = [row for row in shown if row["label"] == "true"]
+            assert [names[int(row["index"])] for row in listed] == [one.class_name for one in predicted]
+            assert len(shown) == max(5, len(listed))
+            assert page.locator("#headline").inner_text() == (
+                ", ".join(one.class_name for one in predicted) or "No label"
+            )
+            expected = {one.class_index: one.probability for one in model.predict(photo, 0)}
+            for row in shown:
+                index = int(row["index"])
+                assert float(row["probability"]) == pytest.approx(expected[index], abs=1e-3)
+                assert f"(from {100 * weights.thresholds[index]:.1f} %)" in row["text"]
+                assert row["text"].startswith(names[index] if row["label"] == "true" else f"not {names[index]}")
+            thumb = page.locator("#thumbnails button").last
+            assert thumb.inner_text() == (", ".join(one.class_name for one in predicted) or "no label")
+            label = thumb.get_attribute("aria-label") or ""
+            assert all(f"{one.class_name}, {100 * one.probability:.1f} %" in label for one in predicted)
+        assert_controls_have_names(page)
+        page.set_viewport_size({"width": 320, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 # ---------------------------------------------------------------------------------------------------------------------

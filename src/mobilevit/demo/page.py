@@ -12,11 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from mobilevit.defaults import SCORE_THRESHOLD
 from mobilevit.demo.runtime import FILES, find_runtime
 from mobilevit.demo.server import ISOLATION_HEADERS
 from mobilevit.draw import MASK_OPACITY, PALETTE
 from mobilevit.export import ExportOptions, export, thresholds_of
+from mobilevit.export.verify import synthetic_images
 from mobilevit.images import ImageInput
 from mobilevit.report import render
 from mobilevit.weights import TaskName, Weights
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 MODEL = "model.onnx"
+TEST_IMAGE = "test.png"  # on which the page times the engines of a browser, and compares their outputs
 GENERATOR = '<meta name="generator" content="mobilevit demo">'  # in index.html: the file may be overwritten
 # The training metric of a task, in percent, and its name on the page.
 VALIDATION_METRICS: Mapping[TaskName, tuple[str, str]] = {
@@ -106,7 +110,8 @@ def write_page(
     # index.html is written first: after an interruption it identifies the folder as one of ours.
     static_files = sorted(STATIC.iterdir(), key=lambda file: file.name != "index.html")
     if not overwrite:
-        names = [*(file.name for file in static_files), *runtime_names.values(), MODEL, "style.css", "network.json"]
+        names = [*(file.name for file in static_files), *runtime_names.values()]
+        names += [MODEL, TEST_IMAGE, "style.css", "network.json"]
         _check_folder(out, names)
     runtime_folder = find_runtime(runtime_folder)  # first, because it fails faster than the export
     with tempfile.TemporaryDirectory() as temporary:
@@ -118,6 +123,8 @@ def write_page(
         for file in static_files:
             shutil.copyfile(file, out / file.name)
         shutil.copyfile(artifact.path, out / MODEL)
+    (test_image,) = synthetic_images(1, (p.crop_px, p.crop_px))
+    Image.fromarray(test_image).save(out / TEST_IMAGE)
     for name, target in runtime_names.items():
         shutil.copyfile(runtime_folder / name, out / target)
     (out / "style.css").write_text(render("style.css"), encoding="utf-8")

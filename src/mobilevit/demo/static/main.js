@@ -2,6 +2,8 @@
 
 import { ClassificationView, DetectionView, MultilabelView, SegmentationView } from "./views.js";
 import { Pad } from "./pad.js";
+import { Engine, findGpuProblem } from "./engine.js";
+import { findDifference } from "./trial.js";
 
 const $ = (id) => document.getElementById(id);
 const round = (ms) => ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0);
@@ -32,72 +34,121 @@ function announce(text, isStream = false) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Worker
+// Engines: the CPU, which always works, and the GPU, if it is correct and faster
 
-let worker;
-let ready;
-let numRequests = 0;
-const pending = new Map();
+const LABELS = { wasm: "CPU", webgpu: "GPU" };
+let engine; // runs the network
+let expected; // outputs of the CPU for the test image
+let testImage;
+let ready; // resolves when an engine runs
 
-/** Start a new worker on `provider`; resolves to its number of threads after a warm-up run. */
-function start(provider) {
-  worker?.terminate();
-  for (const { reject } of pending.values()) reject(new Error("the network was restarted"));
-  pending.clear();
-  $("latency-details").textContent = "Loading the network";
-  document.body.dataset.state = "loading";
-  worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-  ready = new Promise((resolve, reject) => {
-    worker.onerror = (event) => reject(new Error(event.message || "the worker could not be started"));
-    worker.onmessage = ({ data }) => {
-      if (data.started) resolve(data.threads);
-      else if (data.failed) reject(new Error(data.error));
-      else if (pending.has(data.id)) {
-        const request = pending.get(data.id);
-        pending.delete(data.id);
-        if (data.error) request.reject(new Error(data.error));
-        else request.resolve(data.result);
-      }
-    };
-  });
-  const url = new URL(network.model, import.meta.url).href;
-  const { task, preprocessing, calibration } = network;
-  worker.postMessage({ start: provider, url, task, preprocessing, temperature: calibration.temperature });
-  return ready;
+async function readTestImage() {
+  const response = await fetch("test.png");
+  const bitmap = await createImageBitmap(await response.blob(), { colorSpaceConversion: "none" });
+  return readPixels(bitmap, bitmap.width, bitmap.height);
 }
 
-/** Start on `provider`, or on the CPU if that fails, and show which one runs. */
-async function startWithFallback(provider) {
+/** Start an engine, time it, and compare its outputs with those of the CPU. */
+async function startEngine(provider) {
+  const { data, width, height } = testImage;
+  const started = new Engine(provider, network, { data, width, height });
   try {
-    const threads = await start(provider);
-    const count = threads === 1 ? "1 thread" : `${threads} threads`;
-    $("threads").textContent = provider === "webgpu" ? "WebGPU" : `WASM SIMD, ${count}`;
-    $("threads").title = self.crossOriginIsolated ? "" : "More threads require the COOP and COEP response headers.";
+    await started.ready;
+    expected ??= started.outputs;
+    const problem = findDifference(network.task, expected, started.outputs);
+    if (problem) throw new Error(problem);
   } catch (error) {
-    if (provider === "wasm") {
-      document.body.dataset.state = "failed";
-      showError(`The network could not be started: ${error.message}`);
-      throw error;
-    }
-    $("provider").querySelector(`[value=${provider}]`).disabled = true;
-    $("provider").value = "wasm";
-    return startWithFallback("wasm");
+    started.close();
+    throw error;
   }
+  const option = $("provider").querySelector(`[value=${provider}]`);
+  option.textContent = `${LABELS[provider]} \u00b7 ${round(started.milliseconds)} ms`;
+  return started;
+}
+
+/** Use an engine that has been started, and show which one runs. */
+function useEngine(started) {
+  if (engine !== started) engine?.close();
+  engine = started;
+  $("provider").value = started.provider;
+  $("engine").textContent = started.description;
+  $("engine").title = self.crossOriginIsolated ? "" : "More threads require the COOP and COEP response headers.";
   document.body.dataset.state = "ready";
-  document.body.dataset.provider = provider;
+  document.body.dataset.provider = started.provider;
   if (!latencies.length) $("latency-details").textContent = "Ready";
   latencies.length = 0;
+}
+
+/** Start on the CPU; without it the page cannot work. */
+async function useCpu() {
+  $("latency-details").textContent = "Loading the network";
+  try {
+    useEngine(await startEngine("wasm"));
+  } catch (error) {
+    document.body.dataset.state = "failed";
+    showError(`The network could not be started: ${error.message}`);
+    throw error;
+  }
+}
+
+/** Show why the GPU is not used. It can be selected only if its results are correct. */
+function rejectGpu(reason, isCorrect = false) {
+  $("gpu").textContent = `WebGPU: ${reason}`;
+  $("provider").querySelector("[value=webgpu]").disabled = !isCorrect;
+}
+
+/** Start the GPU in the background while the CPU runs, and use it if it is faster. */
+async function tryGpu() {
+  const problem = await findGpuProblem();
+  if (problem) return rejectGpu(problem);
+  $("gpu").textContent = "WebGPU: starting";
+  let gpu;
+  try {
+    gpu = await startEngine("webgpu");
+  } catch (error) {
+    return rejectGpu(`not used, ${error.message}`);
+  }
+  $("provider").querySelector("[value=webgpu]").disabled = false;
+  const cpuMilliseconds = engine.milliseconds;
+  if (gpu.milliseconds < cpuMilliseconds) {
+    useEngine(gpu);
+    $("gpu").textContent = `WASM: ${round(cpuMilliseconds)} ms`;
+  } else {
+    gpu.close();
+    rejectGpu(`${round(gpu.milliseconds)} ms, not used because it is slower`, true);
+  }
   return undefined;
 }
 
-/** Image {data, width, height} -> the worker's result. */
-async function predict({ data, width, height }) {
+/** Use the engine that the user has selected. */
+async function selectEngine(provider) {
+  if (provider === engine.provider) return;
+  document.body.dataset.state = "loading";
+  try {
+    useEngine(await startEngine(provider));
+    $("gpu").textContent = "";
+  } catch (error) {
+    if (provider === "webgpu") rejectGpu(`not used, ${error.message}`);
+    else showError(`The CPU could not be used: ${error.message}`);
+    useEngine(engine);
+  }
+}
+
+/** Image {data, width, height} -> the worker's result. If the GPU fails, the CPU takes over. */
+async function predict(image) {
   await ready;
-  const id = ++numRequests;
-  return new Promise((resolve, reject) => {
-    pending.set(id, { resolve, reject });
-    worker.postMessage({ id, image: { data, width, height } }, [data.buffer]);
-  });
+  const used = engine;
+  try {
+    return await used.predict(image);
+  } catch (error) {
+    if (used.provider === "wasm") throw error;
+    if (!used.hasFailed) {
+      used.hasFailed = true;
+      rejectGpu(`not used, it failed (${error.message})`);
+      ready = useCpu();
+    }
+    return predict(image);
+  }
 }
 
 /** A function that predicts the newest image of a live source, one at a time. `getImage` is called when one is due. */
@@ -425,31 +476,20 @@ function describe() {
   const item = document.createElement("div");
   item.innerHTML =
     '<dt><label for="provider">Runs on</label></dt><dd><select id="provider">' +
-    '<option value="wasm">CPU</option></select> <small id="threads"></small></dd>';
+    '<option value="wasm">CPU</option><option value="webgpu" disabled>GPU</option></select>' +
+    '<small id="engine">loading</small><small id="gpu"></small></dd>';
   $("facts").append(item);
   $("made-by").textContent = `mobilevit ${network.mobilevit}`;
 }
 
-async function hasGpu() {
-  try {
-    const adapter = await navigator.gpu?.requestAdapter();
-    return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
-  } catch {
-    return false;
-  }
-}
-
 describe();
 selectTab(tabs[0]);
-let provider = "wasm";
-if (await hasGpu()) {
-  $("provider").add(new Option("GPU", "webgpu"));
-  // For smaller inputs, dispatching to the GPU takes longer than computing on the CPU.
-  if (network.preprocessing.crop_px >= 128) provider = "webgpu";
-}
-$("provider").value = provider;
+testImage = await readTestImage();
 $("provider").addEventListener("change", async () => {
-  await startWithFallback($("provider").value);
+  await selectEngine($("provider").value);
   if (!pad?.isEmpty && selectedTab() === "tab-draw") predictDrawing();
 });
-await startWithFallback(provider);
+ready = useCpu();
+await ready;
+await tryGpu();
+document.body.dataset.trial = "done";
