@@ -167,11 +167,14 @@ def _quantized(model: bytes, spec: ArtifactSpec, calibration: Sequence[Tensor]) 
 def _tensors_of(model: bytes, groups: Sequence[str]) -> list[str]:
     """Names of the tensors that the layers of these groups compute.
 
-    The converter names a tensor after the modules that contain its operator, each as "package.Class_name".
+    The converter names a tensor after the modules that contain its operator, each as "package.Class_name", without
+    lists of modules. The logits of a classifier have the name of the output instead.
     """
     (graph,) = flatbuffer_utils.read_model_from_bytearray(bytearray(model)).subgraphs
     names = [_text(graph.tensors[tensor].name) for operator in graph.operators for tensor in operator.outputs]
-    modules = [".".join(part.split("_", 1)[-1] for part in name.split(";")[0].split("/")) for name in names]
+    paths = [name.split(";")[0].replace("FlatLayer_", "FlatLayer_layers.").split("/") for name in names]
+    modules = [".".join(part.split("_", 1)[-1] for part in path) for path in paths]
+    modules = ["classifier" if module.startswith("default_output") else module for module in modules]
     return [name for name, module in zip(names, modules, strict=True) if find_group(module) in groups]
 
 
