@@ -31,7 +31,11 @@ class ExportOptions:
     """Options of an export."""
 
     precision: Precision = "fp32"
-    """Numeric precision; int8 is calibrated on --images."""
+    """Numeric precision; int8 is calibrated on --images or --data."""
+    max_loss: float | None = None
+    """int8: largest loss of the main metric (top-1, AP, mIoU, mAP) on the validation split of --data, relative to fp32
+    in the same runtime, in percentage points. The most sensitive groups of layers stay in float until the loss is
+    within this limit. Without --data: of the agreement with the predictions of fp32 on --images."""
     size: tuple[int, ...] = ()
     """Input size in pixels, or height and width. Default: that of the weights."""
     batch_size: int = 1

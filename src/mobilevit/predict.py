@@ -144,7 +144,7 @@ class Classifier(Predictor, MobileViT):
     the weights that it was fitted for: set it to `UNCALIBRATED` after training them.
     """
 
-    task = "classify"
+    task: TaskName = "classify"
     preprocessing: Preprocessing = PREPROCESSING["classify"]
     calibration: Calibration = UNCALIBRATED
 
@@ -216,7 +216,7 @@ class MultilabelClassifier(Predictor, MobileViT):
     is the sigmoid of its logit.
     """
 
-    task = "multilabel"
+    task: TaskName = "multilabel"
     preprocessing: Preprocessing = PREPROCESSING["multilabel"]
     thresholds: tuple[float, ...] = ()  # by class index; empty: `LABEL_THRESHOLD` for all classes
 
@@ -273,7 +273,7 @@ class Detector(Predictor, SSDLite):
     of the logits is the background, which has no class index and no name here.
     """
 
-    task = "detect"
+    task: TaskName = "detect"
     preprocessing: Preprocessing = PREPROCESSING["detect"]
     category_ids: tuple[int, ...] = ()  # of the classes in COCO annotations; empty if unknown
 
@@ -351,7 +351,7 @@ class Segmenter(Predictor, DeepLabV3):
     `model(pixels)` is the network: RGB float images (B, 3, H, W) -> logits (B, num_classes, H, W).
     """
 
-    task = "segment"
+    task: TaskName = "segment"
     preprocessing: Preprocessing = PREPROCESSING["segment"]
 
     def reset_classes(self, num_classes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,17 +20,20 @@ from mobilevit.cli.options import (
     ImageOptions,
     WeightsOptions,
     choices,
+    expand,
     expand_data,
     require,
     warn_of_assumptions,
     weights_of_run,
 )
 from mobilevit.defaults import MIN_SIZE_PX, CorruptionName
+from mobilevit.export_options import ARTIFACT_SUFFIXES, backend_of_file
 
 if TYPE_CHECKING:
     from mobilevit.data.corruptions import Corruption
+    from mobilevit.export.predictor import ArtifactPredictor
     from mobilevit.tasks.evaluation import EvaluationResult
-    from mobilevit.tasks.task import ClassMetrics
+    from mobilevit.tasks.task import ClassMetrics, Described
     from mobilevit.weights import Weights
 
 Split = Literal["train", "val", "test", "all"]
@@ -73,7 +77,7 @@ HEADINGS |= {
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate weights on labeled images, at one or several input sizes.
+    """Evaluate weights or exported artifacts on labeled images, at one or several input sizes.
 
     Metrics: top-1, top-5 and balanced accuracy, macro F1 and calibration error (ECE) of classification, mAP and F1 of
     several labels per image, AP of detection, mIoU of segmentation.
@@ -84,7 +88,8 @@ class Evaluate:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="WEIGHTS...",
-            help=f"Weights: {WEIGHTS}; or a run folder, for its EMA and raw weights of the last epoch.",
+            help=f"Weights: {WEIGHTS}; a run folder, for its EMA and raw weights of the last epoch; or an exported "
+            f"artifact ({', '.join(ARTIFACT_SUFFIXES.values())}), run on the CPU.",
         ),
     ]
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
@@ -93,7 +98,7 @@ class Evaluate:
     """Split to evaluate. Default: val, or test if there is no val. Data without splits are split as in training if the
     weights were trained on them; otherwise all images are evaluated."""
     size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX...")] = ()
-    """Input sizes in pixels. Default: the input size in training."""
+    """Input sizes in pixels. Default: the input size in training, or that of the artifact."""
     ood: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     """Classification: images of another source (out of distribution), a folder of images or a dataset. Reports the
     AUROC of the energy: the probability that such an image has a higher energy than one of --data."""
@@ -124,14 +129,19 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate, and print the metrics."""
-        from mobilevit.weights import read
+        from mobilevit.weights import Weights, read
 
         self._check()
         device = self.device_options.apply()
         self.image_options.apply()
         # Read all weights before the first evaluation, so that a wrong name fails at once.
         names = [name for given in self.weights for name in weights_of_run(given)]
-        named = {name: read(name, download=self.weights_options.download) for name in names}
+        named: dict[str, Weights | ArtifactPredictor] = {
+            name: self._artifact(name)
+            if backend_of_file(Path(name))
+            else read(name, download=self.weights_options.download)
+            for name in names
+        }
         data = expand_data(self.data)
         tasks = {weights.task for weights in named.values()}
         if len(tasks) > 1:
@@ -143,10 +153,14 @@ class Evaluate:
         self._corruptions()  # reports a missing package before the first evaluation
         splits: list[str] = []
         for name, weights in named.items():
-            warn_of_assumptions(name, weights)
-            for size_px in self.size or (weights.preprocessing.crop_px,):
-                result = self._evaluate(weights, data, size_px, device)
-                split = result.split
+            if isinstance(weights, Weights):
+                warn_of_assumptions(name, weights)
+                sizes_px = self.size or (weights.preprocessing.crop_px,)
+            else:
+                sizes_px = self.size or (None,)
+            for requested_px in sizes_px:
+                result = self._evaluate(weights, data, requested_px, device)
+                split, size_px = result.split, result.size_px
                 robustness = self._robustness(weights, data, result, device)
                 if self.json:
                     line: dict[str, Any] = {"weights": name, "size_px": size_px, "split": split, **result.metrics}
@@ -181,7 +195,14 @@ class Evaluate:
         names = tuple(dict.fromkeys(self.corrupt)) or CORRUPTIONS
         return [Corruption(name, severity) for name in names for severity in SEVERITIES]
 
-    def _robustness(self, weights: Weights, data: str, clean: EvaluationResult, device: str) -> _Robustness | None:
+    def _artifact(self, name: str) -> ArtifactPredictor:
+        from mobilevit.export.predictor import load_predictor
+
+        return load_predictor(expand(Path(name)))
+
+    def _robustness(
+        self, weights: Weights | ArtifactPredictor, data: str, clean: EvaluationResult, device: str
+    ) -> _Robustness | None:
         """The metrics on corrupted images, if they are requested. Shows a progress bar."""
         if self.corrupt is None:
             return None
@@ -198,12 +219,26 @@ class Evaluate:
         return _Robustness(metric, clean.metrics[metric], values, describe_package())
 
     def _evaluate(
-        self, weights: Weights, data: str, size_px: int, device: str, corruption: Corruption | None = None
+        self,
+        weights: Weights | ArtifactPredictor,
+        data: str,
+        size_px: int | None,
+        device: str,
+        corruption: Corruption | None = None,
     ) -> EvaluationResult:
         from mobilevit.embed import EmbedOptions
-        from mobilevit.tasks.evaluation import evaluate
+        from mobilevit.tasks.evaluation import EvaluationOptions, evaluate
         from mobilevit.tasks.knn import evaluate_knn
+        from mobilevit.weights import Weights
 
+        ood = expand_data(self.ood) if self.ood and corruption is None else None
+        if not isinstance(weights, Weights):
+            from mobilevit.export.evaluation import evaluate_artifact
+
+            options = EvaluationOptions(
+                self.split, self.batch_size, self.num_workers, self.max_unreadable, corruption, ood
+            )
+            return evaluate_artifact(weights, data, size_px=size_px, options=options)
         if self.knn:
             return evaluate_knn(
                 weights,
@@ -225,7 +260,7 @@ class Evaluate:
             device=device,
             self_check=self.self_check and corruption is None,
             corruption=corruption,
-            ood=expand_data(self.ood) if self.ood and corruption is None else None,
+            ood=ood,
         )
 
     def _check(self) -> None:
@@ -237,6 +272,16 @@ class Evaluate:
             raise ValueError("no weights are given; give files, hub ids or a run folder")
         for size_px in self.size:
             require(size_px >= MIN_SIZE_PX, "--size", size_px, f"{MIN_SIZE_PX} px or more")
+        for name in self.weights:
+            if not backend_of_file(Path(name)):
+                continue
+            if self.knn:
+                raise ValueError(f"{name}: --knn needs features, and an artifact returns none; give weights")
+            device = self.device_options.device
+            if device not in ("auto", "cpu"):
+                raise ValueError(
+                    f"--device is {device}, but {name} is an artifact and runs on the CPU; leave out --device"
+                )
         require(self.max_unreadable >= 0, "--max-unreadable", self.max_unreadable, "0 or more")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
@@ -281,7 +326,7 @@ def _corruption_table(robustness: _Robustness) -> Any:
     return table
 
 
-def split_line(weights: Weights, split: str, requested: str | None, num_images: float, data: str) -> str:
+def split_line(weights: Described, split: str, requested: str | None, num_images: float, data: str) -> str:
     """A line that names the evaluated images."""
     line = f"evaluated: {'all' if split == 'all' else f'the {split} split'} of {data}, {num_images:,} images"
     if split == "all" and requested is None:  # these are not recognized as training data

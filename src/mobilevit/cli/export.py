@@ -18,6 +18,7 @@ from mobilevit.cli.options import (
     WeightsOptions,
     choices,
     expand,
+    expand_data,
     warn_of_transparency,
 )
 from mobilevit.export_options import ARTIFACT_SUFFIXES, BackendName, ExportOptions
@@ -46,6 +47,9 @@ class Export:
     is generic (model.safetensors)."""
     options: Annotated[ExportOptions, FLAT, tyro.conf.FlagCreatePairsOff] = ExportOptions()
     sample_images: Annotated[SampleImages, FLAT] = SampleImages()
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Labeled dataset, as for mobilevit train. Its training split verifies and calibrates in place of --images. int8
+    artifacts are evaluated on its validation split, and both figures are printed."""
     sensitivity: Flag = False
     """Print the error that int8 causes in each group of layers, measured on --images. No file is written."""
     json: Flag = False
@@ -77,6 +81,7 @@ class Export:
             expand(self.out),
             self.options,
             images=images,
+            data=None if self.data is None else expand_data(self.data),
             source=self.weights,
             prefix=_file_prefix(self.weights),
         ):
@@ -103,10 +108,17 @@ class Export:
         return names
 
     def _print_notes(self, artifacts: list[Artifact]) -> None:
-        origin = "real images" if self.sample_images.images else "synthetic images; give real ones with --images"
+        origin = (
+            "real images"
+            if self.sample_images.images or self.data
+            else "synthetic images; give real ones with --images"
+        )
         num_images = max((a.agreement.num_images for a in artifacts if a.agreement), default=0)
         print(f"compared with torch on {num_images} {origin}" if num_images else "no artifact could be run")
         for a in artifacts:
+            if a.accuracy:
+                groups = ", ".join(a.spec.float_groups) or "no layers"
+                print(f"{a.backend}: {a.accuracy.describe()}; in float: {groups}")
             if a.speedup_over_fp32 is not None:
                 verdict = "faster" if a.speedup_over_fp32 > 1.02 else "not faster"
                 print(f"{a.backend}: int8 is {verdict} than fp32 here ({a.speedup_over_fp32:.2f} times its speed)")

@@ -42,7 +42,7 @@ SHORT_NAMES = {
 }
 
 # As in the other commands. The dataclasses of these fields do not import tyro.
-METAVARS = {"exportoptions.size": "PX [PX]", "sampler.sizes_px": "PX..."}
+METAVARS = {"exportoptions.size": "PX [PX]", "exportoptions.max_loss": "POINTS", "sampler.sizes_px": "PX..."}
 
 
 def _recipe_options() -> dict[str, str]:
@@ -59,7 +59,7 @@ RECIPE_OPTIONS = _recipe_options()
 ARGUMENT_OPTIONS = {"size_px": "--size"} | {
     name: f"--{re.sub('[ _]', '-', name)}"
     for name in (
-        *("batch size", "class", "k", "num threads", "num workers"),
+        *("batch size", "class", "k", "max loss", "num threads", "num workers"),
         *("ood", "port", "score_threshold", "seeds", "size", "top_k"),
     )
 }

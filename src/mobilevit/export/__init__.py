@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from mobilevit.benchmark.timing import measure
+from mobilevit.data.python_data import to_data
 from mobilevit.defaults import LABEL_THRESHOLD, MIN_SIZE_PX, NUM_CALIBRATION_IMAGES
+from mobilevit.export.accuracy import AGREEMENT, Accuracy, LabeledData, Measured, shortest_prefix
 from mobilevit.export.artifact import (
     ArtifactSpec,
     ExportModel,
@@ -36,7 +39,7 @@ from mobilevit.export.backend import (
     read_metadata,
     read_signature,
 )
-from mobilevit.export.quantization import Sensitivity, int8_sensitivity
+from mobilevit.export.quantization import ALL_LAYERS, Sensitivity, int8_sensitivity
 from mobilevit.export.verify import Agreement, compare, synthetic_images
 from mobilevit.export_options import ARTIFACT_SUFFIXES, ExportOptions, Precision
 from mobilevit.images import ImageInput
@@ -44,6 +47,7 @@ from mobilevit.weights import Weights
 
 __all__ = [
     "TOLERANCE",
+    "Accuracy",
     "Agreement",
     "Artifact",
     "ArtifactSpec",
@@ -65,6 +69,7 @@ TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5, 
 MIN_PREDICTION_AGREEMENT = 0.9
 NUM_VERIFY_IMAGES = 32
 NUM_TIMED_ROUNDS = 15
+MAX_UNSEEN_IMAGES = 1000  # to measure the agreement on
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Artifact:
     """A written artifact.
 
     `agreement` and `latency_ms` (median of a batch) are None if the runtime does not exist on this system.
-    `speedup_over_fp32` is the median ratio of interleaved times, for int8 artifacts only.
+    `speedup_over_fp32` is the median ratio of interleaved times, for int8 artifacts only. `accuracy` is None unless
+    labeled data or a maximum loss are given for an int8 artifact; `spec.float_groups` are the layers that stay float.
     """
 
     backend: str
@@ -83,6 +89,7 @@ class Artifact:
     agreement: Agreement | None
     latency_ms: float | None = None
     speedup_over_fp32: float | None = None
+    accuracy: Accuracy | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,6 +108,9 @@ class _Job:
     other_inputs: list[tuple[ArtifactSpec, list[Tensor]]]  # of other sizes, if there are dynamic axes
     num_threads: int
     thresholds: tuple[float, ...]  # of a multi-label classifier
+    max_loss: float | None
+    labeled: LabeledData | None
+    unseen_inputs: list[Tensor]  # that do not calibrate; empty without a maximum loss
 
 
 def export(
@@ -110,6 +120,7 @@ def export(
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     *,
     images: Sequence[ImageInput] = (),
+    data: str | Path | None = None,
     source: str = "",
     prefix: str = "",
 ) -> list[Artifact]:
@@ -120,16 +131,19 @@ def export(
         backends: names of backends: onnx, executorch, openvino, litert, coreml.
         out: folder to write to.
         options: precision, input and outputs.
-        images: real images for the comparison and for int8 calibration; default: synthetic images.
+        images: real images for the comparison and for int8 calibration; default: training images of `data`, or
+            synthetic images.
+        data: labeled data, as for `mobilevit.evaluate`, to evaluate int8 artifacts on.
         source: origin of the weights, for the metadata.
         prefix: start of the file names; default: "mobilevit_" and the architecture.
 
     Raises:
         ValueError: an unknown or missing backend, an unsupported option, an existing file without `overwrite`, an
-            artifact that disagrees with torch. That artifact is not written; those of earlier backends stay.
+            artifact that disagrees with torch or exceeds `max_loss`. That artifact is not written; those of earlier
+            backends stay.
         ImageError: an unreadable image.
     """
-    return list(export_each(weights, backends, out, options, images=images, source=source, prefix=prefix))
+    return list(export_each(weights, backends, out, options, images=images, data=data, source=source, prefix=prefix))
 
 
 def export_each(
@@ -139,6 +153,7 @@ def export_each(
     options: ExportOptions,
     *,
     images: Sequence[ImageInput],
+    data: str | Path | None,
     source: str,
     prefix: str,
 ) -> Iterator[Artifact]:
@@ -147,8 +162,12 @@ def export_each(
     if not backends:
         raise ValueError(f"no backend is given; the backends are {', '.join(ARTIFACT_SUFFIXES)}")
     modules = {name: find_backend(name, spec) for name in dict.fromkeys(backends)}
+    labeled = None if data is None else LabeledData(weights, to_data(data))
+    if labeled and not images:
+        images = labeled.training_images(NUM_CALIBRATION_IMAGES)
     if spec.precision == "int8" and not images:
-        raise ValueError("int8 requires real images for calibration; give some with --images")
+        raise ValueError("int8 requires real images for calibration; give some with --images or --data")
+    _check_max_loss(options, list(modules), labeled)
     out = Path(out)
     stem = spec.file_stem(prefix or f"mobilevit_{weights.architecture.name}")
     for name in modules:
@@ -173,6 +192,9 @@ def export_each(
         [(other, inputs_for(other, selected[:4])) for other in _other_specs(spec)],
         options.num_threads,
         thresholds_of(weights),
+        options.max_loss,
+        labeled if spec.precision == "int8" else None,
+        inputs_for(spec, _unseen(images, selected)) if options.max_loss is not None and not labeled else [],
     )
     out.mkdir(parents=True, exist_ok=True)
     for name, backend in modules.items():
@@ -229,10 +251,11 @@ def _spec_of(weights: Weights, options: ExportOptions) -> ArtifactSpec:
 
 def _export_to(name: str, backend: Backend, job: _Job, out: Path) -> Artifact:
     """Write, check and time one artifact in a temporary folder, then move it to `out`."""
-    spec, is_int8 = job.spec, job.spec.precision == "int8"
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         path = Path(folder) / f"{job.stem}{ARTIFACT_SUFFIXES[name]}"
-        backend.write(job.network, spec, path, job.metadata, job.inputs if is_int8 else ())
+        job, accuracy = _limit_loss(name, backend, job)
+        spec = job.spec
+        _write(backend, job, path)
         operators = backend.operators(path)
         infer = backend.load(path, job.num_threads)
         agreement = latency_ms = speedup = None
@@ -247,7 +270,62 @@ def _export_to(name: str, backend: Backend, job: _Job, out: Path) -> Artifact:
             if (out / file.name).is_dir():
                 shutil.rmtree(out / file.name)
             file.replace(out / file.name)
-    return Artifact(name, out / path.name, num_bytes, spec, operators, agreement, latency_ms, speedup)
+    return Artifact(name, out / path.name, num_bytes, spec, operators, agreement, latency_ms, speedup, accuracy)
+
+
+def _write(backend: Backend, job: _Job, path: Path) -> None:
+    backend.write(job.network, job.spec, path, job.metadata, job.inputs if job.spec.precision == "int8" else ())
+
+
+def _limit_loss(name: str, backend: Backend, job: _Job) -> tuple[_Job, Accuracy | None]:
+    """Measure the accuracy of int8, and keep groups of layers in float until its loss is within the limit.
+
+    Returns the job with these groups and with the figures in the metadata.
+    """
+    if not job.labeled and job.max_loss is None:
+        return job, None
+    limit = math.inf if job.max_loss is None else job.max_loss
+    trials: dict[tuple[str, ...], Accuracy] = {}
+
+    def measured(spec: ArtifactSpec) -> Measured:
+        with tempfile.TemporaryDirectory() as folder:  # of its own: OpenVINO maps the file of a loaded artifact
+            path = Path(folder) / f"artifact{ARTIFACT_SUFFIXES[name]}"
+            _write(backend, replace(job, spec=spec), path)
+            return job.labeled.measure(path) if job.labeled else _agreement(backend, job, path)
+
+    fp32 = measured(replace(job.spec, precision="fp32"))
+
+    def is_accurate(groups: tuple[str, ...]) -> bool:
+        trials[groups] = Accuracy.of(fp32, measured(replace(job.spec, float_groups=groups)))
+        logger.info("%s: %s; float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
+        return trials[groups].loss <= limit
+
+    groups = () if is_accurate(()) else shortest_prefix(_most_sensitive_groups(job), is_accurate)
+    if groups is None:
+        best = min(trials.values(), key=lambda accuracy: accuracy.loss)
+        raise ValueError(
+            f"max loss is {limit:g}, but {name} int8 loses at least {best.loss:.2f} points, even with all groups of "
+            f"layers but the least sensitive one in float ({best.describe()}); allow more, calibrate on more images, "
+            "or use --precision fp16; nothing was written"
+        )
+    accuracy = trials[groups]
+    figures = {**asdict(accuracy), "max_loss": job.max_loss}
+    metadata = {**job.metadata, "accuracy": json.dumps(figures), "float_groups": json.dumps(groups)}
+    return replace(job, spec=replace(job.spec, float_groups=groups), metadata=metadata), accuracy
+
+
+def _agreement(backend: Backend, job: _Job, path: Path) -> Measured:
+    infer = backend.load(path, job.num_threads)
+    assert infer is not None
+    agreement = compare(job.network, infer, job.unseen_inputs, replace(job.spec, precision="int8"), job.thresholds)
+    return Measured(AGREEMENT, 100 * agreement.prediction_agreement, agreement.num_images)
+
+
+def _most_sensitive_groups(job: _Job) -> list[str]:
+    """All groups of layers, the most sensitive one first."""
+    measured = int8_sensitivity(job.network, job.inputs, job.spec.outputs, job.thresholds)
+    ranked = sorted(measured, key=lambda one: one.rms_error, reverse=True)
+    return [one.group for one in ranked if one.group != ALL_LAYERS]
 
 
 def _time(backend: Backend, job: _Job, infer: InferenceFn, file_name: str) -> tuple[float, float | None]:
@@ -257,11 +335,32 @@ def _time(backend: Backend, job: _Job, infer: InferenceFn, file_name: str) -> tu
         return float(np.median(measure([partial(infer, example)], NUM_TIMED_ROUNDS))), None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / file_name
-        backend.write(job.network, replace(job.spec, precision="fp32"), path, job.metadata, ())
+        _write(backend, replace(job, spec=replace(job.spec, precision="fp32")), path)
         infer_fp32 = backend.load(path, job.num_threads)
         assert infer_fp32 is not None
         int8_ms, fp32_ms = measure([partial(infer, example), partial(infer_fp32, example)], NUM_TIMED_ROUNDS)
     return float(np.median(int8_ms)), float(np.median(fp32_ms / int8_ms))
+
+
+def _check_max_loss(options: ExportOptions, backends: Sequence[str], labeled: LabeledData | None) -> None:
+    limit = options.max_loss
+    if limit is not None and options.precision != "int8":
+        raise ValueError(f"max loss is {limit:g}, but the precision is {options.precision}; add --precision int8")
+    if limit is not None and not 0 <= limit < 100:  # also true for NaN
+        raise ValueError(f"max loss is {limit:g}; it must be from 0 to 100 percentage points")
+    if options.precision != "int8" or (limit is None and labeled is None):
+        return
+    if "coreml" in backends:
+        raise ValueError("coreml: the accuracy of its artifacts cannot be measured; leave out --max-loss and --data")
+    if labeled and len(options.size) == 2 and options.size[0] != options.size[1]:
+        raise ValueError(f"size is {options.size}, but accuracy is measured on squares; give one number, or no --data")
+
+
+def _unseen(images: Sequence[ImageInput], calibration: Sequence[ImageInput]) -> list[ImageInput]:
+    """The images that do not calibrate, at most `MAX_UNSEEN_IMAGES`; those that do if there are no others."""
+    used = set(map(id, calibration))
+    unseen = [image for image in images if id(image) not in used]
+    return evenly_spaced(unseen, MAX_UNSEEN_IMAGES) or list(calibration)
 
 
 def _other_specs(spec: ArtifactSpec) -> list[ArtifactSpec]:

@@ -58,6 +58,7 @@ class ArtifactSpec:
     uint8: bool = False
     task: TaskName = "classify"
     postprocess: bool = False
+    float_groups: tuple[str, ...] = ()  # of an int8 artifact; see `quantization.group_of`
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -248,6 +249,8 @@ def evenly_spaced(items: Sequence[T], num: int) -> list[T]:
 
 def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, str]:
     """The metadata that an artifact stores; values are strings or JSON."""
+    training = {"val_fraction": weights.val_fraction, "val_data": weights.val_data}  # to find the validation split
+    training = {name: value for name, value in training.items() if value is not None}
     layout = "uint8 (batch, height, width, 3), RGB" if spec.uint8 else "float32 (batch, 3, height, width), RGB"
     return {
         "mobilevit": version("mobilevit"),
@@ -267,5 +270,6 @@ def metadata_of(weights: Weights, spec: ArtifactSpec, source: str) -> dict[str, 
         **({"thresholds": json.dumps(weights.thresholds)} if weights.thresholds else {}),
         **({"category_ids": json.dumps(weights.category_ids)} if weights.category_ids else {}),
         **({"calibration": json.dumps(asdict(weights.calibration))} if weights.calibration != UNCALIBRATED else {}),
+        **({"training": json.dumps(training)} if training else {}),
         "source": source,
     }

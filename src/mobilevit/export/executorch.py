@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mobilevit.export.artifact import ArtifactSpec, fill_batches, remove_postprocess, to_half
 from mobilevit.export.backend import InferenceFn, Operators, Signature
+from mobilevit.export.quantization import group_of_node
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
 
@@ -39,7 +40,7 @@ def write(
             model = to_half(model)
         example = (spec.example(),)
         if spec.precision == "int8":
-            model = _quantized(model, example, fill_batches(calibration, spec.batch_size))
+            model = _quantized(model, example, fill_batches(calibration, spec.batch_size), spec.float_groups)
         program = to_edge_transform_and_lower(
             torch.export.export(model, example),
             partitioner=[XnnpackPartitioner()],
@@ -113,7 +114,9 @@ def _method(path: Path, name: str) -> Any:
     return method
 
 
-def _quantized(model: nn.Module, example: tuple[Tensor], calibration: Iterable[Tensor]) -> nn.Module:
+def _quantized(
+    model: nn.Module, example: tuple[Tensor], calibration: Iterable[Tensor], float_groups: Sequence[str]
+) -> nn.Module:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -122,6 +125,7 @@ def _quantized(model: nn.Module, example: tuple[Tensor], calibration: Iterable[T
 
     postprocess = remove_postprocess(model)
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    quantizer.set_filter_function(lambda node: group_of_node(node) not in float_groups)
     prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
     with torch.no_grad():
         for batch in calibration:

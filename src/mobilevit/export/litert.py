@@ -23,6 +23,7 @@ from torch.torch_version import TorchVersion
 
 from mobilevit.export.artifact import ArtifactSpec, evenly_spaced, fill_batches
 from mobilevit.export.backend import LITERT_ENVIRONMENT, InferenceFn, Operators, Signature
+from mobilevit.export.quantization import find_group
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
 from mobilevit.messages import first_line
@@ -152,11 +153,29 @@ def _quantized(model: bytes, spec: ArtifactSpec, calibration: Sequence[Tensor]) 
         recipe.add_static_config(".*", name, activation_num_bits=8, weight_num_bits=8)
     for name in linears:
         recipe.add_dynamic_config(".*", name, num_bits=8)
+    for name in _tensors_of(model, spec.float_groups):
+        recipe.update_quantization_recipe(
+            re.escape(name), operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
+        )
     ((signature, names),) = Interpreter(model_content=model).get_signature_list().items()
     (name,) = names["inputs"]
     batches = fill_batches(evenly_spaced(calibration, CALIBRATION_IMAGES), spec.batch_size)
     ranges = recipe.calibrate({signature: [{name: batch.numpy()} for batch in batches]})
     return bytes(recipe.quantize(ranges, enable_progress_report=False).quantized_model)
+
+
+def _tensors_of(model: bytes, groups: Sequence[str]) -> list[str]:
+    """Names of the tensors that the layers of these groups compute.
+
+    The converter names a tensor after the modules that contain its operator, each as "package.Class_name", without
+    lists of modules. The logits of a classifier have the name of the output instead.
+    """
+    (graph,) = flatbuffer_utils.read_model_from_bytearray(bytearray(model)).subgraphs
+    names = [_text(graph.tensors[tensor].name) for operator in graph.operators for tensor in operator.outputs]
+    paths = [name.split(";")[0].replace("FlatLayer_", "FlatLayer_layers.").split("/") for name in names]
+    modules = [".".join(part.split("_", 1)[-1] for part in path) for path in paths]
+    modules = ["classifier" if module.startswith("default_output") else module for module in modules]
+    return [name for name, module in zip(names, modules, strict=True) if find_group(module) in groups]
 
 
 def _text(name: str | bytes) -> str:

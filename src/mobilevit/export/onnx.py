@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from mobilevit.export.artifact import (
     to_half,
 )
 from mobilevit.export.backend import InferenceFn, Operators, Signature
+from mobilevit.export.quantization import find_group
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
 
@@ -96,7 +98,7 @@ def write(
     assert program is not None
     proto = program.model_proto
     if spec.precision == "int8":
-        proto = _quantized(proto, calibration)
+        proto = _quantized(proto, calibration, spec.float_groups)
     if has_nms:
         proto = _with_nms(proto)
     # Remove the exporter's notes on each node and unused operator domains.
@@ -159,7 +161,7 @@ class _Calibration(CalibrationDataReader):
         return None if batch is None else {"images": batch.numpy()}
 
 
-def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.ModelProto:
+def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor], float_groups: Sequence[str]) -> onnx.ModelProto:
     (shape,) = (value.type.tensor_type.shape.dim for value in proto.graph.input)
     size = shape[0].dim_value or CALIBRATION_BATCH  # 0 where the batch is dynamic
     batches = fill_batches(calibration, size)
@@ -172,7 +174,7 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
             _Calibration(batches),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=_not_silu(proto.graph),
+            nodes_to_exclude=_not_silu(proto.graph) + _nodes_of(proto.graph, float_groups),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -180,6 +182,18 @@ def _quantized(proto: onnx.ModelProto, calibration: Sequence[Tensor]) -> onnx.Mo
         quantized = onnx.load(int8_path)
     _shorten_names(quantized.graph)
     return quantized
+
+
+def _nodes_of(graph: onnx.GraphProto, groups: Sequence[str]) -> list[str]:
+    """Names of the operators in these groups of layers."""
+    names = []
+    for node in graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        # The modules that contain the operator, outermost first, and the operator.
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        if len(scopes) > 1 and find_group(scopes[-2]) in groups:
+            names.append(node.name)
+    return names
 
 
 def _not_silu(graph: onnx.GraphProto) -> list[str]:

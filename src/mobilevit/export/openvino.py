@@ -11,6 +11,7 @@ import numpy as np
 import openvino
 import torch
 from openvino import opset13 as ops
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.passes import ConstantFolding, Manager
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from mobilevit.export.artifact import (
     remove_postprocess,
 )
 from mobilevit.export.backend import InferenceFn, Operators, Signature
+from mobilevit.export.quantization import group_of_node
 from mobilevit.export.quiet import quiet
 from mobilevit.export.rewrite import Formulation, optimize_for_inference
 from mobilevit.messages import first_line
@@ -57,13 +59,17 @@ def write(
     postprocess = remove_postprocess(module) if spec.precision == "int8" else nn.Identity()
     with quiet():
         program = torch.export.export(module, (spec.example(),), dynamic_shapes=spec.dynamic_shapes())
-        model = openvino.convert_model(program)
+        decoder = TorchFXPythonDecoder.from_exported_program(program)
+        model = openvino.convert_model(decoder)
         model.reshape(openvino.PartialShape(shape))  # the converter makes fixed axes dynamic
         passes = Manager()
         passes.register_pass(ConstantFolding())
         passes.run_passes(model)
         if spec.precision == "int8":
-            model = _quantized(model, spec.batch_size, calibration)
+            nodes = {node.name for node in decoder.pt_module.graph.nodes if group_of_node(node) in spec.float_groups}
+            # The names of operators are those of their nodes, followed by a slash.
+            names = [op.get_friendly_name() for op in model.get_ops() if op.get_friendly_name().split("/")[0] in nodes]
+            model = _quantized(model, spec.batch_size, calibration, names)
         if not isinstance(postprocess, nn.Identity):
             with torch.no_grad():
                 outputs = module(spec.example())
@@ -111,7 +117,9 @@ def signature(path: Path) -> Signature:
     return Signature(shape, uint8, 0 if last.is_dynamic else last.get_length())
 
 
-def _quantized(model: openvino.Model, batch_size: int, calibration: Sequence[Tensor]) -> openvino.Model:
+def _quantized(
+    model: openvino.Model, batch_size: int, calibration: Sequence[Tensor], float_operators: Sequence[str]
+) -> openvino.Model:
     if not calibration:
         raise ValueError("int8 requires calibration inputs, and there are none")
     batches = [batch.numpy() for batch in fill_batches(calibration, batch_size)]
@@ -122,6 +130,7 @@ def _quantized(model: openvino.Model, batch_size: int, calibration: Sequence[Ten
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
+        ignored_scope=nncf.IgnoredScope(names=list(float_operators), validate=False),
     )
 
 

@@ -17,21 +17,26 @@ from mobilevit.export.backend import load_artifact, read_metadata
 from mobilevit.images import Preprocessing
 from mobilevit.models.ssdlite import Detections, suppress
 from mobilevit.predict import Classifier, Detector, MultilabelClassifier, Predictor, Segmenter
-from mobilevit.weights import Calibration
+from mobilevit.weights import UNCALIBRATED, Calibration
 
 
 class Artifact(Predictor):
     """Base class of exported predictors: preprocessing and class names from the metadata of the artifact.
 
-    The runtime replaces the network, so the model can be neither trained nor saved.
+    The runtime replaces the network, so the model can be neither trained nor saved. `val_fraction` and `val_data` are
+    those of `Weights`.
 
     Raises:
         ValueError: not an artifact, one without this package's metadata, or the runtime is not installed.
     """
 
+    thresholds: tuple[float, ...] = ()
+    calibration: Calibration = UNCALIBRATED
+
     def __init__(self, path: Path):
         nn.Module.__init__(self)
         self.eval()
+        self.path = path
         metadata = read_metadata(path)
         try:
             preprocessing = json.loads(metadata["preprocessing"])
@@ -50,6 +55,8 @@ class Artifact(Predictor):
             self._num_classes = int(metadata["num_classes"])
             self.class_names = tuple(json.loads(metadata["class_names"]))
             self.category_ids = tuple(json.loads(metadata.get("category_ids", "[]")))
+            training = json.loads(metadata.get("training", "{}"))
+            self.val_fraction, self.val_data = training.get("val_fraction"), training.get("val_data")
         except KeyError as error:
             raise _incomplete(path, error) from None
         self._run = load_artifact(path, torch.get_num_threads())
@@ -101,6 +108,10 @@ class ArtifactDetector(Artifact, Detector):
     """An exported detector; with decoded outputs, NMS is part of the artifact."""
 
     def _detect(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
+        return self.detect(pixels, score_threshold, max_per_image)
+
+    def detect(self, pixels: Tensor, score_threshold: float, max_per_image: int) -> list[Detections]:
+        """Detections in preprocessed images, in relative coordinates."""
         if not self.spec.postprocess:
             boxes, scores = self.outputs(pixels)
             return suppress(boxes.float(), scores.float(), score_threshold=score_threshold, max_per_image=max_per_image)
@@ -128,9 +139,10 @@ class ArtifactSegmenter(Artifact, Segmenter):
         return logits  # part of the artifact
 
 
-def load_predictor(
-    path: str | Path,
-) -> ArtifactClassifier | ArtifactMultilabelClassifier | ArtifactDetector | ArtifactSegmenter:
+ArtifactPredictor = ArtifactClassifier | ArtifactMultilabelClassifier | ArtifactDetector | ArtifactSegmenter
+
+
+def load_predictor(path: str | Path) -> ArtifactPredictor:
     """The predictor of an artifact, by the task in its metadata; errors as for `Artifact`."""
     path = Path(path)
     try:

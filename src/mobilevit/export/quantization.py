@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from mobilevit.export.artifact import as_arrays
 from mobilevit.export.rewrite import optimize_for_inference
@@ -86,11 +87,26 @@ def int8_sensitivity(
 
 def group_of(name: str) -> str:
     """The group of the layer with this name: "stem", "stage3 convolutions", "stage3 ffn", "classifier"."""
+    group = find_group(name)
+    assert group, f"layer {name} belongs to no group"
+    return group
+
+
+def find_group(name: str) -> str | None:
+    """As `group_of`, for any module, such as an activation; None for modules outside of the groups."""
     match = re.search(r"(stem|stage\d|extra_layers|pooled|heads?|pyramid|classifier)(.*)", name)
-    assert match, f"layer {name} belongs to no group"
+    if match is None:
+        return None
     group, rest = match.groups()
     if not group.startswith("stage"):
         return group.replace("_", " ")
-    if ".attention." in rest:
-        return f"{group} attention"
-    return f"{group} ffn" if ".ffn_" in rest else f"{group} convolutions"
+    of_layer = re.search(r"\.layers\.\d+(\.attention)?", rest)
+    if of_layer is None:
+        return f"{group} convolutions"
+    return f"{group} attention" if of_layer[1] else f"{group} ffn"
+
+
+def group_of_node(node: Node) -> str | None:
+    """The group of the module that a node of an exported program comes from; None outside of the groups."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return find_group(stack[-1][0]) if stack else None

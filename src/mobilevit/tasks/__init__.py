@@ -4,9 +4,9 @@ from mobilevit.tasks.classification import Classification
 from mobilevit.tasks.detection import Detection
 from mobilevit.tasks.multilabel import MultilabelClassification
 from mobilevit.tasks.segmentation import Segmentation
-from mobilevit.tasks.task import ClassMetrics, Gather, Results, Task, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, Results, Task, single_process
 
-__all__ = ["TASKS", "ClassMetrics", "Gather", "Results", "Task", "single_process"]
+__all__ = ["TASKS", "ClassMetrics", "Described", "Gather", "Results", "Task", "single_process"]
 
 TASKS: dict[str, Task] = {
     "classify": Classification(),

@@ -19,7 +19,7 @@ from mobilevit.recipes import Recipe
 from mobilevit.tasks.confidence import TEMPERATURES, LogitSummary, Reliability, fit_temperature, reliability
 from mobilevit.tasks.datasets import Stack, evaluation_set, normalized_as, training_sets
 from mobilevit.tasks.imbalance import LossCorrection
-from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, merge_images, single_process
 from mobilevit.weights import UNCALIBRATED, Calibration, TaskName, Weights
 
 
@@ -149,7 +149,7 @@ class Classification:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("classify", recipe, train_set, pretrained)
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         return evaluation_set(weights, data, split, Evaluation(preprocessing), stack_indices)
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:

@@ -12,6 +12,7 @@ from mobilevit.data.python_data import Data
 from mobilevit.data.sources import find_evaluation_split, find_splits
 from mobilevit.images import Preprocessing, limit_megapixels
 from mobilevit.recipes import Recipe
+from mobilevit.tasks.task import Described
 from mobilevit.weights import Weights
 
 Prepare = Callable[..., Any]
@@ -35,7 +36,7 @@ def training_sets(
     )
 
 
-def evaluation_set(weights: Weights, data: Data, split: str, prepare: Prepare, stack: Stack) -> ImageDataset:
+def evaluation_set(weights: Described, data: Data, split: str, prepare: Prepare, stack: Stack) -> ImageDataset:
     """The images of a split of `data`, with the classes in the order of `weights`."""
     if not weights.class_names:
         raise ValueError("these weights have no class names, which are required to match the classes of the data")

@@ -22,10 +22,10 @@ from mobilevit.data.python_data import Data
 from mobilevit.data.transforms import warp
 from mobilevit.files import require
 from mobilevit.images import ImageError, Preprocessing
-from mobilevit.models.ssdlite import SSDLite, detect, encode
+from mobilevit.models.ssdlite import Detections, SSDLite, detect, encode
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets, whole_image
-from mobilevit.tasks.task import ClassMetrics, Gather, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, single_process
 from mobilevit.weights import Weights, backbone_tensors
 
 MATCH_IOU = 0.5  # smallest IoU at which an anchor matches a box
@@ -170,7 +170,7 @@ class Detection:
         evaluation = BoxEvaluation(warp(recipe.data.size_px))
         return training_sets(recipe, data, (augmentation, stack_boxes), (evaluation, list))
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         _pycocotools()
         return evaluation_set(weights, data, split, BoxEvaluation(whole_image(preprocessing)), list)
 
@@ -205,6 +205,12 @@ class Detection:
         anchors = _anchors(model, batch)
         return ssd_loss(class_logits, locations, anchors, batch.labels, recipe.label_smoothing)
 
+    def detect(self, model: nn.Module, batch: Batch) -> tuple[list[Detections], int]:
+        """The detections in each image of a batch, with the limits of an evaluation, and the number of classes."""
+        class_logits, locations = model(batch.pixels)
+        limits = {"score_threshold": SCORE_THRESHOLD, "max_per_image": MAX_PER_IMAGE}
+        return detect(class_logits, locations, _anchors(model, batch), **limits), class_logits.shape[2] - 1
+
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], gather: Gather = single_process) -> DetectionResults:
         images: list[ImageDetections] = []
@@ -212,15 +218,7 @@ class Detection:
         for batch in batches:
             if not batch.indices:  # no image of the batch could be read
                 continue
-            class_logits, locations = model(batch.pixels)
-            num_classes = class_logits.shape[2] - 1
-            detections = detect(
-                class_logits,
-                locations,
-                _anchors(model, batch),
-                score_threshold=SCORE_THRESHOLD,
-                max_per_image=MAX_PER_IMAGE,
-            )
+            detections, num_classes = self.detect(model, batch)
             for index, truth, of_image in zip(batch.indices, batch.labels, detections, strict=True):
                 size = np.array((truth.width, truth.height) * 2, np.float32)
                 boxes = (of_image.boxes.cpu().numpy().clip(0, 1) * size).astype(np.float32)

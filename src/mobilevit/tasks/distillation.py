@@ -18,7 +18,7 @@ from mobilevit.data.unlabeled import cached_short_side, decode_once, find_unlabe
 from mobilevit.images import Preprocessing, limit_megapixels
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.classification import Classification, preprocessing_of
-from mobilevit.tasks.task import ClassMetrics, Gather, merge_images, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, merge_images, single_process
 from mobilevit.teacher import Teacher
 from mobilevit.weights import Weights
 
@@ -107,7 +107,7 @@ class Distillation:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return Classification().build(recipe, train_set, pretrained)
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         raise AssertionError("the trained weights are those of a classifier")
 
     def blank_labels(self, batch_size: int, size_px: int) -> Tensor:

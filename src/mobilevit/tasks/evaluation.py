@@ -31,7 +31,7 @@ from mobilevit.tasks import TASKS
 from mobilevit.tasks.classification import ClassificationResults
 from mobilevit.tasks.confidence import auroc
 from mobilevit.tasks.multilabel import MultilabelResults
-from mobilevit.tasks.task import ClassMetrics, Results
+from mobilevit.tasks.task import ClassMetrics, Described, Results, Task
 from mobilevit.weights import Weights, to_weights
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,31 @@ class EvaluationResult:
     metrics: dict[str, float]
     per_class: list[ClassMetrics]
     results: Results = field(repr=False)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of `evaluate` that select and read images."""
+
+    split: str | None = None
+    batch_size: int = 32
+    num_workers: int = 0
+    max_unreadable: int = 0
+    corruption: Corruption | None = None
+    ood: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a network is evaluated: `build` returns it, after the data are checked, and `task` computes the results.
+
+    The network takes images (B, 3, H, W) on `device`: normalized, or uint8 with `takes_uint8`.
+    """
+
+    task: Task
+    build: Callable[[], nn.Module]
+    device: str = "cpu"
+    takes_uint8: bool = False
 
 
 def evaluate(
@@ -98,38 +123,50 @@ def evaluate(
     """
     weights, data = to_weights(weights, download=download), to_data(data)
     device = choose_device(device)
-    if batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; it must be 1 or more")
     if size_px is not None and size_px < MIN_SIZE_PX:
         raise ValueError(f"size is {size_px}; it must be {MIN_SIZE_PX} px or more")
     preprocessing = weights.preprocessing if size_px is None else weights.preprocessing.at_size(size_px)
-    others = None if ood is None else _images_of_another_source(weights, ood, preprocessing)
-    task = TASKS[weights.task]
-    split = split or default_split(weights, data)
-    dataset = task.evaluation_set(weights, data, preprocessing, split)
+
+    def build() -> nn.Module:
+        model = weights.build().to(device)
+        if self_check:
+            check_device(model, preprocessing.crop_px)
+        return model
+
+    options = EvaluationOptions(split, batch_size, num_workers, max_unreadable, corruption, ood)
+    return evaluate_network(weights, data, preprocessing, Runner(TASKS[weights.task], build, device), options)
+
+
+def evaluate_network(
+    weights: Described, data: Data, preprocessing: Preprocessing, runner: Runner, options: EvaluationOptions
+) -> EvaluationResult:
+    """Evaluate the network of `runner`, which `weights` describes, with `preprocessing`; see `evaluate`."""
+    if options.batch_size < 1:
+        raise ValueError(f"batch size is {options.batch_size}; it must be 1 or more")
+    others = None if options.ood is None else _images_of_another_source(weights, options.ood, preprocessing)
+    split = options.split or default_split(weights, data)
+    dataset = runner.task.evaluation_set(weights, data, preprocessing, split)
     _warn_of_data(weights, dataset, data, split)
-    if corruption:
-        dataset.prepare = Corrupted(dataset.prepare, corruption)
-    model = weights.build().to(device)
-    if self_check:
-        check_device(model, preprocessing.crop_px)
+    if options.corruption:
+        dataset.prepare = Corrupted(dataset.prepare, options.corruption)
+    model = runner.build()
 
     def over_images_of(dataset: ImageDataset, function: Callable[[nn.Module, Loader], T]) -> T:
         loaded = load(
             dataset,
-            eval_batches(len(dataset), batch_size=batch_size, size_px=preprocessing.crop_px),
-            num_workers=num_workers,
-            device=device,
-            preprocessing=preprocessing,
-            max_unreadable=max_unreadable,
+            eval_batches(len(dataset), batch_size=options.batch_size, size_px=preprocessing.crop_px),
+            num_workers=options.num_workers,
+            device=runner.device,
+            preprocessing=None if runner.takes_uint8 else preprocessing,
+            max_unreadable=options.max_unreadable,
             replace_unreadable=False,
         )
         with contextlib.closing(loaded):
             result = function(model, loaded)
-        _check_unreadable(loaded.unreadable, max_unreadable)
+        _check_unreadable(loaded.unreadable, options.max_unreadable)
         return result
 
-    results = over_images_of(dataset, task.evaluate)
+    results = over_images_of(dataset, runner.task.evaluate)
     if isinstance(results, MultilabelResults):
         results = replace(results, stored_thresholds=weights.thresholds)
     metrics_of_others: dict[str, float] = {}
@@ -143,7 +180,7 @@ def evaluate(
     return EvaluationResult(split, preprocessing.crop_px, metrics, results.per_class(weights.class_names), results)
 
 
-def _images_of_another_source(weights: Weights, data: str | Path, preprocessing: Preprocessing) -> ImageDataset:
+def _images_of_another_source(weights: Described, data: str | Path, preprocessing: Preprocessing) -> ImageDataset:
     if weights.task != "classify":
         raise ValueError(f"ood is {data}, but the weights are for the task {weights.task!r}; it requires a classifier")
     return ImageDataset(sources.find_any_images(data), Evaluation(preprocessing))
@@ -172,14 +209,14 @@ def _check_unreadable(names: Sequence[str], max_unreadable: int) -> None:
         _warn_once(f"skipped images that cannot be read: {', '.join(names)}")
 
 
-def default_split(weights: Weights, data: Data) -> str:
+def default_split(weights: Described, data: Data) -> str:
     """The split of `data` to evaluate `weights` on if none is given: "val", "test" or "all".
 
     Data with splits: val, or else test. Data without splits: val if the weights were trained on them, split in the
     same way; otherwise all.
     """
     split = sources.default_split(weights.task, data)
-    if split == "all" and "val_data" in weights.training:
+    if split == "all" and weights.val_data is not None:
         with contextlib.suppress(ValueError):  # other data may have too few images to split
             val = TASKS[weights.task].evaluation_set(weights, data, weights.preprocessing, "val")
             if _is_val_of_training(weights, val):
@@ -187,7 +224,7 @@ def default_split(weights: Weights, data: Data) -> str:
     return split
 
 
-def _warn_of_data(weights: Weights, dataset: ImageDataset, data: Data, split: str) -> None:
+def _warn_of_data(weights: Described, dataset: ImageDataset, data: Data, split: str) -> None:
     for note in dataset.notes:
         _warn_once(note)
     was_split_by_us = split == "val" and sources.default_split(weights.task, data) == "all"
@@ -204,5 +241,5 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _is_val_of_training(weights: Weights, dataset: ImageDataset) -> bool:
-    return fingerprint(dataset.source) == weights.training.get("val_data")
+def _is_val_of_training(weights: Described, dataset: ImageDataset) -> bool:
+    return fingerprint(dataset.source) == weights.val_data

@@ -21,7 +21,7 @@ from mobilevit.images import Preprocessing
 from mobilevit.recipes import Multilabel, Recipe
 from mobilevit.tasks.classification import build_classifier, classifier_sets
 from mobilevit.tasks.datasets import evaluation_set
-from mobilevit.tasks.task import ClassMetrics, Gather, Results, merge_images, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, Results, merge_images, single_process
 from mobilevit.weights import Weights
 
 NO_CLASS = -1  # fills the rows of images with fewer classes
@@ -165,7 +165,7 @@ class MultilabelClassification:
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:
         return build_classifier("multilabel", recipe, train_set, pretrained)
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         dataset = evaluation_set(weights, data, split, Evaluation(preprocessing), stack_class_sets)
         if not any(label.indices for label in dataset.source.labels):
             raise ValueError(

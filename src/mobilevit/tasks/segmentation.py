@@ -21,7 +21,7 @@ from mobilevit.images import ImageError, Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabHead, DeepLabV3
 from mobilevit.recipes import Recipe
 from mobilevit.tasks.datasets import evaluation_set, normalized_as, training_sets, whole_image
-from mobilevit.tasks.task import ClassMetrics, Gather, single_process
+from mobilevit.tasks.task import ClassMetrics, Described, Gather, single_process
 from mobilevit.weights import Weights, backbone_tensors
 
 OUTPUT_STRIDE = 16  # of a new network, as published
@@ -86,7 +86,7 @@ class Segmentation:
         evaluation = MaskEvaluation(warp(recipe.data.size_px))
         return training_sets(recipe, data, (augmentation, stack_masks), (evaluation, list))
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
         return evaluation_set(weights, data, split, MaskEvaluation(whole_image(preprocessing)), list)
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:

@@ -14,7 +14,7 @@ from mobilevit.data.loader import Batch, ImageDataset
 from mobilevit.data.python_data import Data
 from mobilevit.images import ImageError, Preprocessing
 from mobilevit.recipes import Recipe
-from mobilevit.weights import Weights
+from mobilevit.weights import Calibration, TaskName, Weights
 
 Gather = Callable[[Any], list[Any]]
 """All-gather: takes the value of this process and returns the values of all processes, in the order of their ranks."""
@@ -54,6 +54,25 @@ class ClassMetrics:
         return {"class": self.class_name, **self.metrics}
 
 
+class Described(Protocol):
+    """What an evaluation must know about a network. `Weights` and exported artifacts contain it."""
+
+    @property
+    def task(self) -> TaskName: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def thresholds(self) -> tuple[float, ...]: ...
+    @property
+    def calibration(self) -> Calibration: ...
+    @property
+    def val_fraction(self) -> float | None: ...
+    @property
+    def val_data(self) -> str | None: ...
+
+
 class Results(Protocol):
     """The record of an evaluation. `mobilevit.report.results` renders it."""
 
@@ -76,8 +95,8 @@ class Task(Protocol):
         """Training and validation sets. Raises ValueError for every problem that can be found before training."""
         ...
 
-    def evaluation_set(self, weights: Weights, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
-        """The images of a split of `data`, to evaluate trained `weights` on."""
+    def evaluation_set(self, weights: Described, data: Data, preprocessing: Preprocessing, split: str) -> ImageDataset:
+        """The images of a split of `data`, to evaluate trained weights on."""
         ...
 
     def build(self, recipe: Recipe, train_set: ImageDataset, pretrained: Weights | None) -> Weights:

@@ -159,6 +159,11 @@ class Weights:
         return self.training.get("recipe", {}).get("data", {}).get("val_fraction")
 
     @property
+    def val_data(self) -> str | None:
+        """Fingerprint of the validation split of the training run; None if unknown."""
+        return self.training.get("val_data")
+
+    @property
     def num_classes(self) -> int:
         """Without the background of a detector; 0 without a classifier."""
         classifier = self.tensors.get(CLASSIFIERS[self.task])
