@@ -84,7 +84,7 @@ def test_tar_shards(folder: Path):
     shards, files = (pd.read_parquet(name).set_index("id")["vector"] for name in ("shards.parquet", "files.parquet"))
     assert shards.index.tolist() == ["0.tar/a/0", "1.tar/b/1", "1.tar/b/3"]
     for name in shards.index:
-        np.testing.assert_allclose(shards[name], files[f"{name[6:]}.png"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(shards[name], files[f"{str(name)[6:]}.png"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"photos/a/0\.png: is not a \.tar shard, but .*0\.tar is"):
         embed_images("plain.safetensors", ["photos/a/0.png", "0.tar"], "v.parquet")
     (folder / "other").mkdir()

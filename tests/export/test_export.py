@@ -139,7 +139,9 @@ def test_earlier_artifacts_stay(weights: Weights, fake: FakeBackend, tmp_path: P
     wrong.change = lambda x: -x  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "mobilevit.export.wrong", wrong)
     monkeypatch.setitem(ARTIFACT_SUFFIXES, "wrong", ".wrong")
-    artifacts = export_each(weights, ["fake", "wrong"], tmp_path, ExportOptions(), images=(), source="", prefix="")
+    artifacts = export_each(
+        weights, ["fake", "wrong"], tmp_path, ExportOptions(), images=(), data=None, source="", prefix=""
+    )
     first = next(artifacts)
     with pytest.raises(ValueError, match="wrong fp32"):
         next(artifacts)
