@@ -13,7 +13,7 @@ import torch
 from mobilevit.images import megapixel_limit_restored
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
@@ -23,21 +23,26 @@ CHROMIUM_FLAGS = [
 ]
 
 
-@contextmanager
-def launched(flags: Sequence[str] = ("--disable-gpu",)) -> Iterator[Browser]:
-    """Chromium with `flags`; skips the test if it is not installed."""
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
     api = pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*CHROMIUM_FLAGS, *flags])
-        yield browser
-        browser.close()
+        yield playwright
+
+
+@contextmanager
+def launched(playwright: Playwright, flags: Sequence[str] = ("--disable-gpu",)) -> Iterator[Browser]:
+    """Chromium with `flags`."""
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*CHROMIUM_FLAGS, *flags])
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as browser:
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    with launched(playwright) as browser:
         yield browser
 
 

@@ -45,7 +45,7 @@ from mobilevit.weights import Calibration, Weights, read
 from small_networks import randomize
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_MS = 120_000
@@ -438,13 +438,12 @@ def test_the_cpu_takes_over_when_the_gpu_fails(browser: Browser, page_folder: Pa
 
 
 @pytest.mark.slow
-def test_webgpu(page_folder: Path, folder: Path):
+def test_webgpu(playwright: Playwright, page_folder: Path, folder: Path):
     """WebGPU as emulated by Chromium, which the page would not use."""
-    pytest.importorskip("playwright.sync_api", reason="browsers are driven by mobilevit[browser-test]")
     flags = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
     script = 'Object.defineProperty(GPUAdapterInfo.prototype, "isFallbackAdapter", { get: () => false });'
     with (
-        launched(flags) as browser,
+        launched(playwright, flags) as browser,
         running(Server(page_folder)) as url,
         opened(browser, url, init_script=script) as page,
     ):

@@ -21,7 +21,8 @@ async function start(provider, url, image) {
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
-  session = await ort.InferenceSession.create(url, { executionProviders: [provider] });
+  // 3: errors only. WebGPU warns about the operators that it leaves to the CPU.
+  session = await ort.InferenceSession.create(url, { executionProviders: [provider], logSeverityLevel: 3 });
   Tensor = ort.Tensor;
   const { input } = preprocess(image, preprocessing);
   const { outputs } = await run(input); // warm-up; it also reveals unsupported operators
