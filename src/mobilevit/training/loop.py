@@ -349,10 +349,9 @@ class _Loop:
         """Evaluate; write weights, metrics, a checkpoint and the report; decide on early stopping."""
         progress = self.run.progress
         results, num_unreadable = self._evaluate()
-        ema = results["val"]
-        metrics = ema.metrics()
-        weights = self.step.ema.model.state_dict().values()
-        if not all(map(math.isfinite, metrics.values())) or not all(tensor.isfinite().all() for tensor in weights):
+        metrics = {prefix: one.metrics() for prefix, one in results.items()}
+        tensors = self.step.ema.model.state_dict().values()
+        if not all(map(math.isfinite, metrics["val"].values())) or not all(x.isfinite().all() for x in tensors):
             raise DivergedError(f"the weights are not finite after epoch {progress.epoch + 1}; try a lower --lr")
         record: EpochMetrics = {
             "epoch": progress.epoch + 1,
@@ -360,8 +359,8 @@ class _Loop:
             "train_loss": progress.loss / progress.step,
             **{
                 f"{prefix}_{name}": value
-                for prefix, one in results.items()
-                for name, value in one.metrics().items()
+                for prefix, values in metrics.items()
+                for name, value in values.items()
                 if prefix == "val" or name != "num_images"
             },
             "unreadable": progress.num_unreadable,
@@ -372,6 +371,7 @@ class _Loop:
         }
         if isinstance(self.setup.loss, DistillationLoss):
             record["teacher_fraction"] = progress.teacher_seconds / progress.seconds
+        ema = results["val"]
         main_metric = ema.main_metric if self.recipe.metric == "auto" else self.recipe.metric
         main = f"val_{main_metric}"
         if self.run.folder:
