@@ -34,8 +34,9 @@ test-slow: $(VENV)/.dev
 
 # LiteRT's converter requires an older torch than the rest, hence its own environment. Its dependencies include pytest
 # plugins that no test here uses and that are too old for the newest pytest.
+LITERT_TESTS := $(addprefix tests/export/test_,litert.py predictor.py accuracy.py evaluation.py)
 test-litert: $(LITERT_VENV)/.dev
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest -k litert tests/export/test_litert.py tests/export/test_predictor.py
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(LITERT_BIN)/python -m pytest -k litert $(LITERT_TESTS)
 
 test-all: test test-slow test-litert
 
