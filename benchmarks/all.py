@@ -21,17 +21,14 @@ from pathlib import Path
 
 import torch
 import tyro
-
-from mobilevit.export import installed
+from runtimes import installed_runtimes
 
 FOLDER = Path(__file__).parent
-ARTIFACT_RUNTIMES = ("onnx", "openvino", "executorch", "litert")  # CoreML runs on Apple systems only
 
 
 def commands() -> dict[str, list[str]]:
     """Name of the result -> script and arguments, for what this machine can run."""
-    runtimes = ["torch", "compiled", *(runtime for runtime in ARTIFACT_RUNTIMES if installed(runtime))]
-    chosen = {f"runtimes_{runtime}": ["runtimes.py", "--runtimes", runtime] for runtime in runtimes}
+    chosen = {f"runtimes_{runtime}": ["runtimes.py", "--runtimes", runtime] for runtime in installed_runtimes()}
     for task, size, rivals in (
         ("detect", "320", ["ssdlite320_mobilenet_v3_large"]),
         ("segment", "512", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]),

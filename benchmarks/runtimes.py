@@ -43,6 +43,11 @@ NOTE = (
 )
 
 
+def installed_runtimes() -> tuple[str, ...]:
+    """All but CoreML, whose artifacts run on Apple systems only."""
+    return tuple(x for x in RUNTIMES if x in TORCH or (x != "coreml" and installed(x)))
+
+
 def precisions_of(runtime: str) -> list[str]:
     """fp32, and int8 if the runtime supports it."""
     has_int8 = runtime not in TORCH and "int8" in import_module(f"mobilevit.export.{runtime}").PRECISIONS
@@ -102,8 +107,7 @@ def main(
         threads: CPU threads.
         out: write OUT.md and OUT.json.
     """
-    # CoreML artifacts run on Apple systems only.
-    chosen = runtimes or tuple(x for x in RUNTIMES if x in TORCH or (x != "coreml" and installed(x)))
+    chosen = runtimes or installed_runtimes()
     options = ["--against", *against, "--rounds", str(rounds), "--num-threads", str(threads)]
     setting = machine(threads)
     reports, lines, notes = [], [], []

@@ -7,9 +7,9 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,10 @@ def export_each(
         inputs_for(spec, _unseen(images, selected)) if options.max_loss is not None and not labeled else [],
     )
     out.mkdir(parents=True, exist_ok=True)
+    ranked_groups = cache(lambda: _most_sensitive_groups(job))  # the same for all backends
     for name, backend in modules.items():
         logger.info("%s: converting ...", name)
-        artifact = _export_to(name, backend, job, out)
+        artifact = _export_to(name, backend, job, out, ranked_groups)
         logger.info("%s: wrote %s", name, artifact.path)
         yield artifact
 
@@ -249,11 +250,11 @@ def _spec_of(weights: Weights, options: ExportOptions) -> ArtifactSpec:
     )
 
 
-def _export_to(name: str, backend: Backend, job: _Job, out: Path) -> Artifact:
+def _export_to(name: str, backend: Backend, job: _Job, out: Path, ranked_groups: Callable[[], list[str]]) -> Artifact:
     """Write, check and time one artifact in a temporary folder, then move it to `out`."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         path = Path(folder) / f"{job.stem}{ARTIFACT_SUFFIXES[name]}"
-        job, accuracy = _limit_loss(name, backend, job)
+        job, accuracy = _limit_loss(name, backend, job, ranked_groups)
         spec = job.spec
         _write(backend, job, path)
         operators = backend.operators(path)
@@ -277,10 +278,13 @@ def _write(backend: Backend, job: _Job, path: Path) -> None:
     backend.write(job.network, job.spec, path, job.metadata, job.inputs if job.spec.precision == "int8" else ())
 
 
-def _limit_loss(name: str, backend: Backend, job: _Job) -> tuple[_Job, Accuracy | None]:
+def _limit_loss(
+    name: str, backend: Backend, job: _Job, ranked_groups: Callable[[], list[str]]
+) -> tuple[_Job, Accuracy | None]:
     """Measure the accuracy of int8, and keep groups of layers in float until its loss is within the limit.
 
-    Returns the job with these groups and with the figures in the metadata.
+    `ranked_groups` returns all groups, the most sensitive one first. The result is the job with the groups that stay in
+    float, and with the figures in its metadata.
     """
     if not job.labeled and job.max_loss is None:
         return job, None
@@ -300,7 +304,7 @@ def _limit_loss(name: str, backend: Backend, job: _Job) -> tuple[_Job, Accuracy 
         logger.info("%s: %s; float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
         return trials[groups].loss <= limit
 
-    groups = () if is_accurate(()) else shortest_prefix(_most_sensitive_groups(job), is_accurate)
+    groups = () if is_accurate(()) else shortest_prefix(ranked_groups(), is_accurate)
     if groups is None:
         best = min(trials.values(), key=lambda accuracy: accuracy.loss)
         raise ValueError(
