@@ -66,8 +66,7 @@ def test_groups_stay_in_float(weights: Weights, backend: str, tmp_path: Path):
         counts[groups] = float_layers(path)
     by_default = counts[()]
     assert counts[FLOAT[:1]] - by_default == Counter(convolution=6)
-    num_norms = 3 if backend == "litert" else 0  # their means are linear layers, all named after the attention
-    assert counts[FLOAT] - by_default == Counter(convolution=6, product=6 + num_norms)
+    assert counts[FLOAT] - by_default == Counter(convolution=6, product=6)
 
 
 @pytest.mark.parametrize("backend", ["onnx", slow("openvino"), slow("executorch")])

@@ -43,8 +43,9 @@ def write(
 ) -> None:
     """Write an artifact.
 
-    fp16 halves the weights; processors without fp16 compute in float32. In int8, convolutions are static with one
-    scale per output channel, and linear layers are dynamic.
+    fp16 halves the weights; processors without fp16 compute in float32. int8 is static, with one scale per output
+    channel. Norms and sums stay in float, because int8 makes them inaccurate, and attention, because XNNPACK has no
+    int8 operators for it.
 
     Raises:
         ValueError: the converter is not installed, or torch is too new for it.
@@ -147,16 +148,14 @@ def _quantized(model: bytes, spec: ArtifactSpec, calibration: Sequence[Tensor]) 
         for name in (*convolutions, *linears):
             recipe.update_quantization_recipe(".*", name, config, AlgorithmName.FLOAT_CASTING)
         return bytes(recipe.quantize(enable_progress_report=False).quantized_model)
-    # XNNPACK supports no dynamically quantized depthwise convolution. Norms and softmax, between the linear layers,
-    # stay float.
-    for name in convolutions:
-        recipe.add_static_config(".*", name, activation_num_bits=8, weight_num_bits=8)
-    for name in linears:
-        recipe.add_dynamic_config(".*", name, num_bits=8)
-    for name in _tensors_of(model, spec.float_groups):
-        recipe.update_quantization_recipe(
-            re.escape(name), operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
-        )
+    silu = (operation.LOGISTIC, operation.MUL)
+    moves = (operation.RESHAPE, operation.TRANSPOSE, operation.PAD, operation.CONCATENATION)
+    # Names of tensors contain those of the modules that compute them; `_tensors_of` describes them.
+    for modules, names in ((".*", (*convolutions, *linears)), (".*SigmoidSiLU_", silu), (".*Backbone_", moves)):
+        for name in names:
+            recipe.add_static_config(modules, name, activation_num_bits=8, weight_num_bits=8)
+    for name in (r"[^;]*RMSNorm_", *map(re.escape, _tensors_of(model, spec.float_groups))):
+        recipe.update_quantization_recipe(name, operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE)
     ((signature, names),) = Interpreter(model_content=model).get_signature_list().items()
     (name,) = names["inputs"]
     batches = fill_batches(evenly_spaced(calibration, CALIBRATION_IMAGES), spec.batch_size)
@@ -201,6 +200,20 @@ class _Buffer:
         return schema.BufferEnd(builder)
 
 
+class _Builder(flatbuffers.Builder):
+    """Stores equal vectors once: the zero points of channels would be a twentieth of a small int8 file."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self._vectors: dict[tuple[str, bytes], int] = {}
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802 - the name in flatbuffers
+        key = (x.dtype.str, x.tobytes())
+        if key not in self._vectors:
+            self._vectors[key] = super().CreateNumpyVector(x)
+        return self._vectors[key]
+
+
 def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str]) -> bytes:
     """Add `metadata`, name the input and outputs, and remove the names of other tensors."""
     tree = flatbuffer_utils.read_model_from_bytearray(bytearray(model))
@@ -220,6 +233,6 @@ def _finished(model: bytes, outputs: Sequence[str], metadata: Mapping[str, str])
     encoded = json.dumps(dict(metadata), ensure_ascii=False).encode()
     tree.metadata = [*(tree.metadata or []), schema.MetadataT(name=METADATA, buffer=len(tree.buffers))]
     tree.buffers = [*(_Buffer(buffer.data) for buffer in tree.buffers), _Buffer(np.frombuffer(encoded, np.uint8))]
-    builder = flatbuffers.Builder(len(model) + len(encoded))
+    builder = _Builder(len(model) + len(encoded))
     builder.Finish(tree.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
