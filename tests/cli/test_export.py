@@ -48,6 +48,7 @@ DEMO_MISTAKES = {
     "--port abc": "--port 'abc' INT",
     "--port -1 --no-open": "--port -1 from 0",
     "--drawing cats": "--drawing 'cats' 'optdigits' 'mnist'",
+    "--precision int4": "--precision 'int4' 'fp32', 'fp16', 'int8'",
 }
 
 

@@ -32,7 +32,7 @@ import mobilevit
 from conftest import launched, ready_page
 from mobilevit.cli import parse
 from mobilevit.demo import Server, runtime, write_page
-from mobilevit.demo.page import STATIC, default_drawing
+from mobilevit.demo.page import MODEL, STATIC, default_drawing
 from mobilevit.draw import MASK_OPACITY, class_color
 from mobilevit.images import FILTERS, Preprocessing
 from mobilevit.models.deeplabv3 import PAPER_HEAD, DeepLabV3
@@ -222,6 +222,19 @@ def test_image_files_match_pillow(page: Page, folder: Path):
         assert shown[0][0] == expected[0].class_name, name
         # Decoders and blending may round differently by one gray level.
         np.testing.assert_allclose([p for _, p in shown], [p.probability for p in expected], atol=1e-2, err_msg=name)
+
+
+def test_int8(browser: Browser, weights: Weights, ort: Path, folder: Path, tmp_path: Path):
+    files = digit_files(folder)
+    write_page(weights, tmp_path, precision="int8", images=files, runtime_folder=ort)
+    assert (tmp_path / MODEL).stat().st_size < 0.4 * 4 * sum(x.numel() for x in weights.tensors.values())
+    torch_probabilities = [one[0].probability for one in mobilevit.load(folder / "model.safetensors").predict(files)]
+    with running(Server(tmp_path)) as url, opened(browser, url) as page:
+        shown = [open_file(page, file)[0] for file in files]
+    names = [file.parent.name for file in files]
+    assert np.mean([name == digit for (name, _), digit in zip(shown, names, strict=True)]) > 0.8
+    differences = np.abs([probability for _, probability in shown] - np.array(torch_probabilities))
+    assert 0 < np.median(differences) < 0.05
 
 
 def test_digits_drawn_with_the_mouse(page: Page):

@@ -181,6 +181,8 @@ def test_calibration_images_are_evenly_spaced(weights: Weights, fake: FakeBacken
         ("fake", {"batch_size": 0}, "batch size is 0"),
         ("fake", {"num_threads": 0}, "num threads is 0"),
         ("fake", {"precision": "int8"}, "int8 .*--images"),
+        ("onnx", {"browser": True}, "--browser .* not of onnx in fp32; leave it out"),
+        ("fake", {"browser": True, "precision": "int8"}, "--browser .* not of fake in int8"),
     ],
 )
 def test_refused(weights: Weights, fake: FakeBackend, tmp_path: Path, backend: str, options: dict, message: str):

@@ -82,6 +82,22 @@ def test_int8(weights: Weights, export_once: Any, options: dict[str, Any]):
     assert {x.data_type for x in initializers if np.prod(x.dims) > 500} == {onnx.TensorProto.INT8}
 
 
+def test_int8_for_the_browser(weights: Weights, export_once: Any):
+    """Depthwise convolutions and the SiLU after them are in float, the rest is as without the option."""
+    for browser in (False, True):
+        artifact = export_once("onnx", precision="int8", browser=browser)
+        graph = onnx.load(artifact.path).graph
+        source = {node.output[0]: node for node in graph.node}
+        convolutions = [node for node in graph.node if node.op_type == "Conv"]
+        depthwise = [x.output[0] for x in convolutions if any(a.name == "group" and a.i > 1 for a in x.attribute)]
+        assert len(depthwise) == 3
+        in_float = [x.output[0] for x in convolutions if x.input[1] not in source]
+        assert in_float == (depthwise if browser else [])
+        activations = [x for x in graph.node if x.op_type in ("Sigmoid", "Mul") and set(x.input) & set(depthwise)]
+        assert len(activations) == (6 if browser else 0)
+    assert artifact.path.name == "mobilevit_small_64x64_int8_browser.onnx"
+
+
 def test_a_file_that_is_no_model(tmp_path: Path):
     path = tmp_path / "cat.onnx"
     path.write_bytes(b"\xff\xd8\xff\xe0 a JPEG file")

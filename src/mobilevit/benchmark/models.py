@@ -40,7 +40,7 @@ Rival = tuple[str, bool]  # name of a model for `rivals.build`, and whether it i
 # File names of artifacts that are named after the architecture, as `mobilevit export` does for hub ids.
 _ARTIFACT = re.compile(
     rf"(?P<network>mobilevit_(?P<architecture>{'|'.join(ARCHITECTURES)})(?:_(?P<task>detect|segment))?_\d+x\d+)"
-    rf"_(?P<precision>{'|'.join(PRECISIONS)})(?:_uint8)?(?P<postprocess>_postprocess|_answers)?"
+    rf"_(?P<precision>{'|'.join(PRECISIONS)})(?:_uint8)?(?P<postprocess>_postprocess|_answers)?(?P<browser>_browser)?"
 )
 
 
@@ -124,11 +124,12 @@ def models_from_weights(
     batch_sizes: Sequence[int] = (1,),
     size: tuple[int, int] | None = None,
     against: Sequence[str] = (),
+    browser: bool = False,
 ) -> list[BenchmarkModel]:
     """Write `weights` to `folder` for every runtime, precision and batch size, each with the models to compare it with.
 
     `against` are names for `rivals.build`, and "self". A model of another library that a runtime cannot convert is left
-    out with a warning.
+    out with a warning. int8 is that of `ArtifactSpec.browser`, for all models, if `browser`.
 
     Raises:
         ValueError: an unknown name, a runtime that is not installed, an unsupported combination.
@@ -138,7 +139,11 @@ def models_from_weights(
     model = weights.build().requires_grad_(False)
     height, width = size or (weights.preprocessing.crop_px,) * 2
     # Artifacts without postprocessing (NMS, argmax): other libraries do it outside of their models.
-    specs = [ArtifactSpec(p, height, width, b, task=weights.task) for p in precisions for b in batch_sizes]
+    specs = [
+        ArtifactSpec(p, height, width, b, task=weights.task, browser=browser and p == "int8")
+        for p in precisions
+        for b in batch_sizes
+    ]
     combinations = [(runtime, spec) for runtime in runtimes for spec in specs]
     for runtime, spec in combinations:  # all before the first export, which takes long
         _check_runtime(runtime, spec)
@@ -196,7 +201,8 @@ def models_from_artifact(
             models.append(ours)
             continue
         ours = replace(ours, num_macs=_num_macs(weights.build(), ours.size))
-        spec = ArtifactSpec(cast(Precision, ours.precision), *ours.size, batch_size, task=weights.task)
+        precision, browser = cast(Precision, ours.precision), bool(match and match["browser"])
+        spec = ArtifactSpec(precision, *ours.size, batch_size, task=weights.task, browser=browser)
         models += [ours, *_write_rivals(against, networks, ours, spec, folder)]
     return models
 

@@ -20,6 +20,7 @@ from mobilevit.demo.server import ISOLATION_HEADERS
 from mobilevit.draw import MASK_OPACITY, PALETTE
 from mobilevit.export import ExportOptions, export, thresholds_of
 from mobilevit.export.verify import synthetic_images
+from mobilevit.export_options import Precision
 from mobilevit.images import ImageInput
 from mobilevit.report import render
 from mobilevit.weights import TaskName, Weights
@@ -76,6 +77,7 @@ def write_page(
     *,
     source: str = "",
     drawing: DrawingName | None = None,
+    precision: Precision = "fp32",
     images: Sequence[ImageInput] = (),
     runtime_folder: Path | None = None,
     overwrite: bool = False,
@@ -87,7 +89,9 @@ def write_page(
         out: the folder to write to. A page of an earlier call is replaced.
         source: origin of the weights, for the metadata of the ONNX file. It is published with the page.
         drawing: adds a drawing pad for classifiers, see `DRAWINGS`. Default: `default_drawing`.
-        images: images to verify the exported network on, see `mobilevit.export.export`. Default: synthetic ones.
+        precision: fp32; fp16, which halves the download; or int8, which quarters it, and requires images.
+        images: images to verify and calibrate the exported network, see `mobilevit.export.export`. Default: synthetic
+            ones.
         runtime_folder: a folder with ONNX Runtime Web, see `find_runtime`.
         overwrite: replace files that an earlier call did not write.
 
@@ -116,9 +120,8 @@ def write_page(
     runtime_folder = find_runtime(runtime_folder)  # first, because it fails faster than the export
     with tempfile.TemporaryDirectory() as temporary:
         logger.info("exporting to ONNX ...")
-        (artifact,) = export(
-            weights, ["onnx"], temporary, ExportOptions(postprocess=is_dense), images=images, source=source
-        )
+        options = ExportOptions(precision, postprocess=is_dense, browser=precision == "int8")
+        (artifact,) = export(weights, ["onnx"], temporary, options, images=images, source=source)
         (out / "ort").mkdir(parents=True, exist_ok=True)
         for file in static_files:
             shutil.copyfile(file, out / file.name)

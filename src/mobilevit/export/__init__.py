@@ -247,6 +247,7 @@ def _spec_of(weights: Weights, options: ExportOptions) -> ArtifactSpec:
         options.uint8,
         weights.task,
         options.postprocess,
+        options.browser,
     )
 
 

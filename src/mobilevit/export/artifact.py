@@ -58,6 +58,7 @@ class ArtifactSpec:
     uint8: bool = False
     task: TaskName = "classify"
     postprocess: bool = False
+    browser: bool = False  # int8 for WebAssembly
     float_groups: tuple[str, ...] = ()  # of an int8 artifact; see `quantization.group_of`
 
     @property
@@ -91,7 +92,7 @@ class ArtifactSpec:
     def file_stem(self, prefix: str) -> str:
         """File name of the artifact, without its ending."""
         task = [] if self.task in ("classify", "multilabel") else [self.task]  # the same network
-        flags = [name for name, enabled in (("uint8", self.uint8), ("postprocess", self.postprocess)) if enabled]
+        flags = [name for name in ("uint8", "postprocess", "browser") if getattr(self, name)]
         return "_".join([prefix, *task, f"{self.height}x{self.width}", self.precision, *flags])
 
 

@@ -123,6 +123,8 @@ def find_backend(name: str, spec: ArtifactSpec) -> Backend:
     for requested, axis in ((spec.dynamic_batch, "batch"), (spec.dynamic_size, "size")):
         if requested and axis not in backend.DYNAMIC:
             raise ValueError(f"{name} requires a fixed {axis}; leave out --dynamic-{axis}")
+    if spec.browser and (name, spec.precision) != ("onnx", "int8"):
+        raise ValueError(f"--browser is an option of onnx in int8, not of {name} in {spec.precision}; leave it out")
     if spec.task == "detect" and spec.dynamic_size:
         raise ValueError("the anchors of a detector depend on the input size; leave out --dynamic-size")
     if spec.postprocess and spec.task not in DECODED_OUTPUTS:
