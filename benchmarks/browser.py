@@ -8,7 +8,8 @@ downloads with npm.
 
 A page loads all models of one size and times them interleaved, once on one thread of WebAssembly, once on several, and
 on WebGPU, if Chromium finds a GPU. Otherwise WebGPU is emulated on the CPU: the outputs are compared with those of
-PyTorch, and nothing is timed. Load times and memory are measured in a new browser for each model.
+PyTorch, and nothing is timed. Load times and memory are measured in a new browser for each model. int8 is that of
+`mobilevit export --browser`, for all models.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Error, Page, sync_playwright
 from results import markdown_table, print_table
 
 from mobilevit.benchmark.models import BenchmarkModel, models_from_weights
@@ -138,18 +139,31 @@ def write_folder(folder: Path, models: Sequence[BenchmarkModel], runtime: Path) 
 
 
 def time_models(
-    executable: str, url: str, engine: Engine, target: str, models: Sequence[BenchmarkModel], rounds: int
+    executable: str,
+    url: str,
+    engine: Engine,
+    target: str,
+    models: Sequence[BenchmarkModel],
+    rounds: int,
+    notes: list[str],
 ) -> list[dict[str, Any]]:
-    """The rows of one engine and one size."""
+    """The rows of one engine and one size. A GPU may be unable to load a model; the reason is appended to `notes`."""
     with opened(executable, url, engine.flags) as chromium:
         start(chromium, engine, models[0])
-        errors = []
+        errors, loaded = [], []
         for model in models:
-            outputs = chromium.request("load", model=model.path.name, provider=engine.provider)
+            try:
+                outputs = chromium.request("load", model=model.path.name, provider=engine.provider)
+            except Error as error:
+                if engine.provider == "wasm":
+                    raise
+                notes.append(f"{engine.name}, {target}, {model.label}: {error.message.splitlines()[0]}")
+                continue
+            loaded.append(model)
             errors.append(model.error([np.array(x, np.float32).reshape(y.shape) for x, y in expected(model, outputs)]))
         times_ms = np.array(chromium.request("time", rounds=rounds)) if engine.is_timed else None
     rows = []
-    for i, model in enumerate(models):
+    for i, model in enumerate(loaded):
         row: dict[str, Any] = {
             "engine": engine.name,
             "target": target,
@@ -157,8 +171,8 @@ def time_models(
         }
         row |= {"precision": model.precision, "error": errors[i]}
         if times_ms is not None:
-            ours = next(k for k, x in enumerate(models) if x.precision == model.precision and not x.baseline)
-            full = next(k for k, x in enumerate(models) if x.precision == "fp32" and x.name == model.name)
+            ours = next(k for k, x in enumerate(loaded) if x.precision == model.precision and not x.baseline)
+            full = next(k for k, x in enumerate(loaded) if x.precision == "fp32" and x.name == model.name)
             row["ratio"] = asdict(Spread.of(times_ms[i] / times_ms[ours])) if i != ours else None
             row["fp32_ratio"] = asdict(Spread.of(times_ms[i] / times_ms[full])) if i != full else None
             row["latency_ms"] = asdict(Spread.of(times_ms[i]))
@@ -267,7 +281,11 @@ def report(values: dict[str, Any], facts: str, out: Path | None) -> None:
     lines = []
     for title, note, columns, rows in tables:
         print_table(title, note, columns, rows)
-        lines += [f"#{'#' * bool(lines)} {title}", "", *([] if lines else [facts, "", *values["notes"], ""])]
+        lines += [
+            f"#{'#' * bool(lines)} {title}",
+            "",
+            *([] if lines else [facts, "", *(f"- {note}" for note in values["notes"]), ""]),
+        ]
         lines += [note, "", *markdown_table(columns, rows), ""]
     print("\n".join(values["notes"]))
     if out:
@@ -317,13 +335,13 @@ def main(
         engines, version, notes = find_engines(executable, url, threads)
         for target in models:
             weights = random_weights(target)
-            written = models_from_weights(
-                target, weights, folder, runtimes=("onnx",), precisions=chosen, size=(size, size), against=against
-            )
+            options: dict[str, Any] = {"precisions": chosen, "size": (size, size), "against": against, "browser": True}
+            written = models_from_weights(target, weights, folder, runtimes=("onnx",), **options)
             write_folder(folder, written, find_runtime())
             for engine in engines:
-                rows += time_models(executable, url, engine, target, written, rounds)
-                ours = (x for x in written if not x.baseline)
+                rows += time_models(executable, url, engine, target, written, rounds, notes)
+                able = {(row["model"], row["precision"]) for row in rows if row["engine"] == engine.name}
+                ours = (x for x in written if not x.baseline and ("ours", x.precision) in able)
                 load_rows += [{"target": target} | measure_load(executable, url, engine, x, loads) for x in ours]
             for model in (x for x in written if profile and (not x.baseline or x.name == "timm")):
                 times = profile_model(executable, url, engines[0], model, rounds)
