@@ -157,7 +157,8 @@ def time_models(
             except Error as error:
                 if engine.provider == "wasm":
                     raise
-                notes.append(f"{engine.name}, {target}, {model.label}: {error.message.splitlines()[0]}")
+                note = f"{engine.name}: no {model.precision} ({error.message.splitlines()[0]})"
+                notes += [note] if note not in notes else []
                 continue
             loaded.append(model)
             errors.append(model.error([np.array(x, np.float32).reshape(y.shape) for x, y in expected(model, outputs)]))
