@@ -123,7 +123,8 @@ def main(
             rows += measure_point(model, runtime, px, batch, rounds, threads)
         of_runtime = [row for row in rows if row["runtime"] == runtime]
         draw(of_runtime, f"MobileViT-{model.upper()}, {runtime}", size, out.with_name(f"{out.name}_{runtime}.png"))
-    title, note = f"Scaling of MobileViT-{model.upper()}", NOTE.format(size=size)
+    figures = ", ".join(f"[{runtime}]({out.name}_{runtime}.png)" for runtime in runtimes)
+    title, note = f"Scaling of MobileViT-{model.upper()}", f"{NOTE.format(size=size)} Figures: {figures}."
     lines = [cells(row) for row in rows]
     print_table(title, note, COLUMNS, lines)
     values = {"benchmark": "scaling", **vars(setting), "model": model, "num_rounds": rounds, "rows": rows}
