@@ -57,6 +57,16 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+def test_rivals_of_an_artifact_for_browsers_are_for_browsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    weights = rivals.random_weights("xxs")
+    (written,) = models_from_weights("xxs", weights, tmp_path, runtimes=["onnx"], size=(32, 32))
+    path = written.path.rename(tmp_path / "mobilevit_xxs_32x32_int8_browser.onnx")
+    specs = []
+    monkeypatch.setattr(models, "_write_rivals", lambda *arguments: specs.append(arguments[3]) or [])
+    models_from_artifact(path, tmp_path, against=["self"])
+    assert [(spec.precision, spec.browser) for spec in specs] == [("int8", True)]
+
+
 # Reports
 
 
