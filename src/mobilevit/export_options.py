@@ -37,8 +37,8 @@ class ExportOptions:
     in the same runtime, in percentage points. The most sensitive groups of layers stay in float until the loss is
     within this limit. Without --data: of the agreement with the predictions of fp32 on --images."""
     browser: bool = False
-    """int8 for ONNX Runtime Web (onnx only): depthwise convolutions and the activations after them stay in float. This
-    is faster in WebAssembly and slower in native ONNX Runtime."""
+    """int8 for ONNX Runtime Web (onnx only): depthwise convolutions and the activations after them stay in float, which
+    makes int8 faster in WebAssembly, and slower in native ONNX Runtime."""
     size: tuple[int, ...] = ()
     """Input size in pixels, or height and width. Default: that of the weights."""
     batch_size: int = 1

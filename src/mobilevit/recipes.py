@@ -191,8 +191,8 @@ class Compute(_Checked):
     """Micro-batch size: images per process and forward pass, at the input size. Gradients are accumulated over the
     batch. 0: as many as fit into memory."""
     quantization_aware: bool = False
-    """Round weights and activations to int8 during training, so that int8 exports lose less accuracy. For a short
-    fine-tuning of trained weights (docs/training.md)."""
+    """Round weights and activations to int8 during training: a short fine-tuning of trained weights, if int8 exports
+    lose too much accuracy (docs/training.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

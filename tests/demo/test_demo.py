@@ -226,11 +226,13 @@ def test_image_files_match_pillow(page: Page, folder: Path):
 
 def test_int8(browser: Browser, weights: Weights, ort: Path, folder: Path, tmp_path: Path):
     files = digit_files(folder)
+    weights = replace(weights, training={"metrics": {"val_top1": 91.23}})
     write_page(weights, tmp_path, precision="int8", images=files, runtime_folder=ort)
     assert (tmp_path / MODEL).stat().st_size < 0.4 * 4 * sum(x.numel() for x in weights.tensors.values())
     torch_probabilities = [one[0].probability for one in mobilevit.load(folder / "model.safetensors").predict(files)]
     with running(Server(tmp_path)) as url, opened(browser, url) as page:
         shown = [open_file(page, file)[0] for file in files]
+        assert "91.2 %\ntop-1 accuracy after training, before int8" in page.locator("#facts").inner_text()
     names = [file.parent.name for file in files]
     assert np.mean([name == digit for (name, _), digit in zip(shown, names, strict=True)]) > 0.8
     differences = np.abs([probability for _, probability in shown] - np.array(torch_probabilities))
@@ -851,6 +853,12 @@ def test_the_folder_is_complete_and_contains_no_local_paths(page_folder: Path, f
     assert network["drawing"]["side_px"] == 8
     for name in ("network.json", "model.onnx"):
         assert str(folder).encode() not in (page_folder / name).read_bytes()
+
+
+def test_int8_requires_images(weights: Weights, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"int8 .*--images$"):
+        write_page(weights, tmp_path / "page", precision="int8")
+    assert not (tmp_path / "page").exists()
 
 
 def test_only_own_pages_are_replaced(weights: Weights, page_folder: Path, ort: Path, tmp_path: Path):

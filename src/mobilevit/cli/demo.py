@@ -40,7 +40,8 @@ class Demo:
     overwrite: Flag = False
     """With --out: replace files that mobilevit demo did not write."""
     precision: Precision = "fp32"
-    """Numeric precision. fp16 halves the download. int8 quarters it and is faster; it is calibrated on --images."""
+    """Numeric precision. fp16 halves the file of the network. int8 has less than a third, and is faster in most cases
+    (docs/export.md); it is calibrated on --images."""
     drawing: Annotated[Drawing | None, tyro.conf.arg(metavar=choices(Drawing))] = None
     """Add a canvas to draw digits and letters, rendered like scikit-learn's digits (optdigits, 8 px) or like MNIST and
     EMNIST (mnist, 28 px). Default: for classifiers of single characters, optdigits up to 32 px input and mnist above;

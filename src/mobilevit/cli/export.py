@@ -117,11 +117,11 @@ class Export:
         print(f"compared with torch on {num_images} {origin}" if num_images else "no artifact could be run")
         for a in artifacts:
             if a.accuracy:
-                groups = ", ".join(a.spec.float_groups) or "no layers"
+                groups = ", ".join(a.spec.float_groups) or "none"
                 print(f"{a.backend}: {a.accuracy.describe()}; in float: {groups}")
             if a.speedup_over_fp32 is not None:
-                verdict = "faster" if a.speedup_over_fp32 > 1.02 else "not faster"
-                print(f"{a.backend}: int8 is {verdict} than fp32 here ({a.speedup_over_fp32:.2f} times its speed)")
+                speed = f"{a.speedup_over_fp32:.2f} times the speed of fp32 here"
+                print(f"{a.backend}: int8 has {speed}" + (", outside of a browser" if a.spec.browser else ""))
 
 
 def _file_prefix(source: str) -> str:

@@ -89,15 +89,16 @@ def write_page(
         out: the folder to write to. A page of an earlier call is replaced.
         source: origin of the weights, for the metadata of the ONNX file. It is published with the page.
         drawing: adds a drawing pad for classifiers, see `DRAWINGS`. Default: `default_drawing`.
-        precision: fp32; fp16, which halves the download; or int8, which quarters it, and requires images.
+        precision: fp32; fp16, which halves the file of the network; or int8, which requires images.
         images: images to verify and calibrate the exported network, see `mobilevit.export.export`. Default: synthetic
             ones.
         runtime_folder: a folder with ONNX Runtime Web, see `find_runtime`.
         overwrite: replace files that an earlier call did not write.
 
     Raises:
-        ValueError: the network has no classifier; ONNX or ONNX Runtime Web is missing; `drawing` is given for another
-            task; a detector or segmentation network crops its input; `out` contains files of something else.
+        ValueError: the network has no classifier; ONNX or ONNX Runtime Web is missing; int8 without images; `drawing`
+            is given for another task; a detector or segmentation network crops its input; `out` contains files of
+            something else.
     """
     out = Path(out)
     is_dense = weights.task in ("detect", "segment")
@@ -109,6 +110,8 @@ def write_page(
             f"resize_px is {p.resize_px} and crop_px {p.crop_px}; for {weights.task!r} the page requires a network "
             f"that receives the whole image; train with resize_px=({p.crop_px}, {p.crop_px})"
         )
+    if precision == "int8" and not images:
+        raise ValueError("int8 requires real images for calibration; give some with --images")
     # Some servers do not know the media type of .mjs, and browsers run only scripts with the right one.
     runtime_names = {name: f"ort/{name.replace('.bundle.min.mjs', '.js')}" for name in FILES}
     # index.html is written first: after an interruption it identifies the folder as one of ours.
@@ -146,7 +149,7 @@ def write_page(
         "num_bytes": artifact.num_bytes,
         "preprocessing": p.to_dict(),
         "calibration": asdict(weights.calibration),
-        "validation": _validation(weights),
+        "validation": _validation(weights, precision),
         "drawing": asdict(DRAWINGS[drawing]) if drawing else None,
         "palette": PALETTE if is_dense else None,
         # Initial value of the slider.
@@ -169,9 +172,11 @@ def _check_folder(out: Path, names: Sequence[str]) -> None:
             )
 
 
-def _validation(weights: Weights) -> dict[str, Any] | None:
-    """The metric after training, if it is stored with the weights."""
+def _validation(weights: Weights, precision: Precision) -> dict[str, Any] | None:
+    """The metric after training, if it is stored with the weights. int8 can lose some of it."""
     key, name = VALIDATION_METRICS[weights.task]
     metrics = weights.training.get("metrics")
     value = metrics.get(key) if isinstance(metrics, Mapping) else None
-    return None if value is None else {"percent": value, "metric": name}
+    if value is None:
+        return None
+    return {"percent": value, "metric": f"{name} after training" + (", before int8" if precision == "int8" else "")}

@@ -302,7 +302,7 @@ def _limit_loss(
 
     def is_accurate(groups: tuple[str, ...]) -> bool:
         trials[groups] = Accuracy.of(fp32, measured(replace(job.spec, float_groups=groups)))
-        logger.info("%s: %s; float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
+        logger.info("%s: %s; in float: %s", name, trials[groups].describe(), ", ".join(groups) or "none")
         return trials[groups].loss <= limit
 
     groups = () if is_accurate(()) else shortest_prefix(ranked_groups(), is_accurate)

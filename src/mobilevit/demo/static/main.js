@@ -463,7 +463,7 @@ function describe() {
     Network: [network.name, `${(network.num_parameters / 1e6).toFixed(2)} M parameters`],
     Classes: [String(network.num_classes), names.length ? listed : "unnamed"],
     Input: [`${side} \u00d7 ${side} px`, `${(network.num_bytes / 1e6).toFixed(1)} MB of weights`],
-    ...(validation && { Validation: [`${validation.percent.toFixed(1)} %`, `${validation.metric} after training`] }),
+    ...(validation && { Validation: [`${validation.percent.toFixed(1)} %`, validation.metric] }),
   };
   for (const [term, [text, detail]] of Object.entries(facts)) {
     const item = document.createElement("div");
