@@ -336,13 +336,22 @@ def main(
         engines, version, notes = find_engines(executable, url, threads)
         for target in models:
             weights = random_weights(target)
-            options: dict[str, Any] = {"precisions": chosen, "size": (size, size), "against": against, "browser": True}
-            written = models_from_weights(target, weights, folder, runtimes=("onnx",), **options)
+            written = models_from_weights(
+                target,
+                weights,
+                folder,
+                runtimes=("onnx",),
+                precisions=chosen,
+                size=(size, size),
+                against=against,
+                browser=True,
+            )
             write_folder(folder, written, find_runtime())
             for engine in engines:
-                rows += time_models(executable, url, engine, target, written, rounds, notes)
-                able = {(row["model"], row["precision"]) for row in rows if row["engine"] == engine.name}
-                ours = (x for x in written if not x.baseline and ("ours", x.precision) in able)
+                timed = time_models(executable, url, engine, target, written, rounds, notes)
+                rows += timed
+                loaded = {row["precision"] for row in timed if row["model"] == "ours"}
+                ours = (x for x in written if not x.baseline and x.precision in loaded)
                 load_rows += [{"target": target} | measure_load(executable, url, engine, x, loads) for x in ours]
             for model in (x for x in written if profile and (not x.baseline or x.name == "timm")):
                 times = profile_model(executable, url, engines[0], model, rounds)
